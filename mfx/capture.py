@@ -1,0 +1,190 @@
+"""From a model to a graph of its forward pass, or to a reason why there is none."""
+
+from __future__ import annotations
+
+import inspect
+import random
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from mfx_passes import MfxError, ModuleCall
+from mfx_passes.serialize import PortableGraph, copy_graph, dump_calls, load_calls
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+
+from mfx import compat
+from mfx.tracer import SymbolicTracer
+
+_READS = frozenset(
+    {
+        torch.Tensor.item,
+        torch.Tensor.tolist,
+        torch.Tensor.numpy,
+        torch.Tensor.__bool__,
+        torch.Tensor.__int__,
+        torch.Tensor.__float__,
+        torch.Tensor.__index__,
+    }
+)
+_ADVICE = "Rewrite that line, momentumize the part of the model that can be traced, or leave this model as it is."
+
+
+@dataclass(frozen=True)
+class Specialization:
+    """How the arguments of a forward pass are split: tensors go through the graph, the rest is fixed in it.
+
+    Args:
+        inputs: names of the arguments that are tensors, in the order of the signature.
+        constants: names and values of the others.
+    """
+
+    inputs: tuple[str, ...]
+    constants: Mapping[str, Any]
+
+
+@dataclass(eq=False)
+class Captured:
+    """The graph of a forward pass, as the model wrote it.
+
+    Args:
+        graph: one placeholder per tensor argument.
+        calls: the module calls that were walked through.
+        walked: path and module of every module that was walked through; the graph holds for these modules only.
+        specialization: what the graph takes and what is fixed in it.
+    """
+
+    graph: PortableGraph
+    calls: list[ModuleCall]
+    walked: dict[str, nn.Module]
+    specialization: Specialization
+
+    def copy(self) -> tuple[PortableGraph, list[ModuleCall]]:
+        """A graph to rewrite, and its calls; node names are the same."""
+        graph = copy_graph(self.graph)
+        return graph, load_calls(dump_calls(self.calls), graph)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "calls": dump_calls(self.calls)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, calls=load_calls(state["calls"], state["graph"]))
+
+
+def signature_of(model: nn.Module) -> inspect.Signature:
+    """The arguments of a model's forward, as its class defines them."""
+    return inspect.signature(type(model).forward.__get__(model))
+
+
+def default_specialization(signature: inspect.Signature) -> Specialization:
+    """Arguments without a default are tensors, the others have their default."""
+    named = {name: p for name, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+    constants = {name: p.default for name, p in named.items() if p.default is not p.empty}
+    return Specialization(tuple(name for name in named if name not in constants), constants)
+
+
+def capture(model: nn.Module, specialization: Specialization) -> Captured:
+    """Trace a model symbolically.
+
+    Args:
+        model: the model, in the training mode that the graph is for; it is left as it was.
+        specialization: which arguments are tensors, and the values of the others.
+
+    Raises:
+        MfxError: it cannot be traced, or the trace would hold for this one run only.
+    """
+    tracer = SymbolicTracer(specialization.inputs, specialization.constants)
+    attributes = set(model.__dict__)
+    with _nothing_frozen(model), compat.plain_transformer_layers():
+        try:
+            graph = tracer.trace(model)
+        except MfxError:
+            raise
+        except Exception as error:
+            for name in set(model.__dict__) - attributes:
+                delattr(model, name)
+            raise MfxError(
+                f"{type(model).__name__} cannot be traced symbolically: {_first_line(error)} ({_user_line(error, model)}). {_ADVICE}"
+            ) from error
+    kept = copy_graph(graph)
+    return Captured(kept, load_calls(dump_calls(tracer.calls), kept), tracer.walked, specialization)
+
+
+@contextmanager
+def _nothing_frozen(model: nn.Module) -> Iterator[None]:
+    """Refuse a trace that drew random numbers or read a tensor's value: it would repeat them for ever."""
+    before = _random_states()
+    with _ValuesRead(model):
+        yield
+    after = _random_states()
+    moved = [name for name in before if not _same(before[name], after[name])]
+    _restore(before)
+    if moved:
+        raise MfxError(
+            f"{type(model).__name__} draws random numbers ({', '.join(moved)}) outside of its layers while it runs, to decide "
+            f"what to compute (layer drop, for example): a graph would repeat this one decision for ever. {_ADVICE}"
+        )
+
+
+class _ValuesRead(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS and not isinstance(args[0], fx.Proxy):
+            where = _user_frame(traceback.extract_stack(), self._model)
+            raise MfxError(
+                f"{type(self._model).__name__} reads the value of a tensor while it runs ({where}): a graph would hold for this "
+                f"one value only. {_ADVICE}"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _random_states() -> dict[str, Any]:
+    states: dict[str, Any] = {"torch": torch.get_rng_state(), "random": random.getstate()}
+    if "numpy" in sys.modules:
+        states["numpy.random"] = sys.modules["numpy"].random.get_state()
+    if torch.cuda.is_initialized():
+        states["torch.cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def _restore(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    random.setstate(states["random"])
+    if "numpy.random" in states:
+        sys.modules["numpy"].random.set_state(states["numpy.random"])
+    if "torch.cuda" in states:
+        torch.cuda.set_rng_state_all(states["torch.cuda"])
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+
+
+def _user_line(error: BaseException, model: nn.Module) -> str:
+    return _user_frame(traceback.extract_tb(error.__traceback__), model)
+
+
+def _user_frame(frames: traceback.StackSummary, model: nn.Module) -> str:
+    """The innermost line that is neither torch's nor ours."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
+    for frame in reversed(frames):
+        if not frame.filename.startswith(ours):
+            return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
+    return f"in the forward of {type(model).__name__}"
+

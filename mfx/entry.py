@@ -1,0 +1,167 @@
+"""One captured and rewritten graph of a net, with the conditions under which it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from mfx_passes import ChainGraphs, Findings, MfxError, Step, find_chains, rewrite_graph
+from mfx_passes.momentum_pass import call_name
+from mfx_passes.serialize import PortableGraph
+from torch import fx, nn
+
+from mfx.capture import Captured
+from mfx.momentum import Momentum
+from mfx.options import Options
+from mfx.program import compile_graph
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A module the trace walked through: it must still be there, in the same training mode."""
+
+    siblings: Mapping[str, nn.Module | None]
+    name: str
+    module: nn.Module
+    training: bool
+
+    def in_place(self) -> bool:
+        """Whether the module is where it was."""
+        return self.siblings.get(self.name) is self.module
+
+
+@dataclass(eq=False)
+class Entry:
+    """A rewritten graph.
+
+    Args:
+        captured: the graph as the model wrote it.
+        graph: the rewritten graph.
+        calls: the momentum calls of the graph, by the name the graph calls them.
+        flat: paths of modules whose own ``forward`` does not run, because their nodes belong to several steps.
+        refused: sums that turned out not to fit once shapes were known, and why.
+        training: the training mode of the net it was made in.
+        guards: when it holds.
+        probed: whether shapes were looked at.
+    """
+
+    captured: Captured
+    graph: PortableGraph
+    calls: dict[str, Momentum]
+    flat: tuple[str, ...]
+    refused: dict[str, str]
+    training: bool
+    guards: list[Guard]
+    probed: bool = False
+    _function: Callable[..., Any] | None = field(default=None, repr=False)
+
+    def holds(self) -> bool:
+        """Whether the modules the trace walked through are as they were."""
+        return all(guard.module.training == guard.training and guard.in_place() for guard in self.guards)
+
+    def in_place(self) -> bool:
+        """Whether these modules are still there, in whatever training mode."""
+        return all(guard.in_place() for guard in self.guards)
+
+    def run(self, net: nn.Module, inputs: Mapping[str, Any]) -> Any:
+        """Run the rewritten graph on the modules of ``net``."""
+        if self._function is None:
+            self._function = compile_graph(self.graph)
+        return self._function(Scope(net, self.calls), *(inputs[name] for name in self.captured.specialization.inputs))
+
+    def graph_module(self, net: nn.Module) -> fx.GraphModule:
+        """The rewritten graph as a module of its own, over the modules of ``net``."""
+        root = nn.Module()
+        root.__dict__.update({key: value for key, value in net.__dict__.items() if key not in ("forward", "graph", "code")})
+        root._modules = {**net._modules, **self.calls}
+        module = fx.GraphModule(root, self.graph.__deepcopy__(), class_name=type(net).__name__)
+        module.train(self.training)
+        return module
+
+    def findings(self, net: nn.Module, options: Options) -> Findings:
+        """What was found in the graph, computed anew."""
+        graph, _ = self.captured.copy()
+        return find_chains(graph, dict(net.named_modules()), with_refused(options, self.refused).selection)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_function": None}
+
+
+class Scope:
+    """Where a rewritten graph finds its modules: the momentum calls first, then the net."""
+
+    __slots__ = ("_calls", "_net")
+
+    def __init__(self, net: nn.Module, calls: Mapping[str, Momentum]) -> None:
+        self._net = net
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Any:
+        return self._calls[name] if name in self._calls else getattr(self._net, name)
+
+
+def make_entry(net: nn.Module, captured: Captured, options: Options, refused: Mapping[str, str]) -> Entry:
+    """Rewrite a captured graph.
+
+    Raises:
+        MfxError: see `mfx_passes.rewrite_graph`.
+    """
+    graph, calls = captured.copy()
+    modules = dict(net.named_modules())
+    momenta: dict[str, Momentum] = {}
+
+    def insert(graphs: ChainGraphs) -> tuple[str, str | None]:
+        name = call_name(graphs.name, {*net._modules, *momenta})
+        momenta[name] = make_momentum(graphs, options)
+        return name, velocity_target(net, graphs.name, options)
+
+    rewritten = rewrite_graph(graph, modules, insert, with_refused(options, refused).selection, calls)
+    flat = tuple(sorted({call.target for call in rewritten.flat}))
+    return Entry(captured, graph, momenta, flat, dict(refused), net.training, _guards(net, captured))
+
+
+def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:
+    """The module that runs a chain as the options say."""
+    velocity = options.velocity_of(graphs.name)
+    return Momentum(
+        graphs,
+        gamma=options.gamma_of(graphs.name),
+        velocity=velocity if isinstance(velocity, str) else "module",
+        arithmetic=options.arithmetic,
+        memory_budget=options.memory_budget,
+        verify=options.verify,
+    )
+
+
+def velocity_target(net: nn.Module, chain: str, options: Options) -> str | None:
+    """Path in the net of the module that computes a chain's initial velocity; it is put there the first time."""
+    module = options.velocity_of(chain)
+    if isinstance(module, str):
+        return None
+    if "velocity" not in net._modules:
+        if hasattr(net, "velocity"):
+            raise MfxError(f"{type(net).__name__} has an attribute 'velocity' already, where modules for v0 would go.")
+        net.add_module("velocity", nn.Module())
+    name = call_name(chain, ()).removeprefix("momentum_")
+    net._modules["velocity"].add_module(name, module)  # type: ignore[union-attr]
+    return f"velocity.{name}"
+
+
+def with_refused(options: Options, refused: Mapping[str, str]) -> Options:
+    """The same options, with some sums left out."""
+    return replace(options, selection=replace(options.selection, refused=dict(refused))) if refused else options
+
+
+def _guards(net: nn.Module, captured: Captured) -> list[Guard]:
+    guards = [Guard({"": net}, "", net, net.training)]
+    for path, module in captured.walked.items():
+        parent, _, name = path.rpartition(".")
+        if path:
+            guards.append(Guard(net.get_submodule(parent)._modules, name, module, module.training))
+    return guards
+
+
+def steps_of(findings: Findings) -> dict[str, Step]:
+    """All steps of all chains by the name of the sum they end in."""
+    return {step.add.node.name: step for chain in findings.chains for step in chain.steps}

@@ -1,0 +1,75 @@
+"""The momentum coefficient, as a fraction of small integers."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from dataclasses import dataclass
+from fractions import Fraction
+
+from mfx_passes.errors import MfxError
+
+__all__ = ["Gamma"]
+
+_TOLERANCE = Fraction(1, 10**6)
+_LARGEST_DENOMINATOR = 2**14
+
+
+@dataclass(frozen=True)
+class Gamma:
+    """γ = ``numerator`` / ``denominator`` in [0, 1): what every mode of the momentum call computes with.
+
+    >>> Gamma.of(0.9)
+    Gamma(numerator=9, denominator=10)
+    """
+
+    numerator: int
+    denominator: int
+
+    @classmethod
+    def of(cls, value: float) -> Gamma:
+        """The simplest fraction within 1e-6 of ``value``, or the nearest if that needs a denominator above 2**14.
+
+        Raises:
+            MfxError: if ``value`` is not a real number in [0, 1), or is too close to 0 or 1 to be told from it.
+        """
+        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < 1:
+            raise MfxError(f"gamma must be a real number with 0 <= gamma < 1, not {value!r}")
+        exact = Fraction(value)
+        if exact == 0:
+            return cls(0, 1)
+        fraction = _simplest_between(max(exact - _TOLERANCE, Fraction(0)), exact + _TOLERANCE)
+        if fraction.denominator > _LARGEST_DENOMINATOR:
+            fraction = exact.limit_denominator(_LARGEST_DENOMINATOR)
+        if not 0 < fraction < 1:
+            steps = 1 if fraction == 0 else _LARGEST_DENOMINATOR - 1
+            raise MfxError(
+                f"gamma = {value!r} cannot be told from {int(fraction)}; the nearest gamma that works is "
+                f"{steps}/{_LARGEST_DENOMINATOR} = {steps / _LARGEST_DENOMINATOR!r}"
+            )
+        return cls(fraction.numerator, fraction.denominator)
+
+    @property
+    def value(self) -> float:
+        """γ as a Python float."""
+        return self.numerator / self.denominator
+
+    @property
+    def rest(self) -> float:
+        """1 − γ, rounded once."""
+        return (self.denominator - self.numerator) / self.denominator
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether the chain is the network it was made from."""
+        return self.numerator == 0
+
+
+def _simplest_between(low: Fraction, high: Fraction) -> Fraction:
+    """The fraction with the smallest denominator in [low, high], 0 <= low <= high (walking down the Stern–Brocot tree)."""
+    whole = math.floor(low)
+    if whole == low:
+        return Fraction(whole)
+    if whole + 1 <= high:
+        return Fraction(whole + 1)
+    return whole + 1 / _simplest_between(1 / (high - whole), 1 / (low - whole))

@@ -1,0 +1,109 @@
+"""The module that runs a chain: one in the place of each chain in a rewritten graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+from mfx_passes import ChainGraphs
+from torch import Tensor, nn
+
+from mfx.engine import StepFunction, run_chain
+from mfx.gamma import Gamma
+from mfx.program import compile_graph
+
+
+class Momentum(nn.Module):
+    """One chain of residual steps, run as momentum steps.
+
+    It holds no parameters and no modules: those its steps use are handed to it at every call.
+
+    Args:
+        graphs: the steps.
+        gamma: the momentum.
+        velocity: ``"zero"``, ``"residual"``, or ``"module"`` (v₀ is an argument of the call).
+        arithmetic: ``"exact"`` or ``"float"``.
+        memory_budget: 0.0 keeps no activations, 1.0 keeps all.
+        verify: ``"warn"``, ``"raise"`` or ``"off"``: what happens if a recomputation was not reproducible.
+    """
+
+    def __init__(
+        self,
+        graphs: ChainGraphs,
+        *,
+        gamma: Gamma,
+        velocity: str = "zero",
+        arithmetic: str = "exact",
+        memory_budget: float = 0.0,
+        verify: str = "warn",
+    ) -> None:
+        super().__init__()
+        self.graphs = graphs
+        self.gamma = gamma
+        self.velocity = velocity
+        self.arithmetic = arithmetic
+        self.memory_budget = memory_budget
+        self.verify = verify
+        self._steps: tuple[StepFunction, ...] | None = None
+        self._memory: dict[Any, Any] = {}
+
+    @property
+    def chain(self) -> str:
+        """Name of the chain."""
+        return self.graphs.name
+
+    def forward(
+        self, x: Tensor, captures: Sequence[Any], roots: Mapping[str, Any], v0: Tensor | None = None
+    ) -> Tensor | tuple[Any, ...]:
+        """Run the chain.
+
+        Args:
+            x: the state before the first step.
+            captures: what else the steps read.
+            roots: the attributes of the model that the steps reach into.
+            v0: the velocity before the first step, if a module computes it.
+
+        Returns:
+            The end state; or a tuple of it, the taps and the side outputs, if there are any.
+        """
+        result = run_chain(
+            self.chain,
+            self.steps,
+            x,
+            tuple(captures),
+            SimpleNamespace(**roots),
+            gamma=self.gamma,
+            velocity="residual" if self.velocity == "residual" else v0,
+            arithmetic=self.arithmetic,
+            memory_budget=self.memory_budget,
+            taps=self.graphs.taps,
+            memory=self._memory,
+            verify=self.verify,
+        )
+        outputs = (result.x, *result.taps, *(value for side in result.sides for value in side))
+        return outputs if len(outputs) > 1 else result.x
+
+    @property
+    def steps(self) -> tuple[StepFunction, ...]:
+        """The steps as functions."""
+        if self._steps is None:
+            self._steps = tuple(
+                StepFunction(
+                    path=step.path,
+                    kind=step.kind,
+                    branch=compile_graph(step.branch),
+                    original=compile_graph(step.original),
+                    captures=step.captures,
+                    targets=step.targets,
+                )
+                for step in self.graphs.steps
+            )
+        return self._steps
+
+    def extra_repr(self) -> str:
+        """What ``print(net)`` shows."""
+        return f"{self.chain}: {len(self.graphs.steps)} steps, gamma={self.gamma.value:g}, {self.arithmetic}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_steps": None, "_memory": {}}

@@ -1,0 +1,176 @@
+"""The one line: from a model to the same model with momentum chains."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from mfx_passes import ChainGraphs, MfxError, MomentumPass
+from torch import fx, nn
+
+from mfx import capture as capturing
+from mfx.entry import make_momentum
+from mfx.net import RewrittenForward, forward_of
+from mfx.options import Options, check_options
+from mfx.tree import tree_copy
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def momentumize(
+    model: M,
+    *,
+    gamma: float | Mapping[str, float] = 0.9,
+    velocity: str | nn.Module | Mapping[str, nn.Module] = "zero",
+    arithmetic: str = "exact",
+    memory_budget: float = 0.0,
+    recompute: str | None = None,
+    min_steps: int = 2,
+    only: str | Sequence[str] | None = None,
+    skip: str | Sequence[str] | None = None,
+    capture: str = "auto",
+    example_inputs: Any = None,
+    verify: str = "warn",
+) -> M:
+    """The same model with every chain of residual adds x + f(x) turned into reversible momentum steps.
+
+    A chain computes v ← γ·v + (1−γ)·f(x), x ← x + v (Sander, Ablin, Blondel, Peyré, "Momentum Residual Neural Networks",
+    ICML 2021). Its backward pass rebuilds its activations instead of storing them. For γ > 0 this is *another function*
+    of the same weights; at γ = 0 it is the model itself.
+
+    Args:
+        model: any module; it stays as it is. A ``GraphModule`` gives a ``GraphModule``.
+        gamma: momentum, 0 <= γ < 1, for all chains or by chain name (shell patterns allowed).
+        velocity: v before the first step: ``"zero"``; ``"residual"``, such that the first step adds f(x) in full; or a module
+            (or a mapping from chain names to modules) that computes it from x. Such modules live under ``velocity.``.
+        arithmetic: ``"exact"``: rebuilt activations are the forward pass's, bit for bit; ``"float"``: within 2e-5 relative
+            in float32, less memory in short chains.
+        memory_budget: 0.0 keeps no activations of the chains, 1.0 keeps all (ordinary backpropagation, same function).
+        recompute: reserved for what lies between the chains; None.
+        min_steps: chains with fewer steps stay as they were.
+        only: chain names or module paths (shell patterns) to rewrite, all others stay as they were.
+        skip: chain names or module paths (shell patterns) to leave as they were.
+        capture: ``"auto"`` or ``"symbolic"``: by symbolic tracing.
+        example_inputs: for models that have to be run to be captured.
+        verify: ``"warn"``, ``"raise"`` or ``"off"``: what happens when the backward pass in exact arithmetic does not arrive
+            where the forward pass began, because a step did not compute the same values twice.
+
+    Returns:
+        A model of the same class that shares all parameters and buffers with ``model``, with the same ``state_dict`` keys.
+        Without any chain, ``model`` itself, and a warning.
+
+    Raises:
+        MfxError: an option is wrong, or the model cannot be captured.
+    """
+    if not isinstance(model, nn.Module):
+        raise MfxError(f"momentumize takes a torch.nn.Module, not {_described(model)}.")
+    options = check_options(
+        gamma=gamma,
+        velocity=velocity,
+        arithmetic=arithmetic,
+        memory_budget=memory_budget,
+        recompute=recompute,
+        min_steps=min_steps,
+        only=only,
+        skip=skip,
+        capture=capture,
+        example_inputs=example_inputs,
+        verify=verify,
+    )
+    net = tree_copy(model)
+    if isinstance(net, fx.GraphModule):
+        return net if _rewrite_graph_module(net, options) else _unchanged(model)
+    forward = RewrittenForward(net, options)
+    entry = forward.prepare()
+    if not entry.calls:
+        return _unchanged(model)
+    net.__dict__["forward"] = forward
+    return net
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """A model's forward pass as a graph, by mfx's symbolic tracer.
+
+    Arguments without a default value are the graph's inputs; the others are fixed to their default.
+
+    Args:
+        model: any module that can be traced, in the training mode that the graph is for.
+
+    Raises:
+        MfxError: it cannot be traced, or the trace would hold for one run only.
+    """
+    if not isinstance(model, nn.Module):
+        raise MfxError(f"trace takes a torch.nn.Module, not {_described(model)}.")
+    root = tree_copy(model)
+    captured = capturing.capture(root, capturing.default_specialization(capturing.signature_of(root)))
+    module = fx.GraphModule(root, captured.graph, class_name=type(model).__name__)
+    module.train(model.training)
+    return module
+
+
+@contextmanager
+def original(net: nn.Module) -> Iterator[nn.Module]:
+    """Within this context, a momentumized net computes what it did before it was rewritten, on the same weights.
+
+    Args:
+        net: a momentumized net, or a module that contains some.
+
+    Raises:
+        MfxError: there is no momentumized net in it.
+    """
+    forwards = [forward for module in net.modules() if (forward := forward_of(module))]
+    if not forwards:
+        raise MfxError(f"{type(net).__name__} has not been momentumized, so there is no other function to go back to.")
+    for forward in forwards:
+        forward.bypassed += 1
+    try:
+        yield net
+    finally:
+        for forward in forwards:
+            forward.bypassed -= 1
+
+
+def graphs(net: nn.Module) -> dict[str, fx.GraphModule]:
+    """The rewritten graphs of a net that were needed so far.
+
+    Args:
+        net: a momentumized net.
+
+    Returns:
+        One module per graph, over the net's own parameters: ``"train"``, ``"eval"``, and ``"train#2"`` and so on for other
+        values of arguments that are no tensors.
+
+    Raises:
+        MfxError: the net has not been momentumized.
+    """
+    forward = forward_of(net)
+    if forward is not None:
+        return forward.graphs()
+    if isinstance(net, fx.GraphModule):
+        return {"train" if net.training else "eval": net}
+    raise MfxError(f"{type(net).__name__} has not been momentumized; call mfx.momentumize(model) first.")
+
+
+def _rewrite_graph_module(net: fx.GraphModule, options: Options) -> bool:
+    if not isinstance(options.velocity, str):
+        raise MfxError("velocity modules need the model itself; a GraphModule takes velocity='zero' or 'residual'.")
+
+    def make_call(graphs: ChainGraphs) -> nn.Module:
+        return make_momentum(graphs, options)
+
+    return bool(MomentumPass(make_call, options.selection)(net).modified)
+
+
+def _unchanged(model: M) -> M:
+    warnings.warn(
+        f"mfx: {type(model).__name__} has no chain of residual adds to rewrite and is returned unchanged. Looked for: two or more "
+        "sums x + f(x) in a row, where the sum is the x of the next one. mfx.explain(model) lists what came close.",
+        stacklevel=3,
+    )
+    return model
+
+
+def _described(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

@@ -1,0 +1,110 @@
+"""What a user may ask of `mfx.momentumize`, checked once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from mfx_passes import MfxError, Selection
+from torch import nn
+
+from mfx.gamma import Gamma
+
+
+@dataclass(frozen=True)
+class Options:
+    """The checked arguments of `mfx.momentumize`, which documents them."""
+
+    gamma: float | Mapping[str, float]
+    velocity: str | nn.Module | Mapping[str, nn.Module]
+    arithmetic: str
+    memory_budget: float
+    verify: str
+    selection: Selection
+
+    def gamma_of(self, chain: str) -> Gamma:
+        """The momentum of a chain.
+
+        Raises:
+            MfxError: the chain is in no key of a mapping.
+        """
+        if not isinstance(self.gamma, Mapping):
+            return Gamma.of(self.gamma)
+        if chain in self.gamma:
+            return Gamma.of(self.gamma[chain])
+        for pattern, value in self.gamma.items():
+            if fnmatchcase(chain, pattern):
+                return Gamma.of(value)
+        raise MfxError(f"gamma is a mapping without a value for the chain {chain!r}; add it, or the key '*' for all others.")
+
+    def velocity_of(self, chain: str) -> str | nn.Module:
+        """The initial velocity of a chain: ``"zero"``, ``"residual"`` or a module; zero where a mapping is silent."""
+        if isinstance(self.velocity, Mapping):
+            return self.velocity.get(chain, "zero")
+        return self.velocity
+
+
+def check_options(
+    *,
+    gamma: Any = 0.9,
+    velocity: Any = "zero",
+    arithmetic: Any = "exact",
+    memory_budget: Any = 0.0,
+    recompute: Any = None,
+    min_steps: Any = 2,
+    only: Any = None,
+    skip: Any = None,
+    capture: Any = "auto",
+    example_inputs: Any = None,
+    verify: Any = "warn",
+) -> Options:
+    """Check all options before anything is done with them; the defaults are those of `mfx.momentumize`.
+
+    Raises:
+        MfxError: an option has a value it cannot have, or one that this version does not offer.
+    """
+    for value in gamma.values() if isinstance(gamma, Mapping) else [gamma]:
+        Gamma.of(value)
+    _check_velocity(velocity)
+    _one_of("arithmetic", arithmetic, ("exact", "float"))
+    _one_of("verify", verify, ("warn", "raise", "off"))
+    _one_of("capture", capture, ("auto", "symbolic"))
+    if memory_budget not in (0.0, 1.0) or isinstance(memory_budget, bool):
+        raise MfxError(
+            f"memory_budget={memory_budget!r}: this version knows 0.0 (keep no activations of the chains) and 1.0 (keep all)."
+        )
+    if recompute is not None:
+        raise MfxError(f"recompute={recompute!r}: this version recomputes the steps of the chains and nothing else; leave it None.")
+    if example_inputs is not None:
+        raise MfxError("example_inputs are for models that need to be run to be captured, which this version cannot do yet.")
+    if not isinstance(min_steps, int) or isinstance(min_steps, bool) or min_steps < 1:
+        raise MfxError(f"min_steps={min_steps!r}: the number of steps a chain must have is an integer of at least 1.")
+    selection = Selection(min_steps, None if only is None else _patterns("only", only), _patterns("skip", skip))
+    return Options(gamma, velocity, arithmetic, float(memory_budget), verify, selection)
+
+
+def _check_velocity(velocity: Any) -> None:
+    if isinstance(velocity, nn.Module) or velocity in ("zero", "residual"):
+        return
+    if isinstance(velocity, Mapping) and all(isinstance(module, nn.Module) for module in velocity.values()):
+        return
+    raise MfxError(
+        f"velocity={velocity!r}: the velocity before the first step is 'zero', 'residual' (that of the first branch), a module "
+        "that computes it from the state, or a mapping from chain names to such modules."
+    )
+
+
+def _one_of(name: str, value: Any, values: tuple[str, ...]) -> None:
+    if value not in values:
+        raise MfxError(f"{name}={value!r}: must be {' or '.join(map(repr, values))}.")
+
+
+def _patterns(name: str, value: Any) -> tuple[str, ...]:
+    if value is None:
+        return ()
+    patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
+    if not all(isinstance(pattern, str) for pattern in patterns):
+        raise MfxError(f"{name}={value!r}: must be a chain name or module path, or several of them.")
+    return patterns

@@ -1,0 +1,51 @@
+"""Look at the shapes of a graph's values without computing them, and without touching the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mfx_passes import Findings, find_chains
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from mfx import compat
+from mfx.capture import Captured
+from mfx.options import Options
+from mfx.tree import tree_copy
+
+
+def find_with_shapes(
+    net: nn.Module, captured: Captured, options: Options, inputs: Mapping[str, Any]
+) -> Findings | None:
+    """What is found in a graph once shapes are known; None if they cannot be had without running the model."""
+    graph, _ = captured.copy()
+    mode = compat.fake_mode()
+    try:
+        with mode:
+            shadow = tree_copy(net, mode.from_tensor)
+            _remove_hooks(shadow)
+            fake = [pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs[name]) for name in captured.specialization.inputs]
+            _Shapes(shadow, graph).run(*fake)
+    except Exception:  # whatever goes wrong on tensors without values may go well on real ones
+        return None
+    return find_chains(graph, dict(net.named_modules()), options.selection)
+
+
+class _Shapes(fx.Interpreter):  # type: ignore[misc]
+    """Runs a graph and notes the value of every node."""
+
+    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+        super().__init__(root, graph=graph)
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["val"] = value
+        return value
+
+
+def _remove_hooks(module: nn.Module) -> None:
+    for inner in module.modules():
+        inner._forward_hooks.clear()
+        inner._forward_pre_hooks.clear()

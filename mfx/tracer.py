@@ -1,0 +1,187 @@
+"""A symbolic tracer that looks where residual adds may be, and notices what a trace would freeze."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import operator
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from mfx_passes import ModuleCall
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+
+# torch.nn is opaque to a tracer, which is right for all but the modules that hold residual adds themselves.
+_LOOKED_INTO = (
+    nn.Sequential,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+_EINOPS_FUNCTIONS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "asnumpy", "parse_shape")
+_INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+
+
+class _Value(fx.Proxy):  # type: ignore[misc]
+    """A proxy on which ``x += y`` is recorded as what it is: a change of x, not a new value."""
+
+
+def _record_inplace(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    function = getattr(operator, name)
+
+    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    return method
+
+
+for _name in _INPLACE:
+    setattr(_Value, f"__{_name}__", _record_inplace(_name))
+
+
+class SymbolicTracer(fx.Tracer):  # type: ignore[misc]
+    """Traces a module with all tensors symbolic, parameters and buffers included.
+
+    Args:
+        inputs: names of the arguments that are tensors.
+        constants: values of the other arguments, by name; the trace holds for these values only.
+
+    Attributes:
+        calls: the module calls that were walked through, in the order they ended.
+        walked: path and module of every module that was walked through, the root first.
+    """
+
+    def __init__(self, inputs: Sequence[str], constants: Mapping[str, Any]) -> None:
+        super().__init__(autowrap_functions=_einops_functions())
+        self._inputs = inputs
+        self._constants = constants
+        self.calls: list[ModuleCall] = []
+        self.walked: dict[str, nn.Module] = {}
+
+    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Record the forward pass of ``root``; see `torch.fx.Tracer.trace`."""
+        tensors = (*root.named_parameters(), *root.named_buffers())
+        self._tensor_paths = {id(tensor): path for path, tensor in reversed(tensors)}
+        self.walked = {"": root}
+        return super().trace(root, concrete_args)
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[[], Any], list[Any]]:
+        """A placeholder for every argument but those with a constant value."""
+        placeholders = {name: self.create_proxy("placeholder", name, (), {}) for name in self._inputs}
+
+        def forward() -> Any:
+            return root_fn(self.root, **placeholders, **self._constants)
+
+        # The tracer looks into the globals and annotations of what it calls, so they must be the model's.
+        return functools.wraps(root_fn)(forward), []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Modules of torch.nn and einops are called as they are, unless they may hold residual adds."""
+        if type(m) in _LOOKED_INTO:
+            return False
+        return type(m).__module__.startswith("einops.") or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Record a call, and for a module that is walked through, which nodes it consists of."""
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        self.walked[path] = m
+        last = next(reversed(self.graph.nodes), None)
+        # Hooks are run when the module is called, not when it is traced: a proxy means nothing to them.
+        output = super().call_module(m, m.forward, args, kwargs)
+        nodes = frozenset(_after(self.graph, last))
+        to_node = _proxies_to_nodes
+        self.calls.append(ModuleCall(path, to_node(args), to_node(kwargs), to_node(output), nodes))
+        return output
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers are symbolic: their values are none of the graph's business."""
+        path = self._tensor_paths.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
+        if path is None:
+            return attr_val
+        if path not in parameter_proxy_cache:
+            parameter_proxy_cache[path] = self.create_proxy("get_attr", path, (), {})
+        return parameter_proxy_cache[path]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Stand in for the value of a node."""
+        return _Value(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Record a node together with the user's lines that made it (cheaper than torch's own stack traces)."""
+        node = super().create_node(*args, **kwargs)
+        node.meta["stack_trace"] = _user_stack()
+        return node
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Iterate over a value whose number of parts is known, or told by the code that unpacks it."""
+        count = _count_of_parts(obj.node)
+        if count is None:
+            count = _count_asked_for(sys._getframe(2))
+        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
+
+
+def _einops_functions() -> tuple[Callable[..., Any], ...]:
+    einops = sys.modules.get("einops")
+    return tuple(getattr(einops, name) for name in _EINOPS_FUNCTIONS if hasattr(einops, name)) if einops else ()
+
+
+def _proxies_to_nodes(args: Any) -> Any:
+    return map_aggregate(args, lambda arg: arg.node if isinstance(arg, fx.Proxy) else arg)
+
+
+def _after(graph: fx.Graph, last: fx.Node | None) -> Iterator[fx.Node]:
+    node = next(iter(graph.nodes), None) if last is None else last.next
+    while node is not None and node.op != "root":
+        yield node
+        node = node.next
+
+
+def _user_stack() -> str:
+    """The frames of the user's model, outermost first, in the usual form."""
+    lines = []
+    frame = sys._getframe(2)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module == "mfx.capture":
+            break
+        if not module.startswith(("torch.fx", "torch.nn.modules.module", "torch.overrides", "mfx.tracer", "contextlib")):
+            lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n')
+        frame = frame.f_back  # type: ignore[assignment]
+    return "".join(reversed(lines))
+
+
+def _count_of_parts(node: fx.Node) -> int | None:
+    """Into how many parts a node splits its argument, if it says so itself."""
+    if node.target in ("chunk", torch.chunk):
+        count = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
+        return count if isinstance(count, int) else None
+    if node.target in ("split", torch.split, "tensor_split", torch.tensor_split):
+        sizes = node.args[1] if len(node.args) > 1 else node.kwargs.get("split_size_or_sections")
+        return len(sizes) if isinstance(sizes, list | tuple) else None
+    return None
+
+
+def _count_asked_for(frame: Any) -> int | None:
+    """How many parts ``a, b, c = *value, more`` asks for, read off the code that unpacks it."""
+    instructions = list(dis.get_instructions(frame.f_code))
+    at = next(i for i, instruction in enumerate(instructions) if instruction.offset >= frame.f_lasti)
+    if instructions[at].opname != "LIST_EXTEND":
+        return None
+    more = 0
+    for instruction in instructions[at + 1 :]:
+        if instruction.opname == "LIST_APPEND":
+            more += 1
+        elif instruction.opname == "UNPACK_SEQUENCE":
+            return int(instruction.argval) - more
+        elif instruction.opname in ("LIST_EXTEND", "BUILD_LIST", "CALL", "CALL_FUNCTION_EX", "RETURN_VALUE"):
+            return None
+    return None

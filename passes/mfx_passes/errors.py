@@ -1,0 +1,5 @@
+"""The one exception type of mfx."""
+
+
+class MfxError(Exception):
+    """Says what is wrong, where in the user's model, and what to do about it."""

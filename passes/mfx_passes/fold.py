@@ -1,0 +1,161 @@
+"""Nodes that make up a whole module call become that call again.
+
+A traced graph is flat: hooks on the attention module of a block would not fire, and replacing it would do nothing.
+Whatever lies within one branch (or outside all chains) can be called as the module it came from.
+
+Before::
+
+    fc1 = self.blocks.0.mlp.fc1(norm)
+    gelu = torch._C._nn.gelu(fc1)
+    fc2 = self.blocks.0.mlp.fc2(gelu)
+
+After::
+
+    blocks_0_mlp = self.blocks.0.mlp(norm)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from mfx_passes.ir import Chain, ModuleCall, Step
+from mfx_passes.normalize import Mutation
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def fold_calls(
+    graph: Graph, calls: Sequence[ModuleCall], chains: Sequence[Chain], mutations: Sequence[Mutation]
+) -> list[ModuleCall]:
+    """Fold every call that can be folded, the outermost first; the chains are brought up to date.
+
+    Returns:
+        The calls that were not folded: their modules' own ``forward`` and hooks do not run.
+    """
+    folder = _Folder(graph, chains, mutations)
+    flat = [call for call in sorted(calls, key=lambda call: -len(call.nodes)) if not folder.fold(call)]
+    folder.update(chains)
+    return flat
+
+
+class _Folder:
+    def __init__(self, graph: Graph, chains: Sequence[Chain], mutations: Sequence[Mutation]) -> None:
+        self._graph = graph
+        self._mutations = {mutation.node: mutation for mutation in mutations}
+        self._steps: dict[Node, list[Step]] = {}  # innermost last
+        self._single: set[Node] = set()  # what no module call may swallow: sums that become part of the momentum call
+        self._replaced: dict[Node, Node] = {}
+        self._gone: set[Node] = set()
+        for step in (step for chain in chains for step in chain.steps):
+            for node in step.nodes:
+                self._steps.setdefault(node, []).append(step)
+            if step.kind == "residual":
+                self._single |= step.add.sums
+
+    def fold(self, call: ModuleCall) -> bool:
+        """Fold one call; True also if it lies in one that is folded already."""
+        nodes = {node for node in call.nodes if node.op != "get_attr"}
+        if not nodes or nodes & self._gone:
+            return True
+        if not self._may_fold(call, nodes):
+            return False
+        first = min(nodes)
+        with self._graph.inserting_before(first):
+            folded = self._graph.call_module(call.target, self._current(call.args), self._current(call.kwargs))
+        folded.meta = _meta(first, call)
+        self._replace(call.output, folded, nodes, self._steps.get(first, []))
+        for node in sorted(nodes, reverse=True):
+            self._graph.erase_node(node)
+        self._gone |= nodes
+        return True
+
+    def _current(self, args: Any) -> Any:
+        return map_arg(args, lambda node: self._replaced.get(node, node))
+
+    def _may_fold(self, call: ModuleCall, nodes: set[Node]) -> bool:
+        holders = {tuple(map(id, self._steps.get(node, ()))) for node in nodes}
+        if len(holders) > 1 or nodes & self._single:
+            return False
+        inputs = {self._replaced.get(node, node) for node in _nodes_in([call.args, call.kwargs])}
+        read = {source for node in nodes for source in node.all_input_nodes if source.op != "get_attr"} - nodes
+        returned = set(_nodes_in(call.output))
+        return (
+            read <= inputs
+            and all(node in returned or nodes.issuperset(node.users) for node in nodes)
+            and _is_plain([call.args, call.kwargs, call.output])
+            and all(self._mutations[node].family <= nodes for node in nodes & self._mutations.keys())
+        )
+
+    def _replace(self, output: Any, value: Node, nodes: set[Node], steps: list[Step]) -> None:
+        """Let readers of the call's output, a node or a structure of them, read it from ``value``."""
+        for step in steps:
+            step.nodes -= nodes
+            step.nodes.add(value)
+        if isinstance(output, Node):
+            if output in nodes:
+                output.replace_all_uses_with(value)
+                self._replaced[output] = value
+                if "val" in output.meta:
+                    value.meta["val"] = output.meta["val"]
+            return
+        for key, part in _items(output):
+            if any(node in nodes for node in _nodes_in(part)):
+                with self._graph.inserting_after(value):
+                    item = self._graph.call_function(operator.getitem, (value, key))
+                item.meta = dict(value.meta)
+                self._replace(part, item, nodes, steps)
+
+    def update(self, chains: Sequence[Chain]) -> None:
+        """Point the steps to what replaced their nodes."""
+        for step in (step for chain in chains for step in chain.steps):
+            step.skip = self._replaced.get(step.skip, step.skip)
+            step.term = self._replaced.get(step.term, step.term)
+            step.out = self._replaced.get(step.out, step.out)
+
+
+def _meta(first: Node, call: ModuleCall) -> dict[str, Any]:
+    meta = {key: first.meta[key] for key in ("stack_trace", "custom") if key in first.meta}
+    stack = first.meta.get("nn_module_stack")
+    if stack:
+        meta["nn_module_stack"] = _up_to(stack, call.target)
+    return meta
+
+
+def _up_to(stack: Any, target: str) -> Any:
+    kept = type(stack)()
+    for key, value in stack.items():
+        kept[key] = value
+        if value[0] == target:
+            break
+    return kept
+
+
+def _nodes_in(args: Any) -> list[Node]:
+    found: list[Node] = []
+    map_arg(args, found.append)
+    return found
+
+
+def _items(output: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(output, dict):
+        return iter(output.items())
+    return iter(enumerate(output)) if isinstance(output, list | tuple) else iter(())
+
+
+def _is_plain(args: Any) -> bool:
+    """Whether a call with these arguments can be written into a graph."""
+    if isinstance(args, dict):
+        return all(isinstance(key, _PLAIN) for key in args) and _is_plain(list(args.values()))
+    if type(args) in (list, tuple):
+        return all(map(_is_plain, args))
+    return isinstance(args, (Node, *_PLAIN))
+
+
+def unfolded_paths(calls: Iterable[ModuleCall]) -> list[str]:
+    """Paths of the modules whose calls stayed flat."""
+    return sorted({call.target for call in calls})

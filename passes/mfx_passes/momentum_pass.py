@@ -1,0 +1,98 @@
+"""The whole road through the passes: find and check, fold, outline, rewrite."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+from torch.fx import Graph, GraphModule
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from mfx_passes.chains import find_chains
+from mfx_passes.fold import fold_calls
+from mfx_passes.index import GraphIndex
+from mfx_passes.ir import ChainGraphs, Findings, ModuleCall, Selection
+from mfx_passes.normalize import mutations_in
+from mfx_passes.rewrite import Insert, rewrite
+from mfx_passes.sizes import read_sizes_at_start
+
+
+MakeCall = Callable[[ChainGraphs], nn.Module]
+
+
+@dataclass(frozen=True)
+class Rewritten:
+    """What was found in a graph, and the module calls whose nodes stayed flat."""
+
+    findings: Findings
+    flat: list[ModuleCall]
+
+
+def rewrite_graph(
+    graph: Graph,
+    modules: dict[str, nn.Module],
+    insert: Insert,
+    selection: Selection = Selection(),  # noqa: B008 - frozen
+    calls: Sequence[ModuleCall] = (),
+) -> Rewritten:
+    """Find the chains of a graph and put a momentum call in the place of each, in place.
+
+    Args:
+        graph: the graph of a whole forward pass.
+        modules: the modules its ``call_module`` nodes call, by dotted path.
+        insert: see `rewrite.Insert`.
+        selection: which residual adds may be rewritten.
+        calls: the module calls the tracer walked through, to be called as modules again where that is possible.
+
+    Raises:
+        MfxError: a pattern of ``only`` or ``skip`` fits nothing.
+    """
+    findings = find_chains(graph, modules, selection)
+    index = GraphIndex(graph, modules)
+    for chain in findings.chains:
+        read_sizes_at_start(graph, chain, index.sizes)
+    flat = fold_calls(graph, calls, findings.chains, mutations_in(index))
+    rewrite(graph, findings.chains, modules, insert)
+    return Rewritten(findings, flat)
+
+
+def call_name(chain: str, taken: Container[str]) -> str:
+    """A name for a chain's momentum call that is an identifier and not taken: ``momentum_encoder_layers``."""
+    name = base = "momentum_" + re.sub(r"\W+", "_", chain).strip("_")
+    count = 1
+    while name in taken:
+        count += 1
+        name = f"{base}_{count}"
+    return name
+
+
+class MomentumPass(PassBase):  # type: ignore[misc]
+    """A ``torch.fx`` pass that turns every chain of residual adds of a ``GraphModule`` into one momentum call.
+
+    Args:
+        make_call: gets the graphs of a chain and returns the module that will run them; it is called with
+            ``(x, captures, roots)``, see `rewrite.Insert`.
+        selection: which residual adds may be rewritten.
+    """
+
+    def __init__(self, make_call: MakeCall, selection: Selection = Selection()) -> None:  # noqa: B008 - frozen
+        super().__init__()
+        self._make_call = make_call
+        self._selection = selection
+
+    def call(self, graph_module: GraphModule) -> PassResult:
+        """Rewrite a graph module in place; one without chains comes back as it was."""
+
+        def insert(graphs: ChainGraphs) -> tuple[str, str | None]:
+            name = call_name(graphs.name, graph_module._modules)
+            graph_module.add_submodule(name, self._make_call(graphs))
+            return name, None
+
+        modules = dict(graph_module.named_modules())
+        if not find_chains(graph_module.graph, modules, self._selection).chains:
+            return PassResult(graph_module, False)
+        rewrite_graph(graph_module.graph, modules, insert, self._selection)
+        graph_module.recompile()
+        return PassResult(graph_module, True)

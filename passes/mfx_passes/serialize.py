@@ -1,0 +1,102 @@
+"""Graphs that can be pickled at any size: a plain graph links its nodes in a row, which pickle follows node by node."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate
+
+from mfx_passes.ir import ModuleCall
+
+_KEPT_META = ("nn_module_stack", "stack_trace", "custom")
+
+
+@dataclass(frozen=True)
+class _Reference:
+    name: str
+
+
+class PortableGraph(Graph):  # type: ignore[misc]
+    """A graph that pickles, and copies, as a list of rows; metadata that is no description stays behind."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return portable, (_dump(self),)
+
+    def __deepcopy__(self, memo: dict[int, Any] | None = None) -> PortableGraph:
+        copied = copy_graph(self)
+        if memo is not None:
+            memo[id(self)] = copied
+        return copied
+
+
+def portable(rows: list[tuple[Any, ...]]) -> PortableGraph:
+    """The graph that these rows describe, node names included."""
+    graph = PortableGraph()
+    nodes: dict[str, Node] = {}
+    lookup = _lookup(nodes)
+    for op, name, target, args, kwargs, annotation, meta in rows:
+        args, kwargs = map_aggregate(args, lookup), map_aggregate(kwargs, lookup)
+        nodes[name] = graph.create_node(op, target, args, kwargs, name, annotation)
+        nodes[name].meta.update(meta)
+    return graph
+
+
+def copy_graph(graph: Graph) -> PortableGraph:
+    """A copy with the same node names."""
+    return portable(_dump(graph))
+
+
+def _dump(graph: Graph) -> list[tuple[Any, ...]]:
+    return [
+        (
+            node.op,
+            node.name,
+            node.target,
+            map_aggregate(node.args, _to_reference),
+            map_aggregate(node.kwargs, _to_reference),
+            node.type,
+            {key: node.meta[key] for key in _KEPT_META if key in node.meta},
+        )
+        for node in graph.nodes
+    ]
+
+
+def dump_calls(calls: Sequence[ModuleCall]) -> list[tuple[Any, ...]]:
+    """Module calls as picklable rows; see `load_calls`."""
+    return [
+        (
+            call.target,
+            map_aggregate(call.args, _to_reference),
+            map_aggregate(call.kwargs, _to_reference),
+            map_aggregate(call.output, _to_reference),
+            [node.name for node in call.nodes],
+        )
+        for call in calls
+    ]
+
+
+def load_calls(rows: list[tuple[Any, ...]], graph: Graph) -> list[ModuleCall]:
+    """The module calls that `dump_calls` was given, in terms of the nodes of ``graph``."""
+    nodes = {node.name: node for node in graph.nodes}
+    lookup = _lookup(nodes)
+    return [
+        ModuleCall(
+            target,
+            map_aggregate(args, lookup),
+            map_aggregate(kwargs, lookup),
+            map_aggregate(output, lookup),
+            frozenset(nodes[name] for name in names),
+        )
+        for target, args, kwargs, output, names in rows
+    ]
+
+
+def _to_reference(arg: Any) -> Any:
+    return _Reference(arg.name) if isinstance(arg, Node) else arg
+
+
+def _lookup(nodes: dict[str, Node]) -> Callable[[Any], Any]:
+    return lambda arg: nodes[arg.name] if isinstance(arg, _Reference) else arg

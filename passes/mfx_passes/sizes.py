@@ -1,0 +1,50 @@
+"""Sizes read off a state: all states of a chain share them, so they can be read off its first one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch.fx import Graph, Node
+
+from mfx_passes.ir import Chain
+
+
+def is_state_size(node: Node, states: Collection[Node], sizes: Collection[Node]) -> bool:
+    """Whether a node is computed from nothing but sizes of states."""
+    if node not in sizes:
+        return False
+    return all(source in states or is_state_size(source, states, sizes) for source in node.all_input_nodes)
+
+
+def read_sizes_at_start(graph: Graph, chain: Chain, sizes: set[Node]) -> None:
+    """Let the steps of a chain read sizes of states off the chain's start, where they read another step's.
+
+    Before::
+
+        shape = x1.shape             # in step 1, and read in step 2 as well
+
+    After::
+
+        shape_start = x0.shape       # before the chain; step 2 captures it
+
+    """
+    states = {chain.start, *chain.states}
+    copies: dict[Node, Node] = {}
+
+    def copy(node: Node) -> Node:
+        if node in states:
+            return chain.start
+        if node not in copies:
+            after = max((chain.start, *map(copy, node.all_input_nodes)))
+            with graph.inserting_after(after):
+                copies[node] = graph.node_copy(node, copy)
+            sizes.add(copies[node])
+        return copies[node]
+
+    owners = {node: step for step in chain.steps for node in step.nodes}
+    for step in chain.steps:
+        for node in list(step.nodes):
+            for source in node.all_input_nodes:
+                elsewhere = source not in step.nodes and (source in owners or set(source.all_input_nodes) & set(states))
+                if elsewhere and is_state_size(source, states, sizes):
+                    node.replace_input_with(source, copy(source))

@@ -1,0 +1,93 @@
+"""From runs of residual adds to steps: where each one starts and ends, and which nodes it owns."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from mfx_passes import vocabulary
+from mfx_passes.find import Link, Run
+from mfx_passes.index import GraphIndex
+from mfx_passes.ir import Rejection, Step, common_path, enclosing_path
+
+
+def assemble(run: Run, index: GraphIndex) -> tuple[list[list[Step]], list[Rejection]]:
+    """Rows of consecutive steps; a row ends where the stream's layout changes for good."""
+    rows: list[list[Step]] = [[]]
+    rejections: list[Rejection] = []
+    for link in run.links:
+        start = rows[-1][-1].out if rows[-1] else link.add.bases[0]
+        step = _step(link, start, run, index)
+        if step is None and rows[-1]:
+            rows.append([])
+            step = _step(link, link.add.bases[0], run, index)
+        if step is None:
+            rejections.append(Rejection(link.add.node, "the skip is rearranged on its way and not put back after the sum"))
+            rows.append([])
+        else:
+            rows[-1].append(step)
+    return [row for row in rows if row], rejections
+
+
+def _step(link: Link, skip: Node, run: Run, index: GraphIndex) -> Step | None:
+    path = link.add.skip_path
+    entry = [index.layout(node) for node in path[: path.index(skip)]]
+    end = link.tail[-1] if link.tail else link.add.node
+    moved = [kind for kind in entry[::-1] if kind != vocabulary.NEUTRAL]
+    out = _restored(end, moved, link, index) if moved else end
+    if out is None:
+        return None
+    nodes = _owned(skip, out, index)
+    kind = "map" if moved else run.kind
+    branch = nodes - link.add.sums - set(link.tail) - index.sizes - set(path)
+    return Step(link.add, skip, path[0], out, nodes, kind, common_path(map(enclosing_path, branch)))
+
+
+def _restored(end: Node, moved: list[tuple[object, ...] | None], link: Link, index: GraphIndex) -> Node | None:
+    """The node after ``end`` at which every rearrangement of the skip has been undone, last one first."""
+    pending = list(moved)
+    for node in _onwards(end, link, index):
+        kind = index.layout(node)
+        if kind == vocabulary.NEUTRAL:
+            continue
+        if kind is None or not vocabulary.undoes(kind, pending[-1] or ()):
+            return None
+        pending.pop()
+        if not pending:
+            return node
+    return None
+
+
+def _onwards(end: Node, link: Link, index: GraphIndex) -> list[Node]:
+    """Value-preserving operations from a state towards the next step's skip, or along a single path."""
+    if link.next is not None:
+        path = link.next.skip_path
+        return list(path[: path.index(end)][::-1])
+    onwards: list[Node] = []
+    while len(end.users) == 1:
+        end = next(iter(end.users))
+        if index.layout(end) is None:
+            break
+        onwards.append(end)
+    return onwards
+
+
+def _owned(skip: Node, out: Node, index: GraphIndex) -> set[Node]:
+    """The nodes between two states, and what was written beside them for nobody else.
+
+    That is: what ``out`` needs of what ``skip`` feeds; then checks and prints without readers; then whatever is read by
+    all these alone (a position bias made of parameters, a key projected from an encoder's output).
+    """
+    interval = [node for node in index.between(skip, out) if node.op not in ("placeholder", "get_attr", "output")]
+    fed = {skip}
+    for node in interval:
+        if any(source in fed for source in node.all_input_nodes):
+            fed.add(node)
+    needed = {out}
+    for node in reversed(interval):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    owned = {node for node in interval if node in fed and (node in needed or not node.users)}
+    for node in reversed(interval):
+        if node.users and owned.issuperset(node.users):
+            owned.add(node)
+    return owned
