@@ -183,8 +183,8 @@ def _user_line(error: BaseException, model: nn.Module) -> str:
 def _user_frame(frames: traceback.StackSummary, model: nn.Module) -> str:
     """The innermost line that is neither torch's nor ours."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
-    for frame in reversed(frames):
-        if not frame.filename.startswith(ours):
-            return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
+    theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
+    torchs = [frame for frame in frames if "/torch/nn/" in frame.filename and "/modules/module.py" not in frame.filename]
+    for frame in (theirs or torchs)[-1:]:
+        return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
     return f"in the forward of {type(model).__name__}"
-

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -31,7 +33,7 @@ def current_task() -> int:
 
 def when_task_ends(callback: Callable[[], None]) -> None:
     """Have ``callback`` called when the backward pass that this thread is in has ended (torch 2.11 to 2.15)."""
-    torch.autograd.Variable._execution_engine.queue_callback(callback)  # type: ignore[attr-defined]
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
 def autocast_now(device_type: str) -> Callable[[], AbstractContextManager[object]]:
@@ -56,19 +58,36 @@ def plain_transformer_layers() -> Iterator[None]:
 
     The shortcut decides by looking at shapes, which a symbolic trace does not have (torch 2.11 to 2.15).
     """
+    from torch.nn.modules import transformer
+
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        # The length is asked for by nothing but the guess whether a mask is causal, which is a hint and changes no value.
+        with (
+            patch.object(transformer, "_get_seq_len", lambda src, batch_first: None),
+            patch.object(transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True),
+        ):
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
-def fake_mode() -> AbstractContextManager[Any]:
-    """A mode in which tensors have shapes, dtypes and devices but no values (torch 2.11 to 2.15)."""
+@contextmanager
+def fake_mode() -> Iterator[Any]:
+    """A mode in which tensors have shapes, dtypes and devices but no values; what fails in it is not logged.
+
+    Read in torch 2.11 to 2.15.
+    """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    return FakeTensorMode(allow_non_fake_inputs=True)
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, log.disabled = log.disabled, True
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            yield mode
+    finally:
+        log.disabled = disabled
 
 
 def runs_for_real() -> bool:

@@ -33,7 +33,8 @@ class Gamma:
         Raises:
             MfxError: if ``value`` is not a real number in [0, 1), or is too close to 0 or 1 to be told from it.
         """
-        if not isinstance(value, numbers.Real) or isinstance(value, bool) or not 0 <= value < 1:
+        given: object = value
+        if isinstance(given, bool) or not isinstance(given, numbers.Real) or not 0 <= float(given) < 1:
             raise MfxError(f"gamma must be a real number with 0 <= gamma < 1, not {value!r}")
         exact = Fraction(value)
         if exact == 0:
@@ -66,7 +67,7 @@ class Gamma:
 
 
 def _simplest_between(low: Fraction, high: Fraction) -> Fraction:
-    """The fraction with the smallest denominator in [low, high], 0 <= low <= high (walking down the Stern–Brocot tree)."""
+    """The fraction with the smallest denominator in [low, high], found by walking down the Stern–Brocot tree."""
     whole = math.floor(low)
     if whole == low:
         return Fraction(whole)

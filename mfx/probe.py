@@ -21,9 +21,8 @@ def find_with_shapes(
 ) -> Findings | None:
     """What is found in a graph once shapes are known; None if they cannot be had without running the model."""
     graph, _ = captured.copy()
-    mode = compat.fake_mode()
     try:
-        with mode:
+        with compat.fake_mode() as mode:
             shadow = tree_copy(net, mode.from_tensor)
             _remove_hooks(shadow)
             fake = [pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs[name]) for name in captured.specialization.inputs]

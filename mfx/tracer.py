@@ -27,8 +27,23 @@ _EINOPS_FUNCTIONS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack"
 _INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 
 
-class _Value(fx.Proxy):  # type: ignore[misc]
+class _Honest(fx.Proxy):  # type: ignore[misc]
     """A proxy on which ``x += y`` is recorded as what it is: a change of x, not a new value."""
+
+    def __len__(self) -> int:
+        # A TypeError, because list.extend asks too, and takes it for "not known".
+        raise TypeError("the length of a traced value is not known")
+
+
+class _Attribute(_Honest, fx.proxy.Attribute):  # type: ignore[misc]
+    """``x.shape`` and the like."""
+
+
+class _Value(_Honest):
+    """The value of a node."""
+
+    def __getattr__(self, name: str) -> _Attribute:
+        return _Attribute(self, name)
 
 
 def _record_inplace(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -41,7 +56,7 @@ def _record_inplace(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
 
 
 for _name in _INPLACE:
-    setattr(_Value, f"__{_name}__", _record_inplace(_name))
+    setattr(_Honest, f"__{_name}__", _record_inplace(_name))
 
 
 class SymbolicTracer(fx.Tracer):  # type: ignore[misc]

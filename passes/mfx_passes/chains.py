@@ -86,13 +86,18 @@ class _Outputs:
         self._own |= step.nodes
 
     def feed(self, step: Step, row: list[Step]) -> bool:
-        """Whether a capture of ``step`` is computed from the row (its size, which all states share, does not count)."""
+        """Whether a capture of ``step`` is computed from the row.
+
+        Sizes do not count: all states share theirs, and what an earlier branch computed of others is handed on.
+        """
         states = {row[0].skip, *(earlier.out for earlier in row)}
         for node in self._index.between(row[-1].skip, step.out):
-            if node not in step.nodes and any(source in self._own or source in self._fed for source in node.all_input_nodes):
+            outside = node not in self._own and node not in step.nodes
+            if outside and any(source in self._own or source in self._fed for source in node.all_input_nodes):
                 self._fed.add(node)
-        captures = [node for node in inputs_of(step)[1:] if not is_state_size(node, states, self._index.sizes)]
-        return any(node in self._own or node in self._fed for node in captures)
+        sizes = self._index.sizes
+        captures = [node for node in inputs_of(step)[1:] if not is_state_size(node, states, sizes)]
+        return any((node in self._own and node not in sizes) or node in self._fed for node in captures)
 
 
 def _long_enough(rows: Iterable[list[Step]], min_steps: int, rejections: list[Rejection]) -> list[list[Step]]:

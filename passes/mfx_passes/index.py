@@ -42,7 +42,8 @@ class GraphIndex:
         for node in self.nodes:
             bits = 0
             for source in node.all_input_nodes:
-                bits |= ancestors[source]
+                if source not in self.sizes:  # who knows a tensor's shape is not computed from its values
+                    bits |= ancestors[source]
             if node not in self.sizes and (len(node.users) > 1 or any(terms(user) for user in node.users)):
                 watched[node] = len(watched)
                 bits |= 1 << watched[node]

@@ -15,9 +15,11 @@ from mfx_passes.serialize import PortableGraph
 
 def outline(chain: Chain) -> tuple[ChainGraphs, list[Node], list[list[Node]]]:
     """The graphs of a chain, the nodes it captures, and for each step the nodes that others read (its side outputs)."""
-    captures = list(dict.fromkeys(node for step in chain.steps for node in inputs_of(step)[1:]))
-    position = {node: i for i, node in enumerate(captures)}
+    inside = chain.nodes
+    read = dict.fromkeys(node for step in chain.steps for node in inputs_of(step)[1:])
+    captures = [node for node in read if node not in inside]
     sides = [side_outputs(step) for step in chain.steps]
+    position = {node: i for i, node in enumerate([*captures, *(node for side in sides for node in side)])}
     steps = tuple(_outline_step(step, position, side) for step, side in zip(chain.steps, sides, strict=True))
     return ChainGraphs(chain.name, steps, _taps(chain)), captures, sides
 

@@ -69,7 +69,10 @@ def _rewrite_chain(graph: Graph, chain: Chain, chains: Sequence[Chain], modules:
         _protect(graph, new, modules)
     for node in sorted(inside, reverse=True):
         graph.erase_node(node)
-    _update(chains, inside, replaced, {*added, *values})
+    read = [value for value in values if value.users]
+    for value in set(values) - set(read) - {call}:
+        graph.erase_node(value)
+    _update(chains, inside, replaced, {*added, *read})
 
 
 def _late_readers(graph: Graph, inside: Collection[Node], anchor: Node) -> list[Node]:

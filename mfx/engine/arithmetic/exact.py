@@ -1,0 +1,145 @@
+"""Arithmetic "exact": x and v in int64 fixed point, walked back bit for bit."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+from typing_extensions import Self, override
+
+from mfx.engine.arithmetic.base import Frozen, State
+from mfx.engine.arithmetic.range import Guard
+from mfx.engine.arithmetic.store import DigitStore
+from mfx.gamma import Gamma
+
+__all__ = ["ExactState"]
+
+_ONE = 2.0**40  # 1.0 in fixed point
+
+
+class ExactState(State):
+    """X and V, the integers nearest to 2⁴⁰·x and 2⁴⁰·v, and the digits that multiplying V by γ left over.
+
+    Every sum is a sum of integers and every product is reversible, so walking back gives the very integers of the
+    forward pass, if the branch gives the very same values: it reads ``stream()``, which depends on X alone.
+    """
+
+    verifiable = True
+    rounds_input = True
+
+    def __init__(self, X: Tensor, V: Tensor | None, store: DigitStore, dtype: torch.dtype, guard: Guard) -> None:
+        self.X, self.V, self.store, self.dtype, self.guard = X, V, store, dtype, guard
+        self.owned = True  # whether X and V may be overwritten
+        self.first_v: Tensor | None = None
+        self.steps = 0
+
+    @classmethod
+    @override
+    def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool) -> Self:
+        guard = Guard()
+        X = _fixed(guard.admit(x.detach()), _ONE)
+        V = None if v is None else _fixed(guard.admit(v.detach()), _ONE)
+        state = cls(X, V, DigitStore(keep_limbs=reversible), x.dtype, guard)
+        state.first_v = None if V is None or not reversible else V.sum()
+        return state
+
+    @staticmethod
+    @override
+    def anchor_every(gamma: Gamma, dtype: torch.dtype) -> int | None:
+        return None
+
+    @staticmethod
+    @override
+    def bytes_kept(gamma: Gamma, dtype: torch.dtype, steps: int) -> float:
+        limbs = math.log2(gamma.denominator / gamma.numerator) * steps // 32
+        return 24 + 4 * limbs
+
+    @override
+    def stream(self) -> Tensor:
+        return self.guard.mark(self.X.to(torch.float64).mul_(1 / _ONE).to(self.dtype))
+
+    @override
+    def advance(self, y: Tensor, kind: str, gamma: Gamma) -> None:
+        F = self._increment(self.guard.admit(y), kind, gamma)
+        if self.V is not None and not gamma.is_zero:
+            V = self.V if self.owned else self.V.clone()
+            F.add_(self.store.multiply(V, gamma.numerator, gamma.denominator))
+        self.V = F
+        self.X = torch.add(self.X, F, out=self.X if self.owned else None)
+        self.owned = True
+        self.steps += 1
+        self.guard.check(self.X)
+
+    @override
+    def retreat_x(self) -> None:
+        self.X = torch.sub(self.X, self._velocity(), out=self.X if self.owned else None)
+
+    @override
+    def retreat_v(self, y: Tensor, kind: str, gamma: Gamma) -> None:
+        F = self._increment(self.guard.clean(y), kind, gamma)
+        V = torch.sub(self._velocity(), F, out=F)
+        self.V, self.owned = None, True  # frees the old one before the division needs memory
+        self.steps -= 1
+        divides = not gamma.is_zero and (self.steps > 0 or self.first_v is not None)
+        self.V = self.store.divide(V, gamma.numerator, gamma.denominator) if divides else V
+
+    @override
+    def freeze(self) -> Frozen:
+        self.owned = self.store.owned = False
+        tensors = (self.X, self._velocity(), *self.store.limbs)
+        has_top = self.store.top is not None
+        if self.store.top is not None:
+            tensors = (*tensors, self.store.top)
+        thaw = partial(_thaw, self.dtype, self.guard, tuple(self.store.spilled), has_top, self.steps, self.first_v)
+        return Frozen(tensors, thaw)
+
+    @override
+    def is_start(self) -> Tensor:
+        V = self._velocity()
+        same_v = (V == 0).all() if self.first_v is None else V.sum() == self.first_v
+        same = same_v & self.store.is_empty()
+        # Poisoned elements are not walked back to where they came from.
+        return same if self.guard.poison is None else same | self.guard.poison.any()
+
+    @override
+    def overflowed(self) -> Tensor | None:
+        return self.guard.overflowed
+
+    def _increment(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
+        """(1−γ)·f in fixed point: the one formula that both directions use."""
+        if kind == "residual":
+            return _fixed(y, gamma.rest * _ONE)
+        F = _fixed(y, _ONE).sub_(self.X)
+        return _rounded(F.to(torch.float64).mul_(gamma.rest))
+
+    def _velocity(self) -> Tensor:
+        assert self.V is not None, "before the first step there is nothing to walk back"
+        return self.V
+
+
+def _fixed(t: Tensor, scale: float) -> Tensor:
+    return _rounded(t.detach().to(torch.float64, copy=True).mul_(scale))
+
+
+def _rounded(t: Tensor) -> Tensor:
+    """The nearest integers to float64 ``t``, written over it: element for element, in the same eight bytes."""
+    return t.view(torch.int64).copy_(t.round_())
+
+
+def _thaw(
+    dtype: torch.dtype,
+    guard: Guard,
+    spilled: tuple[bool, ...],
+    has_top: bool,
+    steps: int,
+    first_v: Tensor | None,
+    tensors: tuple[Tensor, ...],
+) -> ExactState:
+    X, V, *limbs = tensors
+    store = DigitStore(limbs.pop() if has_top else None, tuple(limbs))
+    store.spilled = list(spilled)
+    state = ExactState(X, V, store, dtype, guard)
+    state.owned, state.steps, state.first_v = False, steps, first_v
+    return state

@@ -1,0 +1,90 @@
+"""Arithmetic "float": x and v in float32 (float64 for float64 streams), walked back by floating-point arithmetic."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+from typing_extensions import Self, override
+
+from mfx.engine.arithmetic.base import Frozen, State, wide
+from mfx.gamma import Gamma
+
+__all__ = ["FloatState"]
+
+# The relative error in a rebuilt state that the anchors hold it to.
+_TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
+
+
+class FloatState(State):
+    """For a float32 stream, ``x`` is the stream tensor itself. Steps are out of place on x, in place on an own v."""
+
+    verifiable = False
+    rounds_input = False
+
+    def __init__(self, x: Tensor, v: Tensor | None, dtype: torch.dtype, *, owns_v: bool) -> None:
+        self.x, self.v, self.dtype, self.owns_v = x, v, dtype, owns_v
+
+    @classmethod
+    @override
+    def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool) -> Self:
+        dtype = wide(x.dtype)
+        x_state, v_state = x.detach().to(dtype), None if v is None else v.detach().to(dtype)
+        return cls(x_state, v_state, x.dtype, owns_v=False)
+
+    @staticmethod
+    @override
+    def anchor_every(gamma: Gamma, dtype: torch.dtype) -> int | None:
+        # A step back divides the error in v by γ, so after K steps it is eps·γ^(−K).
+        dtype = wide(dtype)
+        growth = math.log(gamma.denominator / gamma.numerator)
+        return math.floor(math.log(_TOLERANCE[dtype] / torch.finfo(dtype).eps) / growth)
+
+    @staticmethod
+    @override
+    def bytes_kept(gamma: Gamma, dtype: torch.dtype, steps: int) -> float:
+        every = FloatState.anchor_every(gamma, dtype) or 1
+        states = 1 + (steps - 1) // every if every >= 3 else math.inf
+        return 2 * wide(dtype).itemsize * states
+
+    @override
+    def stream(self) -> Tensor:
+        return self.x.to(self.dtype)
+
+    @override
+    def advance(self, y: Tensor, kind: str, gamma: Gamma) -> None:
+        f = torch.sub(y, self.x) if kind == "map" else y
+        if self.v is None:
+            self.v = f.to(self.x.dtype) * gamma.rest
+        else:
+            v = self.v.mul_(gamma.value) if self.owns_v else self.v * gamma.value
+            self.v = v.add_(f, alpha=gamma.rest)
+        self.owns_v = True
+        self.x = self.x + self.v
+
+    @override
+    def retreat_x(self) -> None:
+        self.x = self.x - self._velocity()
+
+    @override
+    def retreat_v(self, y: Tensor, kind: str, gamma: Gamma) -> None:
+        f = torch.sub(y, self.x) if kind == "map" else y
+        v = self._velocity()
+        v = v.sub_(f, alpha=gamma.rest) if self.owns_v else v.sub(f, alpha=gamma.rest)
+        self.v, self.owns_v = v.div_(gamma.value), True
+
+    @override
+    def freeze(self) -> Frozen:
+        self.owns_v = False
+        return Frozen((self.x, self._velocity()), partial(_thaw, self.dtype))
+
+    def _velocity(self) -> Tensor:
+        assert self.v is not None, "before the first step there is nothing to walk back"
+        return self.v
+
+
+def _thaw(dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> FloatState:
+    x, v = tensors
+    return FloatState(x, v, dtype, owns_v=False)

@@ -1,0 +1,261 @@
+"""The momentum call: one chain, run forward so that its backward pass can rebuild what it needs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from mfx.engine.arithmetic import ARITHMETICS, State
+from mfx.engine.arithmetic.base import wide
+from mfx.engine.keep import tensors_in
+from mfx.engine.reads import Reads
+from mfx.engine.runners import FromInputs, FromTape, Ordinary, Runner
+from mfx.engine.scope import enclosing_is_recorded, inside_chain
+from mfx.engine.steps import ChainOutput, StepFunction
+from mfx.engine.surroundings import Memory
+from mfx.engine.update import Enter, Link, Update
+from mfx.gamma import Gamma
+from mfx_passes.errors import MfxError
+
+__all__ = ["run_chain"]
+
+Velocity = Literal["residual"] | Tensor | None
+_ZERO = Gamma(0, 1)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The arguments of one call."""
+
+    name: str
+    steps: Sequence[StepFunction]
+    captures: Sequence[Any]
+    root: Any
+    gamma: Gamma
+    arithmetic: type[State]
+    memory_budget: float
+    velocity: Velocity
+    taps: Sequence[int]
+    memory: Memory
+    verify: str
+
+
+def run_chain(
+    name: str,
+    steps: Sequence[StepFunction],
+    x: Tensor,
+    captures: Sequence[Any],
+    root: Any,
+    *,
+    gamma: Gamma,
+    arithmetic: str = "exact",
+    memory_budget: float = 0.0,
+    velocity: Velocity = None,
+    taps: Sequence[int] = (),
+    memory: Memory | None = None,
+    verify: str = "warn",
+) -> ChainOutput:
+    """Run a chain of steps with momentum: v ← γ·v + (1−γ)·f(x), x ← x + v (Sander et al., ICML 2021).
+
+    Args:
+        name: the chain's name, for messages.
+        steps: the steps, at least one.
+        x: the stream's tensor before the first step, of any shape and floating dtype.
+        captures: other values the steps read, tensors or not.
+        root: object through which the steps find their modules and parameters, at every call.
+        gamma: γ. At 0 the steps' ``original`` functions run, and of each only the input is kept.
+        arithmetic: "exact" or "float".
+        memory_budget: 0.0 to rebuild what the backward pass needs; 1.0 to keep it, as ordinary backpropagation does.
+            The function is the same.
+        velocity: v before the first step: zero, a tensor like ``x`` (which gets a gradient), or "residual": such that v
+            after the first step is f(x).
+        taps: numbers of steps 1 ≤ t < len(steps) after which x is asked for.
+        memory: what is to be remembered between calls of this chain, a dictionary owned by the caller.
+        verify: what to do if a backward pass in exact arithmetic does not end where the forward pass began: "warn",
+            "raise" or "off". On a CPU at once, elsewhere at the next call with the same ``memory``.
+
+    Raises:
+        MfxError: if a branch's value does not fit the stream, or values leave the range of exact arithmetic; in the
+            backward pass, if the second run of a step cannot be or was not as the first.
+    """
+    if arithmetic not in ARITHMETICS:
+        raise MfxError(f"arithmetic must be one of {sorted(ARITHMETICS)}, not {arithmetic!r}")
+    memory = {} if memory is None else memory
+    _read_pending(memory)
+    call = _Call(
+        name, steps, captures, root, gamma, ARITHMETICS[arithmetic], memory_budget, velocity, taps, memory, verify
+    )
+    recorded = enclosing_is_recorded()
+    with inside_chain(recorded := _needs_grad(call, x) if recorded is None else recorded):
+        if gamma.is_zero:
+            return _run_original(call, x)
+        return _run_recorded(call, x) if recorded else _run_plain(call, x)
+
+
+class _Collector:
+    """Gathers a call's output, and holds on to no more of the stream than was asked for."""
+
+    def __init__(self, taps: Sequence[int]) -> None:
+        self._asked = taps
+        self._taps: dict[int, Tensor] = {}
+        self._sides: list[tuple[Any, ...]] = []
+
+    @property
+    def has_sides(self) -> bool:
+        return any(self._sides)
+
+    def add(self, x: Tensor, side: Sequence[Any]) -> None:
+        self._x = x
+        self._sides.append(tuple(side))
+        if len(self._sides) in self._asked:
+            self._taps[len(self._sides)] = x
+
+    def finish(self) -> ChainOutput:
+        return ChainOutput(self._x, tuple(self._taps[t] for t in self._asked), tuple(self._sides))
+
+
+def _needs_grad(call: _Call, x: Tensor) -> bool:
+    if not torch.is_grad_enabled():
+        return False
+    if any(t.requires_grad for t in tensors_in((x, call.velocity, tuple(call.captures)))):
+        return True
+    reads = (Reads(call.root, step.targets, step.path) for step in call.steps)
+    return any(slot.tensor.requires_grad for read in reads for slot in read.slots)
+
+
+def _run_original(call: _Call, x: Tensor) -> ChainOutput:
+    runner: Runner = Ordinary(call.root, call.captures, original=True)
+    if _recomputes(call):
+        runner = FromInputs(call.name, call.root, call.captures, x.device, call.memory, original=True)
+    out = _Collector(call.taps)
+    for index, step in enumerate(call.steps):
+        x, *side = runner.run(index, step, x, _ZERO)
+        out.add(x, side)
+    return out.finish()
+
+
+def _run_plain(call: _Call, x: Tensor) -> ChainOutput:
+    """The recurrence by ordinary operations, without a backward pass."""
+    runner = Ordinary(call.root, call.captures, original=False)
+    dtype, state = x.dtype, x.to(wide(x.dtype))
+    v = call.velocity.to(state.dtype) if isinstance(call.velocity, Tensor) else None
+    out = _Collector(call.taps)
+    for index, step in enumerate(call.steps):
+        y, *side = runner.run(index, step, x, call.gamma)
+        _check_fits(call, step, x, y)
+        gamma = _gamma_at(call, index)
+        f = y - state if step.kind == "map" else y.to(state.dtype)
+        v = f * gamma.rest if v is None else torch.add(v * gamma.value, f, alpha=gamma.rest)
+        state = state + v
+        x = state.to(dtype)
+        out.add(x, side)
+    return out.finish()
+
+
+def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
+    """The recurrence in the chain's arithmetic, under autograd."""
+    runner = _choose_runner(call, x)
+    tape = runner.tape if isinstance(runner, FromTape) else None
+    v = call.velocity if isinstance(call.velocity, Tensor) else None
+    state = call.arithmetic.start(x, v, reversible=tape is not None)
+    if state.rounds_input:
+        x = Enter.apply(x, state)
+    out, end = _Collector(call.taps), len(call.steps)
+    spacing = call.arithmetic.anchor_every(call.gamma, x.dtype) or end
+    for index, step in enumerate(call.steps):
+        gamma = _gamma_at(call, index)
+        y, *side = runner.run(index, step, x, gamma)
+        _check_fits(call, step, x, y)
+        # Gradients then come in elsewhere too, and the last update may be dead when they do.
+        on_tape = bool(call.taps or side) or out.has_sides
+        last = tape if index == end - 1 and not on_tape else None
+        x, v = Update.apply(x, v, y, Link(state, step.kind, gamma, last))
+        out.add(x, side)
+        if x.device.type == "cpu" or index == end - 1:
+            _notice_overflow(call, step, state)
+        if tape is not None and (on_tape if index == end - 1 else (index + 1) % spacing == 0):
+            tape.store(index + 1, state, f"{call.name}: the stream after step {step.path}")
+    return out.finish()
+
+
+def _choose_runner(call: _Call, x: Tensor) -> Runner:
+    if not _recomputes(call):
+        return Ordinary(call.root, call.captures, original=False)
+    common = call.name, call.root, call.captures, x.device, call.memory
+    steps = len(call.steps)
+    if call.arithmetic.bytes_kept(call.gamma, x.dtype, steps) >= x.dtype.itemsize * steps:
+        return FromInputs(*common, original=False)
+    checked = call.arithmetic.verifiable and call.verify != "off"
+    return FromTape(*common, verify=partial(_verify, call.name, call.memory, call.verify) if checked else None)
+
+
+def _recomputes(call: _Call) -> bool:
+    # Under no_grad in a branch of a recorded chain the arithmetic is the recorded one, but nothing is saved.
+    return call.memory_budget < 1 and torch.is_grad_enabled() and enclosing_is_recorded() is True
+
+
+def _gamma_at(call: _Call, index: int) -> Gamma:
+    return _ZERO if index == 0 and isinstance(call.velocity, str) else call.gamma
+
+
+def _check_fits(call: _Call, step: StepFunction, x: Tensor, y: object) -> None:
+    if not isinstance(y, Tensor):
+        found = f"a {type(y).__name__}"
+    elif y.shape != x.shape:
+        found = f"a tensor of shape {tuple(y.shape)}"
+    elif not y.is_floating_point() or torch.promote_types(x.dtype, y.dtype) != x.dtype:
+        found = f"a tensor of dtype {y.dtype}"
+    elif y.device != x.device:
+        found = f"a tensor on {y.device}"
+    else:
+        return
+    raise MfxError(
+        f"chain {call.name}, step {step.path}: the branch gave {found}; it is to be added to a stream of shape "
+        f"{tuple(x.shape)}, {x.dtype}, on {x.device}. Skip this step"
+    )
+
+
+def _notice_overflow(call: _Call, step: StepFunction, state: State) -> None:
+    overflowed = state.overflowed()
+    if overflowed is None:
+        return
+    error = (
+        f"chain {call.name}, at or before step {step.path}: values beyond ±4·10⁶, more than arithmetic='exact' "
+        "can hold; use arithmetic='float'"
+    )
+    _read(overflowed, "raise", error, call.memory)
+
+
+def _verify(name: str, memory: Memory, action: str, same: Tensor) -> None:
+    error = (
+        f"chain {name}: rebuilding the activations did not lead back to where the forward pass began, so gradients are "
+        "wrong: some step did not compute the same values twice. Look for nondeterministic operations "
+        "(torch.use_deterministic_algorithms) and for Python state"
+    )
+    _read(~same, action, error, memory)
+
+
+def _read(flag: Tensor, action: str, message: str, memory: Memory) -> None:
+    """Act on ``flag`` now if that waits for nothing, else at the next call."""
+    if flag.device.type != "cpu":
+        memory.setdefault("pending", []).append((flag, action, message))
+    elif flag.item():
+        _act(action, message)
+
+
+def _read_pending(memory: Memory) -> None:
+    for flag, action, message in memory.pop("pending", ()):
+        if flag.item():
+            _act(action, message)
+
+
+def _act(action: str, message: str) -> None:
+    if action == "raise":
+        raise MfxError(message)
+    warnings.warn(message, stacklevel=3)

@@ -1,0 +1,165 @@
+"""One step of one call: run under hooks that keep nothing, and run again to provide what they were asked for."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from mfx.compat import NO_TASK, current_task, when_task_ends
+from mfx.engine.keep import Captures
+from mfx.engine.surroundings import Surroundings
+from mfx_passes.errors import MfxError
+
+__all__ = ["Frame", "Handle", "Rebuilt"]
+
+Branch = Callable[..., tuple[Any, ...]]
+
+
+class Handle:
+    """Stands in the autograd graph for one tensor that a branch wanted saved."""
+
+    __slots__ = ("__weakref__",)
+
+
+class Rebuilt:
+    """The tensors that a second run provided, for the handles that are still in the graph, in one backward pass.
+
+    Keys are weak: as autograd lets go of a node, it lets go of the node's handles, and their tensors go too.
+    """
+
+    def __init__(self) -> None:
+        self._task = NO_TASK
+        self._tensors: weakref.WeakKeyDictionary[Handle, Tensor] = weakref.WeakKeyDictionary()
+
+    def provide(self, handle: Handle, rebuild: Callable[[], None]) -> Tensor:
+        """The tensor behind ``handle``, after ``rebuild`` if it is not there."""
+        self._enter(current_task())
+        if handle not in self._tensors:
+            rebuild()
+        tensor = self._tensors[handle]
+        if self._task == NO_TASK:
+            self.clear()
+        return tensor
+
+    def put(self, handle: Handle, tensor: Tensor) -> None:
+        """Provide ``tensor`` for ``handle``."""
+        self._tensors[handle] = tensor
+
+    def clear(self) -> None:
+        """Forget the tensors; handles that are asked for again are rebuilt again."""
+        self._tensors.clear()
+
+    def _enter(self, task: int) -> None:
+        if task == self._task:
+            return
+        # Nothing rebuilt in another pass may serve here: parameters may have changed between, which the rebuild checks.
+        self.clear()
+        self._task = task
+        if task != NO_TASK:
+            when_task_ends(partial(_clear_after, weakref.ref(self), task))
+
+
+def _clear_after(this: weakref.ref[Rebuilt], task: int) -> None:
+    rebuilt = this()
+    if rebuilt is not None and rebuilt._task == task:
+        rebuilt.clear()
+        rebuilt._task = NO_TASK
+
+
+class Frame:
+    """A step as it ran in the forward pass. Knows its place in no tape, so that neither keeps the other alive."""
+
+    def __init__(
+        self,
+        where: str,
+        path: str,
+        call: Branch,
+        root: Any,
+        captures: tuple[int, ...],
+        values: Captures,
+        world: Surroundings,
+    ) -> None:
+        self._where, self._path, self._call, self._root = where, path, call, root
+        self._captures, self._values, self._world = captures, values, world
+        self._handles: list[weakref.ref[Handle]] = []
+        self._packed: list[tuple[torch.Size, torch.dtype]] = []
+        self._requires_grad = False
+        self.live: Tensor | None = None  # the input, while the forward is still running
+
+    def run(self, x: Tensor, values: Sequence[Any], unpack: Callable[[Handle], Tensor]) -> tuple[Any, ...]:
+        """Run the step, under hooks whose handles ``unpack`` will be asked about."""
+        self._requires_grad, self.live = x.requires_grad, x.detach()
+        with saved_tensors_hooks(self._pack, unpack):
+            outputs = self._call(self._root, x, *(values[i] for i in self._captures))
+        self.live = None
+        self._world.settle()
+        return outputs
+
+    def rerun(self, x: Tensor, rebuilt: Rebuilt) -> Tensor:
+        """Run the step again on ``x``, provide what its handles stand for, and return the branch's value.
+
+        Raises:
+            MfxError: if it does not save the same number of tensors, of the same shapes and dtypes.
+        """
+        unfinished = self.live is not None  # autograd is used inside the branch, while it is still running
+        again = _Again(self._handles, self._packed, rebuilt)
+        values = self._values.get()
+        with torch.enable_grad(), self._world.again(), saved_tensors_hooks(again.pack, _as_is):
+            # As in the forward pass, the input is no leaf: autocast caches what it casts of leaves.
+            x = x.detach().requires_grad_(self._requires_grad).view_as(x)
+            outputs = self._call(self._root, x, *(values[i] for i in self._captures))
+        if again.wrong is not None or not (unfinished or again.count == len(self._packed)):
+            raise MfxError(self._complaint(again))
+        y: Tensor = outputs[0].detach()
+        return y
+
+    def _pack(self, tensor: Tensor) -> Handle:
+        handle = Handle()
+        self._handles.append(weakref.ref(handle))
+        self._packed.append((tensor.shape, tensor.dtype))
+        return handle
+
+    def _complaint(self, again: _Again) -> str:
+        what = again.wrong or f"saved {again.count} tensors, {len(self._packed)} in the forward pass"
+        return (
+            f"{self._where}, step {self._path}: the second run of this step, in the backward pass, {what}. A step must "
+            "do the same both times: see that it depends on nothing that changed in between (Python state, an "
+            "attribute, a global, a random number not drawn from torch), or skip it"
+        )
+
+
+class _Again:
+    """The hooks of a second run: hand over to live handles, in order, and check."""
+
+    def __init__(
+        self, handles: list[weakref.ref[Handle]], packed: list[tuple[torch.Size, torch.dtype]], rebuilt: Rebuilt
+    ) -> None:
+        self._handles, self._packed, self._rebuilt = handles, packed, rebuilt
+        self.count = 0
+        self.wrong: str | None = None
+
+    def pack(self, tensor: Tensor) -> Tensor:
+        index, self.count = self.count, self.count + 1
+        tensor = tensor.detach()
+        if index < len(self._packed) and self.wrong is None:
+            (shape, dtype), found = self._packed[index], (tensor.shape, tensor.dtype)
+            if found != (shape, dtype):
+                self.wrong = (
+                    f"saved a tensor of shape {tuple(tensor.shape)}, {tensor.dtype}, as number {index}, "
+                    f"{tuple(shape)}, {dtype} in the forward pass"
+                )
+            handle = self._handles[index]()
+            if handle is not None:
+                self._rebuilt.put(handle, tensor)
+        # Kept by the second run's own graph too, which dies with the run: a branch may use autograd itself.
+        return tensor
+
+
+def _as_is(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,163 @@
+"""Walking a chain back, step by step, as the backward pass asks for what the steps saved."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfx.compat import NO_TASK, current_task, when_task_ends
+from mfx.engine.arithmetic import State
+from mfx.engine.frame import Frame, Handle, Rebuilt
+from mfx.engine.keep import Kept
+from mfx.gamma import Gamma
+
+__all__ = ["StoredInput", "Tape"]
+
+
+class StoredInput:
+    """The source of one step's input when inputs are kept: as in an ordinary checkpoint."""
+
+    def __init__(self, frame: Frame, x: Tensor, rebuilt: Rebuilt, what: str) -> None:
+        self._frame, self._rebuilt = frame, rebuilt
+        self._x = Kept([x], what)
+
+    def unpack(self, handle: Handle) -> Tensor:
+        """The tensor that ``handle`` stands for."""
+        return self._rebuilt.provide(handle, self._rebuild)
+
+    def _rebuild(self) -> None:
+        self._rebuilt.clear()
+        self._frame.rerun(self._x.get()[0], self._rebuilt)
+
+
+@dataclass
+class _Walk:
+    """How far down one backward pass has come: ``state`` is the chain's after ``position`` steps."""
+
+    task: int
+    position: int
+    state: State | None
+    again: bool | None = None  # whether there is a state to start again from, once that was looked up
+    ends_with_task: bool = False
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A state that the tape can start from."""
+
+    tensors: Callable[[], tuple[Tensor, ...]]
+    thaw: Callable[[tuple[Tensor, ...]], State]
+
+
+class Tape:
+    """The steps of one call, and the states to walk back from.
+
+    The end state is kept by the last update's autograd node, which lets go of it as soon as the walk has begun; or
+    here, by ``store(len(steps), ...)``, if gradients may arrive without passing through that node. ``verify`` is told,
+    after a complete walk, whether it ended where the chain began.
+    """
+
+    def __init__(self, verify: Callable[[Tensor], None] | None) -> None:
+        self.last: weakref.ref[Any] | None = None
+        self._steps: list[tuple[Frame, str, Gamma]] = []
+        self._stored: dict[int, _Stored] = {}
+        self._walk: _Walk | None = None
+        self._rebuilt = Rebuilt()
+        self._verify = verify
+
+    def add(self, frame: Frame, kind: str, gamma: Gamma) -> Callable[[Handle], Tensor]:
+        """Take in the next step; returns what unpacks its handles."""
+        self._steps.append((frame, kind, gamma))
+        return partial(self._unpack, len(self._steps) - 1)
+
+    def store(self, position: int, state: State, what: str) -> None:
+        """Keep the state after ``position`` steps."""
+        tensors, thaw = state.freeze()
+        self._stored[position] = _Stored(Kept(tensors, what).get, thaw)
+
+    def begin(self, state: State) -> None:
+        """A backward pass has come to the end of the chain, whose state is ``state``."""
+        self._set_walk(_Walk(current_task(), len(self._steps), state))
+        if torch.is_grad_enabled():
+            # This backward pass will itself be differentiated. That one need not come through the last update, which
+            # may not even be alive by then.
+            tensors, thaw = state.freeze()
+            self._stored[len(self._steps)] = _Stored(lambda: tensors, thaw)
+
+    def _unpack(self, index: int, handle: Handle) -> Tensor:
+        return self._rebuilt.provide(handle, partial(self._rebuild, index))
+
+    def _rebuild(self, index: int) -> None:
+        frame = self._steps[index][0]
+        if frame.live is not None:
+            frame.rerun(frame.live, self._rebuilt)
+            return
+        walk = self._walk_above(index)
+        self._walk = None  # if a step fails, the next demand starts anew
+        while walk.position > index:
+            self._step_down(walk)
+        if walk.task != NO_TASK:
+            self._set_walk(walk)
+
+    def _set_walk(self, walk: _Walk) -> None:
+        self._walk = walk
+        if not walk.ends_with_task:
+            walk.ends_with_task = True
+            when_task_ends(partial(_end_walk, weakref.ref(self), walk.task))
+
+    def _walk_above(self, index: int) -> _Walk:
+        """The walk of this backward pass if it is above step ``index``, else one from the nearest stored state."""
+        task, walk = current_task(), self._walk
+        if walk is not None and (walk.task != task or walk.position <= index):
+            walk = None
+        nearest = min((p for p in self._stored if p > index), default=None)
+        if nearest is not None and (
+            walk is None or nearest == walk.position or (nearest < walk.position and walk.again)
+        ):
+            stored = self._stored[nearest]
+            return _Walk(task, nearest, stored.thaw(stored.tensors()))
+        if walk is not None:
+            return walk
+        ctx = self._last_update()
+        assert ctx is not None, "the end state is gone while a handle is alive"
+        return _Walk(task, len(self._steps), ctx.thaw(ctx.saved_tensors))
+
+    def _step_down(self, walk: _Walk) -> None:
+        if walk.again is None:
+            walk.again = len(self._steps) in self._stored or self._last_update() is not None
+        if walk.again:
+            # The graph is being retained, so handles do not die; what they still hold can be rebuilt.
+            self._rebuilt.clear()
+        state = walk.state
+        assert state is not None
+        walk.position -= 1
+        frame, kind, gamma = self._steps[walk.position]
+        state.retreat_x()
+        y = frame.rerun(state.stream(), self._rebuilt)
+        if walk.position > 0:
+            state.retreat_v(y, kind, gamma)
+            return
+        walk.state = None
+        if self._verify is not None:
+            state.retreat_v(y, kind, gamma)
+            self._verify(state.is_start())
+
+    def _last_update(self) -> Any:
+        """The last update's node if it still has the end state: unless retained, until its backward has run."""
+        ctx = self.last() if self.last is not None else None
+        try:
+            return ctx if ctx is not None and ctx.saved_tensors else None
+        except RuntimeError:
+            return None
+
+
+def _end_walk(this: weakref.ref[Tape], task: int) -> None:
+    tape = this()
+    if tape is not None and tape._walk is not None and tape._walk.task == task:
+        tape._walk = None

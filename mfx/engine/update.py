@@ -1,0 +1,85 @@
+"""The recurrence as autograd sees it."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from mfx.engine.arithmetic import State
+from mfx.engine.arithmetic.base import wide
+from mfx.gamma import Gamma
+
+if TYPE_CHECKING:
+    from mfx.engine.tape import Tape
+
+__all__ = ["Enter", "Link", "Update"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """What an ``Update`` needs beside tensors; ``tape`` if it is the last of its chain and keeps the end state."""
+
+    state: State
+    kind: str
+    gamma: Gamma
+    tape: Tape | None = None
+
+
+class Update(torch.autograd.Function):
+    """(x, v, y) → (x + v', v') with v' = γ·v + (1−γ)·f, where f is y, or y − x for a step of kind "map".
+
+    The numbers come from the chain's state. What the next branch reads is x' in the stream's dtype; v' is a dummy
+    that takes no memory and exists to carry the velocity's gradient.
+    """
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, link: Link) -> tuple[Tensor, Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.gamma, ctx.kind, ctx.tape = link.gamma, link.kind, link.tape
+        ctx.dtypes = x.dtype, wide(x.dtype) if v is None else v.dtype, y.dtype
+        link.state.advance(y, link.kind, link.gamma)
+        x_next = link.state.stream()
+        if link.tape is not None:
+            tensors, ctx.thaw = link.state.freeze()
+            ctx.save_for_backward(*tensors)
+            link.tape.last = weakref.ref(ctx)
+        return x_next, x.new_zeros((), dtype=wide(x.dtype)).expand_as(x)
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
+        if ctx.tape is not None:
+            ctx.tape.begin(ctx.thaw(ctx.saved_tensors))
+        if gx is None:
+            g = gv
+        else:
+            g = gx if gv is None else gx + gv
+        if g is None:
+            return None, None, None, None
+        x_dtype, v_dtype, y_dtype = ctx.dtypes
+        gamma = ctx.gamma
+        gy = (g * gamma.rest).to(y_dtype) if ctx.needs_input_grad[2] or ctx.kind == "map" else None
+        if ctx.kind == "map" and gy is not None:
+            gx = -gy if gx is None else gx - gy
+        gx = None if gx is None else gx.to(x_dtype)
+        return gx, (g * gamma.value).to(v_dtype) if ctx.needs_input_grad[1] else None, gy, None
+
+
+class Enter(torch.autograd.Function):
+    """x → x as the chain's arithmetic represents it; the gradient passes unchanged."""
+
+    @staticmethod
+    @override
+    def forward(ctx: Any, x: Tensor, state: State) -> Tensor:
+        return state.stream()
+
+    @staticmethod
+    @override
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g, None

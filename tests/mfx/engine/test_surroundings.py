@@ -1,0 +1,236 @@
+"""Recomputation is invisible: random numbers, buffers, flags, autocast; and the graph owns everything."""
+
+import copy
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from mfx.engine import recomputing
+from mfx_passes.errors import MfxError
+from tests.mfx.engine.chains import WIDTH, block, make_root, make_steps, run
+
+CASES = [("exact", 0.9), ("float", 0.9), ("exact", 0.0)]
+
+
+@pytest.fixture(params=CASES, ids=str)
+def how(request):
+    arithmetic, gamma = request.param
+    return {"arithmetic": arithmetic, "gamma": gamma}
+
+
+def with_batch_norm():
+    return nn.Sequential(block(WIDTH, nn.Dropout(0.3)), nn.BatchNorm1d(WIDTH), nn.Dropout(0.2))
+
+
+def train(root, how, budget, calls=2, memory=None):
+    torch.manual_seed(1)
+    x = torch.randn(5, WIDTH)
+    for _ in range(calls):
+        run(root, make_steps(root), x, memory_budget=budget, memory=memory, **how).x.pow(2).sum().backward()
+    return {
+        **root.state_dict(),
+        **{f"{n}.grad": p.grad for n, p in root.named_parameters()},
+        "rng": torch.get_rng_state(),
+    }
+
+
+@pytest.mark.parametrize("memory", [None, {}])
+@pytest.mark.parametrize("shared", [False, True])
+def test_dropout_and_batch_norm_leave_what_plain_training_leaves(how, shared, memory):
+    root = make_root(10, with_batch_norm)
+    if shared:
+        root.blocks = nn.ModuleList([root.blocks[0]] * 10)
+    other = copy.deepcopy(root)
+    found, expected = train(root, how, 0.0, memory=memory), train(other, how, 1.0)
+    assert found.keys() == expected.keys()
+    scale = max(g.abs().max().item() for name, g in expected.items() if name.endswith("grad"))
+    for name in found:
+        if name.endswith("grad") and how["arithmetic"] == "float":
+            # The float walk reads inputs that differ in the last bits, which BatchNorm over five rows amplifies; a bias
+            # before BatchNorm has no gradient but such noise.
+            assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4 * scale), name
+        else:
+            assert torch.equal(found[name], expected[name]), name
+
+
+def test_eval_mode_and_flags_that_change_before_backward(how):
+    root = make_root(10, with_batch_norm)
+    x = torch.randn(5, WIDTH)
+    loss = run(root, make_steps(root), x, **how).x.sum()
+    root.eval()
+    loss.backward()
+    assert not any(m.training for m in root.modules())
+    before = copy.deepcopy(root.state_dict())
+    run(root, make_steps(root), x, **how).x.sum().backward()
+    assert all(torch.equal(before[k], v) for k, v in root.state_dict().items())
+
+
+def test_buffers_that_are_replaced_and_not_written(how):
+    class Counter(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(WIDTH, WIDTH)
+            self.register_buffer("seen", torch.zeros(()))
+
+        def forward(self, x):
+            self.seen = self.seen + 1
+            return self.lin(x).tanh() * self.seen
+
+    root = make_root(9, Counter)
+    other = copy.deepcopy(root)
+    found, expected = train(root, how, 0.0, memory={}), train(other, how, 1.0)
+    assert found["blocks.0.seen"] == 2
+    for name in found:
+        assert torch.allclose(found[name].double(), expected[name].double(), rtol=1e-3, atol=1e-4), name
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast(how, inside):
+    root = make_root(10)
+    dtypes = []
+    root.blocks[3].register_forward_hook(lambda m, a, y: dtypes.append((y.dtype, recomputing())))
+    results = []
+    for budget in (0.0, 1.0):
+        x = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0), requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = run(root, make_steps(root), x, memory_budget=budget, **how).x.float().pow(2).sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        results.append([x.grad, *(p.grad.clone() for p in root.parameters())])
+        root.zero_grad()
+    assert dtypes == [(torch.bfloat16, False), (torch.bfloat16, True), (torch.bfloat16, False)]
+    if how["arithmetic"] == "exact":
+        assert all(map(torch.equal, *results))
+
+
+def test_recomputing_is_false_outside(how):
+    root = make_root(8)
+    run(root, make_steps(root), torch.randn(2, WIDTH), **how).x.sum().backward()
+    assert not recomputing()
+
+
+@pytest.mark.parametrize("what", ["in place", "replaced", "frozen", "module", "buffer"])
+def test_changes_between_forward_and_backward(how, what):
+    root = make_root(10, with_batch_norm).eval()
+    loss = run(root, make_steps(root), torch.randn(5, WIDTH), **how).x.sum()
+    linear = root.blocks[4][0][1]
+    with torch.no_grad():
+        if what == "in place":
+            linear.bias.add_(1)
+        elif what == "replaced":
+            linear.bias = nn.Parameter(linear.bias.clone())
+        elif what == "frozen":
+            linear.bias.requires_grad_(False)
+        elif what == "module":
+            root.blocks[4][0][1] = nn.Sequential(linear)
+        else:
+            root.blocks[4][1].running_mean.add_(1)
+    match = {"frozen": "frozen or unfrozen", "module": "added or removed"}.get(
+        what, r"blocks\.4\.\S+ was changed between"
+    )
+    with pytest.raises(MfxError, match=match):
+        loss.backward()
+
+
+def test_captured_tensor_changed_in_place(how):
+    root = make_root(10)
+    c = torch.randn(5, WIDTH)
+    steps = make_steps(root, call=lambda f, x, c: f(x) * c, captures=(0,))
+    loss = run(root, steps, torch.randn(5, WIDTH), (c,), **how).x.sum()
+    c.add_(1)
+    with pytest.raises(MfxError, match="modified in place between the forward and the backward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("change", ["number", "shape"])
+def test_second_run_that_saves_other_tensors(how, change):
+    def call(f, x):
+        if recomputing() and change == "number":
+            return f(x).sin()
+        return f(x[:, :] if not recomputing() or change == "number" else x.repeat(2, 1))[:5]
+
+    root = make_root(10)
+    loss = run(root, make_steps(root, call=call), torch.randn(5, WIDTH), **how).x.sum()
+    with pytest.raises(MfxError, match=r"blocks, step blocks\.9: the second run of this step"):
+        loss.backward()
+
+
+def test_second_run_with_other_values_is_noticed():
+    root = make_root(10)
+    steps = make_steps(root, call=lambda f, x: f(x) * (1 + 1e-6 * recomputing()))
+    loss = run(root, steps, torch.randn(5, WIDTH)).x.sum()
+    with pytest.raises(MfxError, match="did not lead back"):
+        loss.backward()
+    loss = run(root, steps, torch.randn(5, WIDTH), verify="warn").x.sum()
+    with pytest.warns(UserWarning, match="did not lead back"):
+        loss.backward()
+
+
+@pytest.mark.parametrize(
+    "call, found",
+    [
+        (lambda f, x: f(x)[:1], r"shape \(1, 6\)"),
+        (lambda f, x: f(x).double(), "float64"),
+        (lambda f, x: f(x).int(), "int32"),
+        (lambda f, x: 1.0, "a float"),
+        (lambda f, x: f(x).to("meta"), "on meta"),
+    ],
+)
+@pytest.mark.parametrize("grad", [True, False])
+def test_branch_values_that_do_not_fit(call, found, grad):
+    root = make_root(3)
+    with (
+        pytest.raises(MfxError, match=rf"chain blocks, step blocks\.0: the branch gave a.*{found}|{found}"),
+        torch.set_grad_enabled(grad),
+    ):
+        run(root, make_steps(root, call=call), torch.randn(5, WIDTH))
+
+
+def test_values_out_of_range_and_not_finite():
+    root = make_root(10)
+    x = torch.randn(5, WIDTH)
+    with pytest.raises(MfxError, match=r"at or before step blocks\.0: values beyond"):
+        run(root, make_steps(root, call=lambda f, x: f(x) * 1e8), x)
+
+    def spoil(f, x):
+        return torch.where(torch.eye(5, WIDTH, dtype=torch.bool), torch.nan, x.tanh() * f[1].weight.sum())
+
+    y = run(root, make_steps(root, call=spoil), x).x
+    assert torch.equal(y.isnan(), torch.eye(5, WIDTH, dtype=torch.bool))
+    y.nansum().backward()
+
+
+@pytest.mark.parametrize("taps", [(), (3,)])
+@pytest.mark.parametrize("backward", [False, True])
+def test_graph_dies_with_its_last_reference(how, taps, backward):
+    root = make_root(10, with_batch_norm)
+    x = torch.randn(5, WIDTH, requires_grad=True)
+    c = torch.randn(5, WIDTH).requires_grad_()
+    steps = make_steps(root, call=lambda f, x, c: f(x) * c, captures=(0,))
+    gc.collect()
+    gc.disable()
+    try:
+        middle = c * 1
+        out = run(root, steps, x * 1, (middle,), taps=taps, **how)
+        refs = [weakref.ref(t) for t in (middle, out.x, *out.taps)]
+        if how["gamma"]:
+            refs.append(weakref.ref(out.x.grad_fn))
+        if backward:
+            out.x.sum().backward()
+        del out, middle
+        assert [r() for r in refs] == [None] * len(refs)
+    finally:
+        gc.enable()
+
+
+def test_flags_that_were_not_read_at_once_are_read_at_the_next_call():
+    root, x = make_root(3), torch.randn(5, WIDTH)
+    memory = {"pending": [(torch.tensor(False), "raise", "no"), (torch.tensor(True), "raise", "late news")]}
+    with pytest.raises(MfxError, match="late news"):
+        run(root, make_steps(root), x, memory=memory)
+    run(root, make_steps(root), x, memory=memory)
