@@ -4,8 +4,9 @@ Pure graph work: nothing here runs a model or knows about autograd. The road, on
 
     vocabulary, sums   what single nodes do; one spelling for a residual sum
     normalize          in-place operations untangled
+    mutations          what in-place operations change
     find, steps        residual adds, strung together, with the nodes each step owns
-    check, chains      side conditions; chains cut, nested, named and selected
+    check, rows, chains  side conditions; chains cut, nested, named and selected
     fold, sizes        nodes become module calls again; sizes are read off a chain's start
     outline, rewrite   steps cut out as graphs; one momentum call per chain
 """

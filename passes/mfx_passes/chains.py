@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import groupby
 
 from torch import nn
 from torch.fx import Graph, Node
 
-from mfx_passes.check import inputs_of, refusal
 from mfx_passes.errors import MfxError
 from mfx_passes.find import find_adds, find_runs
 from mfx_passes.index import GraphIndex
-from mfx_passes.ir import Chain, Findings, Rejection, Selection, Step, common_path
-from mfx_passes.normalize import Mutation, mutations_in, normalize
-from mfx_passes.sizes import is_state_size
+from mfx_passes.ir import Chain, Findings, Rejection, Selection, Step, common_path, is_momentum_call
+from mfx_passes.mutations import Mutations
+from mfx_passes.normalize import normalize
+from mfx_passes.rows import cut
 from mfx_passes.steps import assemble
 
 
@@ -35,69 +36,22 @@ def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selec
     index = GraphIndex(graph, modules)
     if normalize(index):
         index = GraphIndex(graph, modules)
-    mutations = mutations_in(index)
     adds, rejections = find_adds(index)
+    mutations = Mutations(index, {node for add in adds for node in add.sums})
     rows: list[list[Step]] = []
     for run in find_runs(adds, index):
         assembled, refused = assemble(run, index)
         rejections += refused
         for row in assembled:
-            rows += _cut(row, index, mutations, selection.refused, rejections)
+            kept, refused = cut(row, index, mutations, selection.refused)
+            rows += kept
+            rejections += refused
     chains = [Chain(row) for row in _long_enough(rows, selection.min_steps, rejections)]
     chains = _nest(chains, rejections)
     _name(chains)
+    _check_patterns(chains, selection, graph)
     chains = _select(chains, selection, rejections)
     return Findings(chains, sorted(rejections, key=lambda rejection: index.position[rejection.node]))
-
-
-def _cut(
-    row: list[Step],
-    index: GraphIndex,
-    mutations: Sequence[Mutation],
-    refused: Mapping[str, str],
-    out: list[Rejection],
-) -> list[list[Step]]:
-    """Take refused steps out of a row, and cut it where a branch needs what an earlier step gave to the outside."""
-    rows: list[list[Step]] = [[]]
-    known = _Outputs(index)
-    for step in row:
-        if reason := refused.get(step.add.node.name) or refusal(step, index, mutations):
-            out.append(Rejection(step.add.node, reason))
-            rows.append([])
-            known = _Outputs(index)
-            continue
-        if rows[-1] and known.feed(step, rows[-1]):
-            rows.append([])
-            known = _Outputs(index)
-        rows[-1].append(step)
-        known.add(step)
-    return [row for row in rows if row]
-
-
-class _Outputs:
-    """Everything that is computed from the steps of a row, inside and outside of them."""
-
-    def __init__(self, index: GraphIndex) -> None:
-        self._index = index
-        self._own: set[Node] = set()
-        self._fed: set[Node] = set()
-
-    def add(self, step: Step) -> None:
-        self._own |= step.nodes
-
-    def feed(self, step: Step, row: list[Step]) -> bool:
-        """Whether a capture of ``step`` is computed from the row.
-
-        Sizes do not count: all states share theirs, and what an earlier branch computed of others is handed on.
-        """
-        states = {row[0].skip, *(earlier.out for earlier in row)}
-        for node in self._index.between(row[-1].skip, step.out):
-            outside = node not in self._own and node not in step.nodes
-            if outside and any(source in self._own or source in self._fed for source in node.all_input_nodes):
-                self._fed.add(node)
-        sizes = self._index.sizes
-        captures = [node for node in inputs_of(step)[1:] if not is_state_size(node, states, sizes)]
-        return any((node in self._own and node not in sizes) or node in self._fed for node in captures)
 
 
 def _long_enough(rows: Iterable[list[Step]], min_steps: int, rejections: list[Rejection]) -> list[list[Step]]:
@@ -127,34 +81,44 @@ def _nest(chains: list[Chain], rejections: list[Rejection]) -> list[Chain]:
 
 def _name(chains: Sequence[Chain]) -> None:
     """The longest common module path of the steps; ``#2`` and so on where that is not unique."""
-    seen: Counter[str] = Counter()
+    taken = {chain.name for chain in chains}
+    counts: Counter[str] = Counter()
     for chain in sorted(chains, key=lambda chain: chain.start):
-        name = common_path(step.path for step in chain.steps) or "root"
-        seen[name] += 1
-        chain.name = name if seen[name] == 1 else f"{name}#{seen[name]}"
+        base = common_path(step.path for step in chain.steps) or "root"
+        while not chain.name:
+            counts[base] += 1
+            name = base if counts[base] == 1 else f"{base}#{counts[base]}"
+            chain.name = name if name not in taken else ""
 
 
 def _select(chains: list[Chain], selection: Selection, rejections: list[Rejection]) -> list[Chain]:
     """Apply ``only`` and ``skip``; a chain that loses a step in its middle becomes two."""
+    selected = []
+    for chain in chains:
+        wanted = [_wanted(chain, step, selection) for step in chain.steps]
+        if all(wanted):
+            selected.append(chain)
+            continue
+        left_out = [step for step, keep in zip(chain.steps, wanted, strict=True) if not keep]
+        rejections += [Rejection(step.add.node, "left out by only/skip") for step in left_out]
+        rows = [
+            [step for step, _ in group]
+            for keep, group in groupby(zip(chain.steps, wanted, strict=True), key=lambda pair: pair[1])
+            if keep
+        ]
+        selected += [Chain(row) for row in _long_enough(rows, selection.min_steps, rejections)]
+    _name(selected)
+    return selected
+
+
+def _check_patterns(chains: Sequence[Chain], selection: Selection, graph: Graph) -> None:
     known = {chain.name for chain in chains} | {step.path for chain in chains for step in chain.steps}
+    if any(map(is_momentum_call, graph.nodes)):  # the chain that a pattern means may be one of these
+        return
     for pattern in (*(selection.only or ()), *selection.skip):
         if not any(_fits(name, pattern) for name in known):
             names = ", ".join(sorted(chain.name for chain in chains)) or "none"
             raise MfxError(f"{pattern!r} in only/skip fits no chain and no module path of a step. Chains: {names}.")
-    if selection.only is None and not selection.skip:
-        return chains
-    selected = []
-    for chain in chains:
-        rows: list[list[Step]] = [[]]
-        for step in chain.steps:
-            if _wanted(chain, step, selection):
-                rows[-1].append(step)
-            else:
-                rejections.append(Rejection(step.add.node, "left out by only/skip"))
-                rows.append([])
-        selected += [Chain(row) for row in _long_enough(filter(None, rows), selection.min_steps, rejections)]
-    _name(selected)
-    return selected
 
 
 def _wanted(chain: Chain, step: Step, selection: Selection) -> bool:

@@ -123,11 +123,8 @@ def _link(add: ResidualAdd, starting: dict[Node, list[ResidualAdd]], index: Grap
 def _tail(node: Node, index: GraphIndex) -> list[Node]:
     """The single path of tail operations that begins at a node."""
     tail: list[Node] = []
-    while len(node.users) == 1:
-        node = next(iter(node.users))
-        if not vocabulary.is_tail(node, index.modules):
-            break
-        tail.append(node)
+    while (reader := index.only_reader(node)) is not None and vocabulary.is_tail(reader, index.modules):
+        tail.append(node := reader)
     return tail
 
 

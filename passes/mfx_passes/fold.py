@@ -17,20 +17,24 @@ After::
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
+import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from mfx_passes.check import inputs_of
 from mfx_passes.ir import Chain, ModuleCall, Step
-from mfx_passes.normalize import Mutation
+from mfx_passes.mutations import Mutations
+from mfx_passes.vocabulary import returns_operand
 
-_PLAIN = (bool, int, float, str, type(None))
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
 def fold_calls(
-    graph: Graph, calls: Sequence[ModuleCall], chains: Sequence[Chain], mutations: Sequence[Mutation]
+    graph: Graph, calls: Sequence[ModuleCall], chains: Sequence[Chain], mutations: Mutations
 ) -> list[ModuleCall]:
     """Fold every call that can be folded, the outermost first; the chains are brought up to date.
 
@@ -44,13 +48,14 @@ def fold_calls(
 
 
 class _Folder:
-    def __init__(self, graph: Graph, chains: Sequence[Chain], mutations: Sequence[Mutation]) -> None:
+    def __init__(self, graph: Graph, chains: Sequence[Chain], mutations: Mutations) -> None:
         self._graph = graph
-        self._mutations = {mutation.node: mutation for mutation in mutations}
+        self._mutations = mutations
         self._steps: dict[Node, list[Step]] = {}  # innermost last
         self._single: set[Node] = set()  # what no module call may swallow: sums that become part of the momentum call
         self._replaced: dict[Node, Node] = {}
         self._gone: set[Node] = set()
+        self._items: list[Node] = []
         for step in (step for chain in chains for step in chain.steps):
             for node in step.nodes:
                 self._steps.setdefault(node, []).append(step)
@@ -62,9 +67,10 @@ class _Folder:
         nodes = {node for node in call.nodes if node.op != "get_attr"}
         if not nodes or nodes & self._gone:
             return True
+        first = min(nodes)
+        call = self._in_present_terms(call, first, nodes)
         if not self._may_fold(call, nodes):
             return False
-        first = min(nodes)
         with self._graph.inserting_before(first):
             folded = self._graph.call_module(call.target, self._current(call.args), self._current(call.kwargs))
         folded.meta = _meta(first, call)
@@ -73,6 +79,29 @@ class _Folder:
             self._graph.erase_node(node)
         self._gone |= nodes
         return True
+
+    def _in_present_terms(self, call: ModuleCall, first: Node, nodes: set[Node]) -> ModuleCall:
+        """The call with the values that its arguments and its output had, where these were changed in place before."""
+
+        def at_start(node: Node) -> Node:
+            return self._changed(node, lambda mutator: mutator < first)
+
+        def at_end(node: Node) -> Node:
+            return self._changed(node, lambda mutator: mutator < first or mutator in nodes)
+
+        return replace(
+            call,
+            args=map_arg(call.args, at_start),
+            kwargs=map_arg(call.kwargs, at_start),
+            output=map_arg(call.output, at_end),
+        )
+
+    def _changed(self, node: Node, when: Callable[[Node], bool]) -> Node:
+        """The in-place operation that stands for the value of a node after it was changed."""
+        for mutation in self._mutations.touching([node]):
+            if mutation.operand is node and returns_operand(mutation.node) and when(mutation.node):
+                return self._changed(mutation.node, when)
+        return node
 
     def _current(self, args: Any) -> Any:
         return map_arg(args, lambda node: self._replaced.get(node, node))
@@ -86,10 +115,16 @@ class _Folder:
         returned = set(_nodes_in(call.output))
         return (
             read <= inputs
+            and all(self._may_read(node, nodes) for node in inputs - read)
             and all(node in returned or nodes.issuperset(node.users) for node in nodes)
             and _is_plain([call.args, call.kwargs, call.output])
-            and all(self._mutations[node].family <= nodes for node in nodes & self._mutations.keys())
+            and all(_is_own(mutation.family, nodes) for mutation in self._mutations.at(nodes))
         )
+
+    def _may_read(self, unread: Node, nodes: set[Node]) -> bool:
+        """An argument that the module does nothing with must not become a capture that nobody checked."""
+        holders = self._steps.get(next(iter(nodes)), ())
+        return all(unread in step.nodes or unread in inputs_of(step) for step in holders)
 
     def _replace(self, output: Any, value: Node, nodes: set[Node], steps: list[Step]) -> None:
         """Let readers of the call's output, a node or a structure of them, read it from ``value``."""
@@ -108,14 +143,30 @@ class _Folder:
                 with self._graph.inserting_after(value):
                     item = self._graph.call_function(operator.getitem, (value, key))
                 item.meta = dict(value.meta)
+                self._items.append(item)
                 self._replace(part, item, nodes, steps)
 
     def update(self, chains: Sequence[Chain]) -> None:
-        """Point the steps to what replaced their nodes."""
+        """Point the steps to what replaced their nodes, and drop the parts of outputs that nobody reads."""
+        unread = self._erase_unread_items()
         for step in (step for chain in chains for step in chain.steps):
             step.skip = self._replaced.get(step.skip, step.skip)
             step.term = self._replaced.get(step.term, step.term)
             step.out = self._replaced.get(step.out, step.out)
+            step.nodes -= unread
+
+    def _erase_unread_items(self) -> set[Node]:
+        unread = set()
+        for item in reversed(self._items):
+            if not item.users:
+                self._graph.erase_node(item)
+                unread.add(item)
+        return unread
+
+
+def _is_own(family: Iterable[Node], nodes: set[Node]) -> bool:
+    """Whether an in-place operation changes nothing but values made in a call, and buffers."""
+    return all(node in nodes or node.op == "get_attr" for node in family)
 
 
 def _meta(first: Node, call: ModuleCall) -> dict[str, Any]:
@@ -151,11 +202,6 @@ def _is_plain(args: Any) -> bool:
     """Whether a call with these arguments can be written into a graph."""
     if isinstance(args, dict):
         return all(isinstance(key, _PLAIN) for key in args) and _is_plain(list(args.values()))
-    if type(args) in (list, tuple):
+    if isinstance(args, list) or type(args) is tuple:
         return all(map(_is_plain, args))
     return isinstance(args, (Node, *_PLAIN))
-
-
-def unfolded_paths(calls: Iterable[ModuleCall]) -> list[str]:
-    """Paths of the modules whose calls stayed flat."""
-    return sorted({call.target for call in calls})

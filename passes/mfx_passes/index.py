@@ -78,6 +78,11 @@ class GraphIndex:
         """See `vocabulary.mutated_operand`."""
         return vocabulary.mutated_operand(node, self.modules)
 
+    def only_reader(self, node: Node) -> Node | None:
+        """The one node that reads a value, if there is but one; who asks for its size does not count."""
+        readers = [user for user in node.users if user not in self.sizes]
+        return readers[0] if len(readers) == 1 else None
+
     def is_read_after(self, node: Node, moment: Node) -> bool:
         """Whether somebody reads a node after another one has run."""
         return any(self.position[user] > self.position[moment] for user in node.users)

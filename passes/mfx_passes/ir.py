@@ -181,6 +181,19 @@ class ChainGraphs:
     taps: tuple[int, ...]
 
 
+_MARK = "momentum_chain"
+
+
+def mark_momentum_call(node: Node, chain: str) -> None:
+    """Note on a node that it runs a chain; the note stays with the node through other people's passes."""
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), _MARK: chain}
+
+
+def is_momentum_call(node: Node) -> bool:
+    """Whether a node runs a chain that was rewritten before."""
+    return node.op == "call_module" and _MARK in (node.meta.get("custom") or {})
+
+
 _INDEX = re.compile(r"@\d+$")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,10 +15,9 @@ from mfx_passes.chains import find_chains
 from mfx_passes.fold import fold_calls
 from mfx_passes.index import GraphIndex
 from mfx_passes.ir import ChainGraphs, Findings, ModuleCall, Selection
-from mfx_passes.normalize import mutations_in
+from mfx_passes.mutations import Mutations
 from mfx_passes.rewrite import Insert, rewrite
 from mfx_passes.sizes import read_sizes_at_start
-
 
 MakeCall = Callable[[ChainGraphs], nn.Module]
 
@@ -53,7 +53,8 @@ def rewrite_graph(
     index = GraphIndex(graph, modules)
     for chain in findings.chains:
         read_sizes_at_start(graph, chain, index.sizes)
-    flat = fold_calls(graph, calls, findings.chains, mutations_in(index))
+    sums = {node for chain in findings.chains for step in chain.steps for node in step.add.sums}
+    flat = fold_calls(graph, calls, findings.chains, Mutations(index, sums))
     rewrite(graph, findings.chains, modules, insert)
     return Rewritten(findings, flat)
 
@@ -91,7 +92,8 @@ class MomentumPass(PassBase):  # type: ignore[misc]
             return name, None
 
         modules = dict(graph_module.named_modules())
-        if not find_chains(graph_module.graph, modules, self._selection).chains:
+        # On a copy: looking for chains untangles in-place operations, and a graph without chains stays as it is.
+        if not find_chains(deepcopy(graph_module.graph), modules, self._selection).chains:
             return PassResult(graph_module, False)
         rewrite_graph(graph_module.graph, modules, insert, self._selection)
         graph_module.recompile()

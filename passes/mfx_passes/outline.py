@@ -54,7 +54,8 @@ def _outline_step(step: Step, captures: dict[Node, int], sides: Sequence[Node]) 
 def _graph_of(step: Step, inputs: Sequence[Node], sides: Sequence[Node], *, without_skip: bool) -> Graph:
     """The step as a graph of its own; without the skip, what it adds to the skip."""
     graph = PortableGraph()
-    env = {node: graph.placeholder("x" if node is step.skip else node.name) for node in inputs}
+    names = _argument_names(inputs)
+    env = {node: graph.placeholder(name) for node, name in zip(inputs, names, strict=True)}
     for node, copied in env.items():
         copied.meta = dict(node.meta)
 
@@ -74,6 +75,18 @@ def _graph_of(step: Step, inputs: Sequence[Node], sides: Sequence[Node], *, with
     _erase_unread_skip(step, env, graph)
     graph.lint()
     return graph
+
+
+def _argument_names(inputs: Sequence[Node]) -> list[str]:
+    """``x`` for the state, and for captures their own names, which may be ``x`` too."""
+    taken = {node.name for node in inputs}
+    names = ["x"]
+    for node in inputs[1:]:
+        name = node.name
+        while name == "x" or (name != node.name and name in taken):
+            name += "_"
+        names.append(name)
+    return names
 
 
 def _rest_of_sum(node: Node, skip: Node, graph: Graph, value) -> Node:  # type: ignore[no-untyped-def]

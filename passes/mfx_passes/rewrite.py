@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch.fx import Graph, Node
 
 from mfx_passes import vocabulary
-from mfx_passes.ir import Chain, ChainGraphs
+from mfx_passes.ir import Chain, ChainGraphs, Step, mark_momentum_call
 from mfx_passes.outline import outline
 from mfx_passes.vocabulary import Modules
 
@@ -41,38 +42,68 @@ def rewrite(graph: Graph, chains: Sequence[Chain], modules: Modules, insert: Ins
         modules: the modules its nodes call.
         insert: takes each chain's graphs and names the module that runs them.
     """
+    rewriter = _Rewriter(graph, chains, modules, insert)
     for chain in reversed(chains):
-        _rewrite_chain(graph, chain, chains, modules, insert)
+        rewriter.rewrite(chain)
     for node in reversed(graph.find_nodes(op="get_attr")):
         if not node.users:
             graph.erase_node(node)
     graph.lint()
 
 
-def _rewrite_chain(graph: Graph, chain: Chain, chains: Sequence[Chain], modules: Modules, insert: Insert) -> None:
-    graphs, captures, sides = outline(chain)
-    inside = chain.nodes
-    anchor = max((chain.start, *captures))
-    late = _late_readers(graph, inside, anchor)
-    call, added = _insert_call(graph, graphs, chain, captures, anchor, insert)
-    states = [chain.steps[t - 1].out for t in graphs.taps]
-    outputs = [chain.steps[-1].out, *states, *(node for side in sides for node in side)]
-    values = _unpack(graph, call, outputs)
-    last = values[-1]
+class _Rewriter:
+    """Rewrites chain after chain and keeps the steps that are still to come up to date."""
+
+    def __init__(self, graph: Graph, chains: Sequence[Chain], modules: Modules, insert: Insert) -> None:
+        self._graph = graph
+        self._modules = modules
+        self._insert = insert
+        self._replaced: dict[Node, Node] = {}
+        self._around: defaultdict[Node, list[Step]] = defaultdict(list)
+        for step in (step for chain in chains for step in chain.steps):
+            for node in step.nodes:
+                self._around[node].append(step)
+
+    def rewrite(self, chain: Chain) -> None:
+        for step in chain.steps:
+            step.skip = self._replaced.get(step.skip, step.skip)
+            step.term = self._replaced.get(step.term, step.term)
+        graphs, captures, sides = outline(chain)
+        inside = chain.nodes
+        anchor = max((chain.start, *captures))
+        late = _late_readers(self._graph, inside, anchor)
+        call, added = _insert_call(self._graph, graphs, chain, captures, anchor, self._insert)
+        states = [chain.steps[t - 1].out for t in graphs.taps]
+        outputs = [chain.steps[-1].out, *states, *(node for side in sides for node in side)]
+        values = _unpack(self._graph, call, outputs)
+        _move_behind(values[-1], late)
+        self._read_instead(outputs, values, inside)
+        for node in sorted(inside, reverse=True):
+            self._graph.erase_node(node)
+        read = [value for value in values if value.users]
+        for value in set(values) - set(read) - {call}:
+            self._graph.erase_node(value)
+        self._update(inside, {*added, *read})
+
+    def _read_instead(self, outputs: Sequence[Node], values: Sequence[Node], inside: Collection[Node]) -> None:
+        for old, new in zip(outputs, values, strict=True):
+            for user in [user for user in old.users if user not in inside]:
+                user.replace_input_with(old, new)
+            _protect(self._graph, new, self._modules)
+            self._replaced[old] = new
+
+    def _update(self, gone: set[Node], added: set[Node]) -> None:
+        """Tell the steps around a rewritten chain what stands in its place."""
+        for step in self._around[next(iter(gone))]:
+            if gone <= step.nodes:
+                step.nodes -= gone
+                step.nodes |= added
+
+
+def _move_behind(last: Node, late: Sequence[Node]) -> None:
     for node in late:
         last.append(node)
         last = node
-    replaced = dict(zip(outputs, values, strict=True))
-    for old, new in replaced.items():
-        for user in [user for user in old.users if user not in inside]:
-            user.replace_input_with(old, new)
-        _protect(graph, new, modules)
-    for node in sorted(inside, reverse=True):
-        graph.erase_node(node)
-    read = [value for value in values if value.users]
-    for value in set(values) - set(read) - {call}:
-        graph.erase_node(value)
-    _update(chains, inside, replaced, {*added, *read})
 
 
 def _late_readers(graph: Graph, inside: Collection[Node], anchor: Node) -> list[Node]:
@@ -119,6 +150,7 @@ def _insert_call(
         call = graph.call_module(target, args)
     last = chain.steps[-1].out
     call.meta = {key: last.meta[key] for key in ("stack_trace", "nn_module_stack", "custom") if key in last.meta}
+    mark_momentum_call(call, chain.name)
     return call, [*added, call]
 
 
@@ -148,13 +180,3 @@ def _protect(graph: Graph, value: Node, modules: Modules) -> None:
             user.replace_input_with(value, copied)
         elif vocabulary.may_alias(user, modules) and vocabulary.preserved(user) is value:
             _protect(graph, user, modules)
-
-
-def _update(chains: Sequence[Chain], gone: set[Node], replaced: dict[Node, Node], added: set[Node]) -> None:
-    """Tell the steps around a rewritten chain what stands in its place."""
-    for step in (step for chain in chains for step in chain.steps):
-        step.skip = replaced.get(step.skip, step.skip)
-        step.term = replaced.get(step.term, step.term)
-        if gone <= step.nodes:
-            step.nodes -= gone
-            step.nodes |= added

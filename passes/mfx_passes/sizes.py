@@ -8,12 +8,22 @@ from torch.fx import Graph, Node
 
 from mfx_passes.ir import Chain
 
+# All states of a chain have one shape, dtype and device, but each its own strides and history.
+_NOT_SHARED = frozenset({"stride", "requires_grad"})
+
 
 def is_state_size(node: Node, states: Collection[Node], sizes: Collection[Node]) -> bool:
     """Whether a node is computed from nothing but sizes of states."""
-    if node not in sizes:
-        return False
-    return all(source in states or is_state_size(source, states, sizes) for source in node.all_input_nodes)
+    todo, seen = [node], {node}
+    while todo:
+        node = todo.pop()
+        name = node.args[1] if node.target is getattr else node.target
+        if node not in sizes or name in _NOT_SHARED:
+            return False
+        sources = {source for source in node.all_input_nodes if source not in states} - seen
+        seen |= sources
+        todo += sources
+    return True
 
 
 def read_sizes_at_start(graph: Graph, chain: Chain, sizes: set[Node]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch.fx import Node
 
 from mfx_passes import vocabulary
@@ -15,17 +17,29 @@ def assemble(run: Run, index: GraphIndex) -> tuple[list[list[Step]], list[Reject
     rows: list[list[Step]] = [[]]
     rejections: list[Rejection] = []
     for link in run.links:
-        start = rows[-1][-1].out if rows[-1] else link.add.bases[0]
-        step = _step(link, start, run, index)
+        step = _step(link, rows[-1][-1].out, run, index) if rows[-1] else _first_step(link, run, index)
         if step is None and rows[-1]:
             rows.append([])
-            step = _step(link, link.add.bases[0], run, index)
+            step = _first_step(link, run, index)
         if step is None:
-            rejections.append(Rejection(link.add.node, "the skip is rearranged on its way and not put back after the sum"))
+            rejections.append(
+                Rejection(link.add.node, "the skip is rearranged on its way and not put back after the sum")
+            )
             rows.append([])
         else:
             rows[-1].append(step)
     return [row for row in rows if row], rejections
+
+
+def _first_step(link: Link, run: Run, index: GraphIndex) -> Step | None:
+    """A step that no other one precedes begins before a rearrangement of the skip if that is undone after the sum."""
+    before = [base for above, base in pairwise(link.add.skip_path) if _moves(above, index) and base in link.add.bases]
+    starts = (*reversed(before), link.add.bases[0])
+    return next((step for start in starts if (step := _step(link, start, run, index))), None)
+
+
+def _moves(node: Node, index: GraphIndex) -> bool:
+    return index.layout(node) not in (None, vocabulary.NEUTRAL)
 
 
 def _step(link: Link, skip: Node, run: Run, index: GraphIndex) -> Step | None:
@@ -63,11 +77,8 @@ def _onwards(end: Node, link: Link, index: GraphIndex) -> list[Node]:
         path = link.next.skip_path
         return list(path[: path.index(end)][::-1])
     onwards: list[Node] = []
-    while len(end.users) == 1:
-        end = next(iter(end.users))
-        if index.layout(end) is None:
-            break
-        onwards.append(end)
+    while (reader := index.only_reader(end)) is not None and index.layout(reader) is not None:
+        onwards.append(end := reader)
     return onwards
 
 

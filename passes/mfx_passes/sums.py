@@ -26,6 +26,8 @@ class Term:
 
 def terms(node: Node) -> tuple[Term, ...] | None:
     """The two or more terms a node adds up; None if it is not a sum of tensors-to-be."""
+    if "out" in node.kwargs:
+        return None
     spelling = _SPELLINGS.get((node.op, node.target))
     return spelling(node) if spelling else None
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
+from torch.nn.modules.dropout import _DropoutNd
 
 Modules = Mapping[str, nn.Module]
 
@@ -20,12 +21,16 @@ RESHAPE = ("reshape",)
 
 _NEUTRAL_METHODS = frozenset({"contiguous", "to", "clone", "float", "double", "half", "bfloat16", "type", "type_as"})
 _NEUTRAL_FUNCTIONS = frozenset({torch.clone})
-_RESHAPE_METHODS = frozenset({"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"})
+_RESHAPE_METHODS = frozenset(
+    {"view", "reshape", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as", "reshape_as"}
+)
 _RESHAPE_FUNCTIONS = frozenset({torch.reshape, torch.flatten, torch.unflatten, torch.squeeze, torch.unsqueeze})
 _PERMUTE = frozenset({"permute", torch.permute})
 _TRANSPOSE = frozenset({"transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes, torch.swapdims})
 
-_SIZE_METHODS = frozenset({"size", "dim", "numel", "ndimension", "stride", "__len__", "element_size", "is_floating_point"})
+_SIZE_METHODS = frozenset(
+    {"size", "dim", "numel", "ndimension", "stride", "__len__", "element_size", "is_floating_point"}
+)
 _SIZE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "layout", "requires_grad"})
 
 _TAIL_FUNCTIONS = frozenset(
@@ -45,12 +50,23 @@ _INPLACE_OPERATORS = frozenset(
     for name in ("iadd", "isub", "imul", "itruediv", "ifloordiv", "ipow", "imod", "iand", "ior", "ixor", "setitem")
 )
 
+_INPLACE_METHODS = frozenset(f"__{function.__name__}__" for function in _INPLACE_OPERATORS)
+
 
 def mutated_operand(node: Node, modules: Modules) -> Node | None:
     """The node whose value this one changes in place, if any."""
-    if not node.args or not isinstance(node.args[0], Node) or not _mutates(node, modules):
-        return None
-    return node.args[0]
+    if isinstance(out := node.kwargs.get("out"), Node):
+        return out
+    first = node.args[0] if node.args else node.kwargs.get("input")
+    return first if isinstance(first, Node) and _mutates(node, modules) else None
+
+
+def returns_operand(node: Node) -> bool:
+    """Whether an in-place operation returns what it changed; of functions that are not torch's nobody can tell."""
+    if node.op == "call_function":
+        module = getattr(node.target, "__module__", None) or ""
+        return node.target is not operator.setitem and module.startswith(("torch", "_operator"))
+    return True
 
 
 def _mutates(node: Node, modules: Modules) -> bool:
@@ -60,13 +76,16 @@ def _mutates(node: Node, modules: Modules) -> bool:
         return _is_inplace_name(str(node.target))
     if node.op != "call_function" or not callable(node.target):
         return False
-    if node.target in _INPLACE_OPERATORS or _is_inplace_name(getattr(node.target, "__name__", "")):
-        return True
-    return _has_inplace_argument(node)
+    if getattr(node.target, "__module__", None) == "_operator":  # operator.and_ only avoids a keyword
+        return node.target in _INPLACE_OPERATORS
+    return _is_inplace_name(getattr(node.target, "__name__", "")) or _has_inplace_argument(node)
 
 
 def _is_inplace_name(name: str) -> bool:
-    return name.endswith("_") and not name.endswith("__")
+    """``add_``, ``__iadd__`` and ``__setitem__``, but not ``__add__`` or ``__invert__``."""
+    if name.endswith("__"):
+        return name == "__setitem__" or name in _INPLACE_METHODS
+    return name.endswith("_")
 
 
 def _has_inplace_argument(node: Node) -> bool:
@@ -99,7 +118,9 @@ def layout(node: Node, modules: Modules) -> tuple[Any, ...] | None:
     if (node.op == "call_method" and target in _NEUTRAL_METHODS) or target in _NEUTRAL_FUNCTIONS:
         return NEUTRAL
     if (node.op == "call_method" and target in _RESHAPE_METHODS) or target in _RESHAPE_FUNCTIONS:
-        reinterprets = any(isinstance(arg, torch.dtype) for arg in node.args)  # x.view(torch.int32)
+        reinterprets = any(
+            isinstance(arg, torch.dtype) for arg in (*node.args, *node.kwargs.values())
+        )  # x.view(torch.int32)
         return None if reinterprets else RESHAPE
     if target in _PERMUTE:
         return _constant_dims("permute", _flat(node.args[1:]) or _flat([node.kwargs.get("dims", ())]))
@@ -115,17 +136,62 @@ def _adds_zero(node: Node) -> tuple[Any, ...] | None:
     return None
 
 
-_ALIAS_METHODS = frozenset({"chunk", "split", "unbind", "narrow", "select", "expand", "expand_as", "detach", "unfold"})
-_ALIAS_FUNCTIONS = frozenset({operator.getitem, torch.chunk, torch.split, torch.unbind, torch.narrow, torch.select})
+_ALIAS_NAMES = frozenset(
+    [
+        "alpha_dropout",
+        "as_strided",
+        "broadcast_to",
+        "chunk",
+        "detach",
+        "diagonal",
+        "dropout",
+        "dropout1d",
+        "dropout2d",
+        "dropout3d",
+        "dsplit",
+        "expand",
+        "expand_as",
+        "hsplit",
+        "moveaxis",
+        "movedim",
+        "narrow",
+        "rearrange",
+        "select",
+        "split",
+        "squeeze",
+        "swapaxes",
+        "t",
+        "tensor_split",
+        "unbind",
+        "unfold",
+        "unsqueeze",
+        "view_as_complex",
+        "view_as_real",
+        "vsplit",
+        "adjoint",
+        "atleast_1d",
+        "atleast_2d",
+        "atleast_3d",
+    ]
+)
+_ALIAS_ATTRIBUTES = frozenset({"T", "H", "mT", "mH", "data", "real", "imag"})
 
 
 def may_alias(node: Node, modules: Modules) -> bool:
     """Whether the value of a node may share memory with its first argument without having changed it."""
+    if not (node.args and isinstance(node.args[0], Node)):
+        return layout(node, modules) is not None
     if layout(node, modules) is not None:
         return True
     if node.op == "call_module":
-        return isinstance(modules.get(str(node.target)), nn.Dropout | nn.Flatten | nn.Unflatten)  # dropout: in eval
-    return (node.op == "call_method" and node.target in _ALIAS_METHODS) or node.target in _ALIAS_FUNCTIONS
+        module = modules.get(str(node.target))
+        # Dropout hands its input on in eval mode.
+        return isinstance(module, _DropoutNd | nn.Flatten | nn.Unflatten) or type(module).__name__ == "Rearrange"
+    if node.target is getattr:
+        return node.args[1] in _ALIAS_ATTRIBUTES
+    if node.op == "call_function":
+        return node.target is operator.getitem or getattr(node.target, "__name__", "") in _ALIAS_NAMES
+    return node.op == "call_method" and node.target in _ALIAS_NAMES
 
 
 def preserved(node: Node) -> Node:

@@ -1,0 +1,150 @@
+"""Models to graphs, graphs to text, and rewritten graphs run by the plain recurrence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from mfx.capture import capture, default_specialization, signature_of
+from mfx_passes import ChainGraphs, ModuleCall, Rewritten, Selection, StepGraphs, rewrite_graph
+
+ANY = Selection()
+
+
+@dataclass
+class Traced:
+    """A model's graph as the tracer recorded it."""
+
+    model: nn.Module
+    graph: fx.Graph
+    calls: list[ModuleCall]
+
+    @property
+    def modules(self) -> dict[str, nn.Module]:
+        return dict(self.model.named_modules())
+
+    def node(self, name: str) -> fx.Node:
+        return next(node for node in self.graph.nodes if node.name == name)
+
+
+def traced(model: nn.Module, inputs: Sequence[Tensor] = ()) -> Traced:
+    """Trace a model; with inputs, every node knows its value's shape and dtype."""
+    captured = capture(model, default_specialization(signature_of(model)))
+    graph, calls = captured.copy()
+    if inputs:
+        _Values(model, graph=graph).run(*inputs)
+    return Traced(model, graph, calls)
+
+
+class _Values(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["val"] = value.detach().clone() if isinstance(value, Tensor) else value
+        return value
+
+
+@dataclass
+class Result:
+    """A rewritten graph and what was put into it."""
+
+    model: nn.Module
+    graph: fx.Graph
+    chains: list[ChainGraphs]
+    rewritten: Rewritten
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        return {rejection.node.name: rejection.reason for rejection in self.rewritten.findings.rejections}
+
+    def run(self, *inputs: Tensor, gamma: float) -> Any:
+        """Run the graph, its chains by the plain recurrence."""
+        root = nn.Module()
+        root.__dict__.update(self.model.__dict__)
+        calls = {f"momentum{i}": PlainRecurrence(graphs, gamma) for i, graphs in enumerate(self.chains)}
+        root._modules = {**self.model._modules, **calls}
+        return fx.GraphModule(root, self.graph)(*inputs)
+
+
+def rewritten(case: Traced, selection: Selection = ANY, velocity: str | None = None) -> Result:
+    chains: list[ChainGraphs] = []
+
+    def insert(graphs: ChainGraphs) -> tuple[str, str | None]:
+        chains.append(graphs)
+        return f"momentum{len(chains) - 1}", velocity
+
+    done = rewrite_graph(case.graph, case.modules, insert, selection, case.calls)
+    return Result(case.model, case.graph, chains, done)
+
+
+def rewrite_model(model: nn.Module, *inputs: Tensor, selection: Selection = ANY) -> Result:
+    return rewritten(traced(model, inputs), selection)
+
+
+class PlainRecurrence(nn.Module):
+    """Runs a chain's graphs by v ← γ·v + (1−γ)·f(x), x ← x + v; at γ = 0 its steps as they were."""
+
+    def __init__(self, graphs: ChainGraphs, gamma: float) -> None:
+        super().__init__()
+        self.graphs = graphs
+        self.gamma = gamma
+
+    def forward(self, x: Tensor, captures: Sequence[Any], roots: Mapping[str, Any], v: Tensor | None = None) -> Any:
+        root = nn.Module()
+        root.__dict__.update({k: value for k, value in roots.items() if not isinstance(value, nn.Module)})
+        root.__dict__["_modules"] = {k: value for k, value in roots.items() if isinstance(value, nn.Module)}
+        available, states = list(captures), []
+        v = torch.zeros_like(x) if v is None else v
+        for step in self.graphs.steps:
+            given = [available[i] for i in step.captures]
+            if self.gamma == 0:
+                x, *sides = run(step.original, root, x, *given)
+            else:
+                y, *sides = run(step.branch, root, x, *given)
+                v = self.gamma * v + (1 - self.gamma) * (y - x if step.kind == "map" else y)
+                x = x + v
+            states.append(x)
+            available += sides
+        outputs = (x, *(states[t - 1] for t in self.graphs.taps), *available[len(captures) :])
+        return outputs if len(outputs) > 1 else x
+
+
+def run(graph: fx.Graph, root: nn.Module, *args: Any) -> Any:
+    return fx.Interpreter(root, garbage_collect_values=False, graph=graph).run(*args)
+
+
+# --- text ------------------------------------------------------------------------------------------------------------
+
+
+def code_of(graph: fx.Graph) -> str:
+    """A graph as Python, without what it says about the lifetime of values."""
+    source = graph.python_code("self").src
+    return re.sub(r";\s+(\w+ = )+None", "", source).replace("    ", "  ").strip() + "\n"
+
+
+def describe(model: nn.Module, inputs: Sequence[Tensor] = (), selection: Selection = ANY) -> str:
+    """Everything the passes make of a model: the text of a golden file."""
+    before = code_of(traced(model).graph)
+    result = rewritten(traced(model, inputs), selection)
+    after = code_of(result.graph)
+    lines = ["=== before", before, "=== after", after if after != before else "the same\n"]
+    for i, graphs in enumerate(result.chains):
+        lines.append(f"=== momentum{i} = chain {graphs.name}, taps {list(graphs.taps)}\n")
+        lines += [_describe_step(t, step) for t, step in enumerate(graphs.steps)]
+    flat = ", ".join(sorted(call.target for call in result.rewritten.flat))
+    lines += [f"=== not callable as modules any more: {flat}\n"] * bool(flat)
+    lines += ["=== rejections\n"] * bool(result.reasons)
+    lines += [f"{name}: {reason}" for name, reason in result.reasons.items()]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _describe_step(t: int, step: StepGraphs) -> str:
+    head = f"--- step {t}: {step.path or 'root'}, {step.kind}, captures {list(step.captures)}, sides {list(step.sides)}"
+    parts = [head, "branch:", code_of(step.branch)]
+    if step.original is not step.branch:
+        parts += ["original:", code_of(step.original)]
+    return "\n".join(parts)
