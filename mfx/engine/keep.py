@@ -70,7 +70,7 @@ class Captures:
         self._later: list[Any] = []
 
     def extend(self, values: Iterable[Any]) -> None:
-        """More values, of which only those that are no tensors can be got: sizes that a branch handed on to later ones."""
+        """More values, of which only those that are no tensors can be got: sizes that a branch handed on."""
         self._later.extend(None if isinstance(value, Tensor) else value for value in values)
 
     def get(self) -> tuple[Any, ...]:

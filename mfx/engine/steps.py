@@ -21,8 +21,8 @@ class StepFunction:
             arithmetic.
         branch: ``branch(root, x, *captures)`` gives ``(y, *side_outputs)``.
         original: ``original(root, x, *captures)`` gives ``(x_next, *side_outputs)``: the step before it was rewritten.
-        captures: which of the chain's captures the step reads; numbers past them are side outputs of earlier steps, counted
-            from the first step on, which must be no tensors.
+        captures: which of the chain's captures the step reads; numbers past them are side outputs of earlier steps,
+            counted from the first step on, which must be no tensors.
         targets: dotted paths of the modules and tensors that it reads through the root.
     """
 

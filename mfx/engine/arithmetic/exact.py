@@ -10,6 +10,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from mfx.engine.arithmetic.base import Frozen, State
+from mfx.engine.arithmetic.integers import SMALL, nearest
 from mfx.engine.arithmetic.range import Guard
 from mfx.engine.arithmetic.store import DigitStore
 from mfx.gamma import Gamma
@@ -39,8 +40,9 @@ class ExactState(State):
     @override
     def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool) -> Self:
         guard = Guard()
-        X = _fixed(guard.admit(x.detach()), _ONE)
-        V = None if v is None else _fixed(guard.admit(v.detach()), _ONE)
+        x, v = guard.admit(x.detach()), None if v is None else guard.admit(v.detach())
+        X = _fixed(x, _ONE, guard)
+        V = None if v is None else _fixed(v, _ONE, guard)
         state = cls(X, V, DigitStore(keep_limbs=reversible), x.dtype, guard)
         state.first_v = None if V is None or not reversible else V.sum()
         return state
@@ -53,7 +55,8 @@ class ExactState(State):
     @staticmethod
     @override
     def bytes_kept(gamma: Gamma, dtype: torch.dtype, steps: int) -> float:
-        limbs = math.log2(gamma.denominator / gamma.numerator) * steps // 32
+        bits = math.log2(gamma.denominator / gamma.numerator) * steps
+        limbs = max(0, math.ceil((bits - math.log2(SMALL)) / 32))
         return 24 + 4 * limbs
 
     @override
@@ -65,7 +68,7 @@ class ExactState(State):
         F = self._increment(self.guard.admit(y), kind, gamma)
         if self.V is not None and not gamma.is_zero:
             V = self.V if self.owned else self.V.clone()
-            F.add_(self.store.multiply(V, gamma.numerator, gamma.denominator))
+            F.add_(self.store.multiply(V, gamma.numerator, gamma.denominator, small=_small(self.guard)))
         self.V = F
         self.X = torch.add(self.X, F, out=self.X if self.owned else None)
         self.owned = True
@@ -83,7 +86,9 @@ class ExactState(State):
         self.V, self.owned = None, True  # frees the old one before the division needs memory
         self.steps -= 1
         divides = not gamma.is_zero and (self.steps > 0 or self.first_v is not None)
-        self.V = self.store.divide(V, gamma.numerator, gamma.denominator) if divides else V
+        if divides:
+            V = self.store.divide(V, gamma.numerator, gamma.denominator, small=_small(self.guard))
+        self.V = V
 
     @override
     def freeze(self) -> Frozen:
@@ -110,22 +115,22 @@ class ExactState(State):
     def _increment(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
         """(1−γ)·f in fixed point: the one formula that both directions use."""
         if kind == "residual":
-            return _fixed(y, gamma.rest * _ONE)
-        F = _fixed(y, _ONE).sub_(self.X)
-        return _rounded(F.to(torch.float64).mul_(gamma.rest))
+            return _fixed(y, gamma.rest * _ONE, self.guard)
+        F = _fixed(y, _ONE, self.guard).sub_(self.X)
+        return nearest(F.to(torch.float64).mul_(gamma.rest), small=_small(self.guard))
 
     def _velocity(self) -> Tensor:
         assert self.V is not None, "before the first step there is nothing to walk back"
         return self.V
 
 
-def _fixed(t: Tensor, scale: float) -> Tensor:
-    return _rounded(t.detach().to(torch.float64, copy=True).mul_(scale))
+def _fixed(t: Tensor, scale: float, guard: Guard) -> Tensor:
+    return nearest(t.detach().to(torch.float64, copy=True).mul_(scale), small=_small(guard))
 
 
-def _rounded(t: Tensor) -> Tensor:
-    """The nearest integers to float64 ``t``, written over it: element for element, in the same eight bytes."""
-    return t.view(torch.int64).copy_(t.round_())
+def _small(guard: Guard) -> bool:
+    """Whether all of x, v and f fit into ``SMALL``: v is an average of f, and f of a map is a difference to x."""
+    return guard.largest < SMALL / _ONE / 4
 
 
 def _thaw(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -17,15 +19,19 @@ class Guard:
 
     On a CPU the common case, nothing wrong, costs one pass that finds the extremes. Elsewhere that would mean waiting
     for the device, so the masks are always formed.
+
+    Attributes:
+        largest: no value so far was larger in magnitude; infinite where nobody looked.
     """
 
     def __init__(self) -> None:
         self.poison: Tensor | None = None
         self.overflowed: Tensor | None = None
+        self.largest = 0.0
 
     def admit(self, y: Tensor) -> Tensor:
         """``y`` with what fixed point cannot hold set to zero and remembered."""
-        if _waits_for_nothing(y) and _inside(y, LIMIT):
+        if self._inside(y, 1.0):
             return y
         bad = (y.abs() < LIMIT).logical_not_()
         self._remember(bad, bad & y.isfinite())
@@ -33,14 +39,13 @@ class Guard:
 
     def check(self, X: Tensor) -> None:
         """Remember where the fixed-point ``X`` left the range."""
-        limit = int(LIMIT) << 40
-        if not (_waits_for_nothing(X) and _inside(X, limit)):
-            bad = X.abs() >= limit
+        if not self._inside(X, 2.0**40):
+            bad = X.abs() >= int(LIMIT) << 40
             self._remember(bad, bad)
 
     def clean(self, y: Tensor) -> Tensor:
         """What ``admit`` gave for this ``y``; nothing is remembered."""
-        if _waits_for_nothing(y) and _inside(y, LIMIT):
+        if self._inside(y, 1.0):
             return y
         return y.masked_fill((y.abs() < LIMIT).logical_not_(), 0)
 
@@ -48,18 +53,22 @@ class Guard:
         """Make the poisoned elements of ``x`` NaN, in place."""
         return x if self.poison is None else x.masked_fill_(self.poison, torch.nan)
 
+    def _inside(self, t: Tensor, one: float) -> bool:
+        """Whether all of ``t``, in which 1.0 is ``one``, is known to be in range."""
+        if t.device.type != "cpu":
+            self.largest = math.inf
+            return False
+        if t.numel() == 0:
+            return True
+        low, high = torch.aminmax(t)
+        largest = max(-low.item(), high.item()) / one
+        if not largest < LIMIT:  # or not a number
+            self.largest = math.inf
+            return False
+        self.largest = max(self.largest, largest)
+        return True
+
     def _remember(self, bad: Tensor, overflowed: Tensor) -> None:
         self.poison = bad if self.poison is None else self.poison | bad
         now = overflowed.any()
         self.overflowed = now if self.overflowed is None else self.overflowed | now
-
-
-def _waits_for_nothing(t: Tensor) -> bool:
-    return t.device.type == "cpu"
-
-
-def _inside(t: Tensor, limit: float) -> bool:
-    if t.numel() == 0:
-        return True
-    low, high = torch.aminmax(t)
-    return bool(-limit < low.item() and high.item() < limit)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mfx.engine.arithmetic.integers import SMALL, floor_divide
+
 __all__ = ["DigitStore"]
 
-_LIMIT = 2**63 - 1
+_LIMIT = SMALL - 1
 _LIMB = 32
 
 
@@ -20,7 +22,8 @@ class DigitStore:
     Optimization through Reversible Learning", ICML 2015, with general fractions.
 
     The content is an int64 ``top`` and the int32 ``limbs`` below it. ``bound``, a Python integer, is the largest that
-    ``top`` can be; when the next push could overflow it, the low 32 bits move to a new limb. That depends on no data.
+    ``top`` can be; when the next push could take it past ``SMALL``, the low 32 bits move to a new limb. That depends on
+    no data.
     """
 
     def __init__(self, top: Tensor | None = None, limbs: tuple[Tensor, ...] = (), *, keep_limbs: bool = True) -> None:
@@ -31,26 +34,26 @@ class DigitStore:
         self.keep_limbs = keep_limbs  # who never divides needs none
         self.owned = top is None
 
-    def multiply(self, v: Tensor, n: int, d: int) -> Tensor:
-        """v·n/d, in a buffer of its own. Overwrites ``v``."""
+    def multiply(self, v: Tensor, n: int, d: int, *, small: bool = False) -> Tensor:
+        """v·n/d, in a buffer of its own; ``small``: |v| is known to be below ``SMALL``. Overwrites ``v``."""
         if self.top is None:
             self.top = torch.zeros_like(v)
         top = self._make_room(d)
-        quotient = _floor_divide(v, d)
+        quotient = floor_divide(v, d, small=small)
         digit = v.sub_(quotient, alpha=d)
         top.mul_(d).add_(digit)
-        self.top = _floor_divide(top, n, out=digit)
+        self.top = floor_divide(top, n, small=True, out=digit)
         popped = top.sub_(self.top, alpha=n)
         self.bound = (self.bound * d + d - 1) // n
         return popped.add_(quotient, alpha=n)
 
-    def divide(self, v: Tensor, n: int, d: int) -> Tensor:
-        """The ``v`` that ``multiply(v, n, d)`` was last called with. Overwrites ``v``."""
+    def divide(self, v: Tensor, n: int, d: int, *, small: bool = False) -> Tensor:
+        """The ``v`` that ``multiply(v, n, d)`` was last called with; ``small``: as there. Overwrites ``v``."""
         assert self.top is not None, "nothing was multiplied"
-        quotient = _floor_divide(v, n)
+        quotient = floor_divide(v, n, small=small)
         digit = v.sub_(quotient, alpha=n)
         top = torch.add(digit, self.top, alpha=n, out=digit)
-        self.top = _floor_divide(top, d, out=self.top if self.owned else None)
+        self.top = floor_divide(top, d, small=True, out=self.top if self.owned else None)
         self.owned = True
         pushed = top.sub_(self.top, alpha=d)
         if self.spilled.pop():
@@ -74,7 +77,3 @@ class DigitStore:
             top.bitwise_right_shift_(_LIMB)
             self.bound >>= _LIMB
         return top
-
-
-def _floor_divide(a: Tensor, b: int, out: Tensor | None = None) -> Tensor:
-    return torch.div(a, b, rounding_mode="floor", out=out)
