@@ -2,9 +2,9 @@
 
     python examples/benchmarks/memory.py --quick
 
-Residual blocks x + Linear(GELU(Linear(LayerNorm(x)))), width 64, four times as wide inside. Memory is counted exactly, in
-units of one (batch, 64) float32 tensor; parameters and their gradients are left out, and a parameter's gradient is freed
-as soon as it is there. Work is counted by torch's FLOP counter. Times are medians, as ratios to plain training.
+Residual blocks x + Linear(GELU(Linear(LayerNorm(x)))), width 64, four times as wide inside. Memory is counted exactly,
+in units of one (batch, 64) float32 tensor; parameters and their gradients are left out, and a parameter's gradient is
+freed as soon as it is there. Work is counted by torch's FLOP formulas. Times are medians, as ratios to plain training.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from momentumnet import MomentumNet
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
@@ -181,7 +181,8 @@ def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
     lines = ["| method | batch | depth | after forward | peak | FLOPs | time |", "|---|--:|--:|--:|--:|--:|--:|"]
     lines += [
-        f"| {row.method} | {row.batch} | {row.depth} | {row.after_forward:.1f} | {row.peak:.1f} | {row.flops:.2f} | {row.time:.2f} |"
+        f"| {row.method} | {row.batch} | {row.depth} | {row.after_forward:.1f} | {row.peak:.1f} "
+        f"| {row.flops:.2f} | {row.time:.2f} |"
         for row in rows
     ]
     return "\n".join(lines)
@@ -192,7 +193,9 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one batch size, fewer repetitions: under a minute")
     parser.add_argument("--tiny", action="store_true", help="sizes for a test")
+    parser.add_argument("--threads", type=int, default=1, help="of torch; more than one needs an idle machine")
     options = parser.parse_args(argv)
+    torch.set_num_threads(options.threads)
     sizes = [(batch, depth) for batch in (4096, 256) for depth in (32, 64)]
     rounds = 9
     if options.quick:
