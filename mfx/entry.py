@@ -6,29 +6,17 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from mfx_passes import ChainGraphs, Findings, MfxError, Step, find_chains, rewrite_graph
-from mfx_passes.momentum_pass import call_name
-from mfx_passes.serialize import PortableGraph
 from torch import fx, nn
 
 from mfx.capture import Captured
+from mfx.guard import Guard, guards_of
 from mfx.momentum import Momentum
 from mfx.options import Options
 from mfx.program import compile_graph
-
-
-@dataclass(frozen=True)
-class Guard:
-    """A module the trace walked through: it must still be there, in the same training mode."""
-
-    siblings: Mapping[str, nn.Module | None]
-    name: str
-    module: nn.Module
-    training: bool
-
-    def in_place(self) -> bool:
-        """Whether the module is where it was."""
-        return self.siblings.get(self.name) is self.module
+from mfx.tree import Extra
+from mfx_passes import ChainGraphs, Findings, MfxError, Step, find_chains, rewrite_graph
+from mfx_passes.momentum_pass import call_name
+from mfx_passes.serialize import PortableGraph
 
 
 @dataclass(eq=False)
@@ -43,6 +31,7 @@ class Entry:
         refused: sums that turned out not to fit once shapes were known, and why.
         training: the training mode of the net it was made in.
         guards: when it holds.
+        marks: attributes that the model's forward pass sets itself, by module.
         probed: whether shapes were looked at.
     """
 
@@ -53,12 +42,18 @@ class Entry:
     refused: dict[str, str]
     training: bool
     guards: list[Guard]
+    marks: Mapping[nn.Module, set[str]]
     probed: bool = False
     _function: Callable[..., Any] | None = field(default=None, repr=False)
 
+    @property
+    def shape(self) -> dict[str, int]:
+        """The number of steps of each chain, by name."""
+        return {call.chain: len(call.graphs.steps) for call in self.calls.values()}
+
     def holds(self) -> bool:
         """Whether the modules the trace walked through are as they were."""
-        return all(guard.module.training == guard.training and guard.in_place() for guard in self.guards)
+        return all(guard.holds() for guard in self.guards)
 
     def in_place(self) -> bool:
         """Whether these modules are still there, in whatever training mode."""
@@ -73,10 +68,12 @@ class Entry:
     def graph_module(self, net: nn.Module) -> fx.GraphModule:
         """The rewritten graph as a module of its own, over the modules of ``net``."""
         root = nn.Module()
-        root.__dict__.update({key: value for key, value in net.__dict__.items() if key not in ("forward", "graph", "code")})
+        root.__dict__.update(
+            {key: value for key, value in net.__dict__.items() if key not in ("forward", "graph", "code")}
+        )
         root._modules = {**net._modules, **self.calls}
         module = fx.GraphModule(root, self.graph.__deepcopy__(), class_name=type(net).__name__)
-        module.train(self.training)
+        module.training = self.training  # not train(): the modules in it are the net's
         return module
 
     def findings(self, net: nn.Module, options: Options) -> Findings:
@@ -101,8 +98,21 @@ class Scope:
         return self._calls[name] if name in self._calls else getattr(self._net, name)
 
 
-def make_entry(net: nn.Module, captured: Captured, options: Options, refused: Mapping[str, str]) -> Entry:
+def make_entry(
+    net: nn.Module,
+    captured: Captured,
+    options: Options,
+    refused: Mapping[str, str],
+    marks: Mapping[nn.Module, set[str]],
+) -> Entry:
     """Rewrite a captured graph.
+
+    Args:
+        net: the tree copy it was captured from.
+        captured: the graph.
+        options: how to rewrite it.
+        refused: sums to leave alone, and why.
+        marks: attributes that the forward pass sets itself, by module.
 
     Raises:
         MfxError: see `mfx_passes.rewrite_graph`.
@@ -118,7 +128,8 @@ def make_entry(net: nn.Module, captured: Captured, options: Options, refused: Ma
 
     rewritten = rewrite_graph(graph, modules, insert, with_refused(options, refused).selection, calls)
     flat = tuple(sorted({call.target for call in rewritten.flat}))
-    return Entry(captured, graph, momenta, flat, dict(refused), net.training, _guards(net, captured))
+    leaves = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
+    return Entry(captured, graph, momenta, flat, dict(refused), net.training, guards_of(net, leaves, marks), marks)
 
 
 def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:
@@ -139,27 +150,30 @@ def velocity_target(net: nn.Module, chain: str, options: Options) -> str | None:
     module = options.velocity_of(chain)
     if isinstance(module, str):
         return None
-    if "velocity" not in net._modules:
-        if hasattr(net, "velocity"):
-            raise MfxError(f"{type(net).__name__} has an attribute 'velocity' already, where modules for v0 would go.")
-        net.add_module("velocity", nn.Module())
     name = call_name(chain, ()).removeprefix("momentum_")
-    net._modules["velocity"].add_module(name, module)  # type: ignore[union-attr]
+    modules = _velocity_modules(net)
+    if name not in modules._modules:
+        modules.add_module(name, module)
     return f"velocity.{name}"
+
+
+def _velocity_modules(net: nn.Module) -> Extra:
+    found = net._modules.get("velocity")
+    if isinstance(found, Extra):
+        return found
+    if hasattr(net, "velocity"):
+        raise MfxError(
+            f"{type(net).__name__} has an attribute 'velocity', and the modules that compute v0 go by that name. "
+            "Rename it, or use velocity='zero' or 'residual'."
+        )
+    made = Extra()
+    net.add_module("velocity", made)
+    return made
 
 
 def with_refused(options: Options, refused: Mapping[str, str]) -> Options:
     """The same options, with some sums left out."""
     return replace(options, selection=replace(options.selection, refused=dict(refused))) if refused else options
-
-
-def _guards(net: nn.Module, captured: Captured) -> list[Guard]:
-    guards = [Guard({"": net}, "", net, net.training)]
-    for path, module in captured.walked.items():
-        parent, _, name = path.rpartition(".")
-        if path:
-            guards.append(Guard(net.get_submodule(parent)._modules, name, module, module.training))
-    return guards
 
 
 def steps_of(findings: Findings) -> dict[str, Step]:

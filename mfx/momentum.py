@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
-from mfx_passes import ChainGraphs
 from torch import Tensor, nn
 
 from mfx.engine import StepFunction, run_chain
 from mfx.gamma import Gamma
 from mfx.program import compile_graph
+from mfx_passes import ChainGraphs, MfxError
 
 
 class Momentum(nn.Module):
@@ -66,7 +66,11 @@ class Momentum(nn.Module):
 
         Returns:
             The end state; or a tuple of it, the taps and the side outputs, if there are any.
+
+        Raises:
+            MfxError: the velocity does not fit the state.
         """
+        self._check_velocity(x, v0)
         result = run_chain(
             self.chain,
             self.steps,
@@ -83,6 +87,18 @@ class Momentum(nn.Module):
         )
         outputs = (result.x, *result.taps, *(value for side in result.sides for value in side))
         return outputs if len(outputs) > 1 else result.x
+
+    def _check_velocity(self, x: Tensor, v0: Any) -> None:
+        if v0 is None:
+            return
+        fits = isinstance(v0, Tensor) and v0.shape == x.shape and v0.device == x.device and v0.is_floating_point()
+        if not fits:
+            got = f"{tuple(v0.shape)} {v0.dtype} on {v0.device}" if isinstance(v0, Tensor) else f"a {type(v0).__name__}"
+            raise MfxError(
+                f"the velocity module of the chain {self.chain} gave {got}; the state it starts from is "
+                f"{tuple(x.shape)} {x.dtype} on {x.device}. Let it return a floating-point tensor of that shape, on "
+                "that device."
+            )
 
     @property
     def steps(self) -> tuple[StepFunction, ...]:

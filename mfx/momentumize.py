@@ -7,14 +7,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
-from mfx_passes import ChainGraphs, MfxError, MomentumPass
 from torch import fx, nn
 
 from mfx import capture as capturing
+from mfx.arguments import specialize_defaults
 from mfx.entry import make_momentum
-from mfx.net import RewrittenForward, forward_of
+from mfx.guard import without_marks
+from mfx.net import RewrittenForward, check_forward, described, forward_of
 from mfx.options import Options, check_options
 from mfx.tree import tree_copy
+from mfx_passes import ChainGraphs, MfxError, MomentumPass
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -36,17 +38,19 @@ def momentumize(
 ) -> M:
     """The same model with every chain of residual adds x + f(x) turned into reversible momentum steps.
 
-    A chain computes v ← γ·v + (1−γ)·f(x), x ← x + v (Sander, Ablin, Blondel, Peyré, "Momentum Residual Neural Networks",
-    ICML 2021). Its backward pass rebuilds its activations instead of storing them. For γ > 0 this is *another function*
-    of the same weights; at γ = 0 it is the model itself.
+    A chain computes v ← γ·v + (1−γ)·f(x), x ← x + v (Sander, Ablin, Blondel, Peyré, "Momentum Residual Neural
+    Networks", ICML 2021). Its backward pass rebuilds its activations instead of storing them. For γ > 0 this is
+    *another function* of the same weights; at γ = 0 it is the model itself.
 
     Args:
-        model: any module; it stays as it is. A ``GraphModule`` gives a ``GraphModule``.
+        model: any module; it stays as it is. A ``GraphModule`` gives a ``GraphModule``; a momentumized net is rewritten
+            anew, from the function of its class.
         gamma: momentum, 0 <= γ < 1, for all chains or by chain name (shell patterns allowed).
-        velocity: v before the first step: ``"zero"``; ``"residual"``, such that the first step adds f(x) in full; or a module
-            (or a mapping from chain names to modules) that computes it from x. Such modules live under ``velocity.``.
-        arithmetic: ``"exact"``: rebuilt activations are the forward pass's, bit for bit; ``"float"``: within 2e-5 relative
-            in float32, less memory in short chains.
+        velocity: v before the first step: ``"zero"``; ``"residual"``, such that the first step adds f(x) in full; or a
+            module (or a mapping from chain names, shell patterns allowed, to modules; zero for the others) that
+            computes it from x. These very modules, not copies, live under ``velocity.``, once per chain.
+        arithmetic: ``"exact"``: rebuilt activations are the forward pass's, bit for bit; ``"float"``: within 2e-5
+            relative in float32, less memory in short chains.
         memory_budget: 0.0 keeps no activations of the chains, 1.0 keeps all (ordinary backpropagation, same function).
         recompute: reserved for what lies between the chains; None.
         min_steps: chains with fewer steps stay as they were.
@@ -54,18 +58,19 @@ def momentumize(
         skip: chain names or module paths (shell patterns) to leave as they were.
         capture: ``"auto"`` or ``"symbolic"``: by symbolic tracing.
         example_inputs: for models that have to be run to be captured.
-        verify: ``"warn"``, ``"raise"`` or ``"off"``: what happens when the backward pass in exact arithmetic does not arrive
-            where the forward pass began, because a step did not compute the same values twice.
+        verify: ``"warn"``, ``"raise"`` or ``"off"``: what happens when the backward pass in exact arithmetic does not
+            arrive where the forward pass began, because a step did not compute the same values twice.
 
     Returns:
-        A model of the same class that shares all parameters and buffers with ``model``, with the same ``state_dict`` keys.
-        Without any chain, ``model`` itself, and a warning.
+        A model of the same class that shares all parameters and buffers with ``model``, with the same ``state_dict``
+        keys. What moves or casts parameters in place, such as ``.to()``, therefore moves those of both. Without any
+        chain, ``model`` itself, and a warning.
 
     Raises:
         MfxError: an option is wrong, or the model cannot be captured.
     """
     if not isinstance(model, nn.Module):
-        raise MfxError(f"momentumize takes a torch.nn.Module, not {_described(model)}.")
+        raise MfxError(f"momentumize takes a torch.nn.Module, not {described(model)}.")
     options = check_options(
         gamma=gamma,
         velocity=velocity,
@@ -102,12 +107,12 @@ def trace(model: nn.Module) -> fx.GraphModule:
         MfxError: it cannot be traced, or the trace would hold for one run only.
     """
     if not isinstance(model, nn.Module):
-        raise MfxError(f"trace takes a torch.nn.Module, not {_described(model)}.")
+        raise MfxError(f"trace takes a torch.nn.Module, not {described(model)}.")
     root = tree_copy(model)
-    captured = capturing.capture(root, capturing.default_specialization(capturing.signature_of(root)))
-    module = fx.GraphModule(root, captured.graph, class_name=type(model).__name__)
-    module.train(model.training)
-    return module
+    check_forward(root)
+    with without_marks(root):
+        captured = capturing.capture(root, specialize_defaults(capturing.signature_of(root)))
+    return fx.GraphModule(root, captured.graph, class_name=type(model).__name__)
 
 
 @contextmanager
@@ -139,8 +144,8 @@ def graphs(net: nn.Module) -> dict[str, fx.GraphModule]:
         net: a momentumized net.
 
     Returns:
-        One module per graph, over the net's own parameters: ``"train"``, ``"eval"``, and ``"train#2"`` and so on for other
-        values of arguments that are no tensors.
+        One module per graph, over the net's own modules: ``"train"``, ``"eval"``, and ``"train#2"`` and so on for other
+        values of arguments that are no tensors, and where parts of the net are in another mode than the rest.
 
     Raises:
         MfxError: the net has not been momentumized.
@@ -157,20 +162,22 @@ def _rewrite_graph_module(net: fx.GraphModule, options: Options) -> bool:
     if not isinstance(options.velocity, str):
         raise MfxError("velocity modules need the model itself; a GraphModule takes velocity='zero' or 'residual'.")
 
+    chains: list[str] = []
+
     def make_call(graphs: ChainGraphs) -> nn.Module:
+        chains.append(graphs.name)
         return make_momentum(graphs, options)
 
-    return bool(MomentumPass(make_call, options.selection)(net).modified)
+    MomentumPass(make_call, options.selection)(net)
+    options.check_chains(chains)
+    return bool(chains)
 
 
 def _unchanged(model: M) -> M:
     warnings.warn(
-        f"mfx: {type(model).__name__} has no chain of residual adds to rewrite and is returned unchanged. Looked for: two or more "
+        f"mfx: {type(model).__name__} has no chain of residual adds to rewrite and is returned unchanged. Looked for: "
+        "two or more "
         "sums x + f(x) in a row, where the sum is the x of the next one. mfx.explain(model) lists what came close.",
         stacklevel=3,
     )
     return model
-
-
-def _described(value: object) -> str:
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"

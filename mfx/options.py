@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
-from mfx_passes import MfxError, Selection
 from torch import nn
 
 from mfx.gamma import Gamma
+from mfx_passes import MfxError, Selection
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,18 +34,38 @@ class Options:
         """
         if not isinstance(self.gamma, Mapping):
             return Gamma.of(self.gamma)
-        if chain in self.gamma:
-            return Gamma.of(self.gamma[chain])
-        for pattern, value in self.gamma.items():
-            if fnmatchcase(chain, pattern):
-                return Gamma.of(value)
-        raise MfxError(f"gamma is a mapping without a value for the chain {chain!r}; add it, or the key '*' for all others.")
+        value = _look_up(self.gamma, chain)
+        if value is None:
+            raise MfxError(
+                f"gamma is a mapping without a value for the chain {chain!r}; add it, or the key '*' for all others."
+            )
+        return Gamma.of(value)
 
     def velocity_of(self, chain: str) -> str | nn.Module:
         """The initial velocity of a chain: ``"zero"``, ``"residual"`` or a module; zero where a mapping is silent."""
         if isinstance(self.velocity, Mapping):
-            return self.velocity.get(chain, "zero")
+            module = _look_up(self.velocity, chain)
+            return "zero" if module is None else module
         return self.velocity
+
+    def check_chains(self, chains: Collection[str]) -> None:
+        """Check that whatever is given by chain name is given for a chain that is there.
+
+        Raises:
+            MfxError: it is not.
+        """
+        for option in ("gamma", "velocity"):
+            value = getattr(self, option)
+            for pattern in value if isinstance(value, Mapping) and chains else ():
+                if not any(chain == pattern or fnmatchcase(chain, pattern) for chain in chains):
+                    raise MfxError(f"{option}: no chain is called {pattern!r}. Chains: {', '.join(sorted(chains))}.")
+
+
+def _look_up(mapping: Mapping[str, T], chain: str) -> T | None:
+    """The value under a chain's own name, else under the first pattern that fits it."""
+    if chain in mapping:
+        return mapping[chain]
+    return next((value for pattern, value in mapping.items() if fnmatchcase(chain, pattern)), None)
 
 
 def check_options(
@@ -65,45 +87,64 @@ def check_options(
     Raises:
         MfxError: an option has a value it cannot have, or one that this version does not offer.
     """
-    for value in gamma.values() if isinstance(gamma, Mapping) else [gamma]:
-        Gamma.of(value)
+    _check_gamma(gamma)
     _check_velocity(velocity)
     _one_of("arithmetic", arithmetic, ("exact", "float"))
     _one_of("verify", verify, ("warn", "raise", "off"))
     _one_of("capture", capture, ("auto", "symbolic"))
-    if memory_budget not in (0.0, 1.0) or isinstance(memory_budget, bool):
+    if not isinstance(memory_budget, int | float) or isinstance(memory_budget, bool) or memory_budget not in (0.0, 1.0):
         raise MfxError(
-            f"memory_budget={memory_budget!r}: this version knows 0.0 (keep no activations of the chains) and 1.0 (keep all)."
+            f"memory_budget={memory_budget!r}: this version knows 0.0 (keep no activations of the chains) and 1.0 "
+            "(keep all)."
         )
     if recompute is not None:
-        raise MfxError(f"recompute={recompute!r}: this version recomputes the steps of the chains and nothing else; leave it None.")
+        raise MfxError(
+            f"recompute={recompute!r}: this version recomputes the steps of the chains and nothing else; leave it None."
+        )
     if example_inputs is not None:
-        raise MfxError("example_inputs are for models that need to be run to be captured, which this version cannot do yet.")
+        raise MfxError(
+            "example_inputs are for models that need to be run to be captured, which this version cannot do yet."
+        )
     if not isinstance(min_steps, int) or isinstance(min_steps, bool) or min_steps < 1:
         raise MfxError(f"min_steps={min_steps!r}: the number of steps a chain must have is an integer of at least 1.")
-    selection = Selection(min_steps, None if only is None else _patterns("only", only), _patterns("skip", skip))
+    chosen = None if only is None else _patterns("only", only)
+    if chosen == ():
+        raise MfxError(
+            "only is empty, so nothing would be rewritten; give it chain names or module paths, or None for all."
+        )
+    selection = Selection(min_steps, chosen, () if skip is None else _patterns("skip", skip))
     return Options(gamma, velocity, arithmetic, float(memory_budget), verify, selection)
 
 
+def _check_gamma(gamma: Any) -> None:
+    values = gamma.values() if isinstance(gamma, Mapping) else (gamma,)
+    if isinstance(gamma, Mapping) and not (gamma and all(isinstance(name, str) for name in gamma)):
+        raise MfxError(f"gamma={gamma!r}: a mapping goes from chain names (shell patterns) to numbers.")
+    for value in values:
+        Gamma.of(value)
+
+
 def _check_velocity(velocity: Any) -> None:
-    if isinstance(velocity, nn.Module) or velocity in ("zero", "residual"):
+    if isinstance(velocity, nn.Module) or (isinstance(velocity, str) and velocity in ("zero", "residual")):
         return
-    if isinstance(velocity, Mapping) and all(isinstance(module, nn.Module) for module in velocity.values()):
+    if isinstance(velocity, Mapping) and all(_is_named_module(*item) for item in velocity.items()):
         return
     raise MfxError(
-        f"velocity={velocity!r}: the velocity before the first step is 'zero', 'residual' (that of the first branch), a module "
-        "that computes it from the state, or a mapping from chain names to such modules."
+        f"velocity={velocity!r}: the velocity before the first step is 'zero', 'residual' (that of the first branch), "
+        "a module that computes it from the state, or a mapping from chain names (shell patterns) to such modules."
     )
 
 
+def _is_named_module(name: Any, module: Any) -> bool:
+    return isinstance(name, str) and isinstance(module, nn.Module)
+
+
 def _one_of(name: str, value: Any, values: tuple[str, ...]) -> None:
-    if value not in values:
+    if not isinstance(value, str) or value not in values:
         raise MfxError(f"{name}={value!r}: must be {' or '.join(map(repr, values))}.")
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...]:
-    if value is None:
-        return ()
     patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise MfxError(f"{name}={value!r}: must be a chain name or module path, or several of them.")

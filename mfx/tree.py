@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mfx_passes import MfxError
+
 M = TypeVar("M", bound=nn.Module)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Overlay:
@@ -23,37 +27,72 @@ class Overlay:
     shown: tuple[str, ...] = ()
 
 
+class Extra(nn.Module):
+    """Holds the modules that mfx added to a net; a tree copy is made without it."""
+
+
 def tree_copy(model: M, tensor: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> M:
     """A copy of a model in which every module is new, and every tensor the original's.
 
-    So class, attributes, key order and hooks are the original's too, and ``train()``, a replaced submodule or a new hook
-    on one of the two does not touch the other.
+    So class, attributes, key order and hooks are the original's too, and ``train()``, a replaced submodule or a new
+    hook on one of the two does not touch the other.
 
     Args:
         model: any module.
         tensor: what stands in the copy for each parameter, buffer and other tensor; itself by default.
+
+    Raises:
+        MfxError: the model holds something that cannot be copied.
     """
     tensors = {id(t): t for t in chain(model.parameters(), model.buffers(), _attributes(model))}
     memo: dict[int, Any] = {key: tensor(t) for key, t in tensors.items()}
-    memo.update((id(value), None) for module in model.modules() for value in _overlaid(module).values())
-    copied = copy.deepcopy(model, memo)
-    for module, copied_module in zip(model.modules(), copied.modules(), strict=True):
+    memo.update((id(hook), hook) for hook in _outside_hooks(model))
+    for module in model.modules():
+        memo.update((id(module.__dict__[name]), None) for name in _overlaid(module))
+        memo.update((id(child), None) for _, child in _extras(module))
+    try:
+        copied = copy.deepcopy(model, memo)
+    except Exception as error:
+        raise MfxError(
+            f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. mfx works on "
+            "copy.deepcopy(model) with the same tensors; take out of the model what has no copy, or give its class a "
+            "__deepcopy__."
+        ) from error
+    for module in model.modules():
         for name in _overlaid(module):
-            del copied_module.__dict__[name]
+            del memo[id(module)].__dict__[name]
+        for name, _ in _extras(module):
+            del memo[id(module)]._modules[name]
     return copied
 
 
 def _attributes(model: nn.Module) -> Iterator[Tensor]:
     """Tensors that are plain attributes of modules, or lie in plain containers there."""
     for module in model.modules():
-        plain = {name: value for name, value in module.__dict__.items() if isinstance(value, Tensor | list | tuple | dict)}
+        plain = {
+            name: value for name, value in module.__dict__.items() if isinstance(value, Tensor | list | tuple | dict)
+        }
         plain = {name: value for name, value in plain.items() if not name.startswith("_") or isinstance(value, Tensor)}
         yield from (leaf for leaf in pytree.tree_leaves(plain) if isinstance(leaf, Tensor))
 
 
-def _overlaid(module: nn.Module) -> dict[str, Any]:
-    """The attributes that momentumize gave an instance."""
+def _outside_hooks(model: nn.Module) -> Iterator[Any]:
+    """Hooks that are somebody else's (a recorder's, a trainer's), who means to hear from the copy too."""
+    inside = set(map(id, model.modules()))
+    for module in model.modules():
+        for table in _HOOKS:
+            for hook in module.__dict__[table].values():
+                if not isinstance(hook, partial) and id(getattr(hook, "__self__", None)) not in inside:
+                    yield hook
+
+
+def _overlaid(module: nn.Module) -> tuple[str, ...]:
+    """Names of the attributes that momentumize gave an instance."""
     forward = module.__dict__.get("forward")
     if not isinstance(forward, Overlay):
-        return {}
-    return {name: module.__dict__[name] for name in ("forward", *forward.shown) if name in module.__dict__}
+        return ()
+    return tuple(name for name in ("forward", *forward.shown) if name in module.__dict__)
+
+
+def _extras(module: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, child) for name, child in module._modules.items() if isinstance(child, Extra)]

@@ -1,0 +1,189 @@
+"""How a net may be called: as the model may."""
+
+import inspect
+
+import pytest
+import torch
+from torch import nn
+
+import mfx
+from tests.mfx.models import WIDTH, Masked, Stack, inputs
+
+MASK = torch.arange(WIDTH).remainder(2).float()
+CALLS = {
+    "plain": ((), {}),
+    "keyword mask": ((), {"mask": MASK}),
+    "positional mask": ((MASK,), {}),
+    "scale": ((None, 0.5), {}),
+    "integer scale": ((), {"scale": 2}),
+    "boolean scale": ((), {"scale": True}),
+    "all": ((MASK, 0.5), {"twice": True}),
+}
+
+
+@pytest.mark.parametrize("args, kwargs", CALLS.values(), ids=CALLS)
+def test_arguments(args, kwargs):
+    model = Masked()
+    net = mfx.momentumize(model, gamma=0.0)
+    net(inputs())
+    assert torch.equal(net(inputs(), *args, **kwargs), model(inputs(), *args, **kwargs))
+    assert torch.equal(net.forward(inputs(), *args, **kwargs), model(inputs(), *args, **kwargs))
+    assert torch.equal(net(x=inputs()), model(inputs()))
+
+
+def test_one_graph_for_each_set_of_other_values():
+    net = mfx.momentumize(Masked())
+    for args in ((), (None,), (None, 1.0), (MASK,), (2 * MASK,), (None, 2.0), (None, 1)):
+        net(inputs(), *args)
+    assert list(mfx.graphs(net)) == ["train", "train#2", "train#3", "train#4"]
+
+
+@pytest.mark.parametrize(
+    "args, kwargs",
+    [((), {}), ((inputs(),), {"maks": None}), ((inputs(),), {"x": inputs()}), ((inputs(), None, 1.0, True), {})],
+    ids=["missing", "unknown", "twice", "too many"],
+)
+def test_wrong_arguments_are_type_errors(args, kwargs):
+    model = Masked()
+    net = mfx.momentumize(model)
+    for each in (model, net):
+        with pytest.raises(TypeError):
+            each(*args, **kwargs)
+
+
+def test_signature():
+    model = Masked()
+    assert inspect.signature(mfx.momentumize(model).forward) == inspect.signature(model.forward)
+
+
+class Lists(Stack):
+    def forward(self, x, repeats=(1, 1), names=None, more=None):
+        for repeat in repeats:
+            x = self.embed(x) * repeat
+        for block in self.blocks[: (names or {"depth": 3})["depth"]]:
+            x = block(x)
+        return x if more is None else x + sum(more)
+
+
+def test_lists_tuples_and_dicts_of_plain_values():
+    model = Lists()
+    net = mfx.momentumize(model, gamma=0.0)
+    for kwargs in ({"repeats": [2, 3]}, {"repeats": (2, 3)}, {"repeats": (2.0, True)}, {"names": {"depth": 2}}):
+        assert torch.equal(net(inputs(), **kwargs), model(inputs(), **kwargs))
+    repeats = [2]
+    net(inputs(), repeats=repeats)
+    repeats[0] = 3
+    assert torch.equal(net(inputs(), repeats=repeats), model(inputs(), repeats=repeats))
+
+
+class Batch:
+    """What some data loader returns."""
+
+    def __init__(self) -> None:
+        self.x = inputs()
+
+
+CONTAINERS = {
+    "list": [inputs()],
+    "dict": {"a": inputs()},
+    "tuple": (inputs(), 1),
+    "object": Batch(),
+    "iterator": iter([1]),
+}
+
+
+@pytest.mark.parametrize("value", CONTAINERS.values(), ids=CONTAINERS)
+def test_containers_of_tensors_are_refused(value):
+    net = mfx.momentumize(Lists())
+    with pytest.raises(mfx.MfxError, match=r"Lists.forward got a .* as more.*give every tensor an argument of its own"):
+        net(inputs(), more=value)
+
+
+class Extras(Stack):
+    def forward(self, x, *rest, **options):
+        return super().forward(x) * options.get("scale", 1) + options.get("bias", 0)
+
+
+def test_keyword_extras():
+    model = Extras()
+    net = mfx.momentumize(model, gamma=0.0)
+    for kwargs in ({}, {"scale": 2}, {"bias": torch.ones(3)}, {"bias": torch.ones(3), "scale": 3}):
+        assert torch.equal(net(inputs(), **kwargs), model(inputs(), **kwargs))
+
+
+def test_positional_extras_are_refused():
+    net = mfx.momentumize(Extras())
+    with pytest.raises(mfx.MfxError, match=r"Extras.forward takes inputs without names \(\*rest\)"):
+        net(inputs(), inputs())
+
+
+class OnlyNameless(Stack):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+class PositionalOnly(Stack):
+    def forward(self, x, /):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("build, name", [(OnlyNameless, r"\*args"), (PositionalOnly, "x, /")])
+def test_a_forward_without_names_is_refused(build, name):
+    for function in (mfx.momentumize, mfx.explain, mfx.trace):
+        with pytest.raises(mfx.MfxError, match=rf"takes inputs without names \({name}\).*momentumize the model inside"):
+            function(build())
+
+
+def test_a_forward_replaced_on_the_instance_is_refused():
+    model = Stack()
+    model.forward = lambda x: x
+    message = r"forward of this Stack has been replaced on the instance.*Momentumize the model first"
+    for function in (mfx.momentumize, mfx.explain, mfx.trace):
+        with pytest.raises(mfx.MfxError, match=message):
+            function(model)
+
+
+def test_a_forward_wrapped_afterwards():
+    net = mfx.momentumize(Stack())
+    expected, inner = net(inputs()), net.forward
+
+    def doubled(*args, **kwargs):
+        return 2 * inner(*args, **kwargs)
+
+    doubled.__wrapped__ = inner
+    net.forward = doubled
+    assert torch.equal(net(inputs()), 2 * expected)
+    assert list(mfx.graphs(net)) == ["train"]
+    with mfx.original(net):
+        assert not torch.equal(net(inputs()), 2 * expected)
+
+
+class InnerReplaced(Stack):
+    """A library put another forward on an inner module, as accelerate does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = self.blocks[0].mlp
+        inner.forward = type(inner).forward.__get__(inner)
+
+
+def test_a_forward_replaced_on_an_inner_module():
+    model = InnerReplaced()
+    net = mfx.momentumize(model, gamma=0.0)
+    assert torch.equal(net(inputs()), model(inputs()))
+
+
+def test_lazy_modules():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LazyLinear(8), Stack())
+    net = mfx.momentumize(model)
+    net(inputs()).sum().backward()
+    assert type(net[0]) is nn.Linear
+    assert net[0].weight is model[0].weight
+    model(inputs())
+
+
+def test_no_batch_and_empty_batch():
+    net = mfx.momentumize(Stack())
+    assert net(inputs()[0]).shape == (3,)
+    assert net(inputs(batch=0)).shape == (0, 3)

@@ -1,0 +1,200 @@
+"""A momentumized net is the user's model in every respect but what it computes."""
+
+import copy
+import gc
+import inspect
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+import mfx
+from tests.mfx.models import Block, ConvNet, Stack, images, inputs, stack_recurrence
+
+
+def picture(model: nn.Module) -> dict[str, object]:
+    """Everything about a model that momentumize could disturb."""
+    return {
+        path: (
+            type(module),
+            module.training,
+            list(module.__dict__),
+            {k: id(v) for k, v in module.__dict__.items() if not k.startswith("_") and k != "training"},
+            [(k, id(v)) for k, v in (*module._parameters.items(), *module._buffers.items(), *module._modules.items())],
+            [dict(v) for k, v in module.__dict__.items() if k.endswith("_hooks")],
+        )
+        for path, module in model.named_modules()
+    }
+
+
+class WithConstant(Stack):
+    def forward(self, x):
+        return super().forward(x * torch.tensor([1.0, 2.0] * 4))
+
+
+class WithMarks(Stack):
+    calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.seen = x
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("build", [Stack, WithConstant])
+def test_the_original_stays_as_it_was(build):
+    model = build()
+    model.blocks[1].eval()
+    model.blocks[0].mlp.register_forward_hook(lambda *_: None)
+    x, before = inputs(), picture(model)
+    expected, tensors = model(x), copy.deepcopy(model.state_dict())
+    net = mfx.momentumize(model)
+    mfx.explain(model, x)
+    mfx.graphs(net)
+    net.eval()
+    net(x)
+    net.train()
+    net(x)
+    assert picture(model) == before
+    assert torch.equal(model(x), expected)
+    torch.testing.assert_close(model.state_dict(), tensors, rtol=0, atol=0)
+
+
+def test_class_attributes_and_methods():
+    model = Stack()
+    net = mfx.momentumize(model)
+    assert type(net) is Stack
+    assert isinstance(net, Stack)
+    assert net is not model
+    assert net.describe() == "3 blocks, kept"
+    assert inspect.signature(net.forward) == inspect.signature(model.forward)
+    assert net.forward.__name__ == "forward"
+
+
+def test_modules_are_distinct_and_tensors_shared():
+    model = ConvNet()
+    net = mfx.momentumize(model)
+    assert [p for p, _ in net.named_modules()] == [p for p, _ in model.named_modules()]
+    assert [n for n, _ in net.named_children()] == [n for n, _ in model.named_children()]
+    assert not set(net.modules()) & set(model.modules())
+    for mine, theirs in zip((*net.parameters(), *net.buffers()), (*model.parameters(), *model.buffers()), strict=True):
+        assert mine is theirs
+
+
+def test_state_dict_is_the_originals_and_loads_both_ways():
+    model = ConvNet()
+    net = mfx.momentumize(model)
+    net(images()).sum().backward()
+    mine, theirs = net.state_dict(), model.state_dict()
+    assert list(mine) == list(theirs)
+    assert mine._metadata.keys() == theirs._metadata.keys()
+    fresh, fresh_net = ConvNet(), mfx.momentumize(ConvNet())
+    fresh.load_state_dict(mine, strict=True)
+    fresh_net.load_state_dict(theirs, strict=True)
+    assert torch.equal(fresh_net.eval()(images()), net.eval()(images()))
+
+
+def test_apply_reaches_every_module_once():
+    seen = []
+    net = mfx.momentumize(Stack())
+    net.apply(seen.append)
+    assert set(map(id, seen)) == set(map(id, net.modules()))
+    assert len(seen) == len(list(net.modules()))
+
+
+def test_parameters_that_no_graph_mentions_are_kept():
+    model = Stack()
+    assert mfx.momentumize(model).unused is model.unused
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_to_another_dtype(dtype):
+    net = mfx.momentumize(Stack())
+    net(inputs())
+    y = net.to(dtype)(inputs(dtype=dtype))
+    assert y.dtype == dtype
+    y.sum().backward()
+    tolerance = 1e-7 if dtype == torch.float64 else 0.1
+    torch.testing.assert_close(y, stack_recurrence(net, inputs(dtype=dtype), 0.9), rtol=tolerance, atol=tolerance)
+
+
+def test_meta_device():
+    net = mfx.momentumize(Stack()).to("meta")
+    assert net(inputs(device="meta")).device.type == "meta"
+
+
+def test_freezing():
+    net = mfx.momentumize(Stack())
+    net.blocks.requires_grad_(False)
+    net.blocks[1].mlp.fc1.weight.requires_grad_(True)
+    net(inputs()).sum().backward()
+    with_grad = {name for name, p in net.named_parameters() if p.grad is not None}
+    assert with_grad == {"embed.weight", "embed.bias", "head.weight", "head.bias", "blocks.1.mlp.fc1.weight"}
+
+
+def test_inside_a_bigger_module():
+    net = mfx.momentumize(Stack())
+    outer = nn.Sequential(nn.Linear(8, 8), net, nn.Linear(3, 1))
+    outer(inputs()).sum().backward()
+    assert outer[0].weight.grad is not None
+    assert torch.equal(outer[1](inputs()), net(inputs()))
+    assert list(outer.state_dict())[2:-2] == [f"1.{key}" for key in net.state_dict()]
+
+
+def test_a_sequential_as_root():
+    net = mfx.momentumize(nn.Sequential(Block(), Block()), gamma=0.0)
+    assert type(net) is nn.Sequential
+    assert len(net) == 2
+    assert torch.equal(net(inputs()), nn.Sequential(*net)(inputs()))
+
+
+def test_nothing_holds_on_to_a_deleted_net():
+    net = mfx.momentumize(Stack())
+    net(inputs()).sum().backward()
+    mfx.graphs(net)
+    refs = [weakref.ref(module) for module in net.modules()]
+    del net
+    gc.collect()
+    assert [ref() for ref in refs if ref() is not None] == []
+
+
+def test_what_forward_sets_beside_its_result_is_reported_and_leaves_nothing_behind():
+    with pytest.warns(UserWarning, match=r"WithMarks.forward sets calls, seen, which the rewritten net does not do"):
+        net = mfx.momentumize(WithMarks())
+    net(inputs())
+    assert net.calls == 0
+    assert not hasattr(net, "seen")
+    copy.deepcopy(net)(inputs())
+
+
+def test_a_model_that_cannot_be_copied():
+    model = Stack()
+    model.note = (line for line in "ab")
+    with pytest.raises(mfx.MfxError, match=r"Stack cannot be copied: TypeError: .*generator.*deepcopy"):
+        mfx.momentumize(model)
+
+
+def test_tensors_that_are_plain_attributes_are_shared():
+    model = Stack()
+    model.table = torch.ones(3)
+    model.tables = {"a": [torch.ones(2)]}
+    net = mfx.momentumize(model)
+    assert net.table is model.table
+    assert net.tables["a"][0] is model.tables["a"][0]
+
+
+class WithSlots(Stack):
+    @property
+    def depth(self) -> int:
+        return len(self.blocks)
+
+    def forward(self, x):
+        return super().forward(x) * self.depth
+
+
+def test_properties():
+    model = WithSlots()
+    net = mfx.momentumize(model, gamma=0.0)
+    assert net.depth == 3
+    assert torch.equal(net(inputs()), model(inputs()))

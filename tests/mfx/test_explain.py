@@ -1,0 +1,195 @@
+"""What explain says, as objects, as text and as data."""
+
+import json
+
+import pytest
+import torch
+from torch import fx, nn
+
+import mfx
+from mfx.explain import branch_weights
+from tests.mfx.models import ConvNet, Masked, Stack, images, inputs
+
+
+class Shortcut(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.shortcut = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(x) + self.shortcut(x)
+
+
+class Mixed(nn.Module):
+    """A chain, a projection shortcut, and a lone residual add."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = Stack()
+        self.body.head = nn.Linear(8, 8)
+        self.short = Shortcut()
+        self.last = nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.short(self.body(x))
+        return x + self.last(x)
+
+
+def test_a_chain():
+    model = Stack()
+    for each in (model, mfx.momentumize(model)):
+        explanation = mfx.explain(each)
+        assert isinstance(explanation, mfx.Explanation)
+        (chain,) = explanation.chains
+        assert (chain.name, chain.gamma, chain.arithmetic) == ("blocks", 0.9, "exact")
+        assert [step.path for step in chain.steps[:4]] == ["blocks.0", "blocks.0", "blocks.1", "blocks.1"]
+        assert all(isinstance(node, fx.Node) for step in chain.steps for node in step.nodes)
+        assert [node.target for node in chain.steps[1].nodes] == ["blocks.0.norm2", "blocks.0.mlp"]
+        assert chain.steps[0].captures == ()
+        assert all("models.py:" in step.source for step in chain.steps)
+        assert set(explanation.graphs) == {"train"}
+        assert explanation.rejections == ()
+
+
+def test_captures():
+    (chain,) = mfx.explain(Masked(), inputs(), torch.ones(8)).chains
+    assert all(step.captures == ("mask",) for step in chain.steps)
+
+
+def test_rejections():
+    explanation = mfx.explain(Mixed())
+    shortcut, lone = explanation.rejections
+    assert "projection shortcut" in shortcut.reason
+    assert shortcut.path == "short"
+    assert shortcut.source.endswith(f"{__file__.rsplit('/', 1)[-1]}:{Shortcut.forward.__code__.co_firstlineno + 1}")
+    assert isinstance(shortcut.node, fx.Node)
+    assert "a single residual step" in lone.reason
+
+
+def test_the_nets_own_options():
+    net = mfx.momentumize(Stack(), gamma=0.25, arithmetic="float", skip="blocks.1")
+    explanation = mfx.explain(net)
+    assert [(chain.name, chain.gamma, chain.arithmetic) for chain in explanation.chains] == [
+        ("blocks.0", 0.25, "float"),
+        ("blocks.2", 0.25, "float"),
+    ]
+    assert [rejection.reason for rejection in explanation.rejections] == ["left out by only/skip"] * 2
+
+
+def test_explaining_disturbs_nothing():
+    model, fired = ConvNet(), []
+    model.layers[0].register_forward_hook(lambda *_: fired.append(1))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    random = torch.get_rng_state()
+    for _ in range(2):
+        mfx.explain(model)
+        mfx.explain(model, images())
+    assert fired == []
+    assert torch.equal(torch.get_rng_state(), random)
+    torch.testing.assert_close(dict(model.state_dict()), before, rtol=0, atol=0)
+    assert "forward" not in model.__dict__
+    net = mfx.momentumize(model)
+    mfx.explain(net, images())
+    assert torch.equal(torch.get_rng_state(), random)
+    torch.testing.assert_close(dict(net.state_dict()), before, rtol=0, atol=0)
+
+
+class Nudged(nn.Module):
+    """Branches that do not depend on the state, so that the output is linear in each of them."""
+
+    def __init__(self, steps: int) -> None:
+        super().__init__()
+        self.values = nn.ParameterList(nn.Parameter(torch.rand(8, dtype=torch.float64)) for _ in range(steps))
+
+    def forward(self, x):
+        for value in self.values:
+            x = x + (value + 0 * x)
+        return x
+
+
+@pytest.mark.parametrize("velocity", ["zero", "residual"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.9])
+@pytest.mark.parametrize("steps", [2, 7])
+def test_weights_against_an_experiment(velocity, gamma, steps):
+    net = mfx.momentumize(Nudged(steps), gamma=gamma, velocity=velocity)
+    x = inputs(dtype=torch.float64)
+    base = net(x).detach()
+    measured = []
+    for value in net.values:
+        with torch.no_grad():
+            value.add_(1.0)
+            measured.append((net(x) - base).mean().item())
+            value.sub_(1.0)
+    (chain,) = mfx.explain(net).chains
+    assert chain.weights == pytest.approx(measured, rel=1e-6)
+    if velocity == "zero":
+        assert chain.weights == pytest.approx([1 - gamma ** (steps - t) for t in range(steps)])
+
+
+def test_branch_weights_of_residual_start_sum_what_the_first_branch_adds():
+    assert branch_weights(3, 0.5, residual_start=True) == pytest.approx((1.75, 0.75, 0.5))
+
+
+@pytest.mark.parametrize("build", [Stack, Mixed, lambda: ConvNet(depth=40), lambda: nn.Linear(2, 2)])
+def test_text_fits_and_says_it_all(build):
+    explanation = mfx.explain(build())
+    text = str(explanation)
+    assert max(map(len, text.splitlines())) <= 120
+    for chain in explanation.chains:
+        assert f"{chain.name} " in text
+        assert f"{chain.weights[0]:.2f}" in text
+    for rejection in explanation.rejections:
+        assert rejection.node.name in text
+    assert text.startswith(explanation.model)
+
+
+class Long(nn.Module):
+    """Names that do not fit a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        inner = nn.ModuleDict({"b" * 70: Mixed(), "c" * 70: Mixed()})
+        self.add_module("a" * 90, inner)
+
+    def forward(self, x):
+        for inner in self.get_submodule("a" * 90).values():
+            x = inner(x)
+        return x
+
+
+def test_long_names_fit():
+    text = str(mfx.explain(Long()))
+    assert max(map(len, text.splitlines())) <= 120
+    assert "…" in text
+
+
+def test_html_is_escaped():
+    explanation = mfx.explain(type("A<b>&", (Stack,), {})())
+    assert "A<b>&" in str(explanation)
+    shown = explanation._repr_html_()
+    assert "A&lt;b&gt;&amp;" in shown
+    assert "<b>" not in shown
+
+
+@pytest.mark.parametrize("build", [Stack, Mixed, ConvNet])
+def test_as_data(build):
+    explanation = mfx.explain(build())
+    data = json.loads(json.dumps(explanation.to_dict()))
+    assert data["model"] == build.__name__
+    assert [chain["name"] for chain in data["chains"]] == [chain.name for chain in explanation.chains]
+    assert [len(chain["steps"]) for chain in data["chains"]] == [len(chain.steps) for chain in explanation.chains]
+    assert len(data["rejections"]) == len(explanation.rejections)
+
+
+def test_explain_takes_a_module():
+    for wrong, name in ((Stack, "the class Stack"), ("Stack", "a str"), (None, "a NoneType")):
+        with pytest.raises(mfx.MfxError, match=rf"explain takes a torch.nn.Module, not {name}\."):
+            mfx.explain(wrong)
+
+
+def test_a_graph_module_can_be_explained():
+    module = mfx.trace(Stack())
+    assert [len(chain.steps) for chain in mfx.explain(module).chains] == [6]
+    net = mfx.momentumize(module, gamma=0.5)
+    (chain,) = mfx.explain(net).chains
+    assert (len(chain.steps), chain.gamma) == (6, 0.5)
