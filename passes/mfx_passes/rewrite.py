@@ -94,10 +94,12 @@ class _Rewriter:
 
     def _update(self, gone: set[Node], added: set[Node]) -> None:
         """Tell the steps around a rewritten chain what stands in its place."""
-        for step in self._around[next(iter(gone))]:
-            if gone <= step.nodes:
-                step.nodes -= gone
-                step.nodes |= added
+        around = [step for step in self._around[next(iter(gone))] if gone <= step.nodes]
+        for step in around:
+            step.nodes -= gone
+            step.nodes |= added
+        for node in added:
+            self._around[node] = around
 
 
 def _move_behind(last: Node, late: Sequence[Node]) -> None:

@@ -27,7 +27,7 @@ def is_state_size(node: Node, states: Collection[Node], sizes: Collection[Node])
 
 
 def read_sizes_at_start(graph: Graph, chain: Chain, sizes: set[Node]) -> None:
-    """Let the steps of a chain read sizes of states off the chain's start, where they read another step's.
+    """Let sizes of a chain's states be read off its start, by others and by steps that read another step's state.
 
     Before::
 
@@ -58,3 +58,6 @@ def read_sizes_at_start(graph: Graph, chain: Chain, sizes: set[Node]) -> None:
                 elsewhere = source not in step.nodes and (source in owners or set(source.all_input_nodes) & set(states))
                 if elsewhere and is_state_size(source, states, sizes):
                     node.replace_input_with(source, copy(source))
+    for state in chain.states:
+        for reader in [user for user in state.users if user not in owners and is_state_size(user, states, sizes)]:
+            reader.replace_input_with(state, chain.start)

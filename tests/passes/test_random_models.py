@@ -1,0 +1,61 @@
+"""Random residual models through `mfx.momentumize`, against themselves and against their own recurrence."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, given, settings
+from torch import Tensor, nn
+
+import mfx
+from tests.passes.random_models import D, ChainSpec, Model, models
+
+EXAMPLES = int(os.environ.get("MFX_RANDOM_MODELS", "25"))
+
+
+def outputs_and_grads(model: nn.Module, call: Callable[..., list[Tensor]]) -> tuple[list[Tensor], dict[str, Any]]:
+    """The outputs, and the gradients of a loss that weighs every element of every output differently."""
+    torch.manual_seed(1)
+    x, memory = (torch.randn(2, 3, D, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    constant = torch.randn(2, 3, D, dtype=torch.float64)
+    model.zero_grad()
+    outputs = call(x, memory, constant)
+    sum((torch.randn_like(out) * out).sum() for out in outputs).backward()
+    named = {"x": x, "memory": memory, **dict(model.named_parameters())}
+    return [out.detach() for out in outputs], {name: value.grad for name, value in named.items()}
+
+
+def assert_equal(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def assert_close(actual: Any, expected: Any) -> None:
+    # States are float64 or have 40 fraction bits: at most 1e-10 after these few steps. Gradients are of order 1 to 100.
+    (outputs, grads), (outputs_, grads_) = actual, expected
+    torch.testing.assert_close(outputs, outputs_, rtol=1e-9, atol=1e-9)
+    assert grads.keys() == grads_.keys()
+    for name, grad in grads_.items():
+        assert (grad is None) == (grads[name] is None), name
+        if grad is not None:
+            torch.testing.assert_close(grads[name], grad, rtol=1e-9, atol=1e-9 * max(1.0, float(grad.norm())))
+
+
+@settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 25, suppress_health_check=list(HealthCheck))
+@given(models())
+def test_random_model(specs: tuple[ChainSpec, ...]) -> None:
+    torch.manual_seed(0)
+    model = Model(specs).double()
+    original = outputs_and_grads(model, model)
+    by_hand = outputs_and_grads(model, lambda *inputs: model.momentum(*inputs, 0.9))
+
+    for arithmetic in ("exact", "float"):
+        unchanged = mfx.momentumize(model, gamma=0.0, arithmetic=arithmetic)
+        assert_equal(outputs_and_grads(unchanged, unchanged), original)
+        net = mfx.momentumize(model, gamma=0.9, arithmetic=arithmetic)
+        kept = mfx.momentumize(model, gamma=0.9, arithmetic=arithmetic, memory_budget=1.0)
+        actual, reference = outputs_and_grads(net, net), outputs_and_grads(kept, kept)
+        (assert_equal if arithmetic == "exact" else assert_close)(actual, reference)
+        assert_close(actual, by_hand)
