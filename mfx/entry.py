@@ -120,9 +120,10 @@ def make_entry(
     graph, calls = captured.copy()
     modules = dict(net.named_modules())
     momenta: dict[str, Momentum] = {}
+    taken = set(dir(net))
 
     def insert(graphs: ChainGraphs) -> tuple[str, str | None]:
-        name = call_name(graphs.name, {*net._modules, *momenta})
+        name = call_name(graphs.name, {*taken, *momenta})
         momenta[name] = make_momentum(graphs, options)
         return name, velocity_target(net, graphs.name, options)
 
@@ -150,11 +151,13 @@ def velocity_target(net: nn.Module, chain: str, options: Options) -> str | None:
     module = options.velocity_of(chain)
     if isinstance(module, str):
         return None
-    name = call_name(chain, ()).removeprefix("momentum_")
     modules = _velocity_modules(net)
-    if name not in modules._modules:
-        modules.add_module(name, module)
-    return f"velocity.{name}"
+    if chain not in modules.names:
+        modules.names[chain] = call_name(chain, {f"momentum_{name}" for name in modules.names.values()}).removeprefix(
+            "momentum_"
+        )
+        modules.add_module(modules.names[chain], module)
+    return f"velocity.{modules.names[chain]}"
 
 
 def _velocity_modules(net: nn.Module) -> Extra:

@@ -12,9 +12,8 @@ from mfx.entry import Entry
 from mfx.explanation import ExplainedChain, ExplainedStep, Explanation
 from mfx.momentum import Momentum
 from mfx.momentumize import graphs
-from mfx.net import RewrittenForward, described, forward_of
+from mfx.net import RewrittenForward, described, forward_of, net_of
 from mfx.options import check_options
-from mfx.tree import tree_copy
 from mfx_passes import Findings, MfxError, StepGraphs, find_chains
 from mfx_passes.ir import source_line
 from mfx_passes.serialize import copy_graph
@@ -40,7 +39,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         return _explain_graph_module(model, calls)
     forward = forward_of(model)
     if forward is None:
-        forward = RewrittenForward(tree_copy(model), check_options())
+        forward = RewrittenForward(net_of(model), check_options())
     entry = _entry(forward, args, kwargs)
     findings = entry.findings(forward.net, forward.options)
     return _explanation(type(model).__name__, entry.calls.values(), findings, forward.graphs(), entry.flat)

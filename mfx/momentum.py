@@ -106,14 +106,14 @@ class Momentum(nn.Module):
         if self._steps is None:
             self._steps = tuple(
                 StepFunction(
-                    path=step.path,
+                    path=step.path or f"number {number} of {len(self.graphs.steps)}",
                     kind=step.kind,
                     branch=compile_graph(step.branch),
                     original=compile_graph(step.original),
                     captures=step.captures,
                     targets=step.targets,
                 )
-                for step in self.graphs.steps
+                for number, step in enumerate(self.graphs.steps, 1)
             )
         return self._steps
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import fx, nn
 
@@ -13,12 +13,10 @@ from mfx import capture as capturing
 from mfx.arguments import specialize_defaults
 from mfx.entry import make_momentum
 from mfx.guard import without_marks
-from mfx.net import RewrittenForward, check_forward, described, forward_of
+from mfx.net import RewrittenForward, described, forward_of, net_of
 from mfx.options import Options, check_options
-from mfx.tree import tree_copy
+from mfx.tree import M, tree_copy
 from mfx_passes import ChainGraphs, MfxError, MomentumPass
-
-M = TypeVar("M", bound=nn.Module)
 
 
 def momentumize(
@@ -84,9 +82,10 @@ def momentumize(
         example_inputs=example_inputs,
         verify=verify,
     )
-    net = tree_copy(model)
-    if isinstance(net, fx.GraphModule):
-        return net if _rewrite_graph_module(net, options) else _unchanged(model)
+    if isinstance(model, fx.GraphModule):
+        module = tree_copy(model)
+        return module if _rewrite_graph_module(module, options) else _unchanged(model)
+    net = net_of(model)
     forward = RewrittenForward(net, options)
     entry = forward.prepare()
     if not entry.calls:
@@ -108,8 +107,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     """
     if not isinstance(model, nn.Module):
         raise MfxError(f"trace takes a torch.nn.Module, not {described(model)}.")
-    root = tree_copy(model)
-    check_forward(root)
+    root = net_of(model)
     with without_marks(root):
         captured = capturing.capture(root, specialize_defaults(capturing.signature_of(root)))
     return fx.GraphModule(root, captured.graph, class_name=type(model).__name__)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
+from types import CodeType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from mfx.entry import Entry, make_entry, steps_of
 from mfx.guard import without_marks
 from mfx.options import Options
 from mfx.probe import find_with_shapes
-from mfx.tree import Overlay
+from mfx.tree import M, Overlay, tree_copy
 from mfx_passes import MfxError
 
 _KEPT = 8  # graphs per set of arguments; a model whose attributes follow a schedule needs a new one for every value
@@ -32,13 +33,9 @@ class RewrittenForward(Overlay):
     Args:
         net: the tree copy that it is the forward of.
         options: how chains are rewritten.
-
-    Raises:
-        MfxError: the net's forward is not that of its class, or takes inputs without names.
     """
 
     def __init__(self, net: nn.Module, options: Options) -> None:
-        check_forward(net)
         self.net = net
         self.options = options
         self.bypassed = 0
@@ -53,6 +50,10 @@ class RewrittenForward(Overlay):
     @property
     def __name__(self) -> str:
         return "forward"
+
+    @property
+    def __code__(self) -> CodeType:
+        return type(self.net).forward.__code__  # torch.export names inputs after its variables
 
     @property
     def all_entries(self) -> list[Entry]:
@@ -219,18 +220,21 @@ def forward_of(net: nn.Module) -> RewrittenForward | None:
     return None
 
 
-def check_forward(model: nn.Module) -> None:
-    """Refuse a model that is not called the way its class says.
+def net_of(model: M) -> M:
+    """A tree copy of a model that is called the way its class says.
 
     Raises:
-        MfxError: its forward was replaced, or takes inputs without names.
+        MfxError: its forward was compiled or replaced, or takes inputs without names; or it cannot be copied.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise MfxError("a ScriptModule has no Python code to trace. Momentumize the model before it is scripted.")
     if "forward" in model.__dict__ and not isinstance(model.__dict__["forward"], Overlay):
         raise MfxError(
             f"the forward of this {type(model).__name__} has been replaced on the instance (torch.compile, accelerate "
             "and others do so). Momentumize the model first, and wrap what that returns."
         )
     check_signature(model, signature_of(model))
+    return tree_copy(model)
 
 
 def described(value: object) -> str:

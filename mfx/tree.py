@@ -28,7 +28,15 @@ class Overlay:
 
 
 class Extra(nn.Module):
-    """Holds the modules that mfx added to a net; a tree copy is made without it."""
+    """Holds the modules that mfx added to a net; a tree copy is made without it.
+
+    Attributes:
+        names: what each chain's module is called here.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: dict[str, str] = {}
 
 
 def tree_copy(model: M, tensor: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> M:
@@ -67,13 +75,17 @@ def tree_copy(model: M, tensor: Callable[[Tensor], Tensor] = lambda tensor: tens
 
 
 def _attributes(model: nn.Module) -> Iterator[Tensor]:
-    """Tensors that are plain attributes of modules, or lie in plain containers there."""
+    """Tensors that are plain attributes of modules, or lie in plain containers there, or in modules there."""
     for module in model.modules():
         plain = {
             name: value for name, value in module.__dict__.items() if isinstance(value, Tensor | list | tuple | dict)
         }
         plain = {name: value for name, value in plain.items() if not name.startswith("_") or isinstance(value, Tensor)}
-        yield from (leaf for leaf in pytree.tree_leaves(plain) if isinstance(leaf, Tensor))
+        for leaf in pytree.tree_leaves(plain):
+            if isinstance(leaf, nn.Module):  # kept from being registered, in a list for example
+                yield from chain(leaf.parameters(), leaf.buffers())
+            elif isinstance(leaf, Tensor):
+                yield leaf
 
 
 def _outside_hooks(model: nn.Module) -> Iterator[Any]:

@@ -179,9 +179,11 @@ def test_tensors_that_are_plain_attributes_are_shared():
     model = Stack()
     model.table = torch.ones(3)
     model.tables = {"a": [torch.ones(2)]}
+    model.teacher = [nn.Linear(2, 2)]
     net = mfx.momentumize(model)
     assert net.table is model.table
     assert net.tables["a"][0] is model.tables["a"][0]
+    assert net.teacher[0].weight is model.teacher[0].weight
 
 
 class WithSlots(Stack):

@@ -94,6 +94,17 @@ def test_functional_call():
     torch.testing.assert_close(y, net(inputs()))
 
 
+@pytest.mark.parametrize("called", [True, False])
+def test_export(called):
+    net = mfx.momentumize(Stack()).eval()
+    if called:
+        net(inputs())
+    with torch.no_grad():
+        program = torch.export.export(net, (inputs(),))
+        torch.testing.assert_close(program.module()(inputs()), net(inputs()))
+    assert list(program.state_dict) == list(net.state_dict())
+
+
 def test_meta_models_can_be_explained():
     with torch.device("meta"):
         model = Stack()

@@ -40,6 +40,19 @@ class Stages(nn.Module):
         return self.last(x)
 
 
+class Punctuated(Stages):
+    """Chains stage.a-b and stage.a_b."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = nn.ModuleDict({"a-b": Line(3), "a_b": Line(2)})
+
+    def forward(self, x):
+        x = self.middle(self.stage["a-b"](x))
+        x = self.middle(self.stage["a_b"](x))
+        return self.last(x)
+
+
 @pytest.fixture
 def model():
     torch.manual_seed(0)
@@ -173,6 +186,17 @@ def test_copies(model, x, make_copy):
         copied.velocity.last[0].weight.zero_()
     assert torch.equal(copied(x), net(x))
     assert_reversible(copied, copied.last[1], x)
+
+
+def test_chains_whose_names_differ_in_punctuation_only(x):
+    torch.manual_seed(0)
+    modules = {name: nn.Linear(WIDTH, WIDTH).double() for name in ("stage.a-b", "stage.a_b")}
+    model = Punctuated().double()
+    net = mfx.momentumize(model, gamma=0.7, velocity=modules)
+    a = model.middle(recurrence(x, model.stage["a-b"], 0.7, modules["stage.a-b"](x)))
+    b = model.middle(recurrence(a, model.stage["a_b"], 0.7, modules["stage.a_b"](a)))
+    torch.testing.assert_close(net(x), recurrence(b, model.last, 0.7), **TOLERANCE)
+    assert torch.equal(copy.deepcopy(net)(x), net(x))
 
 
 def test_replacing_one(model, x):
