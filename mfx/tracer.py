@@ -7,12 +7,14 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
-from mfx_passes import ModuleCall
 from torch import fx, nn
 from torch.fx.node import map_aggregate
+
+from mfx_passes import ModuleCall
 
 # torch.nn is opaque to a tracer, which is right for all but the modules that hold residual adds themselves.
 _LOOKED_INTO = (
@@ -24,6 +26,8 @@ _LOOKED_INTO = (
     nn.TransformerDecoderLayer,
 )
 _EINOPS_FUNCTIONS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "asnumpy", "parse_shape")
+# What may stand between the parts of ``*value, more`` and their unpacking.
+_WITHIN_LISTS = ("LIST_APPEND", "LIST_TO_TUPLE", "LOAD_", "BINARY_", "CACHE", "EXTENDED_ARG", "CALL_INTRINSIC_1", "NOP")
 _INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 
 
@@ -33,6 +37,14 @@ class _Honest(fx.Proxy):  # type: ignore[misc]
     def __len__(self) -> int:
         # A TypeError, because list.extend asks too, and takes it for "not known".
         raise TypeError("the length of a traced value is not known")
+
+    def __bool__(self) -> bool:
+        holds = _asserted(sys._getframe(1))
+        if holds is None:
+            return bool(super().__bool__())
+        condition = self if holds else self.tracer.create_proxy("call_function", operator.not_, (self,), {})
+        self.tracer.create_proxy("call_function", torch._assert, (condition, "an assertion of the model failed"), {})
+        return holds
 
 
 class _Attribute(_Honest, fx.proxy.Attribute):  # type: ignore[misc]
@@ -72,7 +84,10 @@ class SymbolicTracer(fx.Tracer):  # type: ignore[misc]
     """
 
     def __init__(self, inputs: Sequence[str], constants: Mapping[str, Any]) -> None:
-        super().__init__(autowrap_functions=_einops_functions())
+        super().__init__(autowrap_functions=(*_einops_functions(), *_timm_functions(), torch.finfo, torch.iinfo))
+        self._autowrap_search.append(torch)  # which is where torch.finfo is looked up
+        self._timm_modules = _timm_modules()
+        self._opaque: set[str] = set()
         self._inputs = inputs
         self._constants = constants
         self.calls: list[ModuleCall] = []
@@ -101,13 +116,22 @@ class SymbolicTracer(fx.Tracer):  # type: ignore[misc]
         """Modules of torch.nn and einops are called as they are, unless they may hold residual adds."""
         if type(m) in _LOOKED_INTO:
             return False
+        if module_qualified_name in self._opaque:
+            return True
         return type(m).__module__.startswith("einops.") or super().is_leaf_module(m, module_qualified_name)
 
-    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """Record a call, and for a module that is walked through, which nodes it consists of."""
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
+        if type(m) in self._timm_modules:
+            return self._walk_if_possible(m, path, args, kwargs)
+        return self._walk(m, path, args, kwargs)
+
+    def _walk(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.walked[path] = m
         last = next(reversed(self.graph.nodes), None)
         # Hooks are run when the module is called, not when it is traced: a proxy means nothing to them.
@@ -117,12 +141,31 @@ class SymbolicTracer(fx.Tracer):  # type: ignore[misc]
         self.calls.append(ModuleCall(path, to_node(args), to_node(kwargs), to_node(output), nodes))
         return output
 
+    def _walk_if_possible(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Walk through a module whose author thinks that it cannot be traced; if that is so, call it as it is."""
+        attributes = {module: dict(module.__dict__) for module in m.modules()}
+        last = next(reversed(self.graph.nodes), None)
+        calls, walked, stack = len(self.calls), dict(self.walked), self.module_stack.copy()
+        try:
+            return self._walk(m, path, args, kwargs)
+        except Exception:  # whatever its forward says to symbolic values
+            for module, before in attributes.items():
+                module.__dict__.clear()
+                module.__dict__.update(before)
+            for node in reversed(list(_after(self.graph, last))):
+                self.graph.erase_node(node)
+            del self.calls[calls:]
+            self.walked, self.module_stack = walked, stack
+        self._opaque.add(path)
+        return super().call_module(m, m.forward, args, kwargs)
+
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters and buffers are symbolic: their values are none of the graph's business."""
         path = self._tensor_paths.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
         if path is None:
             return attr_val
-        if path not in parameter_proxy_cache:
+        known = parameter_proxy_cache.get(path)
+        if known is None or known.node._erased:
             parameter_proxy_cache[path] = self.create_proxy("get_attr", path, (), {})
         return parameter_proxy_cache[path]
 
@@ -139,14 +182,27 @@ class SymbolicTracer(fx.Tracer):  # type: ignore[misc]
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over a value whose number of parts is known, or told by the code that unpacks it."""
         count = _count_of_parts(obj.node)
-        if count is None:
-            count = _count_asked_for(sys._getframe(2))
-        return super().iter(obj) if count is None else iter([obj[i] for i in range(count)])
+        if count is not None:
+            return iter([obj[i] for i in range(count)])
+        indices = _parts_asked_for(sys._getframe(2))
+        return super().iter(obj) if indices is None else iter([None if i is None else obj[i] for i in indices])
 
 
 def _einops_functions() -> tuple[Callable[..., Any], ...]:
     einops = sys.modules.get("einops")
     return tuple(getattr(einops, name) for name in _EINOPS_FUNCTIONS if hasattr(einops, name)) if einops else ()
+
+
+def _timm_functions() -> tuple[Callable[..., Any], ...]:
+    """The functions that timm wants called as they are, because they look at sizes."""
+    timm = sys.modules.get("timm.layers")
+    return tuple(f for f in timm.get_notrace_functions() if callable(f)) if timm else ()
+
+
+def _timm_modules() -> frozenset[type[nn.Module]]:
+    """The modules that timm wants called as they are, at least in some of their configurations."""
+    timm = sys.modules.get("timm.layers")
+    return frozenset(timm.get_notrace_modules()) if timm else frozenset()
 
 
 def _proxies_to_nodes(args: Any) -> Any:
@@ -168,7 +224,9 @@ def _user_stack() -> str:
         module = frame.f_globals.get("__name__", "")
         if module == "mfx.capture":
             break
-        if not module.startswith(("torch.fx", "torch.nn.modules.module", "torch.overrides", "mfx.tracer", "contextlib")):
+        if not module.startswith(
+            ("torch.fx", "torch.nn.modules.module", "torch.overrides", "mfx.tracer", "contextlib")
+        ):
             lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n')
         frame = frame.f_back  # type: ignore[assignment]
     return "".join(reversed(lines))
@@ -182,21 +240,78 @@ def _count_of_parts(node: fx.Node) -> int | None:
     if node.target in ("split", torch.split, "tensor_split", torch.tensor_split):
         sizes = node.args[1] if len(node.args) > 1 else node.kwargs.get("split_size_or_sections")
         return len(sizes) if isinstance(sizes, list | tuple) else None
+    if node.target is operator.getitem and isinstance(node.args[1], slice):
+        return _length_of_slice(node.args[1])
     return None
 
 
-def _count_asked_for(frame: Any) -> int | None:
-    """How many parts ``a, b, c = *value, more`` asks for, read off the code that unpacks it."""
-    instructions = list(dis.get_instructions(frame.f_code))
-    at = next(i for i, instruction in enumerate(instructions) if instruction.offset >= frame.f_lasti)
-    if instructions[at].opname != "LIST_EXTEND":
+def _length_of_slice(part: slice) -> int | None:
+    """How long ``values[part]`` is, if nothing is missing: 2 for ``[-2:]``, ``[:2]`` and ``[1:3]``."""
+    start, stop = part.start or 0, part.stop
+    if part.step is not None or not isinstance(start, int) or not isinstance(stop, int | None):
         return None
+    if stop is None:
+        return -start if start < 0 else None
+    return max(stop - start, 0) if (start < 0) == (stop < 0) else None
+
+
+def _parts_asked_for(frame: FrameType) -> list[int | None] | None:
+    """Which parts ``a, b, c = *value, more`` or ``*_, h, w = value`` ask for, read off the code that unpacks the value.
+
+    None stands for parts that go into a name that nobody reads.
+    """
+    code = list(dis.get_instructions(frame.f_code))
+    at = _position(frame, code)
     more = 0
-    for instruction in instructions[at + 1 :]:
-        if instruction.opname == "LIST_APPEND":
-            more += 1
-        elif instruction.opname == "UNPACK_SEQUENCE":
-            return int(instruction.argval) - more
-        elif instruction.opname in ("LIST_EXTEND", "BUILD_LIST", "CALL", "CALL_FUNCTION_EX", "RETURN_VALUE"):
-            return None
+    if code[at].opname == "LIST_EXTEND":
+        at += 1
+        while code[at].opname.startswith(_WITHIN_LISTS):
+            more += code[at].opname == "LIST_APPEND"
+            at += 1
+    if code[at].opname == "UNPACK_SEQUENCE":
+        return list(range(int(code[at].argval) - more))
+    if code[at].opname == "UNPACK_EX":
+        first, last = code[at].argval & 0xFF, (code[at].argval >> 8) - more
+        if last >= 0 and _is_never_read(first, code[at + 1 :], code):
+            return [*range(first), None, *range(-last, 0)]
     return None
+
+
+def _is_never_read(position: int, stores: Sequence[dis.Instruction], code: Sequence[dis.Instruction]) -> bool:
+    """Whether the local name that the code stores as number ``position`` is read nowhere."""
+    names: list[str] = []
+    for instruction in stores:
+        if not instruction.opname.startswith("STORE_FAST") or "LOAD" in instruction.opname:
+            break
+        names += [instruction.argval] if isinstance(instruction.argval, str) else instruction.argval
+    if position >= len(names):
+        return False
+    reads = (i.argval for i in code if "LOAD_FAST" in i.opname)
+    return not any(names[position] in ((read,) if isinstance(read, str) else read) for read in reads)
+
+
+def _asserted(frame: FrameType) -> bool | None:
+    """The truth value that an ``assert`` asks for, if that is who asks."""
+    code = list(dis.get_instructions(frame.f_code))
+    at = _position(frame, code)
+    if code[at].opname == "TO_BOOL":
+        at += 1
+    jump = code[at]
+    if "JUMP" not in jump.opname or "_IF_" not in jump.opname or "NONE" in jump.opname:
+        return None
+    wanted = jump.opname.endswith("TRUE")  # what is jumped upon; the other way, execution falls through
+    if _raises_assertion(code[at + 1]):
+        return wanted
+    target = next((i for i in code if i.offset == jump.argval), None)
+    return not wanted if target is not None and _raises_assertion(target) else None
+
+
+def _raises_assertion(instruction: dis.Instruction) -> bool:
+    name = "AssertionError"  # LOAD_COMMON_CONSTANT since Python 3.14
+    return instruction.opname == "LOAD_ASSERTION_ERROR" or (
+        instruction.opname == "LOAD_COMMON_CONSTANT" and name in instruction.argrepr
+    )
+
+
+def _position(frame: FrameType, code: Sequence[dis.Instruction]) -> int:
+    return next(i for i, instruction in enumerate(code) if instruction.offset >= frame.f_lasti)
