@@ -24,8 +24,8 @@ def inputs_of(step: Step) -> list[Node]:
 
 
 def _reads(step: Step) -> list[Node]:
-    reads = dict.fromkeys(source for node in step.nodes for source in node.all_input_nodes)
-    return [node for node in reads if node not in step.nodes]
+    # In program order: sets of nodes are in no order, and graphs must come out the same every time.
+    return sorted({source for node in step.nodes for source in node.all_input_nodes} - step.nodes)
 
 
 def changes_outside_value(step: Step, index: GraphIndex, mutations: Mutations) -> str | None:

@@ -42,7 +42,9 @@ def fold_calls(
         The calls that were not folded: their modules' own ``forward`` and hooks do not run.
     """
     folder = _Folder(graph, chains, mutations)
-    flat = [call for call in sorted(calls, key=lambda call: -len(call.nodes)) if not folder.fold(call)]
+    # A call that does nothing but call another has the same nodes, and the shorter path.
+    outermost_first = sorted(calls, key=lambda call: (-len(call.nodes), call.target.count(".")))
+    flat = [call for call in outermost_first if not folder.fold(call)]
     folder.update(chains)
     return flat
 
@@ -170,7 +172,7 @@ def _is_own(family: Iterable[Node], nodes: set[Node]) -> bool:
 
 
 def _meta(first: Node, call: ModuleCall) -> dict[str, Any]:
-    meta = {key: first.meta[key] for key in ("stack_trace", "custom") if key in first.meta}
+    meta: dict[str, Any] = {key: first.meta[key] for key in ("stack_trace", "custom") if key in first.meta}
     stack = first.meta.get("nn_module_stack")
     if stack:
         meta["nn_module_stack"] = _up_to(stack, call.target)

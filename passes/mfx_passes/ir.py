@@ -151,8 +151,8 @@ class StepGraphs:
     Args:
         branch: f(x) for the kind ``"residual"``, h(x) for ``"map"``.
         original: the step as the user wrote it; the same graph as ``branch`` for the kind ``"map"``.
-        captures: which of the chain's captures it reads, in the order of its inputs; numbers past these are side outputs of
-            earlier steps (sizes that one branch computed and a later one reads), counted from the first step on.
+        captures: which of the chain's captures it reads, in the order of its inputs; numbers past these are side
+            outputs of earlier steps (sizes that one branch computed and a later one reads), counted from the first on.
         targets: dotted paths of the modules and tensors it reads.
         sides: names of its side outputs.
     """

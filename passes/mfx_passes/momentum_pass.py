@@ -69,7 +69,7 @@ def call_name(chain: str, taken: Container[str]) -> str:
     return name
 
 
-class MomentumPass(PassBase):  # type: ignore[misc]
+class MomentumPass(PassBase):
     """A ``torch.fx`` pass that turns every chain of residual adds of a ``GraphModule`` into one momentum call.
 
     Args:

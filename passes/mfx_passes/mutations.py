@@ -71,4 +71,4 @@ class Mutations:
             return None
         if vocabulary.may_alias(node, self._index.modules):
             return vocabulary.preserved(node)
-        return self._index.mutated(node)
+        return self._index.mutated(node) if vocabulary.returns_operand(node) else None

@@ -27,7 +27,8 @@ def normalize(index: GraphIndex) -> bool:
     Returns:
         Whether the graph changed; the index is stale then.
     """
-    return any([_redirect(node, index) for node in index.nodes])
+    redirected = [_redirect(node, index) for node in index.nodes]
+    return any(redirected)
 
 
 def _redirect(mutator: Node, index: GraphIndex) -> bool:

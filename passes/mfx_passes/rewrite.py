@@ -17,9 +17,9 @@ from mfx_passes.vocabulary import Modules
 Insert = Callable[[ChainGraphs], tuple[str, str | None]]
 """Keeps a chain's graphs and returns the name of the module that will run them, a ``call_module`` target.
 
-That module is called with ``(x, captures, roots)``: the state, a tuple of captures, and the attributes of the model that
-the steps reach into, by name. It returns the end state, or a tuple of it, the taps and the side outputs. The second name
-is that of a module that computes the initial velocity from the state, handed over as a fourth argument, or None.
+That module is called with ``(x, captures, roots)``: the state, a tuple of captures, and the attributes of the model
+that the steps reach into, by name. It returns the end state, or a tuple of it, the taps and the side outputs. The second
+name is that of a module that computes the initial velocity from the state, handed over as a fourth argument, or None.
 """
 
 
@@ -70,7 +70,8 @@ class _Rewriter:
             step.term = self._replaced.get(step.term, step.term)
         graphs, captures, sides = outline(chain)
         inside = chain.nodes
-        anchor = max((chain.start, *captures))
+        # Where the chain began, if possible: the order of the forward pass is the order in which gradients are summed.
+        anchor = max((min(inside).prev, *captures))
         late = _late_readers(self._graph, inside, anchor)
         call, added = _insert_call(self._graph, graphs, chain, captures, anchor, self._insert)
         states = [chain.steps[t - 1].out for t in graphs.taps]

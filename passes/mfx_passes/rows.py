@@ -1,4 +1,4 @@
-"""Rows of steps that can be called at once: refused steps are taken out, and a row ends where its steps would not fit."""
+"""Rows of steps that can be run by one call: refused steps are taken out, and a row ends where the next does not fit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mfx_passes.sizes import is_state_size
 def cut(
     row: list[Step], index: GraphIndex, mutations: Mutations, refused: Mapping[str, str]
 ) -> tuple[list[list[Step]], list[Rejection]]:
-    """Take refused steps out of a row, and cut it where a step needs what only exists after the row has begun to run."""
+    """Take refused steps out of a row, and cut it where a step needs what is only there after the row has run."""
     rows: list[_Row] = []
     rejections: list[Rejection] = []
     open_row: _Row | None = None

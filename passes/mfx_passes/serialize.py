@@ -19,7 +19,7 @@ class _Reference:
     name: str
 
 
-class PortableGraph(Graph):  # type: ignore[misc]
+class PortableGraph(Graph):
     """A graph that pickles, and copies, as a list of rows; metadata that is no description stays behind."""
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -53,7 +53,7 @@ def read_sizes_at_start(graph: Graph, chain: Chain, sizes: set[Node]) -> None:
 
     owners = {node: step for step in chain.steps for node in step.nodes}
     for step in chain.steps:
-        for node in list(step.nodes):
+        for node in sorted(step.nodes):
             for source in node.all_input_nodes:
                 elsewhere = source not in step.nodes and (source in owners or set(source.all_input_nodes) & set(states))
                 if elsewhere and is_state_size(source, states, sizes):

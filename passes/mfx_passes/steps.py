@@ -85,8 +85,9 @@ def _onwards(end: Node, link: Link, index: GraphIndex) -> list[Node]:
 def _owned(skip: Node, out: Node, index: GraphIndex) -> set[Node]:
     """The nodes between two states, and what was written beside them for nobody else.
 
-    That is: what ``out`` needs of what ``skip`` feeds; then checks and prints without readers, and sizes of all these; then
-    whatever is read by all these alone (a position bias made of parameters, a key projected from an encoder's output).
+    That is: what ``out`` needs of what ``skip`` feeds; then checks and prints without readers, and sizes of all these;
+    then whatever is read by all these alone (a position bias made of parameters, a key projected from an encoder's
+    output).
     """
     interval = [node for node in index.between(skip, out) if node.op not in ("placeholder", "get_attr", "output")]
     fed = {skip}

@@ -35,10 +35,10 @@ _SIZE_ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device", "is_cuda", "la
 
 _TAIL_FUNCTIONS = frozenset(
     {
-        torch.relu, torch.relu_, torch.tanh, torch.sigmoid, torch.clamp, torch.dropout, torch.rms_norm, torch.layer_norm,
-        F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.elu, F.selu, F.celu, F.gelu, F.silu, F.mish, F.hardswish,
-        F.hardtanh, F.prelu, F.softplus, F.tanh, F.sigmoid, F.dropout, F.layer_norm, F.rms_norm, F.batch_norm, F.group_norm,
-        F.instance_norm, F.normalize,
+        torch.relu, torch.relu_, torch.tanh, torch.sigmoid, torch.clamp, torch.dropout, torch.rms_norm,
+        torch.layer_norm, F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.elu, F.selu, F.celu, F.gelu,
+        F.silu, F.mish, F.hardswish, F.hardtanh, F.prelu, F.softplus, F.tanh, F.sigmoid, F.dropout, F.layer_norm,
+        F.rms_norm, F.batch_norm, F.group_norm, F.instance_norm, F.normalize,
     }
 )  # fmt: skip
 _TAIL_METHODS = frozenset({"relu", "relu_", "tanh", "sigmoid", "clamp", "to", "float", "half", "bfloat16", "type_as"})
@@ -66,7 +66,7 @@ def returns_operand(node: Node) -> bool:
     if node.op == "call_function":
         module = getattr(node.target, "__module__", None) or ""
         return node.target is not operator.setitem and module.startswith(("torch", "_operator"))
-    return True
+    return node.target != "__setitem__"
 
 
 def _mutates(node: Node, modules: Modules) -> bool:
@@ -137,43 +137,13 @@ def _adds_zero(node: Node) -> tuple[Any, ...] | None:
 
 
 _ALIAS_NAMES = frozenset(
-    [
-        "alpha_dropout",
-        "as_strided",
-        "broadcast_to",
-        "chunk",
-        "detach",
-        "diagonal",
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "dsplit",
-        "expand",
-        "expand_as",
-        "hsplit",
-        "moveaxis",
-        "movedim",
-        "narrow",
-        "rearrange",
-        "select",
-        "split",
-        "squeeze",
-        "swapaxes",
-        "t",
-        "tensor_split",
-        "unbind",
-        "unfold",
-        "unsqueeze",
-        "view_as_complex",
-        "view_as_real",
-        "vsplit",
-        "adjoint",
-        "atleast_1d",
-        "atleast_2d",
-        "atleast_3d",
-    ]
-)
+    {
+        "alpha_dropout", "as_strided", "broadcast_to", "chunk", "detach", "diagonal", "dropout", "dropout1d",
+        "dropout2d", "dropout3d", "dsplit", "expand", "expand_as", "hsplit", "moveaxis", "movedim", "narrow",
+        "rearrange", "select", "split", "squeeze", "swapaxes", "t", "tensor_split", "unbind", "unfold", "unsqueeze",
+        "view_as_complex", "view_as_real", "vsplit", "adjoint", "atleast_1d", "atleast_2d", "atleast_3d",
+    }
+)  # fmt: skip
 _ALIAS_ATTRIBUTES = frozenset({"T", "H", "mT", "mH", "data", "real", "imag"})
 
 

@@ -568,6 +568,7 @@ class _Careless(nn.Module):
         both = positive & large
         return y * positive + y * both
 
+
 class CutByCapture(Case):
     """What the third branch computes of the second state is used by later branches: the chain is cut after it."""
 

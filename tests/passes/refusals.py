@@ -254,7 +254,7 @@ class LeftOut(Linears):
         return x
 
 
-@refused({"found out at the first call": 1}, steps=2, selection=Selection(refused={"add": "found out at the first call"}))
+@refused({"found out later": 1}, steps=2, selection=Selection(refused={"add": "found out later"}))
 class RefusedByName(Linears):
     """A sum that was refused before, by name."""
 

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from torch import Tensor, nn
 
 import mfx
-from tests.passes.random_models import D, ChainSpec, Model, models
+from tests.passes.random_models import ChainSpec, D, Model, models
 
 EXAMPLES = int(os.environ.get("MFX_RANDOM_MODELS", "25"))
 

@@ -1,0 +1,125 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+from torch import Tensor, nn
+
+from mfx_passes import MfxError, Selection, find_chains
+from tests.passes.harness import rewrite_model, traced
+
+D = 4
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D))
+        self.mlp = nn.Linear(D, D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(x)
+        return x + self.mlp(x)
+
+
+class Net(nn.Module):
+    """Two stages of two blocks each, and a second run through the first stage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.early = nn.Sequential(Block(), Block())
+        self.down = nn.Linear(D, D)
+        self.late = nn.Sequential(Block(), Block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.late(self.down(self.early(x)))
+        return self.early(self.down(x))
+
+
+def chains(model: nn.Module, **selection: object) -> dict[str, list[str]]:
+    case = traced(model)
+    found = find_chains(case.graph, case.modules, Selection(**selection))
+    return {chain.name: [step.path for step in chain.steps] for chain in found.chains}
+
+
+def steps(stage: str) -> list[str]:
+    return [f"{stage}.{i}.{name}" for i in range(2) for name in ("attn", "mlp")]
+
+
+def test_names_are_common_module_paths_and_unique() -> None:
+    # Four steps each; `down` ends one chain and begins the next.
+    assert chains(Net()) == {"early": steps("early"), "late": steps("late"), "early#2": steps("early")}
+
+
+def test_a_chain_of_the_root_is_called_root() -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(D, D), nn.Linear(D, D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.a(x)
+            return x + self.b(x)
+
+    assert chains(Root()) == {"root": ["a", "b"]}
+
+
+@pytest.mark.parametrize(
+    "selection, expected",
+    [
+        ({"only": ("late",)}, {"late": steps("late")}),
+        ({"only": ("early",)}, {"early": steps("early"), "early#2": steps("early")}),
+        ({"only": ("early#2",)}, {"early#2": steps("early")}),
+        ({"skip": ("early*",)}, {"late": steps("late")}),
+        ({"only": ("late.1",)}, {"late.1": steps("late")[2:]}),
+        ({"only": ("late", "early"), "skip": ("*.mlp",)}, {}),
+        ({"skip": ("early", "late.0.mlp")}, {"late.1": steps("late")[2:]}),
+        (
+            {"skip": ("early", "late.0.mlp"), "min_steps": 1},
+            {"late.0.attn": ["late.0.attn"], "late.1": steps("late")[2:]},
+        ),
+        ({"min_steps": 5}, {}),
+    ],
+)
+def test_selection(selection: dict[str, object], expected: dict[str, list[str]]) -> None:
+    assert chains(Net(), **selection) == expected
+
+
+@pytest.mark.parametrize("option", ["only", "skip"])
+def test_a_pattern_that_fits_nothing_is_an_error(option: str) -> None:
+    with pytest.raises(MfxError, match=r"'layer3' in only/skip fits no chain .* Chains: early, early#2, late\."):
+        chains(Net(), **{option: ("layer3",)})
+
+
+def test_what_is_left_of_a_cut_chain_is_named_anew() -> None:
+    class Long(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fs = nn.ModuleList(nn.Linear(D, D) for _ in range(5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for f in self.fs:
+                x = x + f(x)
+            return x
+
+    assert chains(Long(), skip=("fs.2",)) == {"fs": ["fs.0", "fs.1"], "fs#2": ["fs.3", "fs.4"]}
+
+
+def test_two_thousand_blocks_in_seconds() -> None:
+    class Residual(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Sequential(nn.Linear(1, 1), nn.ReLU(inplace=True), nn.Linear(1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.f(x)
+
+    def seconds(blocks: int) -> float:
+        model = nn.Sequential(*(Residual() for _ in range(blocks)))
+        before = time.process_time()
+        result = rewrite_model(model)
+        assert [len(graphs.steps) for graphs in result.chains] == [blocks]
+        return time.process_time() - before
+
+    # Linear with room for a busy machine; quadratic would be 16.
+    assert seconds(2000) < 8 * max(seconds(500), 0.5)

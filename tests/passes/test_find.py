@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mfx_passes.find import find_adds, find_runs
+from mfx_passes.index import GraphIndex
+from tests.passes.harness import traced
+
+
+def found(forward: Callable[[Tensor], Tensor]) -> tuple[list[str], list[str]]:
+    """The names of the residual adds of a function, and of the sums that only look like one."""
+
+    class Function(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(x)
+
+    case = traced(Function())
+    adds, rejections = find_adds(GraphIndex(case.graph, case.modules))
+    return [add.node.name for add in adds], [rejection.node.name for rejection in rejections]
+
+
+@pytest.mark.parametrize(
+    "forward, adds",
+    [
+        (lambda x: x + x.exp(), ["add"]),
+        (lambda x: x.exp() + x, ["add"]),
+        (lambda x: x + x, []),
+        (lambda x: x + 1, []),
+        (lambda x: x + x.exp() + x.sin(), ["add_1"]),
+        (lambda x: x.exp() + (x + x.sin()), ["add_1"]),
+        (lambda x: (x.exp() + x.sin()) + x, ["add_1"]),
+        (lambda x: sum([x, x.exp(), x.sin()]), ["add_2"]),
+        (lambda x: x + (x + x.exp()).sin(), ["add", "add_1"]),
+        (lambda x: x + x.exp() * x, ["add"]),
+        (lambda x: torch.addcmul(x, x.exp(), x.sin()), ["addcmul"]),
+        (lambda x: torch.addcmul(x.exp(), x, x), []),
+        (lambda x: x - x.exp(), ["sub"]),
+        (lambda x: x.flatten(1) + x.exp().flatten(1), ["add"]),
+        (lambda x: x.shape[0] + x.shape[0] * x.shape[1], []),
+    ],
+)
+def test_residual_adds(forward: Callable[[Tensor], Tensor], adds: list[str]) -> None:
+    assert found(forward) == (adds, [])
+
+
+@pytest.mark.parametrize(
+    "forward, rejected",
+    [
+        (lambda x: x.exp() - x, ["sub"]),
+        (lambda x: torch.add(x.exp(), x, alpha=2), ["add"]),
+        (lambda x: x.exp().sin() + x.exp().cos(), []),  # they only share an input
+        (lambda x: (lambda y: y.sin() + y.cos())(x.exp()), ["add"]),
+    ],
+)
+def test_sums_that_look_residual(forward: Callable[[Tensor], Tensor], rejected: list[str]) -> None:
+    assert found(forward) == ([], rejected)
+
+
+def runs(forward: Callable[[Tensor], Tensor]) -> list[tuple[str, list[str], list[int]]]:
+    """Of each run its kind, its adds, and how long their tails are."""
+
+    class Function(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return forward(x)
+
+    case = traced(Function())
+    index = GraphIndex(case.graph, case.modules)
+    return [
+        (run.kind, [link.add.node.name for link in run.links], [len(link.tail) for link in run.links])
+        for run in find_runs(find_adds(index)[0], index)
+    ]
+
+
+def relu_then_not(x: Tensor) -> Tensor:
+    x = F.relu(x + x.exp())
+    x = F.relu(x + x.exp())
+    x = x + x.sin()
+    return x + x.cos()
+
+
+def final_norm(x: Tensor) -> Tensor:
+    x = x + x.exp()
+    x = x + x.exp()
+    return F.layer_norm(x, (4,))
+
+
+def two_operations(x: Tensor) -> Tensor:
+    x = F.relu(x + x.exp()) * 0.5
+    x = F.relu(x + x.exp()) * 0.5
+    return x * 2
+
+
+def other_tail(x: Tensor) -> Tensor:
+    x = F.relu(x + x.exp())
+    x = F.relu(x + x.exp())
+    x = F.gelu(x + x.exp())
+    return x + x.exp()
+
+
+@pytest.mark.parametrize(
+    "forward, expected",
+    [
+        (final_norm, [("residual", ["add", "add_1"], [0, 0])]),
+        (two_operations, [("map", ["add", "add_1"], [2, 2])]),
+        (relu_then_not, [("map", ["add", "add_1", "add_2"], [1, 1, 0]), ("residual", ["add_3"], [0])]),
+        (other_tail, [("map", ["add", "add_1", "add_2"], [1, 1, 0]), ("residual", ["add_3"], [0])]),
+    ],
+)
+def test_runs(forward: Callable[[Tensor], Tensor], expected: object) -> None:
+    assert runs(forward) == expected
