@@ -98,7 +98,10 @@ class SymbolicTracer(fx.Tracer):  # type: ignore[misc]
         tensors = (*root.named_parameters(), *root.named_buffers())
         self._tensor_paths = {id(tensor): path for path, tensor in reversed(tensors)}
         self.walked = {"": root}
-        return super().trace(root, concrete_args)
+        graph = super().trace(root, concrete_args)
+        # What forward is annotated to return says nothing a graph needs, and a string breaks its pickle in torch 2.13.
+        graph.output_node().type = None
+        return graph
 
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
