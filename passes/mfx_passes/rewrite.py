@@ -12,13 +12,13 @@ from torch.fx import Graph, Node
 from mfx_passes import vocabulary
 from mfx_passes.ir import Chain, ChainGraphs, Step, mark_momentum_call
 from mfx_passes.outline import outline
-from mfx_passes.vocabulary import Modules
+from mfx_passes.vocabulary import Modules, reads_size_only
 
 Insert = Callable[[ChainGraphs], tuple[str, str | None]]
 """Keeps a chain's graphs and returns the name of the module that will run them, a ``call_module`` target.
 
 That module is called with ``(x, captures, roots)``: the state, a tuple of captures, and the attributes of the model
-that the steps reach into, by name. It returns the end state, or a tuple of it, the taps and the side outputs. The second
+that the steps reach into, by name. It returns the end state, or a tuple of it, the taps and the side outputs. The other
 name is that of a module that computes the initial velocity from the state, handed over as a fourth argument, or None.
 """
 
@@ -70,9 +70,7 @@ class _Rewriter:
             step.term = self._replaced.get(step.term, step.term)
         graphs, captures, sides = outline(chain)
         inside = chain.nodes
-        # Where the chain began, if possible: the order of the forward pass is the order in which gradients are summed.
-        anchor = max((min(inside).prev, *captures))
-        late = _late_readers(self._graph, inside, anchor)
+        anchor, late = _place(chain, inside, captures)
         call, added = _insert_call(self._graph, graphs, chain, captures, anchor, self._insert)
         states = [chain.steps[t - 1].out for t in graphs.taps]
         outputs = [chain.steps[-1].out, *states, *(node for side in sides for node in side)]
@@ -109,7 +107,21 @@ def _move_behind(last: Node, late: Sequence[Node]) -> None:
         last = node
 
 
-def _late_readers(graph: Graph, inside: Collection[Node], anchor: Node) -> list[Node]:
+def _place(chain: Chain, inside: set[Node], captures: Sequence[Node]) -> tuple[Node, list[Node]]:
+    """The node to put the momentum call behind, and who must move behind the call.
+
+    Where the chain first reads its start, if possible: gradients are summed in the order of the forward pass.
+    """
+    readers = [node for node in chain.start.users if node in inside and node.users and not reads_size_only(node)]
+    for first in (min(readers, default=min(inside)), min(inside)):
+        anchor = max((first.prev, *captures))
+        late = _late_readers(inside, anchor)
+        if not late:
+            break
+    return anchor, late
+
+
+def _late_readers(inside: Collection[Node], anchor: Node) -> list[Node]:
     """Nodes that stand before the momentum call's place but read what it computes."""
     fed = set(inside)
     late = []

@@ -1,4 +1,4 @@
-"""Rows of steps that can be run by one call: refused steps are taken out, and a row ends where the next does not fit."""
+"""Rows of steps that one call can run: refused steps are taken out, and a row ends where the next does not fit."""
 
 from __future__ import annotations
 
