@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import inspect
-import random
-import sys
 import traceback
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from mfx_passes import MfxError, ModuleCall
-from mfx_passes.serialize import PortableGraph, copy_graph, dump_calls, load_calls
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from mfx import compat
+from mfx.randomness import undisturbed
 from mfx.tracer import SymbolicTracer
+from mfx_passes import MfxError, ModuleCall
+from mfx_passes.serialize import PortableGraph, copy_graph, dump_calls, load_calls
 
 _READS = frozenset(
     {
@@ -100,7 +98,7 @@ def capture(model: nn.Module, specialization: Specialization) -> Captured:
     """
     tracer = SymbolicTracer(specialization.inputs, specialization.constants)
     attributes = set(model.__dict__)
-    with _nothing_frozen(model), compat.plain_transformer_layers():
+    with undisturbed(model) as drawn, _ValuesRead(model), compat.plain_transformer_layers():
         try:
             graph = tracer.trace(model)
         except MfxError:
@@ -109,26 +107,17 @@ def capture(model: nn.Module, specialization: Specialization) -> Captured:
             for name in set(model.__dict__) - attributes:
                 delattr(model, name)
             raise MfxError(
-                f"{type(model).__name__} cannot be traced symbolically: {_first_line(error)} ({_user_line(error, model)}). {_ADVICE}"
+                f"{type(model).__name__} cannot be traced symbolically: {_first_line(error)} "
+                f"({_user_line(error, model)}). {_ADVICE}"
             ) from error
+    if drawn:
+        raise MfxError(
+            f"{type(model).__name__} draws random numbers ({', '.join(drawn)}) outside of its layers while it runs, to "
+            "decide what to compute (layer drop, for example): a graph would repeat this one decision for ever. "
+            f"{_ADVICE}"
+        )
     kept = copy_graph(graph)
     return Captured(kept, load_calls(dump_calls(tracer.calls), kept), tracer.walked, specialization)
-
-
-@contextmanager
-def _nothing_frozen(model: nn.Module) -> Iterator[None]:
-    """Refuse a trace that drew random numbers or read a tensor's value: it would repeat them for ever."""
-    before = _random_states()
-    with _ValuesRead(model):
-        yield
-    after = _random_states()
-    moved = [name for name in before if not _same(before[name], after[name])]
-    _restore(before)
-    if moved:
-        raise MfxError(
-            f"{type(model).__name__} draws random numbers ({', '.join(moved)}) outside of its layers while it runs, to decide "
-            f"what to compute (layer drop, for example): a graph would repeat this one decision for ever. {_ADVICE}"
-        )
 
 
 class _ValuesRead(TorchFunctionMode):
@@ -140,36 +129,10 @@ class _ValuesRead(TorchFunctionMode):
         if func in _READS and not isinstance(args[0], fx.Proxy):
             where = _user_frame(traceback.extract_stack(), self._model)
             raise MfxError(
-                f"{type(self._model).__name__} reads the value of a tensor while it runs ({where}): a graph would hold for this "
-                f"one value only. {_ADVICE}"
+                f"{type(self._model).__name__} reads the value of a tensor while it runs ({where}): a graph would hold "
+                f"for this one value only. {_ADVICE}"
             )
         return func(*args, **(kwargs or {}))
-
-
-def _random_states() -> dict[str, Any]:
-    states: dict[str, Any] = {"torch": torch.get_rng_state(), "random": random.getstate()}
-    if "numpy" in sys.modules:
-        states["numpy.random"] = sys.modules["numpy"].random.get_state()
-    if torch.cuda.is_initialized():
-        states["torch.cuda"] = torch.cuda.get_rng_state_all()
-    return states
-
-
-def _restore(states: dict[str, Any]) -> None:
-    torch.set_rng_state(states["torch"])
-    random.setstate(states["random"])
-    if "numpy.random" in states:
-        sys.modules["numpy"].random.set_state(states["numpy.random"])
-    if "torch.cuda" in states:
-        torch.cuda.set_rng_state_all(states["torch.cuda"])
-
-
-def _same(a: Any, b: Any) -> bool:
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, list | tuple):
-        return len(a) == len(b) and all(map(_same, a, b))
-    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
 
 
 def _first_line(error: BaseException) -> str:
@@ -184,7 +147,9 @@ def _user_frame(frames: traceback.StackSummary, model: nn.Module) -> str:
     """The innermost line that is neither torch's nor ours."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parent))
     theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
-    torchs = [frame for frame in frames if "/torch/nn/" in frame.filename and "/modules/module.py" not in frame.filename]
+    torchs = [
+        frame for frame in frames if "/torch/nn/" in frame.filename and "/modules/module.py" not in frame.filename
+    ]
     for frame in (theirs or torchs)[-1:]:
         return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
     return f"in the forward of {type(model).__name__}"

@@ -63,10 +63,12 @@ def plain_transformer_layers() -> Iterator[None]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        # The length is asked for by nothing but the guess whether a mask is causal, which is a hint and changes no value.
+        # The length is asked for by nothing but the guess whether a mask is causal: a hint that changes no value.
         with (
             patch.object(transformer, "_get_seq_len", lambda src, batch_first: None),
-            patch.object(transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True),
+            patch.object(
+                transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True
+            ),
         ):
             yield
     finally:

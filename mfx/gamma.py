@@ -36,7 +36,7 @@ class Gamma:
         given: object = value
         if isinstance(given, bool) or not isinstance(given, numbers.Real) or not 0 <= float(given) < 1:
             raise MfxError(f"gamma must be a real number with 0 <= gamma < 1, not {value!r}")
-        exact = Fraction(value)
+        exact = Fraction(float(value))
         if exact == 0:
             return cls(0, 1)
         fraction = _simplest_between(max(exact - _TOLERANCE, Fraction(0)), exact + _TOLERANCE)

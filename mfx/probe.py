@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from mfx_passes import Findings, find_chains
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
@@ -14,6 +13,7 @@ from mfx import compat
 from mfx.capture import Captured
 from mfx.options import Options
 from mfx.tree import tree_copy
+from mfx_passes import Findings, find_chains
 
 
 def find_with_shapes(
@@ -25,14 +25,17 @@ def find_with_shapes(
         with compat.fake_mode() as mode:
             shadow = tree_copy(net, mode.from_tensor)
             _remove_hooks(shadow)
-            fake = [pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs[name]) for name in captured.specialization.inputs]
+            fake = [
+                pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs[name])
+                for name in captured.specialization.inputs
+            ]
             _Shapes(shadow, graph).run(*fake)
     except Exception:  # whatever goes wrong on tensors without values may go well on real ones
         return None
     return find_chains(graph, dict(net.named_modules()), options.selection)
 
 
-class _Shapes(fx.Interpreter):  # type: ignore[misc]
+class _Shapes(fx.Interpreter):
     """Runs a graph and notes the value of every node."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
+from torch.nn.utils.parametrize import is_parametrized
 
 from mfx_passes import ModuleCall
 
@@ -31,7 +32,7 @@ _WITHIN_LISTS = ("LIST_APPEND", "LIST_TO_TUPLE", "LOAD_", "BINARY_", "CACHE", "E
 _INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 
 
-class _Honest(fx.Proxy):  # type: ignore[misc]
+class _Honest(fx.Proxy):
     """A proxy on which ``x += y`` is recorded as what it is: a change of x, not a new value."""
 
     def __len__(self) -> int:
@@ -47,7 +48,7 @@ class _Honest(fx.Proxy):  # type: ignore[misc]
         return holds
 
 
-class _Attribute(_Honest, fx.proxy.Attribute):  # type: ignore[misc]
+class _Attribute(_Honest, fx.proxy.Attribute):
     """``x.shape`` and the like."""
 
 
@@ -71,7 +72,7 @@ for _name in _INPLACE:
     setattr(_Honest, f"__{_name}__", _record_inplace(_name))
 
 
-class SymbolicTracer(fx.Tracer):  # type: ignore[misc]
+class SymbolicTracer(fx.Tracer):
     """Traces a module with all tensors symbolic, parameters and buffers included.
 
     Args:
@@ -93,8 +94,9 @@ class SymbolicTracer(fx.Tracer):  # type: ignore[misc]
         self.calls: list[ModuleCall] = []
         self.walked: dict[str, nn.Module] = {}
 
-    def trace(self, root: nn.Module, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Record the forward pass of ``root``; see `torch.fx.Tracer.trace`."""
+    def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Record the forward pass of ``root``, a module; see `torch.fx.Tracer.trace`."""
+        assert isinstance(root, nn.Module)
         tensors = (*root.named_parameters(), *root.named_buffers())
         self._tensor_paths = {id(tensor): path for path, tensor in reversed(tensors)}
         self.walked = {"": root}
@@ -121,6 +123,8 @@ class SymbolicTracer(fx.Tracer):  # type: ignore[misc]
             return False
         if module_qualified_name in self._opaque:
             return True
+        if is_parametrized(m) and not type(m).__mro__[1].__module__.startswith("torch.nn"):
+            return False  # its class was made by torch.nn, but from one that was not
         return type(m).__module__.startswith("einops.") or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(
@@ -185,10 +189,10 @@ class SymbolicTracer(fx.Tracer):  # type: ignore[misc]
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over a value whose number of parts is known, or told by the code that unpacks it."""
         count = _count_of_parts(obj.node)
-        if count is not None:
-            return iter([obj[i] for i in range(count)])
-        indices = _parts_asked_for(sys._getframe(2))
-        return super().iter(obj) if indices is None else iter([None if i is None else obj[i] for i in indices])
+        indices = _parts_asked_for(sys._getframe(2)) if count is None else range(count)
+        if indices is None:
+            return super().iter(obj)
+        return iter([None if i is None else operator.getitem(obj, i) for i in indices])
 
 
 def _einops_functions() -> tuple[Callable[..., Any], ...]:

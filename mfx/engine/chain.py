@@ -217,7 +217,7 @@ def _check_fits(call: _Call, step: StepFunction, x: Tensor, y: object) -> None:
         return
     raise MfxError(
         f"chain {call.name}, step {step.path}: the branch gave {found}; it is to be added to a stream of shape "
-        f"{tuple(x.shape)}, {x.dtype}, on {x.device}. Skip this step"
+        f"{tuple(x.shape)}, {x.dtype}, on {x.device}. Leave this step out with skip="
     )
 
 

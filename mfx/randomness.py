@@ -1,0 +1,78 @@
+"""Random generators that a trace must leave alone: their states before, compared with and put back after."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@dataclass(frozen=True)
+class _Generator:
+    """One source of random numbers: how to read its state and how to set it."""
+
+    name: str
+    read: Callable[[], Any]
+    write: Callable[[Any], object]
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[list[str]]:
+    """Put all random generators back at the end, whatever happens within.
+
+    Yields:
+        Filled at the end: names of the generators that were drawn from.
+    """
+    generators = list(_generators(model))
+    before = [generator.read() for generator in generators]
+    drawn: list[str] = []
+    try:
+        yield drawn
+    finally:
+        for generator, state in zip(generators, before, strict=True):
+            if not _same(generator.read(), state):
+                drawn.append(generator.name)
+                generator.write(state)
+
+
+def _generators(model: nn.Module) -> Iterator[_Generator]:
+    yield _Generator("torch", torch.get_rng_state, torch.set_rng_state)
+    yield _Generator("random", random.getstate, random.setstate)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        yield _Generator("numpy.random", numpy.random.get_state, numpy.random.set_state)
+    if torch.cuda.is_initialized():
+        yield _Generator("torch.cuda", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            yield from _own_generator(f"{path}.{name}".strip("."), value)
+
+
+def _own_generator(name: str, value: Any) -> Iterator[_Generator]:
+    """A generator that a module keeps for itself, or whose method it keeps."""
+    value = getattr(value, "__self__", value)
+    if isinstance(value, random.Random):
+        yield _Generator(name, value.getstate, value.setstate)
+    elif isinstance(value, torch.Generator):
+        yield _Generator(name, value.get_state, value.set_state)
+    elif type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator"):
+        bits = value.bit_generator
+        yield _Generator(name, lambda: bits.state, lambda state: setattr(bits, "state", state))
+    elif type(value).__module__.startswith("numpy.random") and hasattr(value, "get_state"):
+        yield _Generator(name, value.get_state, value.set_state)
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple):
+        return len(a) == len(b) and all(map(_same, a, b))
+    return bool((a == b).all()) if hasattr(a, "all") else bool(a == b)
