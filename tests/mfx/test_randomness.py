@@ -43,9 +43,9 @@ def test_layer_drop_is_refused(draw):
 
 def test_the_generators_are_put_back():
     def states():
-        return random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()
+        return random.getstate(), torch.get_rng_state().tolist(), np.random.get_state()[1].tolist()  # noqa: NPY002
 
-    drawing, reading = Layers(lambda: random.random() + np.random.rand() + 1), Layers(lambda: torch.rand(1))
+    drawing, reading = Layers(lambda: random.random() + np.random.rand() + 1), Layers(lambda: torch.rand(1))  # noqa: NPY002
     before = states()
     with pytest.raises(mfx.MfxError, match="draws random numbers"):
         mfx.momentumize(drawing)
