@@ -5,6 +5,7 @@ Pure graph work: nothing here runs a model or knows about autograd. The road, on
     vocabulary, sums   what single nodes do; one spelling for a residual sum
     normalize          in-place operations untangled
     mutations          what in-place operations change
+    relayout           one layout for all states of a chain
     find, steps        residual adds, strung together, with the nodes each step owns
     check, rows, chains  side conditions; chains cut, nested, named and selected
     fold, sizes        nodes become module calls again; sizes are read off a chain's start

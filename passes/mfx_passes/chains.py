@@ -16,6 +16,7 @@ from mfx_passes.index import GraphIndex
 from mfx_passes.ir import Chain, Findings, Rejection, Selection, Step, common_path, is_momentum_call
 from mfx_passes.mutations import Mutations
 from mfx_passes.normalize import normalize
+from mfx_passes.relayout import insert_detours, remove_unused
 from mfx_passes.rows import cut
 from mfx_passes.steps import assemble
 
@@ -23,7 +24,8 @@ from mfx_passes.steps import assemble
 def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selection = Selection()) -> Findings:  # noqa: B008
     """All chains of residual steps in a graph, outermost first, and why the other residual adds are in none.
 
-    In-place operations are untangled in the graph (see `normalize`); apart from that it is left as it was.
+    In-place operations are untangled in the graph (see `normalize`), and states in another layout than the rest of
+    their chain are put back (see `relayout`); apart from that it is left as it was.
 
     Args:
         graph: the graph of a whole forward pass.
@@ -37,6 +39,9 @@ def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selec
     if normalize(index):
         index = GraphIndex(graph, modules)
     adds, rejections = find_adds(index)
+    if detours := insert_detours(find_runs(adds, index), index):
+        index = GraphIndex(graph, modules)
+        adds, rejections = find_adds(index)
     mutations = Mutations(index, {node for add in adds for node in add.sums})
     rows: list[list[Step]] = []
     for run in find_runs(adds, index):
@@ -51,7 +56,8 @@ def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selec
     _name(chains)
     _check_patterns(chains, selection, graph)
     chains = _select(chains, selection, rejections)
-    return Findings(chains, sorted(rejections, key=lambda rejection: index.position[rejection.node]))
+    reread = remove_unused(detours, chains, graph)
+    return Findings(chains, sorted(rejections, key=lambda rejection: index.position[rejection.node]), reread)
 
 
 def _long_enough(rows: Iterable[list[Step]], min_steps: int, rejections: list[Rejection]) -> list[list[Step]]:

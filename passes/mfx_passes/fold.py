@@ -26,39 +26,38 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from mfx_passes.check import inputs_of
-from mfx_passes.ir import Chain, ModuleCall, Step
+from mfx_passes.ir import Chain, Findings, ModuleCall, Step
 from mfx_passes.mutations import Mutations
 from mfx_passes.vocabulary import returns_operand
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
-def fold_calls(
-    graph: Graph, calls: Sequence[ModuleCall], chains: Sequence[Chain], mutations: Mutations
-) -> list[ModuleCall]:
+def fold_calls(graph: Graph, calls: Sequence[ModuleCall], findings: Findings, mutations: Mutations) -> list[ModuleCall]:
     """Fold every call that can be folded, the outermost first; the chains are brought up to date.
 
     Returns:
         The calls that were not folded: their modules' own ``forward`` and hooks do not run.
     """
-    folder = _Folder(graph, chains, mutations)
+    folder = _Folder(graph, findings, mutations)
     # A call that does nothing but call another has the same nodes, and the shorter path.
     outermost_first = sorted(calls, key=lambda call: (-len(call.nodes), call.target.count(".")))
     flat = [call for call in outermost_first if not folder.fold(call)]
-    folder.update(chains)
+    folder.update(findings.chains)
     return flat
 
 
 class _Folder:
-    def __init__(self, graph: Graph, chains: Sequence[Chain], mutations: Mutations) -> None:
+    def __init__(self, graph: Graph, findings: Findings, mutations: Mutations) -> None:
         self._graph = graph
         self._mutations = mutations
+        self._reread = findings.reread
         self._steps: dict[Node, list[Step]] = {}  # innermost last
         self._single: set[Node] = set()  # what no module call may swallow: sums that become part of the momentum call
         self._replaced: dict[Node, Node] = {}
         self._gone: set[Node] = set()
         self._items: list[Node] = []
-        for step in (step for chain in chains for step in chain.steps):
+        for step in (step for chain in findings.chains for step in chain.steps):
             for node in step.nodes:
                 self._steps.setdefault(node, []).append(step)
             if step.kind == "residual":
@@ -86,7 +85,8 @@ class _Folder:
         """The call with the values that its arguments and its output had, where these were changed in place before."""
 
         def at_start(node: Node) -> Node:
-            return self._changed(node, lambda mutator: mutator < first)
+            node = self._changed(node, lambda mutator: mutator < first)
+            return self._reread[node] if node in self._reread and self._reread[node] < first else node
 
         def at_end(node: Node) -> Node:
             return self._changed(node, lambda mutator: mutator < first or mutator in nodes)

@@ -121,10 +121,14 @@ class Chain:
 
 @dataclass(frozen=True)
 class Findings:
-    """Chains, outermost first, and the residual adds that are in none."""
+    """Chains, outermost first, and the residual adds that are in none.
+
+    ``reread`` maps states to the nodes that are read in their place since `relayout`; the values are the same.
+    """
 
     chains: list[Chain] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
+    reread: dict[Node, Node] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

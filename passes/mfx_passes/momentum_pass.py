@@ -54,7 +54,7 @@ def rewrite_graph(
     for chain in findings.chains:
         read_sizes_at_start(graph, chain, index.sizes)
     sums = {node for chain in findings.chains for step in chain.steps for node in step.add.sums}
-    flat = fold_calls(graph, calls, findings.chains, Mutations(index, sums))
+    flat = fold_calls(graph, calls, findings, Mutations(index, sums))
     rewrite(graph, findings.chains, modules, insert)
     return Rewritten(findings, flat)
 

@@ -33,9 +33,14 @@ def assemble(run: Run, index: GraphIndex) -> tuple[list[list[Step]], list[Reject
 
 def _first_step(link: Link, run: Run, index: GraphIndex) -> Step | None:
     """A step that no other one precedes begins before a rearrangement of the skip if that is undone after the sum."""
-    before = [base for above, base in pairwise(link.add.skip_path) if _moves(above, index) and base in link.add.bases]
-    starts = (*reversed(before), link.add.bases[0])
+    starts = (*starts_before_relayout(link, index), link.add.bases[0])
     return next((step for start in starts if (step := _step(link, start, run, index))), None)
+
+
+def starts_before_relayout(link: Link, index: GraphIndex) -> list[Node]:
+    """The values on the skip's way that a rearrangement follows, the earliest one first."""
+    path = link.add.skip_path
+    return [base for above, base in pairwise(path) if _moves(above, index) and base in link.add.bases][::-1]
 
 
 def _moves(node: Node, index: GraphIndex) -> bool:
@@ -47,16 +52,16 @@ def _step(link: Link, skip: Node, run: Run, index: GraphIndex) -> Step | None:
     entry = [index.layout(node) for node in path[: path.index(skip)]]
     end = link.tail[-1] if link.tail else link.add.node
     moved = [kind for kind in entry[::-1] if kind != vocabulary.NEUTRAL]
-    out = _restored(end, moved, link, index) if moved else end
+    out = restored(end, moved, link, index) if moved else end
     if out is None:
         return None
     nodes = _owned(skip, out, index)
     kind = "map" if moved else run.kind
-    branch = nodes - link.add.sums - set(link.tail) - index.sizes - set(path)
+    branch = nodes - link.add.sums - set(link.tail) - index.sizes - set(path) - set(index.skip_path(out))
     return Step(link.add, skip, path[0], out, nodes, kind, common_path(map(enclosing_path, branch)))
 
 
-def _restored(end: Node, moved: list[tuple[object, ...] | None], link: Link, index: GraphIndex) -> Node | None:
+def restored(end: Node, moved: list[tuple[object, ...] | None], link: Link, index: GraphIndex) -> Node | None:
     """The node after ``end`` at which every rearrangement of the skip has been undone, last one first."""
     pending = list(moved)
     for node in _onwards(end, link, index):

@@ -246,6 +246,83 @@ class Relayout(Case):
         return end(on_rows, x, gamma)
 
 
+class Windows(Case):
+    """MaxViT: the stream is cut into windows for two sums, then into a grid for two more, between convolutions."""
+
+    inputs = ((2, D, 4, 6),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears(4)
+        self.convs = nn.ModuleList(nn.Conv2d(D, D, 1) for _ in range(2))
+
+    def windows(self, x: Tensor, grid: bool) -> Tensor:
+        b, c, h, w = x.shape
+        y = x.reshape(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 3, 5, 1).reshape(b, h // 2 * (w // 2), 4, c)
+        return y.transpose(1, 2) if grid else y
+
+    def back(self, y: Tensor, grid: bool, h: int, w: int) -> Tensor:
+        y = y.transpose(1, 2) if grid else y
+        b, _, _, c = y.shape
+        return y.reshape(b, h // 2, w // 2, 2, 2, c).permute(0, 5, 1, 3, 2, 4).reshape(b, c, h, w)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.convs[0](x)
+        for grid in (False, True):
+            y = self.windows(x, grid)
+            y = y + self.fs[2 * grid](y)
+            y = y + self.fs[2 * grid + 1](y)
+            x = self.back(y, grid, 4, 6)
+        return x + self.convs[1](x)
+
+    def by_hand(self, gamma: float, x: Tensor) -> Tensor:
+        def branch(f: nn.Module, grid: bool) -> Callable[[Tensor], Tensor]:
+            return lambda x: self.back(f(self.windows(x, grid)), grid, 4, 6)
+
+        a, b, c, d = self.fs
+        on_windows = [branch(a, False), branch(b, False), branch(c, True), branch(d, True)]
+        return end([self.convs[0], *on_windows, self.convs[1]], x, gamma)
+
+
+class WrongWindows(Case):
+    """A square is cut into windows and put together transposed: not what undoes it, but the shape is right."""
+
+    inputs = ((2, D, 4, 4),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears(2)
+        self.convs = nn.ModuleList(nn.Conv2d(D, D, 1) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.convs[0](x)
+        y = x.reshape(-1, 2, 32).transpose(1, 2).reshape(-1, 16, D)
+        y = y + self.fs[0](y)
+        y = y + self.fs[1](y)
+        x = y.reshape(-1, 8, 8).transpose(1, 2).reshape(-1, D, 4, 4)
+        return x + self.convs[1](x)
+
+    def by_hand(self, gamma: float, x: Tensor) -> Tensor:
+        def cut(x: Tensor) -> Tensor:
+            return x.reshape(-1, 2, 32).transpose(1, 2).reshape(-1, 16, D)
+
+        def right(y: Tensor) -> Tensor:
+            return y.reshape(-1, 32, 2).transpose(1, 2).reshape(-1, D, 4, 4)
+
+        def wrong(y: Tensor) -> Tensor:
+            return y.reshape(-1, 8, 8).transpose(1, 2).reshape(-1, D, 4, 4)
+
+        a, b = self.fs
+        first, last = self.convs
+        maps = [
+            lambda x: x + first(x),
+            lambda x: right(cut(x) + a(cut(x))),
+            lambda x: wrong(cut(x) + b(cut(x))),
+            lambda x: x + last(x),
+        ]
+        return end_of_maps(maps, x, gamma)
+
+
 class Neutral(Case):
     """Casts, clones and Identity on the skip."""
 

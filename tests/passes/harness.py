@@ -123,6 +123,7 @@ def run(graph: fx.Graph, root: nn.Module, *args: Any) -> Any:
 def code_of(graph: fx.Graph) -> str:
     """A graph as Python, without what it says about the lifetime of values."""
     source = graph.python_code("self").src
+    source = re.sub(r" -> \w+:", ":", source)  # the annotations of the user's forward, which a tracer may keep or not
     return re.sub(r";\s+(\w+ = )+None", "", source).replace("    ", "  ").strip() + "\n"
 
 

@@ -1,0 +1,74 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mfx_passes import Selection, find_chains
+from tests.passes.cases import Windows, example, make
+from tests.passes.harness import code_of, rewrite_model, traced
+
+D = 4
+
+
+def test_one_chain_in_spite_of_the_windows() -> None:
+    result = rewrite_model(make(Windows), *example(Windows))
+    (graphs,) = result.chains
+    assert [step.kind for step in graphs.steps] == ["residual", "map", "map", "map", "map", "residual"]
+    assert not result.reasons
+
+
+@pytest.mark.parametrize(
+    "selection, steps",
+    [
+        # Two sums in windows need no detour if neither what is before nor what is behind them is rewritten.
+        (Selection(skip=("convs.*",)), [4]),
+        (Selection(min_steps=7), []),
+        (Selection(only=("fs.0", "fs.1")), [2]),
+    ],
+)
+def test_what_is_in_no_chain_is_left_as_it_was(selection: Selection, steps: list[int]) -> None:
+    model, (x,) = make(Windows), example(Windows)
+    result = rewrite_model(model, x, selection=selection)
+    assert [len(graphs.steps) for graphs in result.chains] == steps
+    assert torch.equal(result.run(x, gamma=0.0), model(x))
+    if not steps:
+        assert code_of(result.graph) == code_of(traced(model).graph)
+
+
+def test_a_chain_that_stays_in_its_windows_is_left_there() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fs = nn.ModuleList(nn.Linear(D, D) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.flatten(2).transpose(1, 2)
+            for f in self.fs:
+                y = y + f(y)
+            return y.transpose(1, 2).unflatten(2, (3, 5))
+
+    case = traced(Model())
+    before = code_of(case.graph)
+    (chain,) = find_chains(case.graph, case.modules).chains
+    assert [step.kind for step in chain.steps] == ["residual"] * 3
+    assert code_of(case.graph) == before
+
+
+def test_modules_inside_are_folded_all_the_same() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D))
+            self.mlp = nn.Sequential(nn.LayerNorm(D), nn.Linear(D, D))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x.permute(0, 2, 3, 1)
+            y = y + self.attn(y)
+            y = y + self.mlp(y)
+            return y.permute(0, 3, 1, 2)
+
+    (graphs,) = rewrite_model(nn.Sequential(Block(), Block())).chains
+    called = [node.target for step in graphs.steps for node in step.branch.nodes if node.op == "call_module"]
+    assert called == ["0.attn", "0.mlp", "1.attn", "1.mlp"]
+    assert [step.path for step in graphs.steps] == called
