@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -68,6 +69,7 @@ class _Rewriter:
         for step in chain.steps:
             step.skip = self._replaced.get(step.skip, step.skip)
             step.term = self._replaced.get(step.term, step.term)
+        self._serve_early_readers(chain)
         graphs, captures, sides = outline(chain)
         inside = chain.nodes
         anchor, late = _place(chain, inside, captures)
@@ -83,6 +85,27 @@ class _Rewriter:
         for value in set(values) - set(read) - {call}:
             self._graph.erase_node(value)
         self._update(inside, {*added, *read})
+
+    def _serve_early_readers(self, chain: Chain) -> None:
+        """Who reads a state before the next step does gets a view of it that this step makes first.
+
+        It will run behind the whole chain, but its gradient arrives at the view's place: gradients of a state are summed
+        in the order they always were.
+        """
+        for step, after in pairwise(chain.steps):
+            readers = list(step.out.users)
+            first = min(node for node in readers if node in after.nodes)
+            early = [node for node in readers if node < first and node not in step.nodes]
+            if not early:
+                continue
+            with self._graph.inserting_before(first):
+                view = self._graph.call_method("view_as", (step.out, step.out))
+            view.meta = dict(step.out.meta)
+            for node in early:
+                node.replace_input_with(step.out, view)
+            self._around[view] = self._around[first]
+            for owner in self._around[view]:
+                owner.nodes.add(view)
 
     def _read_instead(self, outputs: Sequence[Node], values: Sequence[Node], inside: Collection[Node]) -> None:
         for old, new in zip(outputs, values, strict=True):
