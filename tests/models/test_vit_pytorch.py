@@ -29,12 +29,6 @@ def build(path, kw):
 
 VIDEO_KW = options(without=["patch_size"], image_patch_size=8, frames=4, frame_patch_size=2)
 STAGES = {"s1_emb_dim": 16, "s2_emb_dim": 24, "s3_emb_dim": 32, "num_classes": 10}
-TWINS = {
-    **STAGES,
-    "s4_emb_dim": 32,
-    **{f"s{i}_local_patch_size": p for i, p in enumerate((4, 4, 2, 1), 1)},
-    "s3_depth": 3,
-}
 
 CASES = [
     case("vit.ViT", options(dropout=0.1, emb_dropout=0.1), IMAGES, [6]),
@@ -67,7 +61,6 @@ ZOO = [
     case("levit.LeViT", {"image_size": 64, "num_classes": 10, "dim": (32, 48, 64), "depth": 2, "heads": (2, 3, 4),
                          "mlp_mult": 2}, LARGER, [5, 5, 4]),
     case("cvt.CvT", {**STAGES, "s3_depth": 3}, LARGER, [2, 4, 6]),
-    case("twins_svt.TwinsSVT", TWINS, LARGER, [9, 9, 17, 11]),
     case("nest.NesT", {"image_size": 32, "patch_size": 4, "dim": 16, "heads": 2, "num_hierarchies": 2,
                        "block_repeats": (2, 2), "num_classes": 10}, IMAGES, [4, 4]),
     case("max_vit.MaxViT", {"num_classes": 10, "dim": 16, "depth": (2, 2), "dim_head": 8, "window_size": 4}, LARGER,
