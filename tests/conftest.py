@@ -29,5 +29,5 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
         return None
     if collection_path.parent.name == "examples":
         return True  # the examples use them
-    pattern = rf"^\s*(from|import) ({'|'.join(_MISSING)})\b"
+    pattern = rf"^\s*(from|import) ({'|'.join(_MISSING)})\b|import_module\(f?\"({'|'.join(_MISSING)})\b"
     return bool(re.search(pattern, collection_path.read_text(), re.MULTILINE)) or None

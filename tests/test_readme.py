@@ -10,6 +10,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_python_blocks_run(capsys):
+    pytest.importorskip("torchvision")
     namespace: dict[str, object] = {}
     for block in BLOCKS:
         exec(block, namespace)
