@@ -51,8 +51,11 @@ def rewrite_graph(
     """
     findings = find_chains(graph, modules, selection)
     index = GraphIndex(graph, modules)
+    steps = [step for chain in findings.chains for step in chain.steps]
     for chain in findings.chains:
-        read_sizes_at_start(graph, chain, index.sizes)
+        around = [step for step in steps if chain.start in step.nodes or step.skip is chain.start]
+        around = [step for step in around if step not in chain.steps and chain.nodes <= step.nodes]
+        read_sizes_at_start(graph, chain, index.sizes, around)
     sums = {node for chain in findings.chains for step in chain.steps for node in step.add.sums}
     flat = fold_calls(graph, calls, findings, Mutations(index, sums))
     rewrite(graph, findings.chains, modules, insert)

@@ -89,8 +89,8 @@ class _Rewriter:
     def _serve_early_readers(self, chain: Chain) -> None:
         """Who reads a state before the next step does gets a view of it that this step makes first.
 
-        It will run behind the whole chain, but its gradient arrives at the view's place: gradients of a state are summed
-        in the order they always were.
+        It will run behind the whole chain, but its gradient arrives at the view's place: gradients of a state are
+        summed in the order they always were.
         """
         for step, after in pairwise(chain.steps):
             readers = list(step.out.users)

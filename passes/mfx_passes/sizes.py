@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from torch.fx import Graph, Node
 
-from mfx_passes.ir import Chain
+from mfx_passes.ir import Chain, Step
 
 # All states of a chain have one shape, dtype and device, but each its own strides and history.
 _NOT_SHARED = frozenset({"stride", "requires_grad"})
@@ -26,8 +26,10 @@ def is_state_size(node: Node, states: Collection[Node], sizes: Collection[Node])
     return True
 
 
-def read_sizes_at_start(graph: Graph, chain: Chain, sizes: set[Node]) -> None:
+def read_sizes_at_start(graph: Graph, chain: Chain, sizes: set[Node], around: Sequence[Step] = ()) -> None:
     """Let sizes of a chain's states be read off its start, by others and by steps that read another step's state.
+
+    What is read anew belongs to the steps ``around`` the chain, if it lies in the branch of another one.
 
     Before::
 
@@ -49,6 +51,8 @@ def read_sizes_at_start(graph: Graph, chain: Chain, sizes: set[Node]) -> None:
             with graph.inserting_after(after):
                 copies[node] = graph.node_copy(node, copy)
             sizes.add(copies[node])
+            for step in around:
+                step.nodes.add(copies[node])
         return copies[node]
 
     owners = {node: step for step in chain.steps for node in step.nodes}
