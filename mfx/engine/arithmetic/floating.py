@@ -14,8 +14,9 @@ from mfx.gamma import Gamma
 
 __all__ = ["FloatState"]
 
-# The relative error in a rebuilt state that the anchors hold it to.
-_TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
+# The relative error in a rebuilt state that the anchors hold it to. Gradients may be off by some 40 times as much, as
+# those of a ResNet-152 stage of 35 steps are, and 1e-4 is what is wanted of them in float32.
+_TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-10}
 
 
 class FloatState(State):
