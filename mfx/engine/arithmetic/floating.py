@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,11 +13,34 @@ from typing_extensions import Self, override
 from mfx.engine.arithmetic.base import Frozen, State, wide
 from mfx.gamma import Gamma
 
-__all__ = ["FloatState"]
+__all__ = ["FloatState", "Prediction", "predict"]
 
 # The relative error in a rebuilt state that the anchors hold it to. Gradients may be off by some 40 times as much, as
 # those of a ResNet-152 stage of 35 steps are, and 1e-4 is what is wanted of them in float32.
 _TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-10}
+
+
+class Prediction(NamedTuple):
+    """What walking a chain back in floating point comes to.
+
+    Attributes:
+        anchors: how many states (x, v) are kept beside the last one.
+        error: in a rebuilt x, relative to the largest element of x.
+    """
+
+    anchors: int
+    error: float
+
+
+def predict(gamma: Gamma, dtype: torch.dtype, steps: int) -> Prediction:
+    """Anchors and error of a chain of so many steps, on a stream of ``dtype``, that is walked back with momentum γ."""
+    every = FloatState.anchor_every(gamma, dtype) or 1
+    return Prediction((steps - 1) // every, _growth(gamma, min(steps, every)) * torch.finfo(wide(dtype)).eps)
+
+
+def _growth(gamma: Gamma, steps: int) -> float:
+    """By how much an error in v has grown after so many steps back, each of which divides it by γ."""
+    return (gamma.denominator / gamma.numerator) ** steps
 
 
 class FloatState(State):
