@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -225,11 +225,15 @@ def _notice_overflow(call: _Call, step: StepFunction, state: State) -> None:
     overflowed = state.overflowed()
     if overflowed is None:
         return
-    error = (
-        f"chain {call.name}, at or before step {step.path}: values beyond ±4·10⁶, more than arithmetic='exact' "
-        "can hold; use arithmetic='float'"
+    place = f"chain {call.name}, at or before step {step.path}"
+    _read(overflowed, "raise", partial(_overflow_message, place), call.memory)
+
+
+def _overflow_message(place: str, largest: float) -> str:
+    return (
+        f"{place}: values beyond ±4·10⁶, the largest {largest:.3g}, more than arithmetic='exact' can hold. Normalise "
+        "or scale what the branches give, see that the training has not diverged, or use arithmetic='float'"
     )
-    _read(overflowed, "raise", error, call.memory)
 
 
 def _verify(name: str, memory: Memory, action: str, same: Tensor) -> None:
@@ -238,24 +242,27 @@ def _verify(name: str, memory: Memory, action: str, same: Tensor) -> None:
         "wrong: some step did not compute the same values twice. Look for nondeterministic operations "
         "(torch.use_deterministic_algorithms) and for Python state"
     )
-    _read(~same, action, error, memory)
+    _read(~same, action, lambda _: error, memory)
 
 
-def _read(flag: Tensor, action: str, message: str, memory: Memory) -> None:
-    """Act on ``flag`` now if that waits for nothing, else at the next call."""
+def _read(flag: Tensor, action: str, message: Callable[[float], str], memory: Memory) -> None:
+    """Act on ``flag``, unless it is 0, now if that waits for nothing, else at the next call."""
     if flag.device.type != "cpu":
         memory.setdefault("pending", []).append((flag, action, message))
-    elif flag.item():
-        _act(action, message)
+    elif value := flag.item():
+        _act(action, message(value), memory)
 
 
 def _read_pending(memory: Memory) -> None:
     for flag, action, message in memory.pop("pending", ()):
-        if flag.item():
-            _act(action, message)
+        if value := flag.item():
+            _act(action, message(value), memory)
 
 
-def _act(action: str, message: str) -> None:
+def _act(action: str, message: str, memory: Memory) -> None:
     if action == "raise":
         raise MfxError(message)
-    warnings.warn(message, stacklevel=3)
+    said = memory.setdefault("said", set())
+    if message not in said:
+        said.add(message)
+        warnings.warn(f"mfx: {message}", stacklevel=3)

@@ -72,7 +72,7 @@ class State(ABC):
         raise NotImplementedError
 
     def overflowed(self) -> Tensor | None:
-        """Whether a finite value was too large, as a 0-dim tensor; None: certainly not."""
+        """The largest magnitude of a finite value if it was too large, else 0, as a 0-dim tensor; None: it was not."""
         return None
 
 

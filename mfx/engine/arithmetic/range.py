@@ -26,22 +26,31 @@ class Guard:
 
     def __init__(self) -> None:
         self.poison: Tensor | None = None
-        self.overflowed: Tensor | None = None
         self.largest = 0.0
+        self._peak: Tensor | None = None  # the largest finite magnitude, on the device; known where ``largest`` is not
+
+    @property
+    def overflowed(self) -> Tensor | None:
+        """The largest finite magnitude that there was if it was too large, else 0, as a 0-dim tensor; None: it was not.
+
+        Formed without waiting for the device.
+        """
+        return None if self._peak is None else self._peak * (self._peak >= LIMIT)
 
     def admit(self, y: Tensor) -> Tensor:
         """``y`` with what fixed point cannot hold set to zero and remembered."""
         if self._inside(y, 1.0):
             return y
-        bad = (y.abs() < LIMIT).logical_not_()
-        self._remember(bad, bad & y.isfinite())
+        size = y.abs()
+        bad = (size < LIMIT).logical_not_()
+        self._remember(bad, size.nan_to_num_(nan=0.0, posinf=0.0).amax().to(torch.float64))
         return y.masked_fill(bad, 0)
 
     def check(self, X: Tensor) -> None:
         """Remember where the fixed-point ``X`` left the range."""
         if not self._inside(X, 2.0**40):
-            bad = X.abs() >= int(LIMIT) << 40
-            self._remember(bad, bad)
+            size = X.abs()
+            self._remember(size >= int(LIMIT) << 40, size.amax().to(torch.float64) / 2.0**40)
 
     def clean(self, y: Tensor) -> Tensor:
         """What ``admit`` gave for this ``y``; nothing is remembered."""
@@ -55,11 +64,11 @@ class Guard:
 
     def _inside(self, t: Tensor, one: float) -> bool:
         """Whether all of ``t``, in which 1.0 is ``one``, is known to be in range."""
+        if t.numel() == 0:
+            return True
         if t.device.type != "cpu":
             self.largest = math.inf
             return False
-        if t.numel() == 0:
-            return True
         low, high = torch.aminmax(t)
         largest = max(-low.item(), high.item()) / one
         if not largest < LIMIT:  # or not a number
@@ -68,7 +77,6 @@ class Guard:
         self.largest = max(self.largest, largest)
         return True
 
-    def _remember(self, bad: Tensor, overflowed: Tensor) -> None:
+    def _remember(self, bad: Tensor, peak: Tensor) -> None:
         self.poison = bad if self.poison is None else self.poison | bad
-        now = overflowed.any()
-        self.overflowed = now if self.overflowed is None else self.overflowed | now
+        self._peak = peak if self._peak is None else torch.maximum(self._peak, peak)
