@@ -1,8 +1,23 @@
 """mfx: train deep residual networks without storing their activations."""
 
+from mfx import schedule
 from mfx.engine import recomputing
 from mfx.explain import Explanation, explain
+from mfx.gammas import set_gamma
 from mfx.momentumize import graphs, momentumize, original, trace
+from mfx.schedule import GammaScheduler
 from mfx_passes import MfxError
 
-__all__ = ["Explanation", "MfxError", "explain", "graphs", "momentumize", "original", "recomputing", "trace"]
+__all__ = [
+    "Explanation",
+    "GammaScheduler",
+    "MfxError",
+    "explain",
+    "graphs",
+    "momentumize",
+    "original",
+    "recomputing",
+    "schedule",
+    "set_gamma",
+    "trace",
+]

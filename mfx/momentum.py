@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ class Momentum(nn.Module):
 
     Args:
         graphs: the steps.
-        gamma: the momentum.
+        gamma: the momentum; may be set to another at any time, calls that are under way keep theirs.
         velocity: ``"zero"``, ``"residual"``, or ``"module"`` (v₀ is an argument of the call).
         arithmetic: ``"exact"`` or ``"float"``.
         memory_budget: 0.0 keeps no activations, 1.0 keeps all.
@@ -54,7 +55,13 @@ class Momentum(nn.Module):
         return self.graphs.name
 
     def forward(
-        self, x: Tensor, captures: Sequence[Any], roots: Mapping[str, Any], v0: Tensor | None = None
+        self,
+        x: Tensor,
+        captures: Sequence[Any],
+        roots: Mapping[str, Any],
+        v0: Tensor | None = None,
+        *,
+        gamma: Gamma | None = None,
     ) -> Tensor | tuple[Any, ...]:
         """Run the chain.
 
@@ -63,6 +70,7 @@ class Momentum(nn.Module):
             captures: what else the steps read.
             roots: the attributes of the model that the steps reach into.
             v0: the velocity before the first step, if a module computes it.
+            gamma: the momentum of this call, if it is not to be the module's present one.
 
         Returns:
             The end state; or a tuple of it, the taps and the side outputs, if there are any.
@@ -76,8 +84,8 @@ class Momentum(nn.Module):
             self.steps,
             x,
             tuple(captures),
-            SimpleNamespace(**roots),
-            gamma=self.gamma,
+            SimpleNamespace(**{name: _as_it_is_now(root) for name, root in roots.items()}),
+            gamma=self.gamma if gamma is None else gamma,
             velocity="residual" if self.velocity == "residual" else v0,
             arithmetic=self.arithmetic,
             memory_budget=self.memory_budget,
@@ -123,3 +131,8 @@ class Momentum(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_steps": None, "_memory": {}}
+
+
+def _as_it_is_now(root: Any) -> Any:
+    """A chain inside a branch keeps its γ for the branch's second run, whatever it is set to in between."""
+    return partial(root, gamma=root.gamma) if isinstance(root, Momentum) else root

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from mfx import capture as capturing
 from mfx.arguments import specialize_defaults
+from mfx.checkpoints import note_gamma
 from mfx.entry import make_momentum
 from mfx.guard import without_marks
 from mfx.net import RewrittenForward, described, forward_of, net_of
@@ -84,13 +85,17 @@ def momentumize(
     )
     if isinstance(model, fx.GraphModule):
         module = tree_copy(model)
-        return module if _rewrite_graph_module(module, options) else _unchanged(model)
+        if not _rewrite_graph_module(module, options):
+            return _unchanged(model)
+        note_gamma(module)
+        return module
     net = net_of(model)
     forward = RewrittenForward(net, options)
     entry = forward.prepare()
     if not entry.calls:
         return _unchanged(model)
     net.__dict__["forward"] = forward
+    note_gamma(net)
     return net
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
 
@@ -34,7 +34,7 @@ class Options:
         """
         if not isinstance(self.gamma, Mapping):
             return Gamma.of(self.gamma)
-        value = _look_up(self.gamma, chain)
+        value = look_up(self.gamma, chain)
         if value is None:
             raise MfxError(
                 f"gamma is a mapping without a value for the chain {chain!r}; add it, or the key '*' for all others."
@@ -44,7 +44,7 @@ class Options:
     def velocity_of(self, chain: str) -> str | nn.Module:
         """The initial velocity of a chain: ``"zero"``, ``"residual"`` or a module; zero where a mapping is silent."""
         if isinstance(self.velocity, Mapping):
-            module = _look_up(self.velocity, chain)
+            module = look_up(self.velocity, chain)
             return "zero" if module is None else module
         return self.velocity
 
@@ -54,14 +54,31 @@ class Options:
         Raises:
             MfxError: it is not.
         """
-        for option in ("gamma", "velocity"):
-            value = getattr(self, option)
-            for pattern in value if isinstance(value, Mapping) and chains else ():
-                if not any(chain == pattern or fnmatchcase(chain, pattern) for chain in chains):
-                    raise MfxError(f"{option}: no chain is called {pattern!r}. Chains: {', '.join(sorted(chains))}.")
+        for option in ("gamma", "velocity") if chains else ():
+            check_names(option, getattr(self, option), chains)
+
+    def with_gamma(self, gamma: float | Mapping[str, float], chains: Collection[str]) -> Options:
+        """The same options at another momentum; of ``chains``, those that a mapping says nothing about keep theirs."""
+        if not isinstance(gamma, Mapping):
+            return replace(self, gamma=gamma)
+        before = self.gamma if isinstance(self.gamma, Mapping) else {"*": self.gamma}
+        named = {chain: value for chain in chains if (value := look_up(gamma, chain)) is not None}
+        now = {**named, **gamma}  # what is said last goes before what was said before
+        return replace(self, gamma={**now, **{name: value for name, value in before.items() if name not in now}})
 
 
-def _look_up(mapping: Mapping[str, T], chain: str) -> T | None:
+def check_names(option: str, value: Any, chains: Collection[str]) -> None:
+    """Check that every key of a mapping by chain name is the name of a chain, or a pattern that fits one.
+
+    Raises:
+        MfxError: it is not.
+    """
+    for pattern in value if isinstance(value, Mapping) else ():
+        if not any(chain == pattern or fnmatchcase(chain, pattern) for chain in chains):
+            raise MfxError(f"{option}: no chain is called {pattern!r}. Chains: {', '.join(sorted(chains))}.")
+
+
+def look_up(mapping: Mapping[str, T], chain: str) -> T | None:
     """The value under a chain's own name, else under the first pattern that fits it."""
     if chain in mapping:
         return mapping[chain]
@@ -87,7 +104,7 @@ def check_options(
     Raises:
         MfxError: an option has a value it cannot have, or one that this version does not offer.
     """
-    _check_gamma(gamma)
+    check_gamma(gamma)
     _check_velocity(velocity)
     _one_of("arithmetic", arithmetic, ("exact", "float"))
     _one_of("verify", verify, ("warn", "raise", "off"))
@@ -113,10 +130,16 @@ def check_options(
             "only is empty, so nothing would be rewritten; give it chain names or module paths, or None for all."
         )
     selection = Selection(min_steps, chosen, () if skip is None else _patterns("skip", skip))
+    gamma = dict(gamma) if isinstance(gamma, Mapping) else gamma  # the caller may change theirs later
     return Options(gamma, velocity, arithmetic, float(memory_budget), verify, selection)
 
 
-def _check_gamma(gamma: Any) -> None:
+def check_gamma(gamma: Any) -> None:
+    """Check a momentum, or a mapping from chain names to momenta.
+
+    Raises:
+        MfxError: it is neither, or not one that can be had.
+    """
     values = gamma.values() if isinstance(gamma, Mapping) else (gamma,)
     if isinstance(gamma, Mapping) and not (gamma and all(isinstance(name, str) for name in gamma)):
         raise MfxError(f"gamma={gamma!r}: a mapping goes from chain names (shell patterns) to numbers.")

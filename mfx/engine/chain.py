@@ -18,6 +18,7 @@ from mfx.engine.reads import Reads
 from mfx.engine.runners import FromInputs, FromTape, Ordinary, Runner
 from mfx.engine.scope import enclosing_is_recorded, inside_chain
 from mfx.engine.steps import ChainOutput, StepFunction
+from mfx.engine.storage import choose_storage
 from mfx.engine.surroundings import Memory
 from mfx.engine.update import Enter, Link, Update
 from mfx.gamma import Gamma
@@ -189,7 +190,7 @@ def _choose_runner(call: _Call, x: Tensor) -> Runner:
         return Ordinary(call.root, call.captures, original=False)
     common = call.name, call.root, call.captures, x.device, call.memory
     steps = len(call.steps)
-    if call.arithmetic.bytes_kept(call.gamma, x.dtype, steps) >= x.dtype.itemsize * steps:
+    if choose_storage(call.arithmetic, call.gamma, x.dtype, steps, call.memory_budget).policy == "inputs":
         return FromInputs(*common, original=False)
     checked = call.arithmetic.verifiable and call.verify != "off"
     return FromTape(*common, verify=partial(_verify, call.name, call.memory, call.verify) if checked else None)

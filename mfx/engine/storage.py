@@ -1,0 +1,65 @@
+"""What a chain keeps between forward and backward, decided by what it costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mfx.engine.arithmetic import State
+from mfx.engine.arithmetic.base import wide
+from mfx.gamma import Gamma
+
+__all__ = ["Storage", "choose_storage"]
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one chain can walk back, what that takes, and what it does.
+
+    Attributes:
+        policy: ``"states"``: states that are walked back; ``"inputs"``: the input of every step; ``"activations"``: all
+            that autograd saves, nothing is recomputed.
+        states: bytes per element of the stream that states take (with the store of digits, or with anchors); infinite
+            where walking back is impossible.
+        inputs: bytes per element that the steps' inputs take.
+        anchors: stored states beside the end state.
+        error: predicted relative error in a rebuilt state.
+    """
+
+    policy: str
+    states: float
+    inputs: float
+    anchors: int
+    error: float
+
+
+def choose_storage(
+    arithmetic: type[State], gamma: Gamma, dtype: torch.dtype, steps: int, memory_budget: float
+) -> Storage:
+    """What a chain of so many steps keeps: whichever takes less. The function is the same.
+
+    A step back divides the error in v by γ, so that eps becomes eps·γ^(−K) over the K steps to the nearest stored
+    state; arithmetic that needs no anchors makes no error.
+
+    Args:
+        arithmetic: the chain's.
+        gamma: γ.
+        dtype: of the stream.
+        steps: T.
+        memory_budget: 1.0 to keep all.
+    """
+    inputs = float(dtype.itemsize * steps)
+    if gamma.is_zero:
+        return Storage("inputs" if memory_budget < 1 else "activations", math.inf, inputs, 0, 0.0)
+    states = arithmetic.bytes_kept(gamma, dtype, steps)
+    if memory_budget >= 1:
+        return Storage("activations", states, inputs, 0, 0.0)
+    if states >= inputs:
+        return Storage("inputs", states, inputs, 0, 0.0)
+    every = arithmetic.anchor_every(gamma, dtype)
+    if every is None:
+        return Storage("states", states, inputs, 0, 0.0)
+    error = torch.finfo(wide(dtype)).eps * (gamma.denominator / gamma.numerator) ** min(every, steps)
+    return Storage("states", states, inputs, (steps - 1) // every, error)

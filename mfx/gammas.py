@@ -1,0 +1,64 @@
+"""γ of a net's chains: read, and set to something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+
+from torch import nn
+
+from mfx.gamma import Gamma
+from mfx.momentum import Momentum
+from mfx.net import RewrittenForward, described, forward_of
+from mfx.options import check_gamma, check_names, look_up
+from mfx_passes import MfxError
+
+__all__ = ["gammas_of", "set_gamma"]
+
+
+def set_gamma(net: nn.Module, gamma: float | Mapping[str, float]) -> None:
+    """Set the momentum of a net's chains from the next call on, without capturing or compiling anything anew.
+
+    Every graph of the net follows, also those that will be captured later. A call that is under way keeps its γ until
+    its backward pass is done, so gradients are always those of the function that ran.
+
+    Args:
+        net: a momentumized net, or a module that contains some: then all of them.
+        gamma: 0 <= γ < 1, for all chains or by chain name (shell patterns allowed; a name goes before a pattern).
+            Chains that a mapping says nothing about keep theirs.
+
+    Raises:
+        MfxError: a γ is out of range, no chain has such a name, or there is no momentumized net. Nothing is changed.
+    """
+    if not isinstance(net, nn.Module):
+        raise MfxError(f"set_gamma takes a momentumized net, not {described(net)}.")
+    forwards = [forward for module in net.modules() if (forward := forward_of(module))]
+    calls = [module for module in net.modules() if isinstance(module, Momentum)]
+    if not forwards and not calls:
+        raise MfxError(
+            f"{type(net).__name__} has not been momentumized, so it has no gamma to set; call "
+            "mfx.momentumize(model) first."
+        )
+    check_gamma(gamma)
+    check_names("gamma", gamma, {call.chain for call in calls}.union(*map(_chains, forwards)))
+    for forward in forwards:
+        forward.options = forward.options.with_gamma(gamma, _chains(forward))
+    for call in [*calls, *chain.from_iterable(map(_calls, forwards))]:
+        value = look_up(gamma, call.chain) if isinstance(gamma, Mapping) else gamma
+        call.gamma = call.gamma if value is None else Gamma.of(value)
+
+
+def gammas_of(module: nn.Module) -> dict[str, Gamma]:
+    """The momentum of each chain of a momentumized net; empty for any other module."""
+    forward = forward_of(module)
+    calls: Iterable[nn.Module] = module.children() if forward is None else _calls(forward)
+    return {call.chain: call.gamma for call in calls if isinstance(call, Momentum)}
+
+
+def _calls(forward: RewrittenForward) -> list[Momentum]:
+    active = [] if forward.active is None else [forward.active]
+    return [call for entry in (*forward.all_entries, *active) for call in entry.calls.values()]
+
+
+def _chains(forward: RewrittenForward) -> set[str]:
+    return {call.chain for call in _calls(forward)}

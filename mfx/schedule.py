@@ -1,0 +1,154 @@
+"""γ as training goes on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from mfx.gamma import Gamma
+from mfx.gammas import set_gamma
+from mfx_passes import MfxError
+
+__all__ = ["Annealing", "GammaScheduler", "cosine", "linear"]
+
+Schedule = Callable[[int], "float | Mapping[str, float]"]
+_GRID = 1024
+
+
+class GammaScheduler:
+    """Sets the momentum of a net step by step, as ``torch.optim.lr_scheduler`` sets learning rates.
+
+    The momentum for step 0 is set at once. Nothing is captured or compiled anew; see `mfx.set_gamma`.
+
+    Args:
+        net: a momentumized net.
+        schedule: γ for step 0, 1, 2 …, a number or a mapping from chain names to numbers; `mfx.schedule.linear` and
+            `mfx.schedule.cosine` make some.
+
+    Raises:
+        MfxError: the schedule gives what no γ can be, or the net has not been momentumized.
+
+    Attributes:
+        last_step: the step that the present γ is for.
+    """
+
+    def __init__(self, net: nn.Module, schedule: Schedule) -> None:
+        if not callable(schedule):
+            raise MfxError(
+                f"schedule={schedule!r}: a function from the number of a step to gamma is needed, such as "
+                "mfx.schedule.linear(steps=1000)."
+            )
+        self.net = net
+        self.schedule = schedule
+        self.last_step = -1
+        self._last: float | dict[str, float] = 0.0
+        self.step()
+
+    def step(self) -> None:
+        """Go on to the next step's γ; usually after every ``optimizer.step()``, or after every epoch.
+
+        Raises:
+            MfxError: the schedule gives what no γ can be; the net stays at the γ it has.
+        """
+        self._set(self.last_step + 1, self.schedule(self.last_step + 1))
+
+    def get_last_gamma(self) -> float | dict[str, float]:
+        """What the schedule last gave."""
+        return dict(self._last) if isinstance(self._last, dict) else self._last
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the schedule stands, as plain data; the schedule itself is not in it."""
+        return {"last_step": self.last_step, "gamma": self.get_last_gamma()}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Stand where another scheduler stood, and set the net to the γ it had.
+
+        Args:
+            state_dict: from `state_dict`.
+
+        Raises:
+            MfxError: the γ in it fits no chain of this net.
+        """
+        self._set(state_dict["last_step"], state_dict["gamma"])
+
+    def _set(self, step: int, gamma: float | Mapping[str, float]) -> None:
+        set_gamma(self.net, gamma)
+        self.last_step = step
+        self._last = {k: float(v) for k, v in gamma.items()} if isinstance(gamma, Mapping) else float(gamma)
+
+
+@dataclass(frozen=True)
+class Annealing:
+    """A schedule from one γ to another, which it then keeps.
+
+    In between it gives multiples of 1/1024, simple fractions that fixed point multiplies by with small errors.
+
+    Args:
+        steps: how many steps it takes.
+        start: γ at step 0.
+        end: γ from step ``steps`` on.
+        shape: ``"linear"``, or ``"cosine"``: slow at both ends.
+    """
+
+    steps: int
+    start: float
+    end: float
+    shape: Literal["linear", "cosine"]
+
+    def __call__(self, step: int) -> float:
+        """γ for a step."""
+        if step <= 0 or step >= self.steps:
+            return self.start if step <= 0 < self.steps else self.end
+        done = step / self.steps
+        part = done if self.shape == "linear" else (1 - math.cos(math.pi * done)) / 2
+        gamma = round((self.start + part * (self.end - self.start)) * _GRID) / _GRID
+        low, high = sorted((self.start, self.end))
+        return min(max(gamma, low), high)
+
+
+def linear(steps: int, start: float = 0.0, end: float = 0.9) -> Annealing:
+    """A schedule that takes γ from ``start`` to ``end`` evenly, in so many steps.
+
+    Args:
+        steps: how many steps it takes, at least 1.
+        start: γ at step 0.
+        end: γ from step ``steps`` on.
+
+    Raises:
+        MfxError: there is no such schedule.
+
+    >>> schedule = linear(steps=4, end=0.5)
+    >>> [schedule(step) for step in range(6)]
+    [0.0, 0.125, 0.25, 0.375, 0.5, 0.5]
+    """
+    return _annealing(steps, start, end, "linear")
+
+
+def cosine(steps: int, start: float = 0.0, end: float = 0.9) -> Annealing:
+    """A schedule that takes γ from ``start`` to ``end`` along half a cosine: slow at first and in the end.
+
+    Args:
+        steps: how many steps it takes, at least 1.
+        start: γ at step 0.
+        end: γ from step ``steps`` on.
+
+    Raises:
+        MfxError: there is no such schedule.
+
+    >>> schedule = cosine(steps=4, end=0.5)
+    >>> [schedule(step) for step in (0, 2, 4, 100)]
+    [0.0, 0.25, 0.5, 0.5]
+    """
+    return _annealing(steps, start, end, "cosine")
+
+
+def _annealing(steps: int, start: float, end: float, shape: Literal["linear", "cosine"]) -> Annealing:
+    if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        raise MfxError(f"steps={steps!r}: a schedule takes a whole number of steps, at least 1.")
+    for gamma in (start, end):
+        Gamma.of(gamma)
+    return Annealing(steps, float(start), float(end), shape)
