@@ -51,6 +51,11 @@ class Entry:
         """The number of steps of each chain, by name."""
         return {call.chain: len(call.graphs.steps) for call in self.calls.values()}
 
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Paths of what the steps of the chains read."""
+        return tuple(target for call in self.calls.values() for step in call.graphs.steps for target in step.targets)
+
     def holds(self) -> bool:
         """Whether the modules the trace walked through are as they were."""
         return all(guard.holds() for guard in self.guards)

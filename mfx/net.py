@@ -18,6 +18,7 @@ from mfx.entry import Entry, make_entry, steps_of
 from mfx.guard import without_marks
 from mfx.options import Options
 from mfx.probe import find_with_shapes
+from mfx.sharding import refuse_containers
 from mfx.tree import M, Overlay, tree_copy
 from mfx_passes import MfxError
 
@@ -180,6 +181,7 @@ class RewrittenForward(Overlay):
     def _mention_hooks(self, entry: Entry) -> None:
         walked = entry.captured.walked
         hooked = [path for path in entry.flat if path and path in walked and _has_hooks(walked[path])]
+        refuse_containers(self.net, hooked, entry.read)
         new = [path for path in hooked if path not in self._warned]
         if new:
             self._warned.update(new)

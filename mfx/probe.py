@@ -23,7 +23,7 @@ def find_with_shapes(
     graph, _ = captured.copy()
     try:
         with compat.fake_mode() as mode:
-            shadow = tree_copy(net, mode.from_tensor)
+            shadow = tree_copy(net, lambda tensor: mode.from_tensor(_undivided(tensor)))
             _remove_hooks(shadow)
             fake = [
                 pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs[name])
@@ -33,6 +33,13 @@ def find_with_shapes(
     except Exception:  # whatever goes wrong on tensors without values may go well on real ones
         return None
     return find_chains(graph, dict(net.named_modules()), options.selection)
+
+
+def _undivided(tensor: torch.Tensor) -> torch.Tensor:
+    """As large as the tensor whose shards several processes hold; without the hooks they are not used as shards."""
+    if not compat.is_sharded(tensor):
+        return tensor
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, requires_grad=tensor.requires_grad)
 
 
 class _Shapes(fx.Interpreter):

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mfx import compat, sharding
 from mfx_passes import MfxError
 
 M = TypeVar("M", bound=nn.Module)
@@ -39,7 +40,7 @@ class Extra(nn.Module):
         self.names: dict[str, str] = {}
 
 
-def tree_copy(model: M, tensor: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> M:
+def tree_copy(model: M, tensor: Callable[[Tensor], Tensor] | None = None) -> M:
     """A copy of a model in which every module is new, and every tensor the original's.
 
     So class, attributes, key order and hooks are the original's too, and ``train()``, a replaced submodule or a new
@@ -47,19 +48,22 @@ def tree_copy(model: M, tensor: Callable[[Tensor], Tensor] = lambda tensor: tens
 
     Args:
         model: any module.
-        tensor: what stands in the copy for each parameter, buffer and other tensor; itself by default.
+        tensor: what stands in the copy for each parameter, buffer and other tensor; itself by default,
+            and then modules that are sharded over processes stay so.
 
     Raises:
         MfxError: the model holds something that cannot be copied.
     """
     tensors = {id(t): t for t in chain(model.parameters(), model.buffers(), _attributes(model))}
-    memo: dict[int, Any] = {key: tensor(t) for key, t in tensors.items()}
+    memo: dict[int, Any] = {key: t if tensor is None else tensor(t) for key, t in tensors.items()}
     memo.update((id(hook), hook) for hook in _outside_hooks(model))
+    memo.update((id(shards), shards) for shards in map(compat.shards_of, model.modules()) if shards is not None)
     for module in model.modules():
         memo.update((id(module.__dict__[name]), None) for name in _overlaid(module))
         memo.update((id(child), None) for _, child in _extras(module))
     try:
-        copied = copy.deepcopy(model, memo)
+        with sharding.copying(model):
+            copied = copy.deepcopy(model, memo)
     except Exception as error:
         raise MfxError(
             f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. mfx works on "
@@ -71,6 +75,8 @@ def tree_copy(model: M, tensor: Callable[[Tensor], Tensor] = lambda tensor: tens
             del memo[id(module)].__dict__[name]
         for name, _ in _extras(module):
             del memo[id(module)]._modules[name]
+    if tensor is None:
+        sharding.share(model, memo)
     return copied
 
 
