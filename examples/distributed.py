@@ -1,0 +1,142 @@
+"""Trains a momentumized transformer on several processes, its parameters copied (DDP) or sharded (FSDP2).
+
+    torchrun --nproc-per-node 2 examples/distributed.py
+    torchrun --nproc-per-node 2 examples/distributed.py --shard
+
+Nothing about mfx is different here: momentumize, then wrap. Only, ``fully_shard`` goes on modules that one residual
+branch calls (attention, MLP), not on a block that holds several branches. Without torchrun it runs in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.functional import mse_loss, scaled_dot_product_attention
+from torch.nn.parallel import DistributedDataParallel
+
+import mfx
+
+TOKENS = 16
+BATCH = 32  # of all processes together
+
+
+class Attention(nn.Module):
+    """Self-attention with its own normalisation."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) to the same."""
+        q, k, v = (
+            part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in self.qkv(self.norm(x)).chunk(3, dim=-1)
+        )
+        return self.out(scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Two residual branches; each is a module of its own."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.attention = Attention(width, heads)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width), nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) to the same."""
+        x = x + self.attention(x)
+        return x + self.mlp(x)
+
+
+class Transformer(nn.Module):
+    """Blocks and a linear head."""
+
+    def __init__(self, depth: int, width: int, heads: int = 4) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
+        self.head = nn.Linear(width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, tokens, width) to (batch, tokens, 1)."""
+        return self.head(self.blocks(x))
+
+
+def shard(net: Transformer, mesh: DeviceMesh) -> nn.Module:
+    """Gather one branch's parameters at a time."""
+    for block in net.blocks:
+        fully_shard(block.attention, mesh=mesh)
+        fully_shard(block.mlp, mesh=mesh)
+    return fully_shard(net, mesh=mesh)
+
+
+def batch(step: int, width: int) -> tuple[Tensor, Tensor]:
+    """This process's part of a batch: for every token, how far its first number is from the sequence's mean."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    x = torch.randn(BATCH, TOKENS, width, generator=torch.Generator().manual_seed(step))
+    x = x[rank::size]
+    return x, x[..., :1] - x[..., :1].mean(1, keepdim=True)
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The processes that torchrun started, or this one alone."""
+    if dist.is_initialized():
+        yield
+        return
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        os.environ.setdefault(name, value)
+    dist.init_process_group("gloo")
+    yield
+    dist.destroy_process_group()
+
+
+def main(argv: Sequence[str] | None = None) -> list[float]:
+    """Runs the example; returns the loss of every step, the mean over processes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shard", action="store_true", help="fully_shard (FSDP2) instead of DistributedDataParallel")
+    parser.add_argument("--gamma", type=float, default=0.9, help="the momentum (default 0.9)")
+    parser.add_argument("--depth", type=int, default=12, help="blocks, of two residual branches each (default 12)")
+    parser.add_argument("--width", type=int, default=64, help="numbers per token (default 64)")
+    parser.add_argument("--steps", type=int, default=50, help="training steps (default 50)")
+    options = parser.parse_args(argv)
+
+    torch.manual_seed(0)  # the same weights everywhere
+    with process_group():
+        net = mfx.momentumize(Transformer(options.depth, options.width), gamma=options.gamma)
+        parallel: nn.Module
+        if options.shard:
+            parallel = shard(net, init_device_mesh("cpu", (dist.get_world_size(),)))
+        else:
+            parallel = DistributedDataParallel(net)
+        optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+        losses = []
+        for step in range(options.steps):
+            x, y = batch(step, options.width)
+            loss = mse_loss(parallel(x), y)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total = loss.detach().clone()
+            dist.all_reduce(total)
+            losses.append(total.item() / dist.get_world_size())
+            if dist.get_rank() == 0 and step % 10 == 0:
+                print(f"step {step:3}: loss {losses[-1]:.4f}", flush=True)
+    return losses
+
+
+if __name__ == "__main__":
+    main()
