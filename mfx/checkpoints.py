@@ -38,7 +38,7 @@ def _compare(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Ma
     if not now or _KEY not in metadata:
         return
     saved = {chain: Gamma(*fraction) for chain, fraction in metadata[_KEY].items()}
-    others = [name for name in {**saved, **now} if saved.get(name, _ZERO) != now.get(name, _ZERO)]
+    others = [name for name in sorted({**saved, **now}) if saved.get(name, _ZERO) != now.get(name, _ZERO)]
     if others:
         warnings.warn(f"mfx: {_message(type(net).__name__, others, saved, now)}", stacklevel=4)
 
