@@ -25,6 +25,7 @@ __all__ = [
     "runs_for_real",
     "shards_of",
     "share_shards",
+    "under_transform",
     "when_task_ends",
 ]
 
@@ -39,6 +40,11 @@ def current_task() -> int:
 def when_task_ends(callback: Callable[[], None]) -> None:
     """Have ``callback`` called when the backward pass that this thread is in has ended (torch 2.11 to 2.15)."""
     torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def under_transform() -> bool:
+    """Whether a torch.func transform or forward-mode differentiation is around (torch 2.11 to 2.15)."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 def autocast_now(device_type: str) -> Callable[[], AbstractContextManager[object]]:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from mfx.compat import under_transform
 from mfx.engine.arithmetic import ARITHMETICS, State
 from mfx.engine.arithmetic.base import wide
 from mfx.engine.keep import tensors_in
@@ -64,6 +65,9 @@ def run_chain(
 ) -> ChainOutput:
     """Run a chain of steps with momentum: v ← γ·v + (1−γ)·f(x), x ← x + v (Sander et al., ICML 2021).
 
+    Inside torch.func transforms, and with forward-mode differentiation, the recurrence runs by ordinary operations,
+    which these understand, and nothing is rebuilt.
+
     Args:
         name: the chain's name, for messages.
         steps: the steps, at least one.
@@ -92,8 +96,7 @@ def run_chain(
     call = _Call(
         name, steps, captures, root, gamma, ARITHMETICS[arithmetic], memory_budget, velocity, taps, memory, verify
     )
-    recorded = enclosing_is_recorded()
-    with inside_chain(recorded := _needs_grad(call, x) if recorded is None else recorded):
+    with inside_chain(recorded := _decide_recorded(call, x)):
         if gamma.is_zero:
             return _run_original(call, x)
         return _run_recorded(call, x) if recorded else _run_plain(call, x)
@@ -121,6 +124,19 @@ class _Collector:
         return ChainOutput(self._x, tuple(self._taps[t] for t in self._asked), tuple(self._sides))
 
 
+def _decide_recorded(call: _Call, x: Tensor) -> bool:
+    if under_transform():
+        if call.memory_budget < 1 and _needs_grad(call, x):
+            message = (
+                f"chain {call.name}: inside torch.func transforms and forward-mode differentiation nothing is rebuilt; "
+                "activations are kept as in ordinary backpropagation. Use memory_budget=1.0 if that is what you want"
+            )
+            _act("warn", message, call.memory)
+        return False
+    recorded = enclosing_is_recorded()
+    return _needs_grad(call, x) if recorded is None else recorded
+
+
 def _needs_grad(call: _Call, x: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return False
@@ -142,7 +158,7 @@ def _run_original(call: _Call, x: Tensor) -> ChainOutput:
 
 
 def _run_plain(call: _Call, x: Tensor) -> ChainOutput:
-    """The recurrence by ordinary operations, without a backward pass."""
+    """The recurrence by ordinary operations: without a backward pass, or for transforms that cannot be recorded."""
     runner = Ordinary(call.root, call.captures, original=False)
     dtype, state = x.dtype, x.to(wide(x.dtype))
     v = call.velocity.to(state.dtype) if isinstance(call.velocity, Tensor) else None

@@ -96,10 +96,21 @@ class Frame:
         """Run the step, under hooks whose handles ``unpack`` will be asked about."""
         self._requires_grad, self.live = x.requires_grad, x.detach()
         with saved_tensors_hooks(self._pack, unpack):
-            outputs = self._call(self._root, x, *(values[i] for i in self._captures))
+            outputs = self._first_run(x, values)
         self.live = None
         self._world.settle()
         return outputs
+
+    def _first_run(self, x: Tensor, values: Sequence[Any]) -> tuple[Any, ...]:
+        try:
+            return self._call(self._root, x, *(values[i] for i in self._captures))
+        except RuntimeError as error:
+            if "support saved tensor hooks" not in str(error):
+                raise
+            raise MfxError(
+                f"{self._where}, step {self._path}: this step uses a transform of torch.func, which cannot be run "
+                "while its activations are left out. Use torch.autograd.grad in it, memory_budget=1.0, or skip it"
+            ) from error
 
     def rerun(self, x: Tensor, rebuilt: Rebuilt) -> Tensor:
         """Run the step again on ``x``, provide what its handles stand for, and return the branch's value.
