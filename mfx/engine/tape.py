@@ -138,8 +138,7 @@ class Tape:
         assert state is not None
         walk.position -= 1
         frame, kind, gamma = self._steps[walk.position]
-        state.retreat_x()
-        y = frame.rerun(state.stream(), self._rebuilt)
+        y = frame.rerun(state.retreat_x(), self._rebuilt)
         if walk.position > 0:
             state.retreat_v(y, kind, gamma)
             return

@@ -43,8 +43,7 @@ class Update(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.gamma, ctx.kind, ctx.tape = link.gamma, link.kind, link.tape
         ctx.dtypes = x.dtype, wide(x.dtype) if v is None else v.dtype, y.dtype
-        link.state.advance(y, link.kind, link.gamma)
-        x_next = link.state.stream()
+        x_next = link.state.advance(y, link.kind, link.gamma)
         if link.tape is not None:
             tensors, ctx.thaw = link.state.freeze()
             ctx.save_for_backward(*tensors)

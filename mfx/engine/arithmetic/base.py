@@ -25,8 +25,8 @@ class Frozen(NamedTuple):
 class State(ABC):
     """x and v of one chain at one time, in the chain's own arithmetic, beside autograd.
 
-    Forward: ``advance`` for every step. Back: for every step from the last, ``retreat_x``, run the branch on
-    ``stream()``, ``retreat_v`` with what it gave. A state that was thawed owns its tensors only once it has moved.
+    Forward: ``advance`` for every step. Back: for every step from the last, run the branch on what ``retreat_x``
+    gives, ``retreat_v`` with what the branch gave. A state that was thawed owns its tensors only once it has moved.
     """
 
     verifiable: ClassVar[bool]  # walking back leads to where it came from, bit for bit
@@ -52,12 +52,12 @@ class State(ABC):
         """X in the stream's dtype: what the next branch reads. Nobody may write into it."""
 
     @abstractmethod
-    def advance(self, y: Tensor, kind: str, gamma: Gamma) -> None:
-        """V ← γ·v + (1−γ)·f, x ← x + v, where f is ``y``, or ``y`` − x for ``kind`` "map"."""
+    def advance(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
+        """V ← γ·v + (1−γ)·f, x ← x + v, where f is ``y``, or ``y`` − x for ``kind`` "map"; returns the stream."""
 
     @abstractmethod
-    def retreat_x(self) -> None:
-        """X ← x − v."""
+    def retreat_x(self) -> Tensor:
+        """X ← x − v; returns the stream."""
 
     @abstractmethod
     def retreat_v(self, y: Tensor, kind: str, gamma: Gamma) -> None:

@@ -1,4 +1,4 @@
-"""Arithmetic "exact": x and v in int64 fixed point, walked back bit for bit."""
+"""Arithmetic "exact": x and v in fixed point, walked back bit for bit."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from mfx.engine.arithmetic.base import Frozen, State
-from mfx.engine.arithmetic.integers import SMALL, nearest
+from mfx.engine.arithmetic.blocks import blocks, can_be_split
+from mfx.engine.arithmetic.integers import SMALL, as_float, nearest
 from mfx.engine.arithmetic.range import Guard
-from mfx.engine.arithmetic.store import DigitStore
+from mfx.engine.arithmetic.reach import Reach
+from mfx.engine.arithmetic.store import LIMB, DigitStore, divide, multiply
 from mfx.gamma import Gamma
 
 __all__ = ["ExactState"]
@@ -24,7 +26,9 @@ class ExactState(State):
     """X and V, the integers nearest to 2⁴⁰·x and 2⁴⁰·v, and the digits that multiplying V by γ left over.
 
     Every sum is a sum of integers and every product is reversible, so walking back gives the very integers of the
-    forward pass, if the branch gives the very same values: it reads ``stream()``, which depends on X alone.
+    forward pass, if the branch gives the very same values: it reads the stream, which depends on X alone.
+
+    The integers are float64 while they are known to be small enough for that, and int64 from then on.
     """
 
     verifiable = True
@@ -32,19 +36,27 @@ class ExactState(State):
 
     def __init__(self, X: Tensor, V: Tensor | None, store: DigitStore, dtype: torch.dtype, guard: Guard) -> None:
         self.X, self.V, self.store, self.dtype, self.guard = X, V, store, dtype, guard
-        self.owned = True  # whether X and V may be overwritten
+        self.owns_x = self.owns_v = True  # whether it may be overwritten
         self.first_v: Tensor | None = None
         self.steps = 0
+        self.reach = Reach(math.inf, math.inf)
 
     @classmethod
     @override
     def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool) -> Self:
         guard = Guard()
-        x, v = guard.admit(x.detach()), None if v is None else guard.admit(v.detach())
-        X = _fixed(x, _ONE, guard)
-        V = None if v is None else _fixed(v, _ONE, guard)
+        x = guard.admit(x.detach())
+        reach = Reach(guard.largest, 0.0)
+        if v is not None:
+            v = guard.admit(v.detach())
+            reach = Reach(guard.largest, guard.largest)
+        dtype = torch.float64 if can_be_split(x) and reach.is_small else torch.int64
+        X = _fixed(x, dtype)
+        # Laid out in memory as X is, whatever v was.
+        V = None if v is None else torch.empty_like(X).copy_(_fixed(v, dtype))
         state = cls(X, V, DigitStore(keep_limbs=reversible), x.dtype, guard)
-        state.first_v = None if V is None or not reversible else V.sum()
+        state.first_v = None if V is None or not reversible else _sum(V)
+        state.reach = reach
         return state
 
     @staticmethod
@@ -56,43 +68,58 @@ class ExactState(State):
     @override
     def bytes_kept(gamma: Gamma, dtype: torch.dtype, steps: int) -> float:
         bits = math.log2(gamma.denominator / gamma.numerator) * steps
-        limbs = max(0, math.ceil((bits - math.log2(SMALL)) / 32))
-        return 24 + 4 * limbs
+        limbs = max(0, math.ceil((bits - math.log2(SMALL)) / LIMB))
+        return 24 + LIMB // 8 * limbs
 
     @override
     def stream(self) -> Tensor:
-        return self.guard.mark(self.X.to(torch.float64).mul_(1 / _ONE).to(self.dtype))
+        out = self._new_stream()
+        for x, part, scratch in blocks(self.X, out, scratch=1):
+            _read(x, part, scratch)
+        return self.guard.mark(out)
 
     @override
-    def advance(self, y: Tensor, kind: str, gamma: Gamma) -> None:
-        F = self._increment(self.guard.admit(y), kind, gamma)
-        if self.V is not None and not gamma.is_zero:
-            V = self.V if self.owned else self.V.clone()
-            F.add_(self.store.multiply(V, gamma.numerator, gamma.denominator, small=_small(self.guard)))
-        self.V = F
-        self.X = torch.add(self.X, F, out=self.X if self.owned else None)
-        self.owned = True
+    def advance(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
+        y = self.guard.admit(y)
+        self._make_room_for_step(kind)
+        self._own_x()
+        if self.V is None or gamma.is_zero:
+            out = self._take_as_velocity(y, kind, gamma)
+        else:
+            out = self._add_to_velocity(y, kind, gamma)
+        self.owns_v = True
         self.steps += 1
-        self.guard.check(self.X)
+        if self.X.dtype == torch.int64:
+            self.guard.check(self.X)
+        return self.guard.mark(out)
 
     @override
-    def retreat_x(self) -> None:
-        self.X = torch.sub(self.X, self._velocity(), out=self.X if self.owned else None)
+    def retreat_x(self) -> Tensor:
+        self._own_x()
+        out = self._new_stream()
+        for x, v, part, scratch in blocks(self.X, self._velocity(), out, scratch=1):
+            _read(x.sub_(v), part, scratch)
+        return self.guard.mark(out)
 
     @override
     def retreat_v(self, y: Tensor, kind: str, gamma: Gamma) -> None:
-        F = self._increment(self.guard.clean(y), kind, gamma)
-        V = torch.sub(self._velocity(), F, out=F)
-        self.V, self.owned = None, True  # frees the old one before the division needs memory
+        # Where the forward pass found nothing bad there is nothing to clean.
+        y = y if self.guard.poison is None else self.guard.clean(y)
+        V = self._own_v()
         self.steps -= 1
-        divides = not gamma.is_zero and (self.steps > 0 or self.first_v is not None)
-        if divides:
-            V = self.store.divide(V, gamma.numerator, gamma.denominator, small=_small(self.guard))
-        self.V = V
+        if gamma.is_zero or (self.steps == 0 and self.first_v is None):
+            for x, v, f, scratch in blocks(self.X, V, y, scratch=1):
+                v.sub_(_increment(f, x, kind, gamma, scratch))
+            return
+        top = self.store.before_divide()
+        for x, v, t, f, scratch, more in blocks(self.X, V, top, y, scratch=2):
+            v.sub_(_increment(f, x, kind, gamma, scratch))
+            divide(v, t, gamma.numerator, gamma.denominator, more.view(v.dtype))
+        self.store.after_divide()
 
     @override
     def freeze(self) -> Frozen:
-        self.owned = self.store.owned = False
+        self.owns_x = self.owns_v = self.store.owned = False
         tensors = (self.X, self._velocity(), *self.store.limbs)
         has_top = self.store.top is not None
         if self.store.top is not None:
@@ -103,7 +130,7 @@ class ExactState(State):
     @override
     def is_start(self) -> Tensor:
         V = self._velocity()
-        same_v = (V == 0).all() if self.first_v is None else V.sum() == self.first_v
+        same_v = (V == 0).all() if self.first_v is None else _sum(V) == self.first_v
         same = same_v & self.store.is_empty()
         # Poisoned elements are not walked back to where they came from.
         return same if self.guard.poison is None else same | self.guard.poison.any()
@@ -112,25 +139,83 @@ class ExactState(State):
     def overflowed(self) -> Tensor | None:
         return self.guard.overflowed
 
-    def _increment(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
-        """(1−γ)·f in fixed point: the one formula that both directions use."""
-        if kind == "residual":
-            return _fixed(y, gamma.rest * _ONE, self.guard)
-        F = _fixed(y, _ONE, self.guard).sub_(self.X)
-        return nearest(F.to(torch.float64).mul_(gamma.rest), small=_small(self.guard))
+    def _take_as_velocity(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
+        V, out = torch.empty_like(self.X), self._new_stream()
+        for x, v, f, part, scratch in blocks(self.X, V, y, out, scratch=1):
+            v.copy_(_increment(f, x, kind, gamma, scratch))
+            _read(x.add_(v), part, scratch)
+        self.V = V
+        return out
+
+    def _add_to_velocity(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
+        V, out, n, d = self._own_v(), self._new_stream(), gamma.numerator, gamma.denominator
+        top = self.store.before_multiply(n, d, V)
+        for x, v, t, f, part, scratch, more in blocks(self.X, V, top, y, out, scratch=2):
+            F = _increment(f, x, kind, gamma, scratch)
+            multiply(v, t, n, d, more.view(v.dtype))
+            _read(x.add_(v.add_(F)), part, scratch)
+        return out
+
+    def _make_room_for_step(self, kind: str) -> None:
+        """Go over to int64 if the next step may need it."""
+        if self.X.dtype == torch.int64:
+            return
+        y = self.guard.largest
+        after = self.reach.after_step(y, kind)
+        if not after.is_small:
+            # The bound of x grows with every step, x itself need not.
+            after = Reach(self.X.abs().amax().item() / _ONE, self.reach.v).after_step(y, kind)
+        self.reach = after
+        if not after.is_small:
+            self.X, self.owns_x = self.X.to(torch.int64), True
+            if self.V is not None:
+                self.V, self.owns_v = self.V.to(torch.int64), True
+            self.store.to(torch.int64)
+
+    def _own_x(self) -> None:
+        if not self.owns_x:
+            self.X, self.owns_x = self.X.clone(), True
+
+    def _own_v(self) -> Tensor:
+        V = self._velocity()
+        if not self.owns_v:
+            V = self.V = V.clone()
+            self.owns_v = True
+        return V
 
     def _velocity(self) -> Tensor:
         assert self.V is not None, "before the first step there is nothing to walk back"
         return self.V
 
+    def _new_stream(self) -> Tensor:
+        return torch.empty_like(self.X, dtype=self.dtype)
 
-def _fixed(t: Tensor, scale: float, guard: Guard) -> Tensor:
-    return nearest(t.detach().to(torch.float64, copy=True).mul_(scale), small=_small(guard))
+
+def _increment(y: Tensor, x: Tensor, kind: str, gamma: Gamma, scratch: Tensor) -> Tensor:
+    """(1−γ)·f as integers, in ``scratch``: the one formula that both directions use."""
+    t = scratch.copy_(y)
+    if kind == "residual":
+        return nearest(t.mul_(gamma.rest * _ONE), x.dtype)
+    F = nearest(t.mul_(_ONE), x.dtype).sub_(x)
+    return nearest(as_float(F, scratch).mul_(gamma.rest), x.dtype)
 
 
-def _small(guard: Guard) -> bool:
-    """Whether all of x, v and f fit into ``SMALL``: v is an average of f, and f of a map is a difference to x."""
-    return guard.largest < SMALL / _ONE / 4
+def _read(x: Tensor, out: Tensor, scratch: Tensor) -> None:
+    """Write what integers ``x`` stand for to ``out``."""
+    if x.dtype == torch.float64 and out.dtype != torch.float16:
+        # A power of two commutes with rounding wherever the exponent has room.
+        out.copy_(x).mul_(1 / _ONE)
+    else:
+        out.copy_(torch.mul(as_float(x, scratch), 1 / _ONE, out=scratch))
+
+
+def _fixed(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return nearest(t.to(torch.float64, copy=True).mul_(_ONE), dtype)
+
+
+def _sum(V: Tensor) -> Tensor:
+    """The sum of all integers, modulo 2⁶⁴: the same in whatever order they are added."""
+    return torch.stack([part.to(torch.int64).sum() for (part,) in blocks(V)]).sum()
 
 
 def _thaw(
@@ -146,5 +231,6 @@ def _thaw(
     store = DigitStore(limbs.pop() if has_top else None, tuple(limbs))
     store.spilled = list(spilled)
     state = ExactState(X, V, store, dtype, guard)
-    state.owned, state.steps, state.first_v = False, steps, first_v
+    state.owns_x = state.owns_v = False
+    state.steps, state.first_v = steps, first_v
     return state

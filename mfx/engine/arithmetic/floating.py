@@ -79,7 +79,7 @@ class FloatState(State):
         return self.x.to(self.dtype)
 
     @override
-    def advance(self, y: Tensor, kind: str, gamma: Gamma) -> None:
+    def advance(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
         f = torch.sub(y, self.x) if kind == "map" else y
         if self.v is None:
             self.v = f.to(self.x.dtype) * gamma.rest
@@ -88,10 +88,12 @@ class FloatState(State):
             self.v = v.add_(f, alpha=gamma.rest)
         self.owns_v = True
         self.x = self.x + self.v
+        return self.stream()
 
     @override
-    def retreat_x(self) -> None:
+    def retreat_x(self) -> Tensor:
         self.x = self.x - self._velocity()
+        return self.stream()
 
     @override
     def retreat_v(self, y: Tensor, kind: str, gamma: Gamma) -> None:

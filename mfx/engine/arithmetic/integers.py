@@ -1,50 +1,48 @@
-"""Integers by way of float64: a CPU converts and divides those eight at a time, and int64 one by one.
+"""Integers as int64 or, up to ``SMALL``, as float64: a CPU computes with those eight at a time, with int64 one by one.
 
-Up to ``SMALL`` both ways give the same integers, so which one is taken changes nothing but the time.
+Both give the same integers, so which one is taken changes nothing but the time. A tensor's dtype says which it is.
 """
 
 from __future__ import annotations
 
-import struct
-
 import torch
 from torch import Tensor
 
-__all__ = ["SMALL", "floor_divide", "nearest"]
+__all__ = ["SMALL", "as_float", "floor_divide", "nearest"]
 
-SMALL = 2**51
-
-# In [2⁵², 2⁵³) neighbouring float64 numbers are 1 apart and so are their bits: adding 1.5·2⁵² rounds to the nearest
-# integer (ties to even, as torch.round does), and what the bits then are beyond those of 1.5·2⁵² is that integer.
-_SHIFT = 1.5 * 2.0**52
-(_SHIFT_BITS,) = struct.unpack("<q", struct.pack("<d", _SHIFT))
+SMALL = 2**50
 
 
-def nearest(t: Tensor, *, small: bool) -> Tensor:
-    """The nearest int64 to float64 ``t``, written over it: element for element, in the same eight bytes.
+def nearest(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """The integers nearest to float64 ``t``, ties to even, as ``dtype``; written over it, in the same eight bytes.
 
     Args:
         t: numbers below 2⁶³ in magnitude.
-        small: whether they are known to be below ``SMALL``.
+        dtype: int64 or float64.
     """
-    if small:
-        return t.add_(_SHIFT).view(torch.int64).sub_(_SHIFT_BITS)
-    return t.view(torch.int64).copy_(t.round_())
+    t.round_()
+    # Element for element: what is read has not been written over yet.
+    return t if dtype == torch.float64 else t.view(dtype).copy_(t)
 
 
-def floor_divide(a: Tensor, b: int, *, small: bool, out: Tensor | None = None) -> Tensor:
-    """⌊a/b⌋ for int64 ``a``, 0 < b ≤ 2¹⁴.
+def as_float(a: Tensor, scratch: Tensor) -> Tensor:
+    """Integers ``a`` as float64: themselves if they are, else in ``scratch``, which may be the same bytes."""
+    return a if a.dtype == torch.float64 else scratch.copy_(a)
 
-    The float64 quotient of |a| < 2⁵¹ is within |a/b|·2⁻⁵³ < 1/(4b) of the real one, which is an integer or at least 1/b
-    below the next one: rounding does not carry it over.
+
+def floor_divide(a: Tensor, b: int, out: Tensor) -> Tensor:
+    """⌊a/b⌋ for integers ``a``, 0 < b ≤ 2¹⁴.
+
+    As float64 it is (a − (b−1)/2)/b to the nearest: that differs from ⌊a/b⌋ by at most 1/2 − 1/(2b). Multiplying by a
+    rounded 1/b instead, and rounding product and sum, moves it by less than 3·2⁻⁵³·|a|/b + 2⁻⁵³, which is below 1/(2b)
+    for |a| < 2⁵⁰.
 
     Args:
-        a: integers; left as they are.
+        a: integers, as float64 below ``SMALL`` in magnitude; left as they are.
         b: the divisor.
-        small: whether ``a`` is known to be below ``SMALL`` in magnitude.
-        out: where to write, not ``a`` itself.
+        out: where to write, of the dtype of ``a`` and not ``a`` itself.
     """
-    if not small:
+    if a.dtype == torch.int64:
         return torch.div(a, b, rounding_mode="floor", out=out)
-    out = torch.empty_like(a) if out is None else out
-    return nearest(out.view(torch.float64).copy_(a).div_(b).floor_(), small=True)
+    half = torch.tensor((1 - b) / (2 * b), dtype=torch.float64)
+    return torch.add(half, a, alpha=1 / b, out=out).round_()

@@ -1,12 +1,16 @@
 """Exact arithmetic as what it is: integers, walked back to the ones they came from."""
 
+import math
+from fractions import Fraction
+
 import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
 
-from mfx.engine.arithmetic import ExactState, FloatState
-from mfx.engine.arithmetic.store import DigitStore
+from mfx.engine.arithmetic import ExactState, FloatState, blocks
+from mfx.engine.arithmetic.integers import SMALL
+from mfx.engine.arithmetic.store import DigitStore, divide, multiply
 from mfx.gamma import Gamma
 
 GAMMAS = (
@@ -15,56 +19,152 @@ GAMMAS = (
 SEEDS = st.integers(0, 2**31)
 
 
-@settings(max_examples=150, deadline=None)
+DTYPES = [torch.float64, torch.int64]
+
+
+def multiplied(store, v, gamma):
+    v = v.clone()
+    top = store.before_multiply(gamma.numerator, gamma.denominator, v)
+    multiply(v, top, gamma.numerator, gamma.denominator, torch.empty_like(v))
+    return v
+
+
+def divided(store, v, gamma):
+    v = v.clone()
+    divide(v, store.before_divide(), gamma.numerator, gamma.denominator, torch.empty_like(v))
+    store.after_divide()
+    return v
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(max_examples=100, deadline=None)
 @given(gamma=GAMMAS, depth=st.integers(1, 80), seed=SEEDS)
-def test_store_undoes_its_multiplications(gamma, depth, seed):
+def test_store_undoes_its_multiplications(dtype, gamma, depth, seed):
     torch.manual_seed(seed)
-    v = start = torch.randint(-(2**62), 2**62, (50,))
+    largest = SMALL // 2 if dtype == torch.float64 else 2**62
+    v = start = torch.randint(-largest, largest, (50,)).to(dtype)
     increments = [torch.randint(-(2**40), 2**40, v.shape) for _ in range(depth)]
     store = DigitStore()
     for increment in increments:
-        v = store.multiply(v.clone(), gamma.numerator, gamma.denominator) + increment
+        v = multiplied(store, v, gamma) + increment
     assert not torch.equal(start, v)
     for increment in reversed(increments):
-        v = store.divide(v - increment, gamma.numerator, gamma.denominator)
+        v = divided(store, v - increment, gamma)
     assert torch.equal(start, v)
     assert store.is_empty()
 
 
-@settings(max_examples=150, deadline=None)
-@given(
-    gamma=GAMMAS, depth=st.integers(1, 60), seed=SEEDS, kind=st.sampled_from(["residual", "map"]), given_v=st.booleans()
-)
-def test_state_walks_back_to_the_integers_it_came_from(gamma, depth, seed, kind, given_v):
-    torch.manual_seed(seed)
-    x, v = 100 * torch.randn(7, 5), 3 * torch.randn(7, 5) if given_v else None
+def walk_there_and_back(x, v, ys, kind, gamma):
+    """Asserts that the integers come back; returns the state in between."""
     state = ExactState.start(x, v, reversible=True)
-    X, V = state.X.clone(), None if v is None else state.V.clone()
-    ys = [torch.randn(7, 5) for _ in range(depth)]
-    for y in ys:
-        state.advance(y, kind, gamma)
+    X, V = state.X.clone(), torch.zeros_like(state.X) if v is None else state.V.clone()
+    streams = [state.stream(), *(state.advance(y, kind, gamma) for y in ys)]
     frozen = state.freeze()
     copies = [t.clone() for t in frozen.tensors]
     back = frozen.thaw(frozen.tensors)
-    for y in reversed(ys):
-        back.retreat_x()
+    for y, stream in zip(reversed(ys), reversed(streams[:-1]), strict=True):
+        assert torch.equal(back.retreat_x(), stream)
         back.retreat_v(y, kind, gamma)
-    assert torch.equal(back.X, X)
-    assert torch.equal(back.V, torch.zeros_like(X) if V is None else V)
+    assert (back.X == X).all()
+    assert (back.V == V).all()
     assert back.store.is_empty()
     assert back.is_start()
     assert all(map(torch.equal, frozen.tensors, copies)), "the graph's copy was written into"
+    return state
 
 
-@pytest.mark.parametrize("gamma", [Gamma(9, 10), Gamma(1, 2), Gamma(1, 100), Gamma(99, 100), Gamma(9973, 16381)])
+@settings(max_examples=150, deadline=None)
+@given(
+    gamma=GAMMAS,
+    depth=st.integers(1, 60),
+    seed=SEEDS,
+    kind=st.sampled_from(["residual", "map"]),
+    given_v=st.booleans(),
+    size=st.sampled_from([1.0, 100.0, 3e4]),
+)
+def test_state_walks_back_to_the_integers_it_came_from(gamma, depth, seed, kind, given_v, size):
+    torch.manual_seed(seed)
+    x, v = size * torch.randn(7, 5), 3 * torch.randn(7, 5) if given_v else None
+    state = walk_there_and_back(x, v, [torch.randn(7, 5) for _ in range(depth)], kind, gamma)
+    assert state.X.dtype == (torch.int64 if size == 3e4 else torch.float64)
+
+
+def advance_python(X, V, store, F, gamma):
+    """One step of one element in Python's integers; a store of any size, without limbs."""
+    n, d = gamma.numerator, gamma.denominator
+    store, digit = divmod(store * d + V % d, n)
+    V = n * (V // d) + digit + F
+    return X + V, V, store
+
+
+@settings(max_examples=50, deadline=None)
+@given(gamma=GAMMAS, seed=SEEDS, size=st.sampled_from([1e-6, 1.0, 300.0, 1e5]))
+def test_steps_are_those_of_pythons_integers(gamma, seed, size):
+    torch.manual_seed(seed)
+    x, ys = size * torch.randn(6), [size * torch.randn(6) for _ in range(3)]  # short enough for a store of one word
+    state = ExactState.start(x, None, reversible=True)
+    fixed = [[round(Fraction(e * 2.0**40)) for e in x.tolist()]]
+    fixed += [[round(Fraction(e * (gamma.rest * 2.0**40))) for e in y.tolist()] for y in ys]
+    state.advance(ys[0], "residual", gamma)
+    elements = [(X + F, F, 0) for X, F in zip(*fixed[:2], strict=True)]
+    for y, increments in zip(ys[1:], fixed[2:], strict=True):
+        state.advance(y, "residual", gamma)
+        elements = [advance_python(*e, F, gamma) for e, F in zip(elements, increments, strict=True)]
+    found = zip(*([int(e) for e in t] for t in (state.X, state.V, state.store.top)), strict=True)
+    assert list(found) == elements
+
+
+@pytest.mark.parametrize("kind", ["residual", "map"])
+def test_a_state_that_outgrows_float64_goes_on_in_int64_with_the_same_integers(kind):
+    torch.manual_seed(0)
+    ys = [torch.randn(40) for _ in range(20)] + [3e3 * torch.randn(40) for _ in range(20)]
+    x, gamma = torch.randn(40), Gamma(99, 100)
+    grown = walk_there_and_back(x, None, ys, kind, gamma)
+    assert grown.X.dtype == torch.int64
+    large = ExactState.start(x, None, reversible=True)
+    large.X = large.X.to(torch.int64)
+    for y in ys:
+        large.advance(y, kind, gamma)
+    assert torch.equal(large.X, grown.X)
+    assert torch.equal(large.V, grown.V)
+
+
+def test_a_bound_that_grows_is_measured_again():
+    # |x| ≤ 50 at every step, but adding up what it might gain would pass the 2¹² that float64 holds after 82 steps.
+    state = ExactState.start(torch.zeros(3), None, reversible=True)
+    for t in range(300):
+        state.advance(torch.full((3,), 50.0 * (-1) ** t), "residual", Gamma(1, 10))
+    assert state.X.dtype == torch.float64
+
+
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "expanded", "strided"])
+def test_any_layout_in_memory(layout, monkeypatch):
+    monkeypatch.setattr(blocks, "_BLOCK", 16)
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 4, 5)
+    given = {
+        "channels_last": x.to(memory_format=torch.channels_last),
+        "transposed": x.permute(3, 1, 0, 2),
+        "expanded": x[:1].expand(4, 3, 4, 5),
+        "strided": x[:, :, ::2],
+    }[layout]
+    ys = [torch.randn(given.shape) for _ in range(5)]
+    plain = walk_there_and_back(given.contiguous(), torch.ones(given.shape), ys, "map", Gamma(9, 10))
+    found = walk_there_and_back(given, torch.ones(given.shape), ys, "map", Gamma(9, 10))
+    assert torch.equal(found.X, plain.X)
+    assert found.stream().stride() == given.clone().stride()
+
+
+@pytest.mark.parametrize("gamma", [Gamma(999, 1000), Gamma(9, 10), Gamma(1, 2), Gamma(1, 1000), Gamma(9973, 16381)])
 def test_store_takes_little_more_than_the_digits_themselves(gamma):
-    steps = 2000
-    store, v = DigitStore(), torch.zeros(1, dtype=torch.int64)
-    for _ in range(steps):
-        v = store.multiply(v, gamma.numerator, gamma.denominator)
-    ideal = steps * torch.log2(torch.tensor(gamma.denominator / gamma.numerator)).item()
-    # A bound of b bits is kept to within one part in 2^(31 - 14): the limbs waste less than 2 %; the top may hold 63.
-    assert 32 * len(store.limbs) <= 1.02 * ideal
+    ideal = math.log2(gamma.denominator / gamma.numerator)  # bits per step
+    steps = math.ceil(160 / ideal)  # the word holds 50 bits
+    store, v = DigitStore(), torch.zeros(10, dtype=torch.int64)
+    for t in range(steps):
+        store.before_multiply(gamma.numerator, gamma.denominator, v)  # what it makes room for depends on no data
+        assert 8 * sum(limb.nbytes for limb in store.limbs) <= 1.05 * ideal * (t + 1) * v.numel()
+    assert store.limbs
+    assert store.top.nbytes == 8 * v.numel()
 
 
 def test_a_wrong_walk_is_noticed():
