@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from torch import Tensor
 from mfx.compat import under_transform
 from mfx.engine.arithmetic import ARITHMETICS, State
 from mfx.engine.arithmetic.base import wide
+from mfx.engine.flags import notice_overflow, read_pending, verify_chain, verify_step, warn_once
 from mfx.engine.keep import tensors_in
 from mfx.engine.reads import Reads
 from mfx.engine.runners import FromInputs, FromTape, Ordinary, Runner
@@ -92,7 +92,7 @@ def run_chain(
     if arithmetic not in ARITHMETICS:
         raise MfxError(f"arithmetic must be one of {sorted(ARITHMETICS)}, not {arithmetic!r}")
     memory = {} if memory is None else memory
-    _read_pending(memory)
+    read_pending(memory)
     call = _Call(
         name, steps, captures, root, gamma, ARITHMETICS[arithmetic], memory_budget, velocity, taps, memory, verify
     )
@@ -131,7 +131,7 @@ def _decide_recorded(call: _Call, x: Tensor) -> bool:
                 f"chain {call.name}: inside torch.func transforms and forward-mode differentiation nothing is rebuilt; "
                 "activations are kept as in ordinary backpropagation. Use memory_budget=1.0 if that is what you want"
             )
-            _act("warn", message, call.memory)
+            warn_once("transform", message, call.memory)
         return False
     recorded = enclosing_is_recorded()
     return _needs_grad(call, x) if recorded is None else recorded
@@ -149,7 +149,8 @@ def _needs_grad(call: _Call, x: Tensor) -> bool:
 def _run_original(call: _Call, x: Tensor) -> ChainOutput:
     runner: Runner = Ordinary(call.root, call.captures, original=True)
     if _recomputes(call):
-        runner = FromInputs(call.name, call.root, call.captures, x.device, call.memory, original=True)
+        common = call.name, call.root, call.captures, x.device, call.memory
+        runner = FromInputs(*common, original=True, verify=_verifier(call, verify_step))
     out = _Collector(call.taps)
     for index, step in enumerate(call.steps):
         x, *side = runner.run(index, step, x, _ZERO)
@@ -195,7 +196,8 @@ def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
         x, v = Update.apply(x, v, y, Link(state, step.kind, gamma, last))
         out.add(x, side)
         if x.device.type == "cpu" or index == end - 1:
-            _notice_overflow(call, step, state)
+            place = f"chain {call.name}, at or before step {step.path}"
+            notice_overflow(place, state.overflowed(), call.memory)
         if tape is not None and (on_tape if index == end - 1 else (index + 1) % spacing == 0):
             tape.store(index + 1, state, f"{call.name}: the stream after step {step.path}")
     return out.finish()
@@ -207,9 +209,13 @@ def _choose_runner(call: _Call, x: Tensor) -> Runner:
     common = call.name, call.root, call.captures, x.device, call.memory
     steps = len(call.steps)
     if choose_storage(call.arithmetic, call.gamma, x.dtype, steps, call.memory_budget).policy == "inputs":
-        return FromInputs(*common, original=False)
+        return FromInputs(*common, original=False, verify=_verifier(call, verify_step))
+    return FromTape(*common, verify=_verifier(call, verify_chain))
+
+
+def _verifier(call: _Call, verify: Callable[..., None]) -> Callable[..., None] | None:
     checked = call.arithmetic.verifiable and call.verify != "off"
-    return FromTape(*common, verify=partial(_verify, call.name, call.memory, call.verify) if checked else None)
+    return partial(verify, call.name, call.memory, call.verify) if checked else None
 
 
 def _recomputes(call: _Call) -> bool:
@@ -236,50 +242,3 @@ def _check_fits(call: _Call, step: StepFunction, x: Tensor, y: object) -> None:
         f"chain {call.name}, step {step.path}: the branch gave {found}; it is to be added to a stream of shape "
         f"{tuple(x.shape)}, {x.dtype}, on {x.device}. Leave this step out with skip="
     )
-
-
-def _notice_overflow(call: _Call, step: StepFunction, state: State) -> None:
-    overflowed = state.overflowed()
-    if overflowed is None:
-        return
-    place = f"chain {call.name}, at or before step {step.path}"
-    _read(overflowed, "raise", partial(_overflow_message, place), call.memory)
-
-
-def _overflow_message(place: str, largest: float) -> str:
-    return (
-        f"{place}: values beyond ±4·10⁶, the largest {largest:.3g}, more than arithmetic='exact' can hold. Normalise "
-        "or scale what the branches give, see that the training has not diverged, or use arithmetic='float'"
-    )
-
-
-def _verify(name: str, memory: Memory, action: str, same: Tensor) -> None:
-    error = (
-        f"chain {name}: rebuilding the activations did not lead back to where the forward pass began, so gradients are "
-        "wrong: some step did not compute the same values twice. Look for nondeterministic operations "
-        "(torch.use_deterministic_algorithms) and for Python state"
-    )
-    _read(~same, action, lambda _: error, memory)
-
-
-def _read(flag: Tensor, action: str, message: Callable[[float], str], memory: Memory) -> None:
-    """Act on ``flag``, unless it is 0, now if that waits for nothing, else at the next call."""
-    if flag.device.type != "cpu":
-        memory.setdefault("pending", []).append((flag, action, message))
-    elif value := flag.item():
-        _act(action, message(value), memory)
-
-
-def _read_pending(memory: Memory) -> None:
-    for flag, action, message in memory.pop("pending", ()):
-        if value := flag.item():
-            _act(action, message(value), memory)
-
-
-def _act(action: str, message: str, memory: Memory) -> None:
-    if action == "raise":
-        raise MfxError(message)
-    said = memory.setdefault("said", set())
-    if message not in said:
-        said.add(message)
-        warnings.warn(f"mfx: {message}", stacklevel=3)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from mfx.engine.checked import CheckedFrame
 from mfx.engine.frame import Frame, Rebuilt
 from mfx.engine.keep import Captures
 from mfx.engine.steps import StepFunction
@@ -60,20 +62,32 @@ class _Recomputing:
         key = ("buffers", index, self._original)
         world = Surroundings(self._root, step.targets, step.path, key, self._memory, self._clock, self._autocast)
         call = step.original if self._original else step.branch
-        return Frame(self._name, step.path, call, self._root, step.captures, self._captures, world)
+        return self._make_frame(step, self._name, step.path, call, self._root, step.captures, self._captures, world)
+
+    def _make_frame(self, step: StepFunction, *args: Any) -> Frame:
+        return Frame(*args)
 
 
 class FromInputs(_Recomputing, Runner):
-    """Keeps every step's input: an ordinary checkpoint."""
+    """Keeps every step's input: an ordinary checkpoint.
 
-    def __init__(self, *args: Any, original: bool) -> None:
+    ``verify`` is told after every second run, with the step's path, whether it was as the first.
+    """
+
+    def __init__(self, *args: Any, original: bool, verify: Callable[[str, Tensor], None] | None) -> None:
         super().__init__(*args, original=original)
         self._rebuilt = Rebuilt()
+        self._verify = verify
 
     def run(self, index: int, step: StepFunction, x: Tensor, gamma: Gamma) -> tuple[Any, ...]:  # noqa: D102
         frame = self._frame(index, step)
         source = StoredInput(frame, x, self._rebuilt, f"{self._name}: the input of step {step.path}")
         return self._hand_on(frame.run(x, self._values, source.unpack))
+
+    def _make_frame(self, step: StepFunction, *args: Any) -> Frame:
+        if self._verify is None:
+            return Frame(*args)
+        return CheckedFrame(*args, verify=partial(self._verify, step.path))
 
 
 class FromTape(_Recomputing, Runner):

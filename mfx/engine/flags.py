@@ -1,0 +1,78 @@
+"""What a chain learns on the device about its own numbers, and says without waiting for the device."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+
+from torch import Tensor
+
+from mfx.engine.surroundings import Memory
+from mfx_passes.errors import MfxError
+
+__all__ = ["notice_overflow", "read_pending", "verify_chain", "verify_step", "warn_once"]
+
+_ADVICE = (
+    "Look for nondeterministic operations (torch.use_deterministic_algorithms), for Python state, and for random "
+    "numbers that are not torch's"
+)
+
+
+def notice_overflow(place: str, overflowed: Tensor | None, memory: Memory) -> None:
+    """Raise an MfxError that names ``place`` if ``overflowed``, the largest value that was too large, is not 0."""
+    if overflowed is not None:
+        _read(overflowed, "raise", lambda largest: _overflow_message(place, largest), memory)
+
+
+def verify_chain(name: str, memory: Memory, action: str, same: Tensor) -> None:
+    """Act if a walk back did not end where the forward pass began."""
+    error = (
+        f"chain {name}: rebuilding the activations did not lead back to where the forward pass began, so gradients are "
+        f"wrong: some step did not compute the same values twice. {_ADVICE}"
+    )
+    _read(~same, action, lambda _: error, memory)
+
+
+def verify_step(name: str, memory: Memory, action: str, path: str, same: Tensor) -> None:
+    """Act if the second run of a step did not give what the first gave."""
+    error = (
+        f"chain {name}, step {path}: the second run, in the backward pass, did not compute the values of the first, so "
+        f"gradients are those of other values. {_ADVICE}"
+    )
+    _read(~same, action, lambda _: error, memory)
+
+
+def read_pending(memory: Memory) -> None:
+    """Act on what earlier calls left to be read."""
+    for flag, action, message in memory.pop("pending", ()):
+        if value := flag.item():
+            _act(action, message(value), memory)
+
+
+def warn_once(topic: str, message: str, memory: Memory) -> None:
+    """Warn, unless this chain has warned about this topic: many steps, and every pass, would say the same."""
+    warned = memory.setdefault("warned", set())
+    if topic not in warned:
+        warned.add(topic)
+        warnings.warn(f"mfx: {message}", stacklevel=4)
+
+
+def _overflow_message(place: str, largest: float) -> str:
+    return (
+        f"{place}: values beyond ±4·10⁶, the largest {largest:.3g}, more than arithmetic='exact' can hold. Normalise "
+        "or scale what the branches give, see that the training has not diverged, or use arithmetic='float'"
+    )
+
+
+def _read(flag: Tensor, action: str, message: Callable[[float], str], memory: Memory) -> None:
+    """Act on ``flag``, unless it is 0, now if that waits for nothing, else at the next call."""
+    if flag.device.type != "cpu":
+        memory.setdefault("pending", []).append((flag, action, message))
+    elif value := flag.item():
+        _act(action, message(value), memory)
+
+
+def _act(action: str, message: str, memory: Memory) -> None:
+    if action == "raise":
+        raise MfxError(message)
+    warn_once("values", message, memory)
