@@ -6,7 +6,6 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 
 __all__ = [
     "NO_TASK",
-    "autocast_now",
+    "autocast_as",
+    "autocast_state",
     "class_before_sharding",
     "current_task",
     "fake_mode",
@@ -47,15 +47,22 @@ def under_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def autocast_now(device_type: str) -> Callable[[], AbstractContextManager[object]]:
-    """A context that puts autocast for ``device_type`` back into its present state."""
-    return partial(
-        torch.autocast,
-        device_type,
-        dtype=torch.get_autocast_dtype(device_type),
-        enabled=torch.is_autocast_enabled(device_type),
-        cache_enabled=torch.is_autocast_cache_enabled(),
+AutocastState = tuple[torch.dtype, bool, bool]
+
+
+def autocast_state(device_type: str) -> AutocastState:
+    """Autocast for ``device_type``: its dtype, whether it is on, whether it caches (torch 2.11 to 2.15)."""
+    return (
+        torch.get_autocast_dtype(device_type),
+        torch.is_autocast_enabled(device_type),
+        torch.is_autocast_cache_enabled(),
     )
+
+
+def autocast_as(device_type: str, state: AutocastState) -> AbstractContextManager[object]:
+    """A context that puts autocast for ``device_type`` into that state."""
+    dtype, enabled, caches = state
+    return torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=caches)
 
 
 def is_sharded(tensor: Tensor) -> bool:

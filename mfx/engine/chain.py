@@ -15,7 +15,7 @@ from mfx.engine.arithmetic import ARITHMETICS, State
 from mfx.engine.arithmetic.base import wide
 from mfx.engine.flags import notice_overflow, read_pending, verify_chain, verify_step, warn_once
 from mfx.engine.keep import tensors_in
-from mfx.engine.reads import Reads
+from mfx.engine.reads import Layout
 from mfx.engine.runners import FromInputs, FromTape, Ordinary, Runner
 from mfx.engine.scope import enclosing_is_recorded, inside_chain
 from mfx.engine.steps import ChainOutput, StepFunction
@@ -142,8 +142,9 @@ def _needs_grad(call: _Call, x: Tensor) -> bool:
         return False
     if any(t.requires_grad for t in tensors_in((x, call.velocity, tuple(call.captures)))):
         return True
-    reads = (Reads(call.root, step.targets, step.path) for step in call.steps)
-    return any(slot.tensor.requires_grad for read in reads for slot in read.slots)
+    layouts = (Layout(call.root, step.targets, step.path) for step in call.steps)
+    tensors = (place.get() for layout in layouts for place in layout.places(call.root))
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def _run_original(call: _Call, x: Tensor) -> ChainOutput:

@@ -4,87 +4,117 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
+from operator import is_
 from typing import Any
 
 from torch import Tensor, nn
 
 from mfx_passes.errors import MfxError
 
-__all__ = ["Reads", "Slot"]
+__all__ = ["Layout", "Place", "layout_of", "resolve"]
+
+Flags = tuple[bool, ...]
+Table = dict[str, Any]  # one that modules keep tensors or modules in
 
 
-@dataclass(frozen=True)
-class Slot:
-    """A place that holds a tensor: attribute ``name`` of ``owner``, found under the dotted path ``label``."""
+@dataclass(frozen=True, eq=False)
+class Place:
+    """Where a tensor lies: under ``name`` in ``table``; ``label`` is its dotted path."""
 
-    owner: Any
+    table: Table
     name: str
     label: str
-    tensor: Tensor
+    is_parameter: bool
 
-    @property
-    def is_parameter(self) -> bool:
-        """Whether a branch may be expected to leave it alone."""
-        return isinstance(self.owner, nn.Module) and self.name in self.owner._parameters
+    def get(self) -> Any:
+        """What lies there now, past whatever ``__getattr__`` would do."""
+        return self.table.get(self.name)
 
-    @property
-    def is_replaced(self) -> bool:
-        """Whether it holds another tensor by now."""
-        return self._table().get(self.name) is not self.tensor
-
-    def put(self, tensor: Tensor) -> None:
-        """Have it hold ``tensor``, past whatever ``__setattr__`` would do."""
-        self._table()[self.name] = tensor
-
-    def _table(self) -> dict[str, Any]:
-        tables: list[dict[str, Any]] = [self.owner.__dict__]
-        if isinstance(self.owner, nn.Module):
-            tables = [self.owner._parameters, self.owner._buffers, *tables]
-        return next((table for table in tables if self.name in table), tables[-1])
+    def put(self, value: Any) -> None:
+        """Have ``value`` lie there, past whatever ``__setattr__`` would do."""
+        self.table[self.name] = value
 
 
-class Reads:
-    """Everything under ``targets``, as it is now: ``modules`` by identity, once each, and the ``slots`` in them."""
+class Layout:
+    """Everything under a step's targets: which modules there are, and which places for tensors.
+
+    It knows no tensors, so that it can be kept from call to call, as long as it ``holds``.
+
+    Attributes:
+        changing: labels of the places whose tensors the step changes, by the modules' training flags, once known.
+    """
 
     def __init__(self, root: Any, targets: Sequence[str], step_path: str) -> None:
-        self.modules: dict[int, nn.Module] = {}
-        self.slots: list[Slot] = []
-        seen: set[tuple[int, str]] = set()
-        for target in targets:
-            for slot in self._find(root, target, step_path):
-                key = id(slot.owner), slot.name
-                if key not in seen:
-                    seen.add(key)
-                    self.slots.append(slot)
+        self._targets, self._step_path = targets, step_path
+        self.modules: list[nn.Module] = []
+        self.changing: dict[Flags, frozenset[str]] = {}
+        self._places: list[Place] = []
+        self._loose: list[str] = []
+        self._targeted: list[nn.Module | None] = []
+        for target, value in zip(targets, self._values(root), strict=True):
+            self._targeted.append(value if isinstance(value, nn.Module) else None)
+            if isinstance(value, nn.Module):
+                self._places.extend(self._inside(value, target))
+            elif isinstance(value, Tensor):
+                self._loose.append(target)
+        self._tensor_tables = [table for m in self.modules for table in (m._parameters, m._buffers)]
+        self._names = list(chain.from_iterable(self._tensor_tables))
+        self._module_tables = [m._modules for m in self.modules]
+        self._children = self._children_now()
 
     @property
-    def flags(self) -> tuple[bool, ...]:
+    def flags(self) -> Flags:
         """Which modules are in training mode."""
-        return tuple(m.training for m in self.modules.values())
+        return tuple([m.training for m in self.modules])
 
-    def _find(self, root: Any, target: str, step_path: str) -> Iterator[Slot]:
-        parent, _, name = target.rpartition(".")
+    def holds(self, root: Any) -> bool:
+        """Whether the same modules are there, with places of the same names."""
+        # In this order: the tables are those of the modules that were found.
+        return (
+            all(map(_is_still, self._targeted, self._values(root)))
+            and _are(self._children_now(), self._children)
+            and list(chain.from_iterable(self._tensor_tables)) == self._names
+        )
+
+    def places(self, root: Any) -> list[Place]:
+        """All places, each once."""
+        if not self._loose:
+            return self._places
+        known = {(id(place.table), place.name) for place in self._places}
+        loose = {(id(place.table), place.name): place for place in (_loose(root, path) for path in self._loose)}
+        return [*self._places, *(place for key, place in loose.items() if key not in known)]
+
+    def _values(self, root: Any) -> list[Any]:
         try:
-            owner = resolve(root, parent)
-            value = getattr(owner, name)
+            return [resolve(root, target) for target in self._targets]
         except AttributeError as error:
-            raise MfxError(f"step {step_path} reads {target}, which the model no longer has: {error}") from error
-        if isinstance(value, Tensor):
-            yield Slot(owner, name, target, value)
-        elif isinstance(value, nn.Module):
-            yield from self._inside(value, target)
+            raise MfxError(f"step {self._step_path} reads what the model no longer has: {error}") from error
 
-    def _inside(self, module: nn.Module, path: str) -> Iterator[Slot]:
-        if id(module) in self.modules:
+    def _children_now(self) -> list[Any]:
+        return list(chain.from_iterable(map(dict.values, self._module_tables)))
+
+    def _inside(self, module: nn.Module, path: str) -> Iterator[Place]:
+        if any(module is m for m in self.modules):
             return
-        self.modules[id(module)] = module
-        for table in (module._parameters, module._buffers):
-            for name, tensor in table.items():
-                if tensor is not None:
-                    yield Slot(module, name, f"{path}.{name}", tensor)
+        self.modules.append(module)
+        yield from (Place(module._parameters, name, f"{path}.{name}", True) for name in module._parameters)
+        yield from (Place(module._buffers, name, f"{path}.{name}", False) for name in module._buffers)
         for name, child in module._modules.items():
             if child is not None:
                 yield from self._inside(child, f"{path}.{name}")
+
+
+def layout_of(memory: dict[Any, Any], key: Any, root: Any, targets: Sequence[str], step_path: str) -> Layout:
+    """The step's layout as remembered under ``key``, or made anew if it is another one by now.
+
+    Raises:
+        MfxError: if the model has lost what the step reads.
+    """
+    layout: Layout | None = memory.get(key)
+    if layout is None or not layout.holds(root):
+        layout = memory[key] = Layout(root, targets, step_path)
+    return layout
 
 
 def resolve(root: Any, path: str) -> Any:
@@ -92,3 +122,22 @@ def resolve(root: Any, path: str) -> Any:
     for name in filter(None, path.split(".")):
         root = getattr(root, name)
     return root
+
+
+def _loose(root: Any, path: str) -> Place:
+    """The place of a tensor that is itself a target."""
+    parent, _, name = path.rpartition(".")
+    owner = resolve(root, parent)
+    tables: list[Table] = [owner.__dict__]
+    if isinstance(owner, nn.Module):
+        tables = [owner._parameters, owner._buffers, *tables]
+    table = next((table for table in tables if name in table), tables[-1])
+    return Place(table, name, path, isinstance(owner, nn.Module) and table is owner._parameters)
+
+
+def _is_still(module: nn.Module | None, value: Any) -> bool:
+    return value is module if module is not None else not isinstance(value, nn.Module)
+
+
+def _are(found: list[Any], expected: list[Any]) -> bool:
+    return len(found) == len(expected) and all(map(is_, found, expected))

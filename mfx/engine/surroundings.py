@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfx.compat import autocast_now, is_sharded
-from mfx.engine.reads import Reads, Slot
+from mfx.compat import autocast_as, autocast_state, is_sharded
+from mfx.engine.reads import Place, layout_of
 from mfx.engine.scope import inside_recomputation
 from mfx_passes.errors import MfxError
 
 __all__ = ["Autocast", "Memory", "RandomClock", "Surroundings"]
 
 Memory = dict[Any, Any]
+_State = tuple[int, bool] | None  # of a tensor: its version, and whether it requires a gradient
 
 
 class RandomClock:
@@ -33,8 +33,11 @@ class RandomClock:
         return not all(torch.equal(a, b) for a, b in zip(before, self.now, strict=True))
 
     @contextmanager
-    def turned_back(self, states: tuple[Tensor, ...]) -> Iterator[None]:
-        """The generators start from ``states``; afterwards they are where they were."""
+    def turned_back(self, states: tuple[Tensor, ...] | None) -> Iterator[None]:
+        """The generators start from ``states``, if there are any; afterwards they are where they were."""
+        if states is None:
+            yield
+            return
         real = self._read()
         try:
             self._write(states)
@@ -56,24 +59,25 @@ class Autocast:
     """The autocast state of the forward pass, for ``device`` and the CPU."""
 
     def __init__(self, device: torch.device) -> None:
-        kinds = {"cpu", device.type}
-        self._contexts = [autocast_now(kind) for kind in sorted(kinds) if torch.amp.is_autocast_available(kind)]
+        kinds = sorted({"cpu", device.type})
+        self._states = {kind: autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
 
     @contextmanager
     def again(self) -> Iterator[None]:
         """Run under that state."""
         with ExitStack() as stack:
-            for context in self._contexts:
-                stack.enter_context(context())
+            for kind, state in self._states.items():
+                if autocast_state(kind) != state:
+                    stack.enter_context(autocast_as(kind, state))
             yield
 
 
 class Surroundings:
     """One step's surroundings in one forward pass.
 
-    Made just before the branch runs; ``settle`` follows just after. ``memory`` remembers, per step and training flags,
-    which buffers the branch changes. That is found out by value, at the first call: BatchNorm's kernel changes the
-    running statistics without raising their version.
+    Made just before the branch runs; ``settle`` follows just after. ``memory`` remembers what lies where, and for each
+    set of training flags which tensors the branch changes. That is found out at the first call, by version and also by
+    value: BatchNorm's kernel changes the running statistics without raising their version.
     """
 
     def __init__(
@@ -86,27 +90,54 @@ class Surroundings:
         clock: RandomClock,
         cast: Autocast,
     ) -> None:
-        self._root, self._targets, self._path = root, targets, path
+        self._root, self._path = root, path
         self._clock, self._autocast = clock, cast
         self._random: tuple[Tensor, ...] | None = clock.now
-        reads = self._reads = Reads(root, targets, path)
-        self._flags = reads.flags
-        self._versions = [slot.tensor._version for slot in reads.slots]
-        self._requires_grad = [slot.tensor.requires_grad for slot in reads.slots]
-        self._memory, self._key = memory, (key, self._flags)
-        self._changing = self._recall()
-        self._values = [(s, s.tensor.detach().clone()) for s in reads.slots if self._may_change(s)]
+        layout = self._layout = layout_of(memory, key, root, targets, path)
+        self._flags = layout.flags
+        self._places = layout.places(root)
+        self._tensors = [place.get() for place in self._places]
+        self._states = _states(self._tensors)
+        self._is_known = self._flags in layout.changing
+        self._buffers = [
+            found for found in zip(self._places, self._tensors, self._states, strict=True) if not found[0].is_parameter
+        ]
+        # Values before the branch runs, of what it changes or may change.
+        self._values: dict[Place, Tensor] = {
+            place: tensor.detach().clone()
+            for place, tensor, _ in self._buffers
+            if tensor is not None and (not self._is_known or place.label in layout.changing[self._flags])
+        }
+        self._lost: set[str] = set()
 
     def settle(self) -> None:
         """Forget what the branch turned out not to need."""
         if not self._clock.tick():
             self._random = None
-        if self._changing is None:
-            # Another tensor in the slot, or another value in the tensor.
-            changed = [(s, v) for s, v in self._values if s.is_replaced or not torch.equal(s.tensor, v)]
-            self._values = changed
-            self._changing = frozenset(s.label for s, _ in changed)
-            self._remember(self._changing)
+        before = self._layout.changing.get(self._flags, frozenset())
+        changed = [
+            place
+            for place, tensor, state in self._buffers
+            if place.label not in before and self._is_changed(place, tensor, state)
+        ]
+        if changed or not self._is_known:
+            # What changes one buffer of a module may change the others, if only with other inputs.
+            tables = {id(place.table) for place in changed}
+            labels = (place.label for place, _, _ in self._buffers if id(place.table) in tables)
+            self._layout.changing[self._flags] = known = before.union(labels)
+            self._values = {place: value for place, value in self._values.items() if place.label in known}
+
+    def _is_changed(self, place: Place, tensor: Tensor | None, state: _State) -> bool:
+        if tensor is None:
+            return False
+        if place.get() is not tensor:
+            self._values.setdefault(place, tensor.detach())
+            return True
+        if _state(tensor) == state:
+            return not self._is_known and not torch.equal(tensor, self._values[place])
+        if place not in self._values:
+            self._lost.add(place.label)
+        return True
 
     @contextmanager
     def again(self) -> Iterator[None]:
@@ -116,56 +147,63 @@ class Surroundings:
             MfxError: if a parameter or buffer is another one, or has been modified, since the forward pass.
         """
         self._check()
-        with ExitStack() as stack:
-            stack.enter_context(inside_recomputation())
-            stack.enter_context(self._autocast.again())
-            if self._random is not None:
-                stack.enter_context(self._clock.turned_back(self._random))
-            stack.callback(self._set_flags, self._reads.flags)
-            self._set_flags(self._flags)
-            for slot, value in self._values:
-                stack.callback(slot.put, slot._table()[slot.name])
-                slot.put(value.clone())  # the branch will write into it, and may be run again
+        with inside_recomputation(), self._autocast.again(), self._clock.turned_back(self._random), self._put_back():
             yield
 
-    def _may_change(self, slot: Slot) -> bool:
-        if slot.is_parameter:
-            return False
-        return self._changing is None or slot.label in self._changing
+    @contextmanager
+    def _put_back(self) -> Iterator[None]:
+        flags, tensors = self._layout.flags, [(place, place.get()) for place in self._values]
+        try:
+            self._set_flags(self._flags)
+            for place, value in self._values.items():
+                place.put(value.clone())  # the branch will write into it, and may be run again
+            yield
+        finally:
+            for place, tensor in tensors:
+                place.put(tensor)
+            self._set_flags(flags)
 
     def _set_flags(self, flags: tuple[bool, ...]) -> None:
-        for module, training in zip(self._reads.modules.values(), flags, strict=True):
+        for module, training in zip(self._layout.modules, flags, strict=True):
             if module.training != training:
                 module.training = training
 
-    def _recall(self) -> frozenset[str] | None:
-        modules, changing = self._memory.get(self._key, ((), None))
-        same = len(modules) == len(self._reads.modules)
-        same = same and all(ref() is m for ref, m in zip(modules, self._reads.modules.values(), strict=True))
-        return changing if same else None
-
-    def _remember(self, changing: frozenset[str]) -> None:
-        modules = [weakref.ref(m) for m in self._reads.modules.values()]
-        self._memory[self._key] = modules, changing
-
     def _check(self) -> None:
-        now = Reads(self._root, self._targets, self._path).slots
-        if [s.label for s in now] != [s.label for s in self._reads.slots]:
-            raise MfxError(f"{self._path}: modules were added or removed between the forward and the backward pass")
-        for slot, old, version, requires_grad in zip(
-            now, self._reads.slots, self._versions, self._requires_grad, strict=True
-        ):
-            if self._may_change(slot):
+        if not self._layout.holds(self._root):
+            raise MfxError(
+                f"{self._path}: modules were added, removed or replaced between forward and backward, but the backward "
+                "pass has to run this step a second time; call backward before changing it"
+            )
+        tensors = [place.get() for place in self._places]
+        for place, now, old, state in zip(self._places, tensors, self._tensors, self._states, strict=True):
+            if now is old and _state(now) == state:
                 continue
-            if is_sharded(slot.tensor) or is_sharded(old.tensor):
+            if place in self._values:
+                continue
+            if is_sharded(now) or is_sharded(old):
                 continue  # FSDP2 holds shards outside a module's forward, and whole parameters inside
-            if slot.tensor is not old.tensor or slot.tensor._version != version:
-                raise MfxError(self._complaint(slot.label, "changed"))
-            if slot.tensor.requires_grad != requires_grad:
-                raise MfxError(self._complaint(slot.label, "frozen or unfrozen"))
+            if place.label in self._lost:
+                raise MfxError(
+                    f"{self._path}: this step wrote into {place.label}, which it had not done in earlier calls, so the "
+                    "value that it read is gone. From the next call on it is kept"
+                )
+            if now is old and state is not None and now._version == state[0]:
+                raise MfxError(self._complaint(place.label, "frozen or unfrozen"))
+            raise MfxError(self._complaint(place.label, "changed"))
 
     def _complaint(self, label: str, what: str) -> str:
         return (
             f"{self._path}: {label} was {what} between forward and backward, but the backward pass has to run this "
             "step a second time; call backward before changing it"
         )
+
+
+def _states(tensors: Sequence[Tensor | None]) -> list[_State]:
+    return [_state(tensor) for tensor in tensors]
+
+
+def _state(tensor: Tensor | None) -> _State:
+    """What tells that a tensor was modified, frozen or unfrozen; tensors of inference mode have no version."""
+    if tensor is None:
+        return None
+    return 0 if tensor.is_inference() else tensor._version, tensor.requires_grad

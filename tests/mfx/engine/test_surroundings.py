@@ -68,23 +68,93 @@ def test_eval_mode_and_flags_that_change_before_backward(how):
     assert all(torch.equal(before[k], v) for k, v in root.state_dict().items())
 
 
-def test_buffers_that_are_replaced_and_not_written(how):
-    class Counter(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.lin = nn.Linear(WIDTH, WIDTH)
-            self.register_buffer("seen", torch.zeros(()))
+class Counter(nn.Module):
+    """Changes its buffers in every way there is; some only from the third call on."""
 
-        def forward(self, x):
-            self.seen = self.seen + 1
-            return self.lin(x).tanh() * self.seen
+    def __init__(self):
+        super().__init__()
+        self.lin = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("replaced", torch.zeros(()))
+        self.register_buffer("written", torch.zeros(WIDTH))
+        self.register_buffer("grown", torch.zeros(0))
+        self.register_buffer("loose", torch.zeros(()), persistent=False)
+        self.register_buffer("nothing", None)
 
+    def forward(self, x):
+        if self.training:
+            self.replaced = self.replaced + 1
+            self.written.copy_(x.detach().mean(0))
+            self.grown = torch.cat([self.grown, x.detach()[0, :1]])
+            self.loose += 1
+        return self.lin(x).tanh() * (1 + 0.1 * self.written + 0.1 * self.replaced + 0.1 * self.loose)
+
+
+def test_buffers_changed_in_any_way(how):
     root = make_root(9, Counter)
     other = copy.deepcopy(root)
     found, expected = train(root, how, 0.0, memory={}), train(other, how, 1.0)
-    assert found["blocks.0.seen"] == 2
+    assert found["blocks.0.replaced"] == 2
+    assert len(found["blocks.0.grown"]) == 2
     for name in found:
         assert torch.allclose(found[name].double(), expected[name].double(), rtol=1e-3, atol=1e-4), name
+    assert all(map(torch.equal, root.buffers(), other.buffers())) or how["arithmetic"] == "float"
+
+
+def test_running_statistics_after_a_first_call_that_did_not_move_them(how):
+    results = []
+    for budget in (0.0, 1.0):
+        root, memory = make_root(9, lambda: nn.BatchNorm1d(WIDTH)), {}
+        for x in (torch.zeros(5, WIDTH), torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))):
+            run(root, make_steps(root), x, memory_budget=budget, memory=memory, **how).x.square().sum().backward()
+        results.append(root.state_dict())
+    assert results[0]["blocks.0.running_mean"].any()
+    assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
+
+
+class Late(nn.Module):
+    """Begins to write into its buffer in its second call."""
+
+    def __init__(self, replace):
+        super().__init__()
+        self.lin, self.replace, self.calls = nn.Linear(WIDTH, WIDTH), replace, 0
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += not recomputing()
+        if self.calls > 1:
+            if self.replace:
+                self.seen = self.seen + 1
+            else:
+                self.seen += 1
+        return self.lin(x) * (1 + self.seen)
+
+
+def test_buffers_that_change_from_the_second_call_on(how):
+    root, memory, x = make_root(9, lambda: Late(replace=True)), {}, torch.randn(5, WIDTH)
+    for _ in range(3):
+        run(root, make_steps(root), x, memory=memory, **how).x.sum().backward()
+    assert all(block.seen == 2 for block in root.blocks)
+
+
+def test_buffers_written_into_from_the_second_call_on(how):
+    root, memory, x = make_root(9, lambda: Late(replace=False)), {}, torch.randn(5, WIDTH)
+
+    def loss():
+        return run(root, make_steps(root), x, memory=memory, **how).x.sum()
+
+    loss().backward()
+    with pytest.raises(MfxError, match=r"blocks\.8: this step wrote into blocks\.8\.seen, .* next call on it is kept"):
+        loss().backward()
+    loss().backward()
+    assert all(block.seen == 2 for block in root.blocks)
+
+
+def test_buffers_of_inference_mode(how):
+    root = make_root(9)
+    with torch.inference_mode():
+        for each in root.blocks:
+            each.register_buffer("table", torch.ones(WIDTH))
+    run(root, make_steps(root, call=lambda f, x: f(x) + f.table), torch.randn(5, WIDTH), **how).x.sum().backward()
 
 
 @pytest.mark.parametrize("inside", [False, True])
@@ -130,7 +200,7 @@ def test_changes_between_forward_and_backward(how, what):
             root.blocks[4][0][1] = nn.Sequential(linear)
         else:
             root.blocks[4][1].running_mean.add_(1)
-    match = {"frozen": "frozen or unfrozen", "module": "added or removed"}.get(
+    match = {"frozen": "frozen or unfrozen", "module": "added, removed or replaced"}.get(
         what, r"blocks\.4\.\S+ was changed between"
     )
     with pytest.raises(MfxError, match=match):
