@@ -8,17 +8,20 @@ from typing import Any
 
 from torch import fx, nn
 
+from mfx.capture import NotCaptured
 from mfx.entry import Entry
+from mfx.explained_storage import ExplainedStorage, explain_storage
 from mfx.explanation import ExplainedChain, ExplainedStep, Explanation
-from mfx.momentum import Momentum
+from mfx.momentum import Momentum, Stream
 from mfx.momentumize import graphs
 from mfx.net import RewrittenForward, described, forward_of, net_of
 from mfx.options import check_options
+from mfx.streams import streams_of
 from mfx_passes import Findings, MfxError, StepGraphs, find_chains
 from mfx_passes.ir import source_line
 from mfx_passes.serialize import copy_graph
 
-__all__ = ["ExplainedChain", "ExplainedStep", "Explanation", "branch_weights", "explain"]
+__all__ = ["ExplainedChain", "ExplainedStep", "ExplainedStorage", "Explanation", "branch_weights", "explain"]
 
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
@@ -26,7 +29,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
 
     Args:
         model: a model, or a net that `mfx.momentumize` returned. For a model: what momentumize would do by default.
-        *args: inputs, as for a call of the model; they are not computed with. With inputs, shapes are checked too.
+        *args: inputs, as for a call of the model; they are not computed with. With inputs, shapes are checked too, and
+            what the chains keep for the backward pass is known; else only if the net was called before.
         **kwargs: inputs by name.
 
     Raises:
@@ -42,13 +46,14 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         forward = RewrittenForward(net_of(model), check_options())
     entry = _entry(forward, args, kwargs)
     findings = entry.findings(forward.net, forward.options)
-    return _explanation(type(model).__name__, entry.calls.values(), findings, forward.graphs(), entry.flat)
+    streams = streams_of(forward, entry, args, kwargs) if args or kwargs else {}
+    return _explanation(type(model).__name__, entry.calls.values(), findings, forward.graphs(), entry.flat, streams)
 
 
 def _explain_graph_module(module: fx.GraphModule, calls: Iterable[Momentum]) -> Explanation:
     """A graph module that was rewritten already: its chains are gone from the graph, and lie in the calls."""
     findings = find_chains(copy_graph(module.graph), dict(module.named_modules()))
-    return _explanation(type(module).__name__, calls, findings, graphs(module), ())
+    return _explanation(type(module).__name__, calls, findings, graphs(module), (), {})
 
 
 def _explanation(
@@ -57,8 +62,10 @@ def _explanation(
     findings: Findings,
     graphs: Mapping[str, fx.GraphModule],
     flat: tuple[str, ...],
+    streams: Mapping[str, Stream],
 ) -> Explanation:
-    chains = sorted(map(_explain_chain, calls), key=lambda chain: chain.name)
+    chains = [_explain_chain(call, streams.get(call.chain, call.stream)) for call in calls]
+    chains.sort(key=lambda chain: chain.name)
     return Explanation(name, tuple(chains), tuple(findings.rejections), graphs, flat)
 
 
@@ -69,13 +76,19 @@ def _entry(forward: RewrittenForward, args: Any, kwargs: Any) -> Entry:
         if args or kwargs:
             return forward.entry_for(*args, **kwargs)
         active = forward.active
-        return active if active is not None and active.holds() else forward.prepare()
+        if active is not None and active.holds():
+            return active
+        try:
+            return forward.prepare()
+        except NotCaptured as error:
+            raise NotCaptured(f"{error} With inputs, mfx.explain(model, *inputs), TorchDynamo is asked as well.") from error
 
 
-def _explain_chain(call: Momentum) -> ExplainedChain:
+def _explain_chain(call: Momentum, stream: Stream | None) -> ExplainedChain:
     steps = tuple(_explain_step(step) for step in call.graphs.steps)
     weights = branch_weights(len(steps), call.gamma.value, residual_start=call.velocity == "residual")
-    return ExplainedChain(call.chain, steps, call.gamma.value, call.arithmetic, weights)
+    storage = None if stream is None else explain_storage(call, *stream)
+    return ExplainedChain(call.chain, steps, call.gamma.value, call.arithmetic, weights, storage)
 
 
 def _explain_step(step: StepGraphs) -> ExplainedStep:

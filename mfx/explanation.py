@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import fx
 
+from mfx.explained_storage import ExplainedStorage
 from mfx_passes import Rejection
 
 _WIDTH = 120
@@ -54,6 +55,7 @@ class ExplainedChain:
         gamma: the momentum as it is represented.
         arithmetic: ``"exact"`` or ``"float"``.
         weights: how much each step's branch counts in the end, relative to the model at γ = 0.
+        storage: what is kept for the backward pass; None where the shapes are not known.
     """
 
     name: str
@@ -61,6 +63,7 @@ class ExplainedChain:
     gamma: float
     arithmetic: str
     weights: tuple[float, ...]
+    storage: ExplainedStorage | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +85,10 @@ class Explanation:
     flat: tuple[str, ...]
 
     def __str__(self) -> str:
-        return "\n".join([self._headline(), *self._chain_lines(), *self._rejection_lines(), *self._flat_lines()])
+        return "\n".join([self._headline(), *self._sections()])
+
+    def _sections(self) -> list[str]:
+        return [*self._chain_lines(), *self._storage_lines(), *self._rejection_lines(), *self._flat_lines()]
 
     def _headline(self) -> str:
         steps = sum(len(chain.steps) for chain in self.chains)
@@ -95,6 +101,14 @@ class Explanation:
         if not self.chains:
             return []
         return ["", *_table([_HEADER, *(_row(chain) for chain in self.chains)])]
+
+    def _storage_lines(self) -> list[str]:
+        known = [(chain, chain.storage) for chain in self.chains if chain.storage is not None]
+        lines = ["", "kept between forward and backward:"] if known else []
+        for chain, storage in known:
+            error = f"; relative error in a rebuilt state {storage.error:.0e}" if storage.error else ""
+            lines += _wrapped(f"  {_fit(chain.name, 44)}: {storage.policy} ({storage.reason}{error})")
+        return lines
 
     def _rejection_lines(self) -> list[str]:
         grouped: dict[str, list[Rejection]] = defaultdict(list)
@@ -127,6 +141,7 @@ class Explanation:
                     "gamma": chain.gamma,
                     "arithmetic": chain.arithmetic,
                     "weights": list(chain.weights),
+                    "storage": None if chain.storage is None else chain.storage.to_dict(),
                     "steps": [
                         {
                             "path": step.path,

@@ -7,12 +7,16 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from mfx import compat
 from mfx.engine import StepFunction, run_chain
 from mfx.gamma import Gamma
 from mfx.program import compile_graph
 from mfx_passes import ChainGraphs, MfxError
+
+Stream = tuple[tuple[int, ...], torch.dtype]
 
 
 class Momentum(nn.Module):
@@ -46,6 +50,7 @@ class Momentum(nn.Module):
         self.arithmetic = arithmetic
         self.memory_budget = memory_budget
         self.verify = verify
+        self.stream: Stream | None = None  # what the last call ran on
         self._steps: tuple[StepFunction, ...] | None = None
         self._memory: dict[Any, Any] = {}
 
@@ -79,6 +84,8 @@ class Momentum(nn.Module):
             MfxError: the velocity does not fit the state.
         """
         self._check_velocity(x, v0)
+        if compat.runs_for_real():
+            self.stream = tuple(x.shape), x.dtype
         result = run_chain(
             self.chain,
             self.steps,
