@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -22,38 +23,45 @@ Branch = Callable[..., tuple[Any, ...]]
 
 
 class Handle:
-    """Stands in the autograd graph for one tensor that a branch wanted saved."""
+    """Stands in the autograd graph for one tensor that a branch wanted saved.
 
-    __slots__ = ("__weakref__",)
+    As autograd lets go of a node, it lets go of the node's handles, and the tensors provided for them go too.
+    """
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self) -> None:
+        self.tensor: Tensor | None = None
 
 
 class Rebuilt:
-    """The tensors that a second run provided, for the handles that are still in the graph, in one backward pass.
-
-    Keys are weak: as autograd lets go of a node, it lets go of the node's handles, and their tensors go too.
-    """
+    """Sees that what second runs provided for handles serves in one backward pass, and no longer than needed."""
 
     def __init__(self) -> None:
         self._task = NO_TASK
-        self._tensors: weakref.WeakKeyDictionary[Handle, Tensor] = weakref.WeakKeyDictionary()
+        self._provided: list[list[weakref.ref[Handle]]] = []
 
     def provide(self, handle: Handle, rebuild: Callable[[], None]) -> Tensor:
         """The tensor behind ``handle``, after ``rebuild`` if it is not there."""
         self._enter(current_task())
-        if handle not in self._tensors:
+        if handle.tensor is None:
             rebuild()
-        tensor = self._tensors[handle]
+        tensor = handle.tensor
+        assert tensor is not None, "the second run of a step did not reach what its first had saved"
         if self._task == NO_TASK:
             self.clear()
         return tensor
 
-    def put(self, handle: Handle, tensor: Tensor) -> None:
-        """Provide ``tensor`` for ``handle``."""
-        self._tensors[handle] = tensor
+    def note(self, handles: list[weakref.ref[Handle]]) -> None:
+        """These handles have tensors now."""
+        self._provided.append(handles)
 
     def clear(self) -> None:
         """Forget the tensors; handles that are asked for again are rebuilt again."""
-        self._tensors.clear()
+        for reference in chain.from_iterable(self._provided):
+            if (handle := reference()) is not None:
+                handle.tensor = None
+        self._provided.clear()
 
     def _enter(self, task: int) -> None:
         if task == self._task:
@@ -119,7 +127,8 @@ class Frame:
             MfxError: if it does not save the same number of tensors, of the same shapes and dtypes.
         """
         unfinished = self.live is not None  # autograd is used inside the branch, while it is still running
-        again = _Again(self._handles, self._packed, rebuilt)
+        again = _Again(self._handles, self._packed)
+        rebuilt.note(self._handles)
         values = self._values.get()
         with torch.enable_grad(), self._world.again(), saved_tensors_hooks(again.pack, _as_is):
             # As in the forward pass, the input is no leaf: autocast caches what it casts of leaves.
@@ -148,10 +157,8 @@ class Frame:
 class _Again:
     """The hooks of a second run: hand over to live handles, in order, and check."""
 
-    def __init__(
-        self, handles: list[weakref.ref[Handle]], packed: list[tuple[torch.Size, torch.dtype]], rebuilt: Rebuilt
-    ) -> None:
-        self._handles, self._packed, self._rebuilt = handles, packed, rebuilt
+    def __init__(self, handles: list[weakref.ref[Handle]], packed: list[tuple[torch.Size, torch.dtype]]) -> None:
+        self._handles, self._packed = handles, packed
         self.count = 0
         self.wrong: str | None = None
 
@@ -167,7 +174,7 @@ class _Again:
                 )
             handle = self._handles[index]()
             if handle is not None:
-                self._rebuilt.put(handle, tensor)
+                handle.tensor = tensor
         # Kept by the second run's own graph too, which dies with the run: a branch may use autograd itself.
         return tensor
 

@@ -43,9 +43,9 @@ def inside_chain(recorded: bool) -> Iterator[None]:
 @contextmanager
 def inside_recomputation() -> Iterator[None]:
     """Everything inside is a second run, of a recorded chain."""
-    before, _scope.recomputing = _scope.recomputing, True
+    before = _scope.recorded, _scope.recomputing
+    _scope.recorded, _scope.recomputing = True, True
     try:
-        with inside_chain(recorded=True):
-            yield
+        yield
     finally:
-        _scope.recomputing = before
+        _scope.recorded, _scope.recomputing = before

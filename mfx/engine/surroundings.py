@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -33,11 +33,8 @@ class RandomClock:
         return not all(torch.equal(a, b) for a, b in zip(before, self.now, strict=True))
 
     @contextmanager
-    def turned_back(self, states: tuple[Tensor, ...] | None) -> Iterator[None]:
-        """The generators start from ``states``, if there are any; afterwards they are where they were."""
-        if states is None:
-            yield
-            return
+    def turned_back(self, states: tuple[Tensor, ...]) -> Iterator[None]:
+        """The generators start from ``states``; afterwards they are where they were."""
         real = self._read()
         try:
             self._write(states)
@@ -62,14 +59,9 @@ class Autocast:
         kinds = sorted({"cpu", device.type})
         self._states = {kind: autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
-        """Run under that state."""
-        with ExitStack() as stack:
-            for kind, state in self._states.items():
-                if autocast_state(kind) != state:
-                    stack.enter_context(autocast_as(kind, state))
-            yield
+    def contexts(self) -> list[AbstractContextManager[object]]:
+        """What brings that state back, where it is another one now."""
+        return [autocast_as(kind, state) for kind, state in self._states.items() if autocast_state(kind) != state]
 
 
 class Surroundings:
@@ -147,8 +139,23 @@ class Surroundings:
             MfxError: if a parameter or buffer is another one, or has been modified, since the forward pass.
         """
         self._check()
-        with inside_recomputation(), self._autocast.again(), self._clock.turned_back(self._random), self._put_back():
-            yield
+        with inside_recomputation():
+            if not (contexts := self._contexts()):  # as a rule
+                yield
+                return
+            with ExitStack() as stack:
+                for context in contexts:
+                    stack.enter_context(context)
+                yield
+
+    def _contexts(self) -> list[AbstractContextManager[object]]:
+        """What has to be put back, of what is no longer as it was in the forward pass."""
+        contexts = self._autocast.contexts()
+        if self._random is not None:
+            contexts.append(self._clock.turned_back(self._random))
+        if self._values or self._flags != self._layout.flags:
+            contexts.append(self._put_back())
+        return contexts
 
     @contextmanager
     def _put_back(self) -> Iterator[None]:
