@@ -8,7 +8,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from mfx.capture import NotCaptured
 from mfx.entry import Entry
 from mfx.explained_storage import ExplainedStorage, explain_storage
 from mfx.explanation import ExplainedChain, ExplainedStep, Explanation
@@ -76,12 +75,7 @@ def _entry(forward: RewrittenForward, args: Any, kwargs: Any) -> Entry:
         if args or kwargs:
             return forward.entry_for(*args, **kwargs)
         active = forward.active
-        if active is not None and active.holds():
-            return active
-        try:
-            return forward.prepare()
-        except NotCaptured as error:
-            raise NotCaptured(f"{error} With inputs, mfx.explain(model, *inputs), TorchDynamo is asked as well.") from error
+        return active if active is not None and active.holds() else forward.prepare()
 
 
 def _explain_chain(call: Momentum, stream: Stream | None) -> ExplainedChain:
