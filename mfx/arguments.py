@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mfx.capture import Specialization
-from mfx_passes import MfxError
+from mfx.capture import CaptureError, Specialization
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, type)
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
@@ -24,14 +23,14 @@ def bind(model: nn.Module, signature: inspect.Signature, args: Any, kwargs: Any)
 
     Raises:
         TypeError: they do not fit the signature.
-        MfxError: one of them has no name.
+        CaptureError: one of them has no name.
     """
     bound = signature.bind(*args, **kwargs)
     bound.apply_defaults()
     arguments = dict(bound.arguments)
     for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_POSITIONAL and arguments.pop(name):
-            raise MfxError(_nameless(model, f"*{name}"))
+            raise CaptureError(_nameless(model, f"*{name}"))
         if parameter.kind is parameter.VAR_KEYWORD:
             arguments.update(sorted(arguments.pop(name).items()))
     return arguments
@@ -41,14 +40,14 @@ def check_signature(model: nn.Module, signature: inspect.Signature) -> None:
     """Refuse a forward that cannot be traced for want of names.
 
     Raises:
-        MfxError: all its inputs come in ``*args``, or its arguments have no names for the caller.
+        CaptureError: all its inputs come in ``*args``, or its arguments have no names for the caller.
     """
     parameters = signature.parameters.values()
     for parameter in parameters:
         if parameter.kind is parameter.POSITIONAL_ONLY:
-            raise MfxError(_nameless(model, f"{parameter.name}, /"))
+            raise CaptureError(_nameless(model, f"{parameter.name}, /"))
         if parameter.kind is parameter.VAR_POSITIONAL and not any(p.kind in _NAMED for p in parameters):
-            raise MfxError(_nameless(model, f"*{parameter.name}"))
+            raise CaptureError(_nameless(model, f"*{parameter.name}"))
 
 
 def specialize(arguments: Mapping[str, Any]) -> Specialization:
@@ -68,7 +67,7 @@ def key_of(model: nn.Module, specialization: Specialization) -> Hashable:
     """Equal for arguments that the same graph serves.
 
     Raises:
-        MfxError: an argument is neither a tensor nor a plain value.
+        CaptureError: an argument is neither a tensor nor a plain value.
     """
     constants = tuple((name, _frozen(model, name, value)) for name, value in specialization.constants.items())
     return specialization.inputs, constants
@@ -86,7 +85,7 @@ def _frozen(model: nn.Module, name: str, value: Any) -> Hashable:
     what = f"{type(value).__name__}{inside}"
     if isinstance(value, Tensor):
         what = "container of tensors"
-    raise MfxError(
+    raise CaptureError(
         f"{type(model).__name__}.forward got a {what} as {name}. A graph can be captured for tensors, and for numbers, "
         "strings, None and lists, tuples and dicts of these: give every tensor an argument of its own."
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 import inspect
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
@@ -18,6 +18,9 @@ from mfx.randomness import undisturbed
 from mfx.tracer import SymbolicTracer
 from mfx_passes import MfxError, ModuleCall
 from mfx_passes.serialize import PortableGraph, copy_graph, dump_calls, load_calls
+
+if TYPE_CHECKING:
+    from mfx.dynamo import Frame
 
 _READS = frozenset(
     {
@@ -31,6 +34,10 @@ _READS = frozenset(
     }
 )
 _ADVICE = "Rewrite that line, momentumize the part of the model that can be traced, or leave this model as it is."
+
+
+class CaptureError(MfxError):
+    """A model, or a call of it, that one way of capturing cannot follow; another way may."""
 
 
 @dataclass(frozen=True)
@@ -55,16 +62,29 @@ class Captured:
         calls: the module calls that were walked through.
         walked: path and module of every module that was walked through; the graph holds for these modules only.
         specialization: what the graph takes and what is fixed in it.
+        modules: modules that the graph calls and the model does not have.
+        values: tensors without data by node name, where they are known: shapes, dtypes and devices.
+        frame: the call that it was captured from, if Dynamo did; the graph holds under its conditions only.
     """
 
     graph: PortableGraph
     calls: list[ModuleCall]
     walked: dict[str, nn.Module]
     specialization: Specialization
+    modules: dict[str, nn.Module] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    frame: Frame | None = None
+
+    def modules_of(self, net: nn.Module) -> dict[str, nn.Module]:
+        """Everything the graph may call, by path."""
+        return {**dict(net.named_modules()), **self.modules}
 
     def copy(self) -> tuple[PortableGraph, list[ModuleCall]]:
         """A graph to rewrite, and its calls; node names are the same."""
         graph = copy_graph(self.graph)
+        for node in graph.nodes:
+            if node.name in self.values:
+                node.meta["val"] = self.values[node.name]
         return graph, load_calls(dump_calls(self.calls), graph)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -94,7 +114,7 @@ def capture(model: nn.Module, specialization: Specialization) -> Captured:
         specialization: which arguments are tensors, and the values of the others.
 
     Raises:
-        MfxError: it cannot be traced, or the trace would hold for this one run only.
+        CaptureError: it cannot be traced, or the trace would hold for this one run only.
     """
     tracer = SymbolicTracer(specialization.inputs, specialization.constants)
     attributes = set(model.__dict__)
@@ -106,12 +126,12 @@ def capture(model: nn.Module, specialization: Specialization) -> Captured:
         except Exception as error:
             for name in set(model.__dict__) - attributes:
                 delattr(model, name)
-            raise MfxError(
+            raise CaptureError(
                 f"{type(model).__name__} cannot be traced symbolically: {_first_line(error)} "
                 f"({_user_line(error, model)}). {_ADVICE}"
             ) from error
     if drawn:
-        raise MfxError(
+        raise CaptureError(
             f"{type(model).__name__} draws random numbers ({', '.join(drawn)}) outside of its layers while it runs, to "
             "decide what to compute (layer drop, for example): a graph would repeat this one decision for ever. "
             f"{_ADVICE}"
@@ -128,7 +148,7 @@ class _ValuesRead(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS and not isinstance(args[0], fx.Proxy):
             where = _user_frame(traceback.extract_stack(), self._model)
-            raise MfxError(
+            raise CaptureError(
                 f"{type(self._model).__name__} reads the value of a tensor while it runs ({where}): a graph would hold "
                 f"for this one value only. {_ADVICE}"
             )

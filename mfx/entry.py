@@ -15,6 +15,7 @@ from mfx.options import Options
 from mfx.program import compile_graph
 from mfx.tree import Extra
 from mfx_passes import ChainGraphs, Findings, MfxError, Step, find_chains, rewrite_graph
+from mfx_passes.ir import enclosing_path
 from mfx_passes.momentum_pass import call_name
 from mfx_passes.serialize import PortableGraph
 
@@ -56,6 +57,28 @@ class Entry:
         """Paths of what the steps of the chains read."""
         return tuple(target for call in self.calls.values() for step in call.graphs.steps for target in step.targets)
 
+    def contradicts(self, other: Entry) -> bool:
+        """Whether the same part of the model has other chains in another graph."""
+        if self.probed != other.probed:
+            return False  # one of them may still lose steps
+        if self.captured.frame is None and other.captured.frame is None:
+            return self.captured.specialization == other.captured.specialization and self.shape != other.shape
+        return self._misses(other) or other._misses(self)
+
+    def _misses(self, other: Entry) -> bool:
+        """Whether another graph has a chain that this one has not, or not as long, though it computes its steps."""
+        lengths = self.shape
+        for call in other.calls.values():
+            length = lengths.get(call.chain)
+            if length is None and any(map(self._computes, (step.path for step in call.graphs.steps))):
+                return True
+            if length is not None and length != len(call.graphs.steps):
+                return True
+        return False
+
+    def _computes(self, path: str) -> bool:
+        return any(f"{enclosing_path(node)}.".startswith(f"{path}.") for node in self.captured.graph.nodes)
+
     def holds(self) -> bool:
         """Whether the modules the trace walked through are as they were."""
         return all(guard.holds() for guard in self.guards)
@@ -68,7 +91,18 @@ class Entry:
         """Run the rewritten graph on the modules of ``net``."""
         if self._function is None:
             self._function = compile_graph(self.graph)
-        return self._function(Scope(net, self.calls), *(inputs[name] for name in self.captured.specialization.inputs))
+        return self._function(self._scope(net), *(inputs[name] for name in self.captured.specialization.inputs))
+
+    def call(self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """Make the call that the graph was captured from, with other tensors; for graphs that have a frame."""
+        if self._function is None:
+            assert self.captured.frame is not None
+            graph_function = compile_graph(self.graph)
+            self._function = self.captured.frame.callable(lambda *values: graph_function(self._scope(net), *values))
+        return self._function(net, *args, **kwargs)
+
+    def _scope(self, net: nn.Module) -> Scope:
+        return Scope(net, {**self.captured.modules, **self.calls})
 
     def graph_module(self, net: nn.Module) -> fx.GraphModule:
         """The rewritten graph as a module of its own, over the modules of ``net``."""
@@ -76,7 +110,7 @@ class Entry:
         root.__dict__.update(
             {key: value for key, value in net.__dict__.items() if key not in ("forward", "graph", "code")}
         )
-        root._modules = {**net._modules, **self.calls}
+        root._modules = {**net._modules, **self.captured.modules, **self.calls}
         module = fx.GraphModule(root, self.graph.__deepcopy__(), class_name=type(net).__name__)
         module.training = self.training  # not train(): the modules in it are the net's
         return module
@@ -84,7 +118,7 @@ class Entry:
     def findings(self, net: nn.Module, options: Options) -> Findings:
         """What was found in the graph, computed anew."""
         graph, _ = self.captured.copy()
-        return find_chains(graph, dict(net.named_modules()), with_refused(options, self.refused).selection)
+        return find_chains(graph, self.captured.modules_of(net), with_refused(options, self.refused).selection)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_function": None}
@@ -95,7 +129,7 @@ class Scope:
 
     __slots__ = ("_calls", "_net")
 
-    def __init__(self, net: nn.Module, calls: Mapping[str, Momentum]) -> None:
+    def __init__(self, net: nn.Module, calls: Mapping[str, nn.Module]) -> None:
         self._net = net
         self._calls = calls
 
@@ -123,9 +157,9 @@ def make_entry(
         MfxError: see `mfx_passes.rewrite_graph`.
     """
     graph, calls = captured.copy()
-    modules = dict(net.named_modules())
+    modules = captured.modules_of(net)
     momenta: dict[str, Momentum] = {}
-    taken = set(dir(net))
+    taken = {*dir(net), *captured.modules}
 
     def insert(graphs: ChainGraphs) -> tuple[str, str | None]:
         name = call_name(graphs.name, {*taken, *momenta})

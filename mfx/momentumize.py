@@ -10,7 +10,8 @@ from typing import Any
 from torch import fx, nn
 
 from mfx import capture as capturing
-from mfx.arguments import specialize_defaults
+from mfx.arguments import check_signature, specialize_defaults
+from mfx.capture import CaptureError
 from mfx.checkpoints import note_gamma
 from mfx.entry import make_momentum
 from mfx.guard import without_marks
@@ -55,8 +56,10 @@ def momentumize(
         min_steps: chains with fewer steps stay as they were.
         only: chain names or module paths (shell patterns) to rewrite, all others stay as they were.
         skip: chain names or module paths (shell patterns) to leave as they were.
-        capture: ``"auto"`` or ``"symbolic"``: by symbolic tracing.
-        example_inputs: for models that have to be run to be captured.
+        capture: ``"symbolic"``: by symbolic tracing; ``"dynamo"``: by TorchDynamo, which looks at the first call and at
+            later ones that differ in what the graph depends on; ``"auto"``: by the first if it can, else by the second.
+        example_inputs: arguments of a call to capture at once instead of at the first call: one input, a tuple of
+            inputs, or a mapping from argument names to inputs. Nothing is computed with them.
         verify: ``"warn"``, ``"raise"`` or ``"off"``: what happens when the backward pass in exact arithmetic does not
             arrive where the forward pass began, because a step did not compute the same values twice.
 
@@ -91,9 +94,12 @@ def momentumize(
         return module
     net = net_of(model)
     forward = RewrittenForward(net, options)
-    entry = forward.prepare()
-    if not entry.calls:
-        return _unchanged(model)
+    try:
+        if not forward.prepare().calls:
+            return _unchanged(model)
+    except CaptureError:
+        if options.capture == "symbolic" or options.example_inputs is not None:
+            raise  # else a call will show
     net.__dict__["forward"] = forward
     note_gamma(net)
     return net
@@ -113,8 +119,10 @@ def trace(model: nn.Module) -> fx.GraphModule:
     if not isinstance(model, nn.Module):
         raise MfxError(f"trace takes a torch.nn.Module, not {described(model)}.")
     root = net_of(model)
+    signature = capturing.signature_of(root)
+    check_signature(root, signature)
     with without_marks(root):
-        captured = capturing.capture(root, specialize_defaults(capturing.signature_of(root)))
+        captured = capturing.capture(root, specialize_defaults(signature))
     return fx.GraphModule(root, captured.graph, class_name=type(model).__name__)
 
 

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import inspect
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from mfx import compat
-from mfx.arguments import bind, check_signature, key_of, specialize, specialize_defaults
-from mfx.capture import Specialization, capture, signature_of
-from mfx.entry import Entry, make_entry, steps_of
-from mfx.guard import without_marks
+from mfx.capture import CaptureError, signature_of
+from mfx.entry import Entry
 from mfx.options import Options
-from mfx.probe import find_with_shapes
+from mfx.routes import DynamoRoute, Run, SymbolicRoute
 from mfx.sharding import refuse_containers
 from mfx.tree import M, Overlay, tree_copy
 from mfx_passes import MfxError
 
-_KEPT = 8  # graphs per set of arguments; a model whose attributes follow a schedule needs a new one for every value
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -40,7 +36,8 @@ class RewrittenForward(Overlay):
         self.net = net
         self.options = options
         self.bypassed = 0
-        self.entries: dict[Hashable, list[Entry]] = {}
+        self.symbolic = SymbolicRoute(self)
+        self.dynamo = DynamoRoute(self)
         self.active: Entry | None = None
         self._warned: set[str] = set()
 
@@ -58,8 +55,8 @@ class RewrittenForward(Overlay):
 
     @property
     def all_entries(self) -> list[Entry]:
-        """Every rewritten graph there is, oldest first within a set of arguments."""
-        return [entry for entries in self.entries.values() for entry in entries]
+        """Every rewritten graph there is."""
+        return [*self.symbolic.entries, *self.dynamo.entries]
 
     def _original(self) -> Callable[..., Any]:
         return type(self.net).forward.__get__(self.net)  # type: ignore[no-any-return]
@@ -68,11 +65,10 @@ class RewrittenForward(Overlay):
         """Run the net on these arguments, by the rewritten graph that fits them."""
         if self.bypassed:
             return self._original()(*args, **kwargs)
-        arguments = bind(self.net, self.__signature__, args, kwargs)
-        entry = self._fitting(arguments)
+        entry, run = self._find(args, kwargs)
         self._activate(entry)
         self._mention_hooks(entry)
-        return entry.run(self.net, arguments)
+        return run()
 
     def entry_for(self, *args: Any, **kwargs: Any) -> Entry:
         """The rewritten graph that a call with these arguments runs, or would run.
@@ -80,75 +76,49 @@ class RewrittenForward(Overlay):
         Raises:
             MfxError: the model cannot be captured for them.
         """
-        return self._fitting(bind(self.net, self.__signature__, args, kwargs))
+        return self._find(args, kwargs)[0]
 
     def prepare(self) -> Entry:
-        """Capture and rewrite for the net's present training mode and default arguments, before any call.
+        """Capture and rewrite before any call, for the net's training mode and example inputs or default arguments.
 
         Raises:
-            MfxError: the model cannot be captured, or an option names a chain that it does not have.
+            CaptureError: the model cannot be captured before a call.
+            MfxError: an option names a chain that the model does not have.
         """
-        entry = self._entry(specialize_defaults(self.__signature__))
+        if self.options.example_inputs is not None:
+            entry = self.entry_for(*self.options.example_inputs[0], **self.options.example_inputs[1])
+        elif self.options.capture != "dynamo":
+            entry = self.symbolic.prepare()
+        else:
+            raise CaptureError(f"{type(self.net).__name__} is to be captured by TorchDynamo, which looks at a call.")
         self.options.check_chains(entry.shape)
         self._activate(entry)
         self._mention_hooks(entry)
         return entry
 
-    def _fitting(self, arguments: Mapping[str, Any]) -> Entry:
-        entry = self._entry(specialize(arguments))
-        return entry if entry.probed else self._probe(entry, arguments)
+    def _find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Entry, Run]:
+        if self.options.capture == "dynamo":
+            return self.dynamo.find(args, kwargs)
+        try:
+            return self.symbolic.find(args, kwargs)
+        except CaptureError as untraceable:
+            if self.options.capture == "symbolic":
+                raise
+            try:
+                return self.dynamo.find(args, kwargs)
+            except CaptureError as error:
+                raise CaptureError(f"{error} (Before that: {untraceable})") from error.__cause__
 
-    def _entry(self, specialization: Specialization) -> Entry:
-        key = key_of(self.net, specialization)
-        for entry in self.entries.get(key, ()):
-            if entry.holds():
-                return entry
-        self._forget_replaced_modules()
-        entry = self._capture(specialization)
-        self._check_same_function(entry)
-        self.entries[key] = [*self.entries.get(key, ()), entry][-_KEPT:]
-        return entry
-
-    def _capture(self, specialization: Specialization) -> Entry:
-        with without_marks(self.net) as marks:
-            captured = capture(self.net, specialization)
-        entry = make_entry(self.net, captured, self.options, {}, marks)
-        self._mention_marks(entry)
-        return entry
-
-    def _forget_replaced_modules(self) -> None:
-        for entries in self.entries.values():
-            entries[:] = [entry for entry in entries if entry.in_place()]
-
-    def _check_same_function(self, entry: Entry) -> None:
+    def check_same_function(self, entry: Entry) -> None:
         """Whatever mode the modules are in, the chains must be the same, or training would train another network."""
         for other in self.all_entries:
-            comparable = other.probed == entry.probed and other.captured.specialization == entry.captured.specialization
-            if comparable and other.shape != entry.shape:
+            if other is not entry and entry.contradicts(other):
+                modes = sorted({_mode(entry), _mode(other)}, reverse=True)
                 raise MfxError(
-                    f"{type(self.net).__name__} has other chains in {_mode(entry)} mode than in {_mode(other)} mode "
-                    f"({entry.shape} and {other.shape}, by number of steps), so the network that is trained would not "
-                    "be the one that is evaluated. Use only= or skip= to leave out what differs."
+                    f"{type(self.net).__name__} has other chains in one call than in another ({' and '.join(modes)} "
+                    f"mode; {entry.shape} and {other.shape}, by number of steps), so the network that is trained would "
+                    "not be the one that is evaluated. Use only= or skip= to leave out what differs."
                 )
-
-    def _probe(self, entry: Entry, arguments: Mapping[str, Any]) -> Entry:
-        """At an entry's first call, drop the steps that do not fit the shapes of real inputs."""
-        if not compat.runs_for_real():
-            return entry
-        with torch.no_grad():  # nothing for autograd, nor for a checkpoint around this call, to save
-            found = find_with_shapes(self.net, entry.captured, self.options, arguments)
-        reasons = {} if found is None else {rejection.node.name: rejection.reason for rejection in found.rejections}
-        steps = steps_of(entry.findings(self.net, self.options))
-        refused = {name: reasons[name] for name in steps if name in reasons}
-        better = make_entry(self.net, entry.captured, self.options, refused, entry.marks) if refused else entry
-        better.probed = True
-        for entries in self.entries.values():
-            entries[:] = [better if old is entry else old for old in entries]
-        for name, reason in refused.items():
-            self._warn(f"the residual add {name} in {steps[name].path or 'the model'} is left as it was: {reason}.")
-        if found is not None:
-            self._check_same_function(better)
-        return better
 
     def _activate(self, entry: Entry) -> None:
         if entry is self.active:
@@ -185,12 +155,13 @@ class RewrittenForward(Overlay):
         new = [path for path in hooked if path not in self._warned]
         if new:
             self._warned.update(new)
-            self._warn(
+            self.warn(
                 f"hooks on {_listed(new)} will not run: sums in there are part of a momentum chain, so these modules "
                 "are not called as a whole. Put the hooks on modules inside a branch."
             )
 
-    def _mention_marks(self, entry: Entry) -> None:
+    def mention_marks(self, entry: Entry) -> None:
+        """Warn of attributes that the model's forward sets and the rewritten one does not."""
         walked = entry.captured.walked
         flat = {walked[path]: path for path in ("", *entry.flat) if path in walked}
         lost = [
@@ -200,12 +171,13 @@ class RewrittenForward(Overlay):
             for name in sorted(names)
         ]
         if lost:
-            self._warn(
+            self.warn(
                 f"{type(self.net).__name__}.forward sets {_listed(lost)}, which the rewritten net does not do: these "
                 "modules are not called as a whole. Return such values instead."
             )
 
-    def _warn(self, message: str) -> None:
+    def warn(self, message: str) -> None:
+        """Warn, once per message."""
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(f"mfx: {message}", stacklevel=2)
@@ -226,16 +198,19 @@ def net_of(model: M) -> M:
     """A tree copy of a model that is called the way its class says.
 
     Raises:
-        MfxError: its forward was compiled or replaced, or takes inputs without names; or it cannot be copied.
+        MfxError: it is a wrapper, or its forward was compiled or replaced, or it cannot be copied.
     """
     if isinstance(model, torch.jit.ScriptModule):
         raise MfxError("a ScriptModule has no Python code to trace. Momentumize the model before it is scripted.")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise MfxError(
+            f"{type(model).__name__} wraps a model; momentumize the model inside it, and wrap what that returns."
+        )
     if "forward" in model.__dict__ and not isinstance(model.__dict__["forward"], Overlay):
         raise MfxError(
             f"the forward of this {type(model).__name__} has been replaced on the instance (torch.compile, accelerate "
             "and others do so). Momentumize the model first, and wrap what that returns."
         )
-    check_signature(model, signature_of(model))
     return tree_copy(model)
 
 

@@ -25,6 +25,8 @@ class Options:
     memory_budget: float
     verify: str
     selection: Selection
+    capture: str = "auto"
+    example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
 
     def gamma_of(self, chain: str) -> Gamma:
         """The momentum of a chain.
@@ -108,7 +110,7 @@ def check_options(
     _check_velocity(velocity)
     _one_of("arithmetic", arithmetic, ("exact", "float"))
     _one_of("verify", verify, ("warn", "raise", "off"))
-    _one_of("capture", capture, ("auto", "symbolic"))
+    _one_of("capture", capture, ("auto", "symbolic", "dynamo"))
     if not isinstance(memory_budget, int | float) or isinstance(memory_budget, bool) or memory_budget not in (0.0, 1.0):
         raise MfxError(
             f"memory_budget={memory_budget!r}: this version knows 0.0 (keep no activations of the chains) and 1.0 "
@@ -117,10 +119,6 @@ def check_options(
     if recompute is not None:
         raise MfxError(
             f"recompute={recompute!r}: this version recomputes the steps of the chains and nothing else; leave it None."
-        )
-    if example_inputs is not None:
-        raise MfxError(
-            "example_inputs are for models that need to be run to be captured, which this version cannot do yet."
         )
     if not isinstance(min_steps, int) or isinstance(min_steps, bool) or min_steps < 1:
         raise MfxError(f"min_steps={min_steps!r}: the number of steps a chain must have is an integer of at least 1.")
@@ -131,7 +129,15 @@ def check_options(
         )
     selection = Selection(min_steps, chosen, () if skip is None else _patterns("skip", skip))
     gamma = dict(gamma) if isinstance(gamma, Mapping) else gamma  # the caller may change theirs later
-    return Options(gamma, velocity, arithmetic, float(memory_budget), verify, selection)
+    inputs = None if example_inputs is None else _as_call(example_inputs)
+    return Options(gamma, velocity, arithmetic, float(memory_budget), verify, selection, capture, inputs)
+
+
+def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Example inputs as positional and named arguments: a mapping names them, a tuple or list lists them."""
+    if isinstance(inputs, Mapping):
+        return (), {str(name): value for name, value in inputs.items()}
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
 def check_gamma(gamma: Any) -> None:

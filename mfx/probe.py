@@ -32,7 +32,7 @@ def find_with_shapes(
             _Shapes(shadow, graph).run(*fake)
     except Exception:  # whatever goes wrong on tensors without values may go well on real ones
         return None
-    return find_chains(graph, dict(net.named_modules()), options.selection)
+    return find_chains(graph, captured.modules_of(net), options.selection)
 
 
 def _undivided(tensor: torch.Tensor) -> torch.Tensor:

@@ -203,11 +203,9 @@ _INDEX = re.compile(r"@\d+$")
 
 def enclosing_path(node: Node) -> str:
     """Path of the innermost module whose forward made the node; a called module counts as its own."""
-    if node.op in ("call_module", "get_attr"):
-        return str(node.target)
     stack = node.meta.get("nn_module_stack")
     if not stack:
-        return ""
+        return str(node.target) if node.op in ("call_module", "get_attr") else ""
     return _INDEX.sub("", str(next(reversed(stack.values()))[0]))
 
 

@@ -55,9 +55,9 @@ def _step(link: Link, skip: Node, run: Run, index: GraphIndex) -> Step | None:
     out = restored(end, moved, link, index) if moved else end
     if out is None:
         return None
-    nodes = _owned(skip, out, index)
+    nodes, fed = _owned(skip, out, index)
     kind = "map" if moved else run.kind
-    branch = nodes - link.add.sums - set(link.tail) - index.sizes - set(path) - set(index.skip_path(out))
+    branch = fed - link.add.sums - set(link.tail) - index.sizes - set(path) - set(index.skip_path(out))
     return Step(link.add, skip, path[0], out, nodes, kind, common_path(map(enclosing_path, branch)))
 
 
@@ -87,8 +87,8 @@ def _onwards(end: Node, link: Link, index: GraphIndex) -> list[Node]:
     return onwards
 
 
-def _owned(skip: Node, out: Node, index: GraphIndex) -> set[Node]:
-    """The nodes between two states, and what was written beside them for nobody else.
+def _owned(skip: Node, out: Node, index: GraphIndex) -> tuple[set[Node], set[Node]]:
+    """The nodes between two states, and what was written beside them for nobody else; and which of them ``skip`` feeds.
 
     That is: what ``out`` needs of what ``skip`` feeds; then checks and prints without readers, and sizes of all these;
     then whatever is read by all these alone (a position bias made of parameters, a key projected from an encoder's
@@ -110,4 +110,4 @@ def _owned(skip: Node, out: Node, index: GraphIndex) -> set[Node]:
     for node in reversed(interval):
         if node.users and owned.issuperset(node.users):
             owned.add(node)
-    return owned
+    return owned, owned & fed

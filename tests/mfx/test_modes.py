@@ -114,7 +114,8 @@ class OtherInEval(Stack):
 
 def test_other_chains_in_eval_mode_are_refused():
     net = mfx.momentumize(OtherInEval())
-    with pytest.raises(mfx.MfxError, match=r"other chains in eval mode than in train .*'blocks': 6.*only= or skip="):
+    message = r"other chains in one call .*train and eval mode; .*'blocks': 6.*only= or skip="
+    with pytest.raises(mfx.MfxError, match=message):
         net.eval()(inputs())
 
 

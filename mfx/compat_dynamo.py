@@ -1,0 +1,130 @@
+"""Every private of TorchDynamo that mfx leans on (read in torch 2.13 to 2.14)."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch._dynamo
+from torch import Tensor, fx
+from torch._functorch import predispatch
+
+from mfx.compat import fake_mode
+
+__all__ = ["CHECKPOINT", "DYNAMO_ERRORS", "ENTRANCES", "EXITS", "Seen", "see_call", "with_plain_sizes"]
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+ENTRANCES = (
+    torch.amp.autocast_mode._enter_autocast,
+    predispatch._vmap_increment_nesting,
+    torch._C._functorch._grad_increment_nesting,
+)
+EXITS = (
+    torch.amp.autocast_mode._exit_autocast,
+    predispatch._vmap_decrement_nesting,
+    torch._C._functorch._grad_decrement_nesting,
+)
+
+DYNAMO_ERRORS = (torch._dynamo.exc.TorchDynamoException,)
+
+_LOGGING = ("debug", "info", "warning", "warn", "error", "exception", "critical", "log", "warning_once", "info_once")
+
+
+class Seen:
+    """What Dynamo made of one call.
+
+    Attributes:
+        graph: the tensor work of the call.
+        inputs: the values of the graph's inputs in that call.
+    """
+
+    def __init__(self, output: Any, guards: Any) -> None:
+        self._output = output
+        self._guards = guards
+        self.graph: fx.GraphModule = output.backend_input.graph_module
+        self.inputs: Sequence[Any] = output.backend_input.example_inputs
+
+    def holds(self, variables: Mapping[str, Any]) -> bool:
+        """Whether Dynamo's guards hold for these local variables of the function."""
+        with _as_seen():
+            return bool(self._guards.check(dict(variables)))
+
+    def callable(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function that was called, with ``graph_function`` in the place of the graph."""
+        return self._output.forward_callable(  # type: ignore[no-any-return]
+            compiled_fn=graph_function, extra_globals=self._output.graph_capture_output.f_globals
+        )
+
+
+def see_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool) -> Seen:
+    """Have Dynamo look at one call of a bound method, as one graph or not at all.
+
+    Raises:
+        Exception: whatever Dynamo raises where it has to break the graph.
+    """
+    from torch._dynamo.convert_frame import fullgraph_capture
+    from torch._dynamo.utils import dynamo_timed, get_metrics_context
+
+    config = {
+        "assume_static_by_default": not dynamic,
+        "skip_nnmodule_hook_guards": False,  # a hook that comes later must be seen
+        "ignore_logging_functions": set(_logging_methods()),
+        "capture_scalar_outputs": True,
+        "capture_dynamic_output_shape_ops": True,
+    }
+    with _as_seen(), torch._dynamo.config.patch(config), get_metrics_context(), dynamo_timed("mfx"):
+        output = fullgraph_capture(function, tuple(args), dict(kwargs))
+        if output.backend_input is None:
+            raise RuntimeError("the model computes nothing with tensors")
+        guards = output.graph_capture_output.build_guards(function.__func__.__code__, _hooks())
+    return Seen(output, guards.guard_manager)
+
+
+def _logging_methods() -> Iterator[Any]:
+    return (getattr(logging.Logger, name) for name in _LOGGING if hasattr(logging.Logger, name))
+
+
+def _hooks() -> Any:
+    from torch._dynamo.hooks import Hooks
+
+    return Hooks(guard_filter_fn=lambda guards: [not _is_about_forward(guard) for guard in guards])
+
+
+def _is_about_forward(guard: Any) -> bool:
+    """Whether a guard wants a module to be without a ``forward`` of its own: a part of a net may get one from us."""
+    return guard.guard_type == "NOT_PRESENT_IN_GENERIC_DICT" and "forward" in str(guard.orig_guard)
+
+
+@contextmanager
+def _as_seen() -> Iterator[None]:
+    """What decides by looking at values which hint to give, `nn.Transformer` for one, gives none."""
+    from torch.nn.modules import transformer
+
+    with patch.object(transformer, "_detect_is_causal_mask", _is_marked_causal):
+        yield
+
+
+def _is_marked_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return is_causal is True
+
+
+def with_plain_sizes(value: Any) -> Any:
+    """A fake tensor with the sizes it has in the call that was seen; None for what is no tensor."""
+    if not isinstance(value, Tensor):
+        return None
+    sizes = [plain for size in value.shape if (plain := _plain(size)) is not None]
+    if len(sizes) < value.dim():
+        return None
+    with fake_mode():
+        return torch.empty(sizes, dtype=value.dtype, device=value.device)
+
+
+def _plain(size: Any) -> int | None:
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return None if hint is None else int(hint)

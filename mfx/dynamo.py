@@ -1,0 +1,122 @@
+"""From one call of a model to a graph of it, by TorchDynamo: for what plain Python tracing cannot follow."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mfx import compat
+from mfx.capture import Captured, CaptureError, Specialization
+from mfx.compat_dynamo import DYNAMO_ERRORS, Seen, see_call
+from mfx.dynamo_graph import tidy
+from mfx.tree import Overlay
+from mfx_passes.serialize import copy_graph
+
+_ADVICE = "Rewrite that line, or momentumize a part of the model that does without it."
+
+
+class Frame:
+    """One call of a model's forward as Dynamo saw it: the conditions under which its graph holds, and how to run it.
+
+    The conditions are Dynamo's own guards: shapes, dtypes, values of arguments that are no tensors, attributes and
+    hooks of modules, grad and autocast mode.
+
+    Args:
+        seen: what Dynamo made of the call.
+        forward: the function that was called; its first argument is the model.
+        positions: which of the values that Dynamo hands to its graph are inputs of ours.
+        modules: the modules of the model.
+    """
+
+    def __init__(
+        self, seen: Seen, forward: FunctionType, positions: tuple[int, ...], modules: Iterable[nn.Module]
+    ) -> None:
+        self._seen = seen
+        self._without_forward = [module.__dict__ for module in modules if not _has_forward(module.__dict__)]
+        self._forward = forward
+        self._signature = inspect.signature(forward, follow_wrapped=False)
+        self.positions = positions
+
+    def holds(self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the graph is the one for this call."""
+        if any(map(_has_forward, self._without_forward)):
+            return False
+        bound = self._signature.bind(net, *args, **kwargs)
+        bound.apply_defaults()
+        names, cells = self._forward.__code__.co_freevars, self._forward.__closure__ or ()
+        closed_over = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+        return self._seen.holds({**closed_over, **bound.arguments})
+
+    def callable(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward with ``graph_function`` in the place of its tensor work; takes the model, then its arguments.
+
+        Side effects of the original (a cache that is filled, an attribute that is set) happen as they did.
+        """
+
+        def select(*values: Any) -> Any:
+            return graph_function(*(values[position] for position in self.positions))
+
+        return self._seen.callable(select)
+
+
+def capture_call(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool) -> Captured:
+    """The graph of one call; nothing is computed.
+
+    Args:
+        net: the model, in the training mode that the graph is for.
+        args: arguments of the call.
+        kwargs: arguments by name.
+        dynamic: whether the graph should hold for other sizes of the tensors, too.
+
+    Raises:
+        CaptureError: the model cannot be captured as one graph.
+    """
+    forward = inspect.unwrap(type(net).forward, stop=lambda function: isinstance(function, FunctionType))
+    assert isinstance(forward, FunctionType)
+    method = forward.__get__(net)
+    try:
+        try:
+            seen = see_call(method, args, kwargs, dynamic=dynamic)
+        except DYNAMO_ERRORS:
+            _set_up(method, args, kwargs)
+            seen = see_call(method, args, kwargs, dynamic=dynamic)
+    except DYNAMO_ERRORS as error:
+        raise CaptureError(f"{type(net).__name__} cannot be captured as one graph: {_said(error)}.") from error
+    module = seen.graph
+    modules, positions = tidy(module, net, seen.inputs)
+    inputs = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
+    frame = Frame(seen, forward, positions, net.modules())
+    values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
+    return Captured(copy_graph(module.graph), [], {}, Specialization(inputs, {}), modules, values, frame)
+
+
+def _has_forward(attributes: Mapping[str, Any]) -> bool:
+    """Whether somebody gave a module a forward of its own; what stands for mfx there is not looked at."""
+    return "forward" in attributes and not isinstance(attributes["forward"], Overlay)
+
+
+def _set_up(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Have a model do what it does at its first call only (install hooks, fill tables), on tensors without values."""
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    if not all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves):
+        return  # something that may change in the call, a cache for instance
+    with compat.fake_mode() as mode, torch.no_grad(), suppress(Exception):
+        fake = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        fake_args, fake_kwargs = pytree.tree_unflatten(fake, spec)
+        method(*fake_args, **fake_kwargs)
+
+
+def _said(error: Exception) -> str:
+    """What Dynamo complains about, and the line of the model it was looking at."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    what = next((line for line in lines if line.strip()), "no message")
+    _, _, user = str(error).partition("from user code:")
+    frames = [line.strip() for line in user.splitlines() if line.strip().startswith("File ")]
+    return f"{type(error).__name__}: {what.strip()}" + (f" ({frames[-1]})" if frames else "")

@@ -1,0 +1,203 @@
+"""A graph as Dynamo writes it, put into the form that a symbolic trace has."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import Graph, Node
+
+from mfx.compat_dynamo import CHECKPOINT, ENTRANCES, EXITS, with_plain_sizes
+
+_REPEATED = re.compile(r"@\d+$")
+
+
+def tidy(module: fx.GraphModule, net: nn.Module, inputs: Sequence[Any]) -> tuple[dict[str, nn.Module], tuple[int, ...]]:
+    """Put a graph that Dynamo captured into the form that a symbolic trace has, in place.
+
+    Parameters and buffers are read by their path in the model instead of being inputs; checkpointed functions are
+    inlined; what runs in a grad, autocast or `torch.func` mode of its own becomes one call; nodes know their modules by
+    path.
+
+    Args:
+        module: the captured graph.
+        net: the model.
+        inputs: the values of the graph's inputs.
+
+    Returns:
+        The modules that the graph needs beside the model's, and which of the inputs are still its inputs.
+    """
+    _inline_checkpoints(module)
+    names = {str(id(inner)): name for name, inner in net.named_modules()}
+    for node in module.graph.nodes:
+        _describe(node, names)
+    positions = _read_by_path(module.graph, net, inputs)
+    modules = dict(_gather_modules(module, net))
+    modules.update(_fold_modes(module.graph))
+    return modules, positions
+
+
+def _read_by_path(graph: Graph, net: nn.Module, inputs: Sequence[Any]) -> tuple[int, ...]:
+    """Read parameters and buffers off the model; the positions of the other inputs."""
+    paths: dict[int, str] = {}
+    for name, tensor in (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)):
+        paths.setdefault(id(tensor), name)
+    positions = []
+    for position, (node, value) in enumerate(zip(graph.find_nodes(op="placeholder"), inputs, strict=True)):
+        if (path := paths.get(id(value))) is None:
+            positions.append(position)
+            continue
+        with graph.inserting_after(node):
+            read = graph.create_node("get_attr", path)
+        read.meta = node.meta
+        node.replace_all_uses_with(read)
+        graph.erase_node(node)
+    _inputs_first(graph)
+    return tuple(positions)
+
+
+def _inputs_first(graph: Graph) -> None:
+    """Placeholders before all other nodes, as `torch.fx` wants them."""
+    first = next(node for node in graph.nodes if node.op != "placeholder")
+    for node in graph.find_nodes(op="placeholder"):
+        first.prepend(node)
+
+
+def _describe(node: Node, names: Mapping[str, str]) -> None:
+    """Give a node the metadata that the passes read: its modules by path, and a value with plain sizes."""
+    stack = node.meta.get("nn_module_stack") or {}
+    node.meta["nn_module_stack"] = {
+        key: (names[own], kind) for key, (_, kind) in stack.items() if (own := _REPEATED.sub("", key)) in names
+    }
+    value = with_plain_sizes(node.meta.get("example_value"))
+    if value is not None:
+        node.meta["val"] = value
+
+
+def _gather_modules(module: fx.GraphModule, net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What the graph reads off its own module: bodies of higher-order operations, constants."""
+    for node in module.graph.find_nodes(op="get_attr"):
+        target = str(node.target)
+        if isinstance(found := module._modules.get(target), nn.Module) and target not in net._modules:
+            yield target, found
+
+
+def _inline_checkpoints(module: fx.GraphModule) -> None:
+    """Put the body of every function that the model checkpoints itself in the place of its call.
+
+    Before::
+
+        wrapped = tag_activation_checkpoint(wrap_body_0, x, weight)
+
+    After::
+
+        linear = F.linear(x, weight)
+
+    """
+    graph = module.graph
+    for call in list(graph.nodes):
+        if call.op != "call_function" or call.target is not CHECKPOINT:
+            continue
+        body = call.args[0]
+        inner = getattr(module, str(body.target))
+        _inline_checkpoints(inner)
+        with graph.inserting_before(call):
+            copies: dict[Node, Any] = dict(zip(inner.graph.find_nodes(op="placeholder"), call.args[1:], strict=True))
+            outputs: Any = graph.graph_copy(inner.graph, copies)
+        for node, copied in copies.items():
+            if isinstance(copied, Node) and node.op not in ("placeholder", "get_attr"):
+                copied.meta = dict(node.meta)
+        for item in list(call.users):
+            item.replace_all_uses_with(outputs[item.args[1]])
+            graph.erase_node(item)
+        graph.erase_node(call)
+        if not body.users:
+            graph.erase_node(body)
+
+
+class OtherMode(nn.Module):
+    """A part of a model that runs in a mode of its own (grad, autocast, `torch.func`), which it enters and leaves."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.body = fx.GraphModule(nn.Module(), graph)
+
+    def forward(self, *args: Any) -> Any:
+        """What the part computes; the mode is the caller's again afterwards, come what may."""
+        grad = torch.is_grad_enabled()
+        try:
+            return self.body(*args)
+        finally:
+            torch.set_grad_enabled(grad)
+
+
+def _fold_modes(graph: Graph) -> Iterator[tuple[str, nn.Module]]:
+    """Make one call of everything between the entrance to and the exit from another mode.
+
+    Before::
+
+        _set_grad_enabled(False); cos = angles.cos(); _set_grad_enabled(True)
+
+    After::
+
+        cos = other_mode_0(angles)
+
+    """
+    for number, part in enumerate(_parts(graph)):
+        name = f"other_mode_{number}"
+        yield name, _fold(graph, part, name)
+
+
+def _parts(graph: Graph) -> list[list[Node]]:
+    """Nodes from an entrance to the exit that belongs to it; for parts within parts, the outermost."""
+    parts: list[list[Node]] = []
+    open_part: list[Node] = []
+    depth = 0
+    for node in graph.nodes:
+        change = _change_of_depth(node, depth, open_part)
+        if depth or change > 0:
+            open_part.append(node)
+        depth += change
+        if depth == 0 and open_part:
+            parts.append(open_part)
+            open_part = []
+    return parts
+
+
+def _change_of_depth(node: Node, depth: int, inside: list[Node]) -> int:
+    if node.target in ENTRANCES:
+        return 1
+    if node.target in EXITS:
+        return -1
+    if node.target is torch._C._set_grad_enabled:
+        switches = [other.args[0] for other in inside if other.target is torch._C._set_grad_enabled]
+        return -1 if len(switches) % 2 else 1
+    return 0
+
+
+def _fold(graph: Graph, nodes: list[Node], name: str) -> OtherMode:
+    nodes = [node for node in nodes if node.op != "get_attr"]
+    own = set(nodes)
+    inputs = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in own))
+    outputs = [node for node in nodes if any(user not in own for user in node.users)]
+    body = Graph()
+    copies = {source: body.placeholder(source.name) for source in inputs}
+    for node in nodes:
+        copies[node] = body.node_copy(node, copies.__getitem__)
+    body.output(tuple(copies[node] for node in outputs))
+    with graph.inserting_after(nodes[-1]):
+        call = graph.create_node("call_module", name, tuple(inputs))
+    call.meta = {key: nodes[0].meta[key] for key in ("nn_module_stack", "stack_trace") if key in nodes[0].meta}
+    last = call
+    for position, node in enumerate(outputs):
+        with graph.inserting_after(last):
+            last = graph.call_function(operator.getitem, (call, position))
+        last.meta = dict(node.meta)
+        node.replace_all_uses_with(last, delete_user_cb=lambda user: user not in own)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    return OtherMode(body)

@@ -1,0 +1,161 @@
+"""The two routes from a call to the rewritten graph that runs it; each keeps a table of the graphs it has found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mfx import compat
+from mfx.arguments import bind, check_signature, key_of, specialize, specialize_defaults
+from mfx.capture import CaptureError, Specialization, capture
+from mfx.entry import Entry, make_entry, steps_of
+from mfx.guard import without_marks
+from mfx.probe import find_with_shapes
+
+if TYPE_CHECKING:
+    from mfx.net import RewrittenForward
+
+_KEPT = 8  # graphs per set of arguments; a model whose attributes follow a schedule needs a new one for every value
+
+Run = Callable[[], Any]
+
+
+class SymbolicRoute:
+    """Traces the model without running it, once per training mode and set of arguments that are no tensors.
+
+    Args:
+        owner: whose graphs these are.
+    """
+
+    def __init__(self, owner: RewrittenForward) -> None:
+        self._owner = owner
+        self._entries: dict[Hashable, list[Entry]] = {}
+        self._failures: dict[Hashable, str] = {}
+
+    @property
+    def entries(self) -> list[Entry]:
+        """Every graph there is, oldest first within a set of arguments."""
+        return [entry for entries in self._entries.values() for entry in entries]
+
+    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Entry, Run]:
+        """The graph that fits a call, and how to run it.
+
+        Raises:
+            CaptureError: there is none.
+        """
+        net, signature = self._owner.net, self._owner.__signature__
+        arguments = bind(net, signature, args, kwargs)
+        entry = self._entry(specialize(arguments))
+        entry = entry if entry.probed else self._probe(entry, arguments)
+        return entry, partial(entry.run, net, arguments)
+
+    def prepare(self) -> Entry:
+        """The graph for default arguments, made before any call.
+
+        Raises:
+            CaptureError: there is none.
+        """
+        check_signature(self._owner.net, self._owner.__signature__)
+        return self._entry(specialize_defaults(self._owner.__signature__))
+
+    def _entry(self, specialization: Specialization) -> Entry:
+        key = key_of(self._owner.net, specialization)
+        for entry in self._entries.get(key, ()):
+            if entry.holds():
+                return entry
+        self._forget_replaced_modules()
+        entry = self._capture(key, specialization)
+        self._owner.check_same_function(entry)
+        self._entries[key] = [*self._entries.get(key, ()), entry][-_KEPT:]
+        return entry
+
+    def _capture(self, key: Hashable, specialization: Specialization) -> Entry:
+        mode = key, self._owner.net.training
+        if mode in self._failures:
+            raise CaptureError(self._failures[mode])
+        try:
+            with without_marks(self._owner.net) as marks:
+                captured = capture(self._owner.net, specialization)
+        except CaptureError as error:
+            if self._owner.options.capture != "symbolic":  # else there is nothing to fall back on: try again
+                self._failures[mode] = str(error)
+            raise
+        entry = make_entry(self._owner.net, captured, self._owner.options, {}, marks)
+        self._owner.mention_marks(entry)
+        return entry
+
+    def _forget_replaced_modules(self) -> None:
+        for entries in self._entries.values():
+            entries[:] = [entry for entry in entries if entry.in_place()]
+
+    def _probe(self, entry: Entry, arguments: Mapping[str, Any]) -> Entry:
+        """At an entry's first call, drop the steps that do not fit the shapes of real inputs."""
+        if not compat.runs_for_real():
+            return entry
+        net, options = self._owner.net, self._owner.options
+        with torch.no_grad():  # nothing for autograd, nor for a checkpoint around this call, to save
+            found = find_with_shapes(net, entry.captured, options, arguments)
+        reasons = {} if found is None else {rejection.node.name: rejection.reason for rejection in found.rejections}
+        steps = steps_of(entry.findings(net, options))
+        refused = {name: reasons[name] for name in steps if name in reasons}
+        better = make_entry(net, entry.captured, options, refused, entry.marks) if refused else entry
+        better.probed = True
+        for entries in self._entries.values():
+            entries[:] = [better if old is entry else old for old in entries]
+        for name, reason in refused.items():
+            path = steps[name].path or "the model"
+            self._owner.warn(f"the residual add {name} in {path} is left as it was: {reason}.")
+        if found is not None:
+            self._owner.check_same_function(better)
+        return better
+
+
+class DynamoRoute:
+    """Lets Dynamo look at a call of the model, once per set of conditions that Dynamo finds it to depend on.
+
+    The first graph is for the sizes it was captured with; where these change, one for all sizes follows.
+
+    Args:
+        owner: whose graphs these are.
+    """
+
+    def __init__(self, owner: RewrittenForward) -> None:
+        self._owner = owner
+        self.entries: list[Entry] = []
+
+    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Entry, Run]:
+        """The graph that fits a call, and how to run it.
+
+        Raises:
+            CaptureError: there is none.
+        """
+        net = self._owner.net
+        entry = self._fitting(args, kwargs)
+        if entry is None:
+            entry = self._capture(args, kwargs)
+            self._owner.check_same_function(entry)
+            self.entries = [entry, *self.entries[: 4 * _KEPT - 1]]
+        return entry, partial(entry.call, net, args, kwargs)
+
+    def _fitting(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entry | None:
+        for position, entry in enumerate(self.entries):
+            frame = entry.captured.frame
+            if frame is not None and frame.holds(self._owner.net, args, kwargs):
+                self.entries.insert(0, self.entries.pop(position))
+                return entry
+        return None
+
+    def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entry:
+        from mfx.dynamo import capture_call  # imports TorchDynamo, which takes a second
+
+        net, options = self._owner.net, self._owner.options
+        captured = capture_call(net, args, kwargs, dynamic=bool(self.entries))
+        entry = make_entry(net, captured, options, {}, {})
+        entry.probed = True  # Dynamo knows all shapes
+        return entry
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "entries": []}  # what Dynamo saw cannot be pickled, and speaks of these very modules
