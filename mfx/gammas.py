@@ -40,7 +40,8 @@ def set_gamma(net: nn.Module, gamma: float | Mapping[str, float]) -> None:
             "mfx.momentumize(model) first."
         )
     check_gamma(gamma)
-    check_names("gamma", gamma, {call.chain for call in calls}.union(*map(_chains, forwards)))
+    if names := {call.chain for call in calls}.union(*map(_chains, forwards)):  # none before the first capture
+        check_names("gamma", gamma, names)
     for forward in forwards:
         forward.options = forward.options.with_gamma(gamma, _chains(forward))
     for call in [*calls, *chain.from_iterable(map(_calls, forwards))]:

@@ -64,6 +64,7 @@ class Options:
         if not isinstance(gamma, Mapping):
             return replace(self, gamma=gamma)
         before = self.gamma if isinstance(self.gamma, Mapping) else {"*": self.gamma}
+        gamma = {name: value for name, value in gamma.items() if not chains or any(_fits(name, c) for c in chains)}
         named = {chain: value for chain in chains if (value := look_up(gamma, chain)) is not None}
         now = {**named, **gamma}  # what is said last goes before what was said before
         return replace(self, gamma={**now, **{name: value for name, value in before.items() if name not in now}})
@@ -76,8 +77,12 @@ def check_names(option: str, value: Any, chains: Collection[str]) -> None:
         MfxError: it is not.
     """
     for pattern in value if isinstance(value, Mapping) else ():
-        if not any(chain == pattern or fnmatchcase(chain, pattern) for chain in chains):
+        if not any(_fits(pattern, chain) for chain in chains):
             raise MfxError(f"{option}: no chain is called {pattern!r}. Chains: {', '.join(sorted(chains))}.")
+
+
+def _fits(pattern: str, chain: str) -> bool:
+    return chain == pattern or fnmatchcase(chain, pattern)
 
 
 def look_up(mapping: Mapping[str, T], chain: str) -> T | None:

@@ -299,6 +299,8 @@ def test_a_module_that_contains_nets():
     assert {*gammas(first).values(), *gammas(second).values()} == {0.5}
     mfx.set_gamma(both, {"blocks": 0.25})
     assert (gammas(first), gammas(second)["a.fcs"]) == ({"blocks": 0.25}, 0.5)
+    second.a = Inner()  # captured anew, where no chain is called blocks
+    assert gammas(second)["a.fcs"] == 0.5
 
 
 def test_a_graph_module():
