@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from mfx.gamma import Gamma
-from mfx.gammas import gammas_of
+from mfx.gammas import gammas_of, gammas_to_be
 
 __all__ = ["note_gamma"]
 
@@ -34,10 +34,10 @@ def _note(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: dict[
 
 
 def _compare(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:
-    now = gammas_of(net)
-    if not now or _KEY not in metadata:
+    saved = {chain: Gamma(*fraction) for chain, fraction in metadata.get(_KEY, {}).items()}
+    now = gammas_to_be(net, saved)
+    if not now or not saved:
         return
-    saved = {chain: Gamma(*fraction) for chain, fraction in metadata[_KEY].items()}
     others = [name for name in sorted({**saved, **now}) if saved.get(name, _ZERO) != now.get(name, _ZERO)]
     if others:
         warnings.warn(f"mfx: {_message(type(net).__name__, others, saved, now)}", stacklevel=4)

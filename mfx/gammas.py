@@ -13,7 +13,7 @@ from mfx.net import RewrittenForward, described, forward_of
 from mfx.options import check_gamma, check_names, look_up
 from mfx_passes import MfxError
 
-__all__ = ["gammas_of", "set_gamma"]
+__all__ = ["gammas_of", "gammas_to_be", "set_gamma"]
 
 
 def set_gamma(net: nn.Module, gamma: float | Mapping[str, float]) -> None:
@@ -54,6 +54,16 @@ def gammas_of(module: nn.Module) -> dict[str, Gamma]:
     forward = forward_of(module)
     calls: Iterable[nn.Module] = module.children() if forward is None else _calls(forward)
     return {call.chain: call.gamma for call in calls if isinstance(call, Momentum)}
+
+
+def gammas_to_be(module: nn.Module, chains: Iterable[str]) -> dict[str, Gamma]:
+    """The momentum of each chain of a net; before the first capture, what chains of these names would get."""
+    forward = forward_of(module)
+    if forward is None or _calls(forward):
+        return gammas_of(module)
+    options = forward.options
+    known = options.gamma if isinstance(options.gamma, Mapping) else None
+    return {name: options.gamma_of(name) for name in chains if known is None or look_up(known, name) is not None}
 
 
 def _calls(forward: RewrittenForward) -> list[Momentum]:

@@ -115,6 +115,20 @@ def test_copies_note_and_compare_too(copied):
     assert len(caught) == len(back) == 1
 
 
+def test_before_the_first_capture():
+    pytest.importorskip("mfx.dynamo")
+    state = mfx.momentumize(Stack(), gamma=0.9).state_dict()
+    for gamma in (0.5, {"blocks": 0.5}):
+        net = mfx.momentumize(Stack(), gamma=gamma, capture="dynamo")
+        with pytest.warns(UserWarning, match=r"gamma = 0\.9, and this net has gamma = 0\.5"):
+            net.load_state_dict(state)
+        mfx.set_gamma(net, 0.9)
+        net.load_state_dict(state)
+    other = mfx.momentumize(Stack(), gamma=0.9)
+    other.load_state_dict(state)
+    assert torch.equal(net(inputs()), other(inputs()))
+
+
 def test_graph_modules():
     net, other = (mfx.momentumize(mfx.trace(Stack()), gamma=gamma) for gamma in (0.9, 0.5))
     with pytest.warns(UserWarning, match=r"gamma = 0\.9, and this net has gamma = 0\.5"):
