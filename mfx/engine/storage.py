@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from mfx.engine.arithmetic import State
-from mfx.engine.arithmetic.base import wide
+from mfx.engine.arithmetic.floating import predict
 from mfx.gamma import Gamma
 
 __all__ = ["Storage", "choose_storage"]
@@ -40,8 +40,7 @@ def choose_storage(
 ) -> Storage:
     """What a chain of so many steps keeps: whichever takes less. The function is the same.
 
-    A step back divides the error in v by γ, so that eps becomes eps·γ^(−K) over the K steps to the nearest stored
-    state; arithmetic that needs no anchors makes no error.
+    Arithmetic that needs no anchors makes no error.
 
     Args:
         arithmetic: the chain's.
@@ -61,5 +60,4 @@ def choose_storage(
     every = arithmetic.anchor_every(gamma, dtype)
     if every is None:
         return Storage("states", states, inputs, 0, 0.0)
-    error = torch.finfo(wide(dtype)).eps * (gamma.denominator / gamma.numerator) ** min(every, steps)
-    return Storage("states", states, inputs, (steps - 1) // every, error)
+    return Storage("states", states, inputs, *predict(gamma, dtype, steps))

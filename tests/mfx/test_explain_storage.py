@@ -10,6 +10,8 @@ from torch import nn
 from torchvision.models import resnet18
 
 import mfx
+from mfx.engine.arithmetic.floating import predict
+from mfx.gamma import Gamma
 from mfx.meter import ActivationMeter
 from tests.mfx.models import Stack, inputs
 
@@ -39,8 +41,8 @@ CASES = {
     "inputs, as states take more": (3, 0.9, "exact", torch.float32, "inputs", 3 * 4 + 4),
     "bfloat16": (10, 0.9, "exact", torch.bfloat16, "inputs", 10 * 2 + 2),
     "bfloat16, deep": (16, 0.9, "exact", torch.bfloat16, "states", 24 + 2),
-    "float": (20, 0.9, "float", torch.float32, "states", 4 + 4),  # the output is the state x
-    "float, one anchor": (40, 0.9, "float", torch.float32, "states", 2 * (4 + 4)),
+    "float": (15, 0.9, "float", torch.float32, "states", 4 + 4),  # the output is the state x
+    "float, one anchor": (30, 0.9, "float", torch.float32, "states", 2 * (4 + 4)),
     "gamma = 0": (8, 0.0, "exact", torch.float32, "inputs", (8 - 1) * 4 + 4),  # the first is the caller's
 }
 
@@ -79,27 +81,26 @@ def test_the_store_of_digits_counts(gamma):
     assert 16 * WIDTH + bits / 8 * WIDTH <= said.states <= 24 * WIDTH + 1.05 * bits / 8 * WIDTH + 4 * WIDTH
 
 
-@pytest.mark.parametrize("depth", [4, 26, 27, 40, 80, 300])
+@pytest.mark.parametrize("depth", [4, 15, 16, 40, 80, 300])
 def test_float_arithmetic_predicts_its_error_and_counts_its_anchors(depth):
-    # eps·γ^(−K) is 2e-6 at K = 26.8 for γ = 0.9: an anchor every 26 steps, none after the last.
+    # The tolerance of 2e-6 allows 15 steps back at γ = 0.9: an anchor every 15 steps, none after the last.
     said = storage_of(mfx.momentumize(Line(depth), arithmetic="float"), torch.zeros(1, WIDTH))
-    assert said.anchors == (depth - 1) // 26
-    assert said.error == pytest.approx(torch.finfo(torch.float32).eps * 0.9 ** -min(depth, 26), rel=1e-6)
+    assert said.anchors == (depth - 1) // 15
+    assert said.error == predict(Gamma(9, 10), torch.float32, min(depth, 15)).error
     assert said.error < 2e-6
     assert storage_of(mfx.momentumize(Line(depth)), torch.zeros(1, WIDTH)).error == 0.0
 
 
 def test_the_predicted_error_is_what_rebuilding_makes():
     torch.manual_seed(0)
-    model, x = Line(26), torch.randn(64, WIDTH)
+    model, x = Line(15), torch.randn(64, WIDTH)
     seen = []
     model.fcs[0].register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
     net = mfx.momentumize(model, arithmetic="float")
     net(x).sum().backward()
     first, rebuilt = seen
     error = ((rebuilt - first).abs().max() / first.abs().max()).item()
-    # A rounding error of eps/2 in v, grown by γ^−26, in each element; of some tens of them, and not all at worst.
-    assert 0 < error < 4 * storage_of(net).error
+    assert 0 < error < storage_of(net).error
 
 
 def test_without_inputs_the_last_call_counts():

@@ -15,7 +15,7 @@ _BLOCK = 2**16
 
 
 def can_be_split(t: Tensor) -> bool:
-    """Whether ``t`` is ordinary memory of a CPU; others are treated in one piece."""
+    """Whether ``t`` is ordinary memory of a CPU; anything else is treated in one piece."""
     return t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)
 
 
@@ -28,10 +28,10 @@ def blocks(*tensors: Tensor, scratch: int = 0) -> Iterator[tuple[Tensor, ...]]:
         scratch: how many float64 blocks to add, whose content is the last round's.
     """
     first = tensors[0]
-    if not can_be_split(first):
+    size = max(_BLOCK, _BLOCK // 2 * torch.get_num_threads())
+    if first.numel() <= size or not can_be_split(first):
         yield (*tensors, *(torch.empty_like(first, dtype=torch.float64) for _ in range(scratch)))
         return
-    size = max(1, min(first.numel(), max(_BLOCK, _BLOCK // 2 * torch.get_num_threads())))
     spare = [first.new_empty(size, dtype=torch.float64) for _ in range(scratch)]
     for parts in zip(*(_flat(t, first).split(size) for t in tensors), strict=True):
         length = parts[0].numel()

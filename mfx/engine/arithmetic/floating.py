@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from functools import partial
+from collections.abc import Iterator
+from functools import cache, partial
+from itertools import islice, takewhile
 from typing import NamedTuple
 
 import torch
@@ -18,6 +20,7 @@ __all__ = ["FloatState", "Prediction", "predict"]
 # The relative error in a rebuilt state that the anchors hold it to. Gradients may be off by some 40 times as much, as
 # those of a ResNet-152 stage of 35 steps are, and 1e-4 is what is wanted of them in float32.
 _TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-10}
+_V_TO_X = 1 / 16
 
 
 class Prediction(NamedTuple):
@@ -33,14 +36,31 @@ class Prediction(NamedTuple):
 
 
 def predict(gamma: Gamma, dtype: torch.dtype, steps: int) -> Prediction:
-    """Anchors and error of a chain of so many steps, on a stream of ``dtype``, that is walked back with momentum γ."""
+    """Anchors and error of a chain of so many steps, on a stream of ``dtype``, that is walked back with momentum γ.
+
+    A step back divides the errors in v by γ and takes v, with its errors, from x. So after K steps back the rounding of
+    m steps ago is γ^(−m) times as large in v, and Σ γ^(−i), i < m, times in x; roundings are independent of each other.
+    What is assumed is that |v| is at most about |x|/16, and that a branch does not enlarge what is wrong in x.
+    """
     every = FloatState.anchor_every(gamma, dtype) or 1
-    return Prediction((steps - 1) // every, _growth(gamma, min(steps, every)) * torch.finfo(wide(dtype)).eps)
+    eps = torch.finfo(wide(dtype)).eps
+    errors = islice(_errors(gamma.value), min(steps, every))
+    return Prediction((steps - 1) // every, eps * max(errors))
 
 
-def _growth(gamma: Gamma, steps: int) -> float:
-    """By how much an error in v has grown after so many steps back, each of which divides it by γ."""
-    return (gamma.denominator / gamma.numerator) ** steps
+def _errors(gamma: float) -> Iterator[float]:
+    """The error in x after 1, 2, … steps back, in units of the rounding error."""
+    growth, in_x, squares = 1.0, 0.0, 0.0
+    while True:
+        in_x += growth
+        growth /= gamma
+        squares += (growth + in_x * _V_TO_X) ** 2
+        yield math.sqrt(squares)
+
+
+@cache
+def _steps_within(gamma: float, error: float) -> int:
+    return sum(1 for _ in takewhile(lambda e: e <= error, _errors(gamma)))
 
 
 class FloatState(State):
@@ -62,10 +82,8 @@ class FloatState(State):
     @staticmethod
     @override
     def anchor_every(gamma: Gamma, dtype: torch.dtype) -> int | None:
-        # A step back divides the error in v by γ, so after K steps it is eps·γ^(−K).
         dtype = wide(dtype)
-        growth = math.log(gamma.denominator / gamma.numerator)
-        return math.floor(math.log(_TOLERANCE[dtype] / torch.finfo(dtype).eps) / growth)
+        return _steps_within(gamma.value, _TOLERANCE[dtype] / torch.finfo(dtype).eps)
 
     @staticmethod
     @override

@@ -2,11 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 
+from mfx.engine import StepFunction
+from mfx.engine.arithmetic import ExactState
+from mfx.gamma import Gamma
 from tests.mfx.engine.chains import WIDTH, block, gradients, make_root, make_steps, recurrence, run, weights_like
 
-GAMMAS = [0.01, 0.1, 0.5, 0.9, 0.99]
-DTYPES = [torch.float32, torch.bfloat16, torch.float64]
+GAMMAS = [0.001, 0.01, 0.1, 0.3, 0.5, 0.9, 0.99, 0.9999]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -36,8 +40,10 @@ def test_follows_the_recurrence(kind, velocity, gamma):
     x = torch.randn(3, WIDTH, dtype=torch.float64, requires_grad=True)
     v = torch.randn_like(x, requires_grad=True) if velocity == "given" else velocity
     inputs = [x, v] if velocity == "given" else [x]
-    n = round(gamma * 100)  # digits popped from the store are below the numerator
-    found, expected = (f(root, steps, x, gamma=gamma, velocity=v, taps=(5,)) for f in (run, recurrence))
+    fraction = Gamma.of(gamma)
+    n = fraction.numerator  # digits popped from the store are below it
+    found = run(root, steps, x, gamma=gamma, velocity=v, taps=(5,))
+    expected = recurrence(root, steps, x, gamma=fraction.value, velocity=v, taps=(5,))
     for a, b in ((found.x, expected.x), (found.taps[0], expected.taps[0])):
         assert torch.allclose(a, b, rtol=0, atol=32**1.5 * n * 2**-40)
         for g, h in zip(
@@ -46,6 +52,68 @@ def test_follows_the_recurrence(kind, velocity, gamma):
             strict=True,
         ):
             assert torch.allclose(g, h, rtol=1e-6, atol=1e-6)
+
+
+def shared(depth):
+    """One module in every step."""
+    root = make_root(depth)
+    root.blocks = nn.ModuleList([root.blocks[0]] * depth)
+    return root, make_steps(root), ()
+
+
+def reading_captures_twice(depth):
+    """Every branch reads the same two captures, one of them two times."""
+    root = make_root(depth)
+    captures = (torch.randn(3, WIDTH, requires_grad=True), torch.randn(WIDTH, requires_grad=True))
+    steps = make_steps(root, "map", lambda f, x, a, b: x + f(x * torch.sigmoid(a)) + a * b, (0, 1))
+    return root, steps, captures
+
+
+def nested(depth):
+    """Every branch runs a chain of its own."""
+    root = make_root(depth)
+    root.inner = nn.ModuleList([make_root(12, seed=i) for i in range(depth)])
+
+    def step(i):
+        def branch(r, x):
+            return (run(r.inner[i], make_steps(r.inner[i]), r.blocks[i](x), gamma=0.5).x,)
+
+        return StepFunction(f"{i}", "residual", branch, branch, (), (f"blocks.{i}", f"inner.{i}"))
+
+    return root, [step(i) for i in range(depth)], ()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("taps", [(), (3, 9)])
+@pytest.mark.parametrize("build", [shared, reading_captures_twice, nested])
+def test_bit_equal_however_the_chain_is_woven(monkeypatch, build, taps, dtype):
+    monkeypatch.setattr(ExactState, "bytes_kept", staticmethod(lambda *_: 0.0))  # walked back at any depth
+    root, steps, captures = build(12)
+    root, captures = root.to(dtype), [c.detach().to(dtype).requires_grad_() for c in captures]
+    x = torch.randn(3, WIDTH, dtype=dtype, requires_grad=True)
+    results = []
+    for budget in (0.0, 1.0):
+        out = run(root, steps, x, captures, taps=taps, memory_budget=budget)
+        loss = sum((t * weights_like(t)).sum() for t in (out.x, *out.taps))
+        results.append([out.x, *out.taps, *gradients(loss, root, x, *captures)])
+    assert all(map(torch.equal, *results))
+    assert all(t.abs().sum() > 0 for t in results[0])
+
+
+@pytest.mark.parametrize("kind", ["residual", "map"])
+@pytest.mark.parametrize("gamma", [0.1, 0.9])
+def test_gradcheck(monkeypatch, gamma, kind):
+    monkeypatch.setattr(ExactState, "bytes_kept", staticmethod(lambda *_: 0.0))
+    root = make_root(5, lambda: block(2)).double()
+    x, v = (torch.randn(2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    steps, parameters = make_steps(root, kind), list(root.parameters())[:4]
+
+    def f(x, v, *parameters):
+        out = run(root, steps, x, gamma=gamma, velocity=v, taps=(2,))
+        return out.x, out.taps[0]
+
+    # The function has steps of 2⁻⁴⁰ = 9e-13: differences over 1e-4 see slopes to 1e-8 for every one of n·T units.
+    assert torch.autograd.gradcheck(f, (x, v, *parameters), eps=1e-4, atol=1e-5, rtol=1e-4)
 
 
 def test_block_sees_the_very_same_input_again():

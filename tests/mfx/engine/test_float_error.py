@@ -1,0 +1,68 @@
+"""Float arithmetic: anchors keep rebuilt states to the stated tolerance, and what is predicted is an upper bound."""
+
+import math
+
+import pytest
+import torch
+
+from mfx.engine.arithmetic import FloatState
+from mfx.engine.arithmetic.floating import predict
+from mfx.gamma import Gamma
+
+TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-10}
+GAMMAS = [1e-3, 0.01, 0.1, 0.3, 0.5, 0.9, 0.99, 0.9999]
+
+
+def driven(x, t):
+    """A branch that hands on no error in x: another random value at every step."""
+    return torch.randn(x.shape, dtype=x.dtype, generator=torch.Generator().manual_seed(t))
+
+
+def contracting(x, t):
+    """A map of Lipschitz constant 1/2."""
+    return torch.tanh(x.roll(1) / 2 + t)
+
+
+def worst_error(branch, kind, depth, dtype, gamma):
+    """In the states that are rebuilt from the end and the anchors, relative to the largest element; and the anchors."""
+    torch.manual_seed(0)
+    x, v = torch.randn(100, dtype=dtype), 0.1 * torch.randn(100, dtype=dtype)
+    state, every = FloatState.start(x, v, reversible=True), FloatState.anchor_every(gamma, dtype)
+    streams, stored = [x], {}
+    for t in range(depth):
+        streams.append(state.advance(branch(streams[t], t), kind, gamma))
+        if (t + 1) % every == 0 or t + 1 == depth:
+            stored[t + 1] = state.freeze()
+    worst = 0.0
+    for t in reversed(range(depth)):
+        if t + 1 in stored:
+            state = stored[t + 1].thaw(stored[t + 1].tensors)
+        found = state.retreat_x()
+        state.retreat_v(branch(found, t), kind, gamma)
+        worst = max(worst, ((found - streams[t]).abs().max() / streams[t].abs().max()).item())
+    return worst, len(stored) - 1
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("depth", [4, 16, 64, 256, 1000])
+@pytest.mark.parametrize("branch, kind", [(driven, "residual"), (contracting, "map")])
+@pytest.mark.parametrize("gamma", GAMMAS)
+def test_rebuilt_states_are_within_the_tolerance(gamma, branch, kind, depth, dtype):
+    fraction = Gamma.of(gamma)
+    if FloatState.bytes_kept(fraction, dtype, depth) == math.inf:
+        return  # anchors so close that the inputs are kept instead: nothing is rebuilt
+    found, anchors = worst_error(branch, kind, depth, dtype, fraction)
+    predicted = predict(fraction, dtype, depth)
+    assert found <= predicted.error <= TOLERANCE[dtype]
+    assert anchors == predicted.anchors
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_one_step_more_would_leave_the_tolerance(dtype, monkeypatch):
+    gamma = Gamma(9, 10)
+    every = FloatState.anchor_every(gamma, dtype)
+    monkeypatch.setattr(FloatState, "anchor_every", staticmethod(lambda *_: every + 1))
+    assert predict(gamma, dtype, every + 1).error > TOLERANCE[dtype]
+    # And twice as many do: the tolerance is not met by chance.
+    monkeypatch.setattr(FloatState, "anchor_every", staticmethod(lambda *_: 2 * every + 12))
+    assert worst_error(driven, "residual", 2 * every + 12, dtype, gamma)[0] > TOLERANCE[dtype]
