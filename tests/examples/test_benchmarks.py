@@ -1,4 +1,6 @@
-from examples.benchmarks import memory, overhead
+import json
+
+from examples.benchmarks import arithmetic, memory, overhead
 
 
 def test_the_memory_benchmark_measures_every_method(capsys):
@@ -16,3 +18,15 @@ def test_the_overhead_benchmark_times_every_method(capsys):
     assert [row.method for row in rows][:3] == ["plain", "torch.utils.checkpoint", "mfx, exact"]
     assert all(row.forward > 0 and row.backward > 0 for row in rows)
     assert capsys.readouterr().out.count("| mfx, float |") == 1
+
+
+def test_the_arithmetic_benchmark_measures_every_method(capsys, tmp_path):
+    file = tmp_path / "rows.json"
+    steps, recurrences, store = arithmetic.main(["--tiny", "--json", str(file)])
+    assert [row.method for row in steps if row.to_float == 1] == ["mfx, float"]
+    assert all(row.seconds > 0 and row.bound > 0 for row in recurrences)
+    deep = [row for row in store if row.per_step is not None]
+    assert deep
+    assert all(abs(row.per_step / row.ideal - 1) <= 0.05 for row in deep)
+    assert len(json.loads(file.read_text())["training"]) == len(steps)
+    assert capsys.readouterr().out.count("| mfx, exact |") == 1
