@@ -40,6 +40,7 @@ LAYERS = {
     "BatchNorm with a cumulative average": (lambda: nn.BatchNorm1d(4, momentum=None), (5, 4)),
     "BatchNorm without weights": (lambda: nn.BatchNorm1d(4, affine=False), (5, 4)),
     "BatchNorm in a frozen branch": (lambda: nn.BatchNorm1d(4).requires_grad_(False), (5, 4)),
+    "SyncBatchNorm in one process": (lambda: nn.Sequential(nn.Conv1d(4, 4, 1), nn.SyncBatchNorm(4)), (3, 4, 6)),
     "InstanceNorm1d": (lambda: nn.InstanceNorm1d(4, affine=True, track_running_stats=True), (3, 4, 6)),
     "InstanceNorm2d": (lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True), (2, 4, 5, 5)),
     "spectral norm": (lambda: parametrizations.spectral_norm(nn.Linear(4, 4)), (5, 4)),
