@@ -194,13 +194,14 @@ def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
         # Gradients then come in elsewhere too, and the last update may be dead when they do.
         on_tape = bool(call.taps or side) or out.has_sides
         last = tape if index == end - 1 and not on_tape else None
-        x, v = Update.apply(x, v, y, Link(state, step.kind, gamma, last))
+        what = f"{call.name}: the stream after step {step.path}"
+        x, v = Update.apply(x, v, y, Link(state, step.kind, gamma, what, last))
         out.add(x, side)
         if x.device.type == "cpu" or index == end - 1:
             place = f"chain {call.name}, at or before step {step.path}"
             notice_overflow(place, state.overflowed(), call.memory)
         if tape is not None and (on_tape if index == end - 1 else (index + 1) % spacing == 0):
-            tape.store(index + 1, state, f"{call.name}: the stream after step {step.path}")
+            tape.store(index + 1, state, what)
     return out.finish()
 
 

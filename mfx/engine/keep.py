@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 
 from mfx_passes.errors import MfxError
 
-__all__ = ["Captures", "Kept", "tensors_in"]
+__all__ = ["Captures", "Kept", "saved_by", "tensors_in"]
 
 
 class _Saver(torch.autograd.Function):
@@ -46,15 +46,24 @@ class Kept:
         Raises:
             MfxError: if one of them was modified in place since.
         """
-        try:
-            return tuple(t.detach() for t in self._node.saved_tensors)
-        except RuntimeError as error:
-            if "modified by an inplace operation" not in str(error):
-                raise
-            raise MfxError(
-                f"{self._what} was modified in place between the forward and the backward pass, which still needs it; "
-                "use the out-of-place operation or modify a clone"
-            ) from error
+        return tuple(t.detach() for t in saved_by(self._node, self._what))
+
+
+def saved_by(node: Any, what: str) -> tuple[Tensor, ...]:
+    """The tensors that an autograd node saved.
+
+    Raises:
+        MfxError: if one of them, which ``what`` names, was modified in place since.
+    """
+    try:
+        return tuple(node.saved_tensors)
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise MfxError(
+            f"{what} was modified in place between the forward and the backward pass, which still needs it; use the "
+            "out-of-place operation or modify a clone"
+        ) from error
 
 
 class Captures:

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from mfx.engine.arithmetic import State
 from mfx.engine.arithmetic.base import wide
+from mfx.engine.keep import saved_by
 from mfx.gamma import Gamma
 
 if TYPE_CHECKING:
@@ -22,11 +23,15 @@ __all__ = ["Enter", "Link", "Update"]
 
 @dataclass(frozen=True)
 class Link:
-    """What an ``Update`` needs beside tensors; ``tape`` if it is the last of its chain and keeps the end state."""
+    """What an ``Update`` needs beside tensors; ``tape`` if it is the last of its chain and keeps the end state.
+
+    ``what`` names the stream after the step, for messages.
+    """
 
     state: State
     kind: str
     gamma: Gamma
+    what: str
     tape: Tape | None = None
 
 
@@ -47,6 +52,7 @@ class Update(torch.autograd.Function):
         if link.tape is not None:
             tensors, ctx.thaw = link.state.freeze()
             ctx.save_for_backward(*tensors)
+            ctx.what = link.what
             link.tape.last = weakref.ref(ctx)
         return x_next, x.new_zeros((), dtype=wide(x.dtype)).expand_as(x)
 
@@ -54,7 +60,7 @@ class Update(torch.autograd.Function):
     @override
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.tape is not None:
-            ctx.tape.begin(ctx.thaw(ctx.saved_tensors))
+            ctx.tape.begin(ctx.thaw(saved_by(ctx, ctx.what)))
         if gx is None:
             g = gv
         else:
