@@ -110,7 +110,7 @@ def test_another_autocast_around_the_backward_pass(how, later):
             loss.backward()
             assert torch.get_autocast_dtype("cpu") == later
         results.append([x.grad, *(p.grad for p in root.parameters())])
-    assert_same(*results, how)
+    assert_same(*results, how, later)  # autocast rounds what the backward pass itself multiplies
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
