@@ -33,6 +33,7 @@ class Entry:
         training: the training mode of the net it was made in.
         guards: when it holds.
         marks: attributes that the model's forward pass sets itself, by module.
+        within: path in the net of the part that the graph is of.
         probed: whether shapes were looked at.
     """
 
@@ -44,6 +45,7 @@ class Entry:
     training: bool
     guards: list[Guard]
     marks: Mapping[nn.Module, set[str]]
+    within: str = ""
     probed: bool = False
     _function: Callable[..., Any] | None = field(default=None, repr=False)
 
@@ -56,6 +58,11 @@ class Entry:
     def read(self) -> tuple[str, ...]:
         """Paths of what the steps of the chains read."""
         return tuple(target for call in self.calls.values() for step in call.graphs.steps for target in step.targets)
+
+    @property
+    def called(self) -> set[str]:
+        """Paths of the modules that the graph, or a step of its chains, calls as a whole."""
+        return {str(node.target) for node in self.graph.find_nodes(op="call_module")}.union(self.read)
 
     def contradicts(self, other: Entry) -> bool:
         """Whether the same part of the model has other chains in another graph."""
@@ -70,14 +77,16 @@ class Entry:
         lengths = self.shape
         for call in other.calls.values():
             length = lengths.get(call.chain)
-            if length is None and any(map(self._computes, (step.path for step in call.graphs.steps))):
+            if length is None and any(map(self.computes, (step.path for step in call.graphs.steps))):
                 return True
             if length is not None and length != len(call.graphs.steps):
                 return True
         return False
 
-    def _computes(self, path: str) -> bool:
-        return any(f"{enclosing_path(node)}.".startswith(f"{path}.") for node in self.captured.graph.nodes)
+    def computes(self, path: str) -> bool:
+        """Whether a module, by its path in the net, has a share in the graph."""
+        paths = {".".join(filter(None, (self.within, enclosing_path(node)))) for node in self.captured.graph.nodes}
+        return any(f"{inner}.".startswith(f"{path}.") for inner in paths)
 
     def holds(self) -> bool:
         """Whether the modules the trace walked through are as they were."""
@@ -169,7 +178,8 @@ def make_entry(
     rewritten = rewrite_graph(graph, modules, insert, with_refused(options, refused).selection, calls)
     flat = tuple(sorted({call.target for call in rewritten.flat}))
     leaves = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
-    return Entry(captured, graph, momenta, flat, dict(refused), net.training, guards_of(net, leaves, marks), marks)
+    guards = guards_of(net, leaves, marks)
+    return Entry(captured, graph, momenta, flat, dict(refused), net.training, guards, marks, options.selection.within)
 
 
 def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from mfx.capture import CaptureError
 from mfx.entry import Entry
 from mfx.explained_storage import ExplainedStorage, explain_storage
 from mfx.explanation import ExplainedChain, ExplainedStep, Explanation
@@ -75,7 +76,14 @@ def _entry(forward: RewrittenForward, args: Any, kwargs: Any) -> Entry:
         if args or kwargs:
             return forward.entry_for(*args, **kwargs)
         active = forward.active
-        return active if active is not None and active.holds() else forward.prepare()
+        if active is not None and active.holds():
+            return active
+        try:
+            return forward.prepare()
+        except CaptureError as error:
+            raise CaptureError(
+                f"{error} With inputs, mfx.explain(model, *inputs), TorchDynamo is asked as well."
+            ) from error
 
 
 def _explain_chain(call: Momentum, stream: Stream | None) -> ExplainedChain:

@@ -15,8 +15,9 @@ from mfx.capture import CaptureError
 from mfx.checkpoints import note_gamma
 from mfx.entry import make_momentum
 from mfx.guard import without_marks
-from mfx.net import RewrittenForward, described, forward_of, net_of
+from mfx.net import RewrittenForward, described, forward_of, net_of, without_chains
 from mfx.options import Options, check_options
+from mfx.parts import install_parts
 from mfx.tree import M, tree_copy
 from mfx_passes import ChainGraphs, MfxError, MomentumPass
 
@@ -94,6 +95,7 @@ def momentumize(
         return module
     net = net_of(model)
     forward = RewrittenForward(net, options)
+    install_parts(forward)
     try:
         if not forward.prepare().calls:
             return _unchanged(model)
@@ -185,10 +187,5 @@ def _rewrite_graph_module(net: fx.GraphModule, options: Options) -> bool:
 
 
 def _unchanged(model: M) -> M:
-    warnings.warn(
-        f"mfx: {type(model).__name__} has no chain of residual adds to rewrite and is returned unchanged. Looked for: "
-        "two or more "
-        "sums x + f(x) in a row, where the sum is the x of the next one. mfx.explain(model) lists what came close.",
-        stacklevel=3,
-    )
+    warnings.warn(f"mfx: {without_chains(model)}", stacklevel=3)
     return model

@@ -36,6 +36,7 @@ class RewrittenForward(Overlay):
         self.net = net
         self.options = options
         self.bypassed = 0
+        self.in_parts = False
         self.symbolic = SymbolicRoute(self)
         self.dynamo = DynamoRoute(self)
         self.active: Entry | None = None
@@ -63,12 +64,54 @@ class RewrittenForward(Overlay):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the net on these arguments, by the rewritten graph that fits them."""
-        if self.bypassed:
+        if self.bypassed or self.in_parts:
             return self._original()(*args, **kwargs)
-        entry, run = self._find(args, kwargs)
+        try:
+            entry, run = self._find(args, kwargs)
+        except CaptureError as error:
+            if self.options.capture != "auto" or self.all_entries:
+                raise
+            return self._run_in_parts(error, args, kwargs)
         self._activate(entry)
         self._mention_hooks(entry)
+        if not entry.calls:
+            self._has_no_chain(entry)
+            return self._original()(*args, **kwargs)
         return run()
+
+    def _has_no_chain(self, entry: Entry) -> None:
+        if entry.captured.frame is not None:  # else it was said when the graph was made, or lost its steps
+            self.warn(without_chains(self.net))
+
+    def _run_in_parts(self, error: CaptureError, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """From now on, run the forward as it is written, and the parts it calls each by graphs of its own."""
+        self.in_parts = True
+        try:
+            result = self._original()(*args, **kwargs)
+        except BaseException:
+            self.in_parts = False  # it may have been the call that was wrong
+            raise
+        if not self.is_part:
+            chains = sorted({chain for part in self.parts() for entry in part.all_entries for chain in entry.shape})
+            found = f"these chains were found: {listed(chains)}" if chains else "no chain was found"
+            self.warn(
+                f"{error} So the modules inside of it are rewritten each on its own, and a chain ends where its module "
+                f"does; {found}."
+            )
+        return result
+
+    def parts(self) -> list[RewrittenForward]:
+        """The forwards of all parts of the net."""
+        forwards = [module.__dict__.get("forward") for module in self.net.modules() if module is not self.net]
+        return [forward for forward in forwards if isinstance(forward, RewrittenForward) and forward.is_part]
+
+    def release_called(self, entry: Entry) -> None:
+        """Leave the modules that a graph calls as they are: a call of them means what it always did."""
+        for path, module in self.net.named_modules():
+            forward = module.__dict__.get("forward")
+            is_called = path and any(f"{path}.".startswith(f"{target}.") for target in entry.called)
+            if is_called and isinstance(forward, Overlay) and forward.is_part:
+                del module.__dict__["forward"]
 
     def entry_for(self, *args: Any, **kwargs: Any) -> Entry:
         """The rewritten graph that a call with these arguments runs, or would run.
@@ -156,7 +199,7 @@ class RewrittenForward(Overlay):
         if new:
             self._warned.update(new)
             self.warn(
-                f"hooks on {_listed(new)} will not run: sums in there are part of a momentum chain, so these modules "
+                f"hooks on {listed(new)} will not run: sums in there are part of a momentum chain, so these modules "
                 "are not called as a whole. Put the hooks on modules inside a branch."
             )
 
@@ -172,7 +215,7 @@ class RewrittenForward(Overlay):
         ]
         if lost:
             self.warn(
-                f"{type(self.net).__name__}.forward sets {_listed(lost)}, which the rewritten net does not do: these "
+                f"{type(self.net).__name__}.forward sets {listed(lost)}, which the rewritten net does not do: these "
                 "modules are not called as a whole. Return such values instead."
             )
 
@@ -214,6 +257,15 @@ def net_of(model: M) -> M:
     return tree_copy(model)
 
 
+def without_chains(model: nn.Module) -> str:
+    """What to say of a model in which there is nothing to rewrite."""
+    return (
+        f"{type(model).__name__} has no chain of residual adds to rewrite and is returned unchanged. Looked for: two "
+        "or more sums x + f(x) in a row, where the sum is the x of the next one. mfx.explain(model) lists what came "
+        "close."
+    )
+
+
 def described(value: object) -> str:
     """What was given in a module's place, for messages."""
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
@@ -233,5 +285,6 @@ def _has_hooks(module: nn.Module) -> bool:
     return any(module.__dict__[table] for table in _HOOKS)
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
+    """The first few names."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -14,6 +14,7 @@ from mfx.capture import CaptureError, Specialization, capture
 from mfx.entry import Entry, make_entry, steps_of
 from mfx.guard import without_marks
 from mfx.probe import find_with_shapes
+from mfx.tree import without_parts
 
 if TYPE_CHECKING:
     from mfx.net import RewrittenForward
@@ -69,6 +70,7 @@ class SymbolicRoute:
         self._forget_replaced_modules()
         entry = self._capture(key, specialization)
         self._owner.check_same_function(entry)
+        self._owner.release_called(entry)
         self._entries[key] = [*self._entries.get(key, ()), entry][-_KEPT:]
         return entry
 
@@ -77,7 +79,7 @@ class SymbolicRoute:
         if mode in self._failures:
             raise CaptureError(self._failures[mode])
         try:
-            with without_marks(self._owner.net) as marks:
+            with without_marks(self._owner.net) as marks, without_parts(self._owner.net):
                 captured = capture(self._owner.net, specialization)
         except CaptureError as error:
             if self._owner.options.capture != "symbolic":  # else there is nothing to fall back on: try again
@@ -137,6 +139,7 @@ class DynamoRoute:
         if entry is None:
             entry = self._capture(args, kwargs)
             self._owner.check_same_function(entry)
+            self._owner.release_called(entry)
             self.entries = [entry, *self.entries[: 4 * _KEPT - 1]]
         return entry, partial(entry.call, net, args, kwargs)
 
@@ -152,7 +155,8 @@ class DynamoRoute:
         from mfx.dynamo import capture_call  # imports TorchDynamo, which takes a second
 
         net, options = self._owner.net, self._owner.options
-        captured = capture_call(net, args, kwargs, dynamic=bool(self.entries))
+        with without_parts(net):
+            captured = capture_call(net, args, kwargs, dynamic=bool(self.entries))
         entry = make_entry(net, captured, options, {}, {})
         entry.probed = True  # Dynamo knows all shapes
         return entry

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from itertools import chain
 from typing import Any, TypeVar
@@ -23,9 +24,11 @@ class Overlay:
 
     Attributes:
         shown: names of the other attributes that came with it.
+        is_part: whether the module is a part of a net, and a capture of the net goes past its overlay.
     """
 
     shown: tuple[str, ...] = ()
+    is_part = False
 
 
 class Extra(nn.Module):
@@ -78,6 +81,23 @@ def tree_copy(model: M, tensor: Callable[[Tensor], Tensor] | None = None) -> M:
     if tensor is None:
         sharding.share(model, memo)
     return copied
+
+
+@contextmanager
+def without_parts(net: nn.Module) -> Iterator[None]:
+    """Within this context, the parts of a net have the forward of their class, for a capture to go through."""
+    parts = {
+        module: forward
+        for module in net.modules()
+        if module is not net and isinstance(forward := module.__dict__.get("forward"), Overlay) and forward.is_part
+    }
+    for module in parts:
+        del module.__dict__["forward"]
+    try:
+        yield
+    finally:
+        for module, forward in parts.items():
+            module.__dict__["forward"] = forward
 
 
 def _attributes(model: nn.Module) -> Iterator[Tensor]:

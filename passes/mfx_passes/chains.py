@@ -51,6 +51,8 @@ def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selec
             kept, refused = cut(row, index, mutations, selection.refused)
             rows += kept
             rejections += refused
+    for step in (step for row in rows for step in row):
+        step.path = ".".join(filter(None, (selection.within, step.path)))
     chains = [Chain(row) for row in _long_enough(rows, selection.min_steps, rejections)]
     chains = _nest(chains, rejections)
     _name(chains)
@@ -119,7 +121,7 @@ def _select(chains: list[Chain], selection: Selection, rejections: list[Rejectio
 
 def _check_patterns(chains: Sequence[Chain], selection: Selection, graph: Graph) -> None:
     known = {chain.name for chain in chains} | {step.path for chain in chains for step in chain.steps}
-    if any(map(is_momentum_call, graph.nodes)):  # the chain that a pattern means may be one of these
+    if selection.within or any(map(is_momentum_call, graph.nodes)):  # it may mean one elsewhere, or one of these
         return
     for pattern in (*(selection.only or ()), *selection.skip):
         if not any(_fits(name, pattern) for name in known):

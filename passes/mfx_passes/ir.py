@@ -140,12 +140,14 @@ class Selection:
         only: chain names or module paths (shell patterns); None allows all.
         skip: chain names or module paths (shell patterns) to leave alone.
         refused: names of sums known not to fit, and why.
+        within: module path of the part of a model that the graph is of; chains and steps are named as in the model.
     """
 
     min_steps: int = 2
     only: tuple[str, ...] | None = None
     skip: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
+    within: str = ""
 
 
 @dataclass(frozen=True, eq=False)
