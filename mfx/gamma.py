@@ -28,7 +28,7 @@ class Gamma:
 
     @classmethod
     def of(cls, value: float) -> Gamma:
-        """The simplest fraction within 1e-6 of ``value``, or the nearest if that needs a denominator above 2**14.
+        """The fraction that ``value`` is, else the simplest within 1e-6 of it, with a denominator of at most 2**14.
 
         Raises:
             MfxError: if ``value`` is not a real number in [0, 1), or is too close to 0 or 1 to be told from it.
@@ -39,9 +39,12 @@ class Gamma:
         exact = Fraction(float(value))
         if exact == 0:
             return cls(0, 1)
+        nearest = exact.limit_denominator(_LARGEST_DENOMINATOR)
+        if float(nearest) == float(value):  # 9999/10000, and not 9900/9901, which is within 1e-6 too
+            return cls(nearest.numerator, nearest.denominator)
         fraction = _simplest_between(max(exact - _TOLERANCE, Fraction(0)), exact + _TOLERANCE)
         if fraction.denominator > _LARGEST_DENOMINATOR:
-            fraction = exact.limit_denominator(_LARGEST_DENOMINATOR)
+            fraction = nearest
         if not 0 < fraction < 1:
             steps = 1 if fraction == 0 else _LARGEST_DENOMINATOR - 1
             raise MfxError(

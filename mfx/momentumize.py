@@ -50,7 +50,7 @@ def momentumize(
         velocity: v before the first step: ``"zero"``; ``"residual"``, such that the first step adds f(x) in full; or a
             module (or a mapping from chain names, shell patterns allowed, to modules; zero for the others) that
             computes it from x. These very modules, not copies, live under ``velocity.``, once per chain.
-        arithmetic: ``"exact"``: rebuilt activations are the forward pass's, bit for bit; ``"float"``: within 2e-6
+        arithmetic: ``"exact"``: rebuilt activations are the forward pass's, bit for bit; ``"float"``: within 6e-6
             relative in float32, less memory in short chains.
         memory_budget: 0.0 keeps no activations of the chains, 1.0 keeps all (ordinary backpropagation, same function).
         recompute: reserved for what lies between the chains; None.

@@ -74,7 +74,7 @@ def assert_equal(found, expected, arithmetic):
     scale = max((value.abs().max() for name, value in expected.items() if name.startswith("grad")), default=1.0)
     for name, value in expected.items():
         if name.startswith("grad") and arithmetic == "float":
-            # Rebuilt states differ in the last bits (to 2e-6), which normalising a few numbers amplifies.
+            # Rebuilt states differ in the last bits (to 6e-6), which normalising a few numbers amplifies.
             torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3 * float(scale))
         else:
             assert torch.equal(found[name], value), name

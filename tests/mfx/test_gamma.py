@@ -20,6 +20,7 @@ from mfx_passes.errors import MfxError
         (1 / 3, (1, 3)),
         (0.875, (7, 8)),
         (1 / 64, (1, 64)),
+        (0.9999, (9999, 10000)),
     ],
 )
 def test_simple_fractions(value, fraction):
@@ -37,7 +38,8 @@ def test_near_and_simplest(value):
     # Beside a simple fraction p/q no other has a denominator below 2^14 nearer than 1/(q·2^14).
     assert error <= Fraction(1, 2**15)
     assert gamma.denominator <= 2**14
-    if error <= Fraction(1, 10**6):
+    assert Gamma.of(gamma.value) == gamma
+    if gamma.value != value and error <= Fraction(1, 10**6):
         simpler = (Fraction(round(Fraction(value) * d), d) for d in range(1, gamma.denominator))
         assert all(abs(f - Fraction(value)) > Fraction(1, 10**6) for f in simpler)
 

@@ -17,9 +17,9 @@ from mfx.gamma import Gamma
 
 __all__ = ["FloatState", "Prediction", "predict"]
 
-# The relative error in a rebuilt state that the anchors hold it to. Gradients may be off by some 40 times as much, as
-# those of a ResNet-152 stage of 35 steps are, and 1e-4 is what is wanted of them in float32.
-_TOLERANCE = {torch.float32: 2e-6, torch.float64: 1e-10}
+# The relative error in a rebuilt state that the anchors hold it to. In gradients it may show ten times as large, as in
+# those of a ResNet-152 stage of 35 steps, and 1e-4 is what is wanted of them in float32.
+_TOLERANCE = {torch.float32: 6e-6, torch.float64: 1e-10}
 _V_TO_X = 1 / 16
 
 
