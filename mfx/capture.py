@@ -14,6 +14,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from mfx import compat
+from mfx.guard import without_replacing
 from mfx.randomness import undisturbed
 from mfx.tracer import SymbolicTracer
 from mfx_passes import MfxError, ModuleCall
@@ -118,7 +119,12 @@ def capture(model: nn.Module, specialization: Specialization) -> Captured:
     """
     tracer = SymbolicTracer(specialization.inputs, specialization.constants)
     attributes = set(model.__dict__)
-    with undisturbed(model) as drawn, _ValuesRead(model), compat.plain_transformer_layers():
+    with (
+        without_replacing(model) as replaced,
+        undisturbed(model) as drawn,
+        _ValuesRead(model),
+        compat.plain_transformer_layers(),
+    ):
         try:
             graph = tracer.trace(model)
         except MfxError:
@@ -130,6 +136,11 @@ def capture(model: nn.Module, specialization: Specialization) -> Captured:
                 f"{type(model).__name__} cannot be traced symbolically: {_first_line(error)} "
                 f"({_user_line(error, model)}). {_ADVICE}"
             ) from error
+    if replaced:
+        raise CaptureError(
+            f"{type(model).__name__} replaces buffers while it runs ({', '.join(dict.fromkeys(replaced))}), which a "
+            "symbolic trace cannot follow. Change them in place (copy_, mul_, add_)."
+        )
     if drawn:
         raise CaptureError(
             f"{type(model).__name__} draws random numbers ({', '.join(drawn)}) outside of its layers while it runs, to "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dis
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -58,6 +59,21 @@ class Seen:
         return self._output.forward_callable(  # type: ignore[no-any-return]
             compiled_fn=graph_function, extra_globals=self._output.graph_capture_output.f_globals
         )
+
+    @property
+    def replaced_buffers(self) -> set[str]:
+        """Names of buffers that the call replaces by others: ``module._buffers.update({name: …})`` in Dynamo's code."""
+        names: set[str] = set()
+        before, last, reading = "", "", False
+        for instruction in dis.get_instructions(self._output.graph_capture_output.bytecode):
+            before, last = last, str(instruction.argval)
+            if (before, last) == ("_buffers", "update"):
+                reading = True
+            elif instruction.opname == "BUILD_MAP":
+                reading = False
+            elif reading and instruction.opname == "LOAD_CONST" and isinstance(instruction.argval, str):
+                names.add(instruction.argval)
+        return names
 
 
 def see_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool) -> Seen:

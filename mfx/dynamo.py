@@ -90,7 +90,7 @@ def capture_call(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     except DYNAMO_ERRORS as error:
         raise CaptureError(f"{type(net).__name__} cannot be captured as one graph: {_said(error)}.") from error
     module = seen.graph
-    modules, positions = tidy(module, net, seen.inputs)
+    modules, positions = tidy(module, net, seen.inputs, seen.replaced_buffers)
     inputs = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
     frame = Frame(seen, forward, positions, net.modules())
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}

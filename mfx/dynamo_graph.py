@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from mfx.compat_dynamo import CHECKPOINT, ENTRANCES, EXITS, with_plain_sizes
 _REPEATED = re.compile(r"@\d+$")
 
 
-def tidy(module: fx.GraphModule, net: nn.Module, inputs: Sequence[Any]) -> tuple[dict[str, nn.Module], tuple[int, ...]]:
+def tidy(
+    module: fx.GraphModule, net: nn.Module, inputs: Sequence[Any], replaced: Collection[str]
+) -> tuple[dict[str, nn.Module], tuple[int, ...]]:
     """Put a graph that Dynamo captured into the form that a symbolic trace has, in place.
 
     Parameters and buffers are read by their path in the model instead of being inputs; checkpointed functions are
@@ -27,6 +29,7 @@ def tidy(module: fx.GraphModule, net: nn.Module, inputs: Sequence[Any]) -> tuple
         module: the captured graph.
         net: the model.
         inputs: the values of the graph's inputs.
+        replaced: names of buffers that the call replaces; what is read is the one before.
 
     Returns:
         The modules that the graph needs beside the model's, and which of the inputs are still its inputs.
@@ -35,20 +38,21 @@ def tidy(module: fx.GraphModule, net: nn.Module, inputs: Sequence[Any]) -> tuple
     names = {str(id(inner)): name for name, inner in net.named_modules()}
     for node in module.graph.nodes:
         _describe(node, names)
-    positions = _read_by_path(module.graph, net, inputs)
+    positions = _read_by_path(module.graph, net, inputs, replaced)
     modules = dict(_gather_modules(module, net))
     modules.update(_fold_modes(module.graph))
     return modules, positions
 
 
-def _read_by_path(graph: Graph, net: nn.Module, inputs: Sequence[Any]) -> tuple[int, ...]:
+def _read_by_path(graph: Graph, net: nn.Module, inputs: Sequence[Any], replaced: Collection[str]) -> tuple[int, ...]:
     """Read parameters and buffers off the model; the positions of the other inputs."""
     paths: dict[int, str] = {}
     for name, tensor in (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)):
         paths.setdefault(id(tensor), name)
     positions = []
     for position, (node, value) in enumerate(zip(graph.find_nodes(op="placeholder"), inputs, strict=True)):
-        if (path := paths.get(id(value))) is None:
+        path = paths.get(id(value))
+        if path is None or path.rpartition(".")[2] in replaced:
             positions.append(position)
             continue
         with graph.inserting_after(node):

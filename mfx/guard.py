@@ -88,6 +88,25 @@ def without_marks(net: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
                 marks[module] = changed
 
 
+@contextmanager
+def without_replacing(net: nn.Module) -> Iterator[list[str]]:
+    """Put back the buffers and parameters that are replaced within this context.
+
+    Yields:
+        Filled at the end: their names.
+    """
+    holders: list[dict[str, Any]] = [table for m in net.modules() for table in (m._buffers, m._parameters)]
+    tables = [(table, dict(table)) for table in holders]
+    names: list[str] = []
+    try:
+        yield names
+    finally:
+        for table, old in tables:
+            names += [name for name in {**old, **table} if table.get(name, _ABSENT) is not old.get(name, _ABSENT)]
+            table.clear()
+            table.update(old)
+
+
 def _walked(module: nn.Module, path: str, leaves: frozenset[str], seen: set[int]) -> Iterator[nn.Module]:
     if path in leaves or id(module) in seen or isinstance(module, Extra):
         return

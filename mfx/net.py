@@ -64,6 +64,8 @@ class RewrittenForward(Overlay):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the net on these arguments, by the rewritten graph that fits them."""
+        if args and args[0] is self.net:
+            args = args[1:]  # somebody (accelerate does) made a method of this, as of a function
         if self.bypassed or self.in_parts:
             return self._original()(*args, **kwargs)
         try:
@@ -274,7 +276,7 @@ def described(value: object) -> str:
 def _unwrapped(forward: Any) -> Iterator[Any]:
     while forward is not None:
         yield forward
-        forward = getattr(forward, "__wrapped__", None)
+        forward = getattr(forward, "__wrapped__", None) or getattr(forward, "__func__", None)
 
 
 def _mode(entry: Entry) -> str:

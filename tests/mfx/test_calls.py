@@ -2,6 +2,7 @@
 
 import inspect
 from functools import partial
+from types import MethodType
 
 import pytest
 import torch
@@ -157,6 +158,14 @@ def test_a_forward_wrapped_afterwards():
     assert list(mfx.graphs(net)) == ["train"]
     with mfx.original(net):
         assert not torch.equal(net(inputs()), 2 * expected)
+
+
+def test_a_forward_made_a_method_afterwards():
+    net = mfx.momentumize(Stack())
+    expected = net(inputs())
+    net.forward = MethodType(net.forward, net)
+    assert torch.equal(net(inputs()), expected)
+    assert list(mfx.graphs(net)) == ["train"]
 
 
 class InnerReplaced(Stack):
