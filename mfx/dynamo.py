@@ -90,11 +90,21 @@ def capture_call(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     except DYNAMO_ERRORS as error:
         raise CaptureError(f"{type(net).__name__} cannot be captured as one graph: {_said(error)}.") from error
     module = seen.graph
-    modules, positions = tidy(module, net, seen.inputs, seen.replaced_buffers)
+    names = {str(id(inner)): name for name, inner in net.named_modules()}
+    modules, positions = tidy(module, _paths(net, seen), lambda key, source: names.get(key))
     inputs = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
     frame = Frame(seen, forward, positions, net.modules())
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
     return Captured(copy_graph(module.graph), [], {}, Specialization(inputs, {}), modules, values, frame)
+
+
+def _paths(net: nn.Module, seen: Seen) -> list[str | None]:
+    """The path of each input of the graph that is a parameter or buffer of the model and stays it in the call."""
+    paths: dict[int, str] = {}
+    for name, tensor in (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)):
+        if name.rpartition(".")[2] not in seen.replaced_buffers:
+            paths.setdefault(id(tensor), name)
+    return [paths.get(id(value)) for value in seen.inputs]
 
 
 def _has_forward(attributes: Mapping[str, Any]) -> bool:

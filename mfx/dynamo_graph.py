@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ _REPEATED = re.compile(r"@\d+$")
 
 
 def tidy(
-    module: fx.GraphModule, net: nn.Module, inputs: Sequence[Any], replaced: Collection[str]
+    module: fx.GraphModule, paths: Sequence[str | None], path_of: Callable[[str, str], str | None]
 ) -> tuple[dict[str, nn.Module], tuple[int, ...]]:
     """Put a graph that Dynamo captured into the form that a symbolic trace has, in place.
 
@@ -27,33 +27,25 @@ def tidy(
 
     Args:
         module: the captured graph.
-        net: the model.
-        inputs: the values of the graph's inputs.
-        replaced: names of buffers that the call replaces; what is read is the one before.
+        paths: for each input of the graph, the path to read it by; None if it stays an input.
+        path_of: the path of a module, from what Dynamo calls it: its key in ``nn_module_stack``, and its source.
 
     Returns:
         The modules that the graph needs beside the model's, and which of the inputs are still its inputs.
     """
     _inline_checkpoints(module)
-    names = {str(id(inner)): name for name, inner in net.named_modules()}
     for node in module.graph.nodes:
-        _describe(node, names)
-    positions = _read_by_path(module.graph, net, inputs, replaced)
-    modules = dict(_gather_modules(module, net))
+        _describe(node, path_of)
+    modules = dict(_gather_modules(module))
+    _read_by_path(module.graph, paths)
     modules.update(_fold_modes(module.graph))
-    return modules, positions
+    return modules, tuple(position for position, path in enumerate(paths) if path is None)
 
 
-def _read_by_path(graph: Graph, net: nn.Module, inputs: Sequence[Any], replaced: Collection[str]) -> tuple[int, ...]:
-    """Read parameters and buffers off the model; the positions of the other inputs."""
-    paths: dict[int, str] = {}
-    for name, tensor in (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)):
-        paths.setdefault(id(tensor), name)
-    positions = []
-    for position, (node, value) in enumerate(zip(graph.find_nodes(op="placeholder"), inputs, strict=True)):
-        path = paths.get(id(value))
-        if path is None or path.rpartition(".")[2] in replaced:
-            positions.append(position)
+def _read_by_path(graph: Graph, paths: Sequence[str | None]) -> None:
+    """Read parameters and buffers off the model."""
+    for node, path in zip(graph.find_nodes(op="placeholder"), paths, strict=True):
+        if path is None:
             continue
         with graph.inserting_after(node):
             read = graph.create_node("get_attr", path)
@@ -61,7 +53,6 @@ def _read_by_path(graph: Graph, net: nn.Module, inputs: Sequence[Any], replaced:
         node.replace_all_uses_with(read)
         graph.erase_node(node)
     _inputs_first(graph)
-    return tuple(positions)
 
 
 def _inputs_first(graph: Graph) -> None:
@@ -71,22 +62,24 @@ def _inputs_first(graph: Graph) -> None:
         first.prepend(node)
 
 
-def _describe(node: Node, names: Mapping[str, str]) -> None:
+def _describe(node: Node, path_of: Callable[[str, str], str | None]) -> None:
     """Give a node the metadata that the passes read: its modules by path, and a value with plain sizes."""
     stack = node.meta.get("nn_module_stack") or {}
     node.meta["nn_module_stack"] = {
-        key: (names[own], kind) for key, (_, kind) in stack.items() if (own := _REPEATED.sub("", key)) in names
+        key: (path, kind)
+        for key, (source, kind) in stack.items()
+        if (path := path_of(_REPEATED.sub("", key), source)) is not None
     }
     value = with_plain_sizes(node.meta.get("example_value"))
     if value is not None:
         node.meta["val"] = value
 
 
-def _gather_modules(module: fx.GraphModule, net: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What the graph reads off its own module: bodies of higher-order operations, constants."""
+def _gather_modules(module: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:
+    """What the graph reads off its own module: bodies of higher-order operations."""
     for node in module.graph.find_nodes(op="get_attr"):
         target = str(node.target)
-        if isinstance(found := module._modules.get(target), nn.Module) and target not in net._modules:
+        if isinstance(found := module._modules.get(target), nn.Module):
             yield target, found
 
 
