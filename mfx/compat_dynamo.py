@@ -16,7 +16,19 @@ from torch._functorch import predispatch
 
 from mfx.compat import fake_mode
 
-__all__ = ["CHECKPOINT", "DYNAMO_ERRORS", "ENTRANCES", "EXITS", "Seen", "see_call", "with_plain_sizes"]
+__all__ = [
+    "CHECKPOINT",
+    "DYNAMO_ERRORS",
+    "ENTRANCES",
+    "EXITS",
+    "Seen",
+    "is_broken_off",
+    "is_resumed",
+    "recompilations_left",
+    "see_call",
+    "sources",
+    "with_plain_sizes",
+]
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 ENTRANCES = (
@@ -112,7 +124,10 @@ def _hooks() -> Any:
 
 def _is_about_forward(guard: Any) -> bool:
     """Whether a guard wants a module to be without a ``forward`` of its own: a part of a net may get one from us."""
-    return guard.guard_type == "NOT_PRESENT_IN_GENERIC_DICT" and "forward" in str(guard.orig_guard)
+    if guard.guard_type != "NOT_PRESENT_IN_GENERIC_DICT":
+        return False
+    attribute: str = guard.orig_guard.create_fn.keywords["attr"]  # its printed form names it in some versions only
+    return attribute == "forward"
 
 
 @contextmanager
@@ -126,6 +141,40 @@ def _as_seen() -> Iterator[None]:
 
 def _is_marked_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
     return is_causal is True
+
+
+def sources(graph: fx.Graph) -> list[str]:
+    """Where in the caller's world each input of a graph comes from, as Dynamo writes it; "" for sizes."""
+    return [_source(node.meta.get("grapharg")) for node in graph.find_nodes(op="placeholder")]
+
+
+def _source(argument: Any) -> str:
+    name = getattr(getattr(argument, "source", None), "name", "")
+    return str(name() if callable(name) else name)
+
+
+def is_broken_off(module: fx.GraphModule) -> bool:
+    """Whether Dynamo ended a graph because it could not go on, and not because the function returned."""
+    reason = getattr(module, "compile_subgraph_reason", None)
+    return bool(getattr(reason, "graph_break", False))
+
+
+def is_resumed() -> bool:
+    """Whether the function that Dynamo is compiling is the rest of one, after a graph break."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        code = InstructionTranslator.current_tx().f_code
+    except (AttributeError, IndexError):
+        return False
+    return code.co_name.startswith("torch_dynamo_resume_in_")
+
+
+def recompilations_left() -> int:
+    """How many more graphs Dynamo will make of the function that it is compiling."""
+    compile_id = torch._guards.CompileContext.current_compile_id()
+    made = 0 if compile_id is None or compile_id.frame_compile_id is None else compile_id.frame_compile_id
+    return torch._dynamo.config.recompile_limit - made - 1
 
 
 def with_plain_sizes(value: Any) -> Any:
