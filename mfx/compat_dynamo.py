@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -13,6 +14,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, fx
 from torch._functorch import predispatch
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mfx.compat import fake_mode
 
@@ -104,12 +106,20 @@ def see_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
         "capture_scalar_outputs": True,
         "capture_dynamic_output_shape_ops": True,
     }
-    with _as_seen(), torch._dynamo.config.patch(config), get_metrics_context(), dynamo_timed("mfx"):
+    with _as_seen(), _quiet(), torch._dynamo.config.patch(config), get_metrics_context(), dynamo_timed("mfx"):
         output = fullgraph_capture(function, tuple(args), dict(kwargs))
         if output.backend_input is None:
             raise RuntimeError("the model computes nothing with tensors")
         guards = output.graph_capture_output.build_guards(function.__func__.__code__, _hooks())
     return Seen(output, guards.guard_manager)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the warning about what Dynamo does itself: it asks every tensor that it is given for its gradient."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
+        yield
 
 
 def _logging_methods() -> Iterator[Any]:
@@ -132,10 +142,14 @@ def _is_about_forward(guard: Any) -> bool:
 
 @contextmanager
 def _as_seen() -> Iterator[None]:
-    """What decides by looking at values which hint to give, `nn.Transformer` for one, gives none."""
+    """What decides by looking at values which hint to give, `nn.Transformer` for one, gives none; nobody watches.
+
+    A dispatch mode of the user's (a counter of FLOPs or bytes) is no condition of a graph, and a capture's operations
+    without values are not for it to see.
+    """
     from torch.nn.modules import transformer
 
-    with patch.object(transformer, "_detect_is_causal_mask", _is_marked_causal):
+    with patch.object(transformer, "_detect_is_causal_mask", _is_marked_causal), _disable_current_modes():
         yield
 
 
