@@ -26,7 +26,7 @@ class ActivationMeter:
       out: one that is held back to be accumulated later is alive like any other tensor;
     * scratch memory within one operation, and what happens inside an operation that is opaque to torch's dispatcher
       (a custom operator, a compiled graph), of which only the results are seen;
-    * tensors without a storage of their own (sparse, MKL-DNN).
+    * tensors without a storage of their own (sparse, MKL-DNN), or whose storage holds nothing (meta and fake tensors).
 
     On a CUDA device the caching allocator's numbers are used, relative to those at the block's start: scratch memory
     and opaque operations count, sizes are rounded up as the allocator does, and the device's peak statistics are reset.
@@ -157,7 +157,9 @@ _LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
 def _storages(leaves: Iterable[object]) -> Iterator[torch.UntypedStorage]:
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
-            yield leaf.untyped_storage()
+            storage = leaf.untyped_storage()
+            if storage.device.type != "meta":
+                yield storage
 
 
 def _keys(leaves: Iterable[object]) -> frozenset[int]:

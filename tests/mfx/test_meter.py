@@ -6,6 +6,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 from mfx.meter import ActivationMeter
 
@@ -261,3 +262,14 @@ def test_a_tanh_chain_on_cuda(n):
         assert meter.live == meter.peak == n * UNIT
         y.backward(torch.ones_like(y))
     assert meter.live == UNIT  # y
+
+
+def test_tensors_without_data_take_nothing():
+    with ActivationMeter() as meter:
+        kept = torch.empty(256, device="meta")
+        with FakeTensorMode():
+            fake = torch.empty(256).tanh()
+        real = torch.empty(256)
+    assert meter.live == real.nbytes
+    del kept, fake
+    assert meter.live == real.nbytes
