@@ -138,7 +138,7 @@ class Scope:
 
     __slots__ = ("_calls", "_net")
 
-    def __init__(self, net: nn.Module, calls: Mapping[str, nn.Module]) -> None:
+    def __init__(self, net: nn.Module, calls: Mapping[str, Any]) -> None:
         self._net = net
         self._calls = calls
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 
 from mfx import compat
 from mfx.engine import StepFunction, run_chain
@@ -51,6 +52,7 @@ class Momentum(nn.Module):
         self.memory_budget = memory_budget
         self.verify = verify
         self.stream: Stream | None = None  # what the last call ran on
+        self.program: Callable[[Graph], Callable[..., Any]] = compile_graph
         self._steps: tuple[StepFunction, ...] | None = None
         self._memory: dict[Any, Any] = {}
 
@@ -123,8 +125,8 @@ class Momentum(nn.Module):
                 StepFunction(
                     path=step.path or f"number {number} of {len(self.graphs.steps)}",
                     kind=step.kind,
-                    branch=compile_graph(step.branch),
-                    original=compile_graph(step.original),
+                    branch=self.program(step.branch),
+                    original=self.program(step.original),
                     captures=step.captures,
                     targets=step.targets,
                 )
@@ -137,7 +139,7 @@ class Momentum(nn.Module):
         return f"{self.chain}: {len(self.graphs.steps)} steps, gamma={self.gamma.value:g}, {self.arithmetic}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_steps": None, "_memory": {}}
+        return {**self.__dict__, "program": compile_graph, "_steps": None, "_memory": {}}
 
 
 def _as_it_is_now(root: Any) -> Any:

@@ -64,6 +64,14 @@ class RewrittenForward(Overlay):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the net on these arguments, by the rewritten graph that fits them."""
+        if torch.compiler.is_compiling():
+            from mfx.uncompiled import run_outside  # imports TorchDynamo, which takes a second
+
+            return run_outside(self, args, kwargs)
+        return self.run(*args, **kwargs)
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        """The same, whoever looks on."""
         if args and args[0] is self.net:
             args = args[1:]  # somebody (accelerate does) made a method of this, as of a function
         if self.bypassed or self.in_parts:

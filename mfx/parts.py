@@ -44,7 +44,7 @@ class Part(RewrittenForward):
         self.whole = whole
         self.path = path
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, *args: Any, **kwargs: Any) -> Any:
         """Run the module on these arguments."""
         whole = self._known_whole()
         if self.bypassed or whole.bypassed or (role := self._role_in(whole)) is Role.NONE:
@@ -60,7 +60,7 @@ class Part(RewrittenForward):
                 f"{self.path} was called by itself, and the modules that compute v0 are known to the whole net only. "
                 "Call the net, or use velocity='zero' or 'residual'."
             )
-        return super().__call__(*args, **kwargs)
+        return super().run(*args, **kwargs)
 
     def _has_no_chain(self, entry: Entry) -> None:
         self.in_parts = True  # there is nothing to capture, whatever it is called with

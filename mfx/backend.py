@@ -1,0 +1,176 @@
+"""The torch.compile backend "mfx": Dynamo's graph with its chains rewritten, compiled by another backend."""
+
+from __future__ import annotations
+
+import operator
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from mfx import compat_dynamo
+from mfx.capture import Captured, Specialization
+from mfx.compiler import Compiler
+from mfx.dynamo_graph import tidy
+from mfx.entry import Entry, Scope, make_entry
+from mfx.net import without_chains
+from mfx.options import Options, check_options
+from mfx.program import compile_graph
+from mfx.segments import cut
+from mfx_passes import MfxError
+from mfx_passes.serialize import copy_graph
+
+__all__ = ["momentum"]
+
+_PARTS = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
+_ROOT = re.compile(r"^[LG]\['?\w+'?\](?:\.__closure__\[\d+\]\.cell_contents)?\.?")
+_OPTIONS = ("gamma", "velocity", "arithmetic", "memory_budget", "recompute", "min_steps", "only", "skip", "verify")
+
+
+def momentum(
+    module: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile a graph after its chains have been rewritten: ``torch.compile(model, backend="mfx", options={...})``.
+
+    Args:
+        module: Dynamo's graph.
+        inputs: the values of its inputs.
+        mode: as for the inner backend; see `torch.compile`.
+        options: options of `mfx.momentumize` by name; ``inner``, the backend that compiles what is rewritten, the
+            steps' branches and what lies around the chains: ``"inductor"`` (default), ``"eager"``, ``"aot_eager"`` or
+            any other, by name or as a callable; and ``inner_options``, the ``options`` for that one.
+
+    Raises:
+        MfxError: an option is unknown or wrong, a chain is cut by a graph break, or Dynamo is about to give up
+            compiling anew and to run the model as it was.
+    """
+    given = dict(options or {})
+    compiler = _compiler(given, mode)
+    checked = _checked(given)
+    _refuse_the_last_recompilation()
+    sources = compat_dynamo.sources(module.graph)
+    paths = [_path_of_tensor(source) for source in sources]
+    holder = _holder(paths, inputs)
+    entry, positions = _rewrite(module, paths, holder, checked)
+    if not entry.calls:
+        warnings.warn(f"mfx: {without_chains(module)}", stacklevel=2)
+    _refuse_cut_chains(module, entry)
+    checked.check_chains(entry.shape)
+    for call in entry.calls.values():
+        call.program = compiler
+    graph, segments = cut(entry.graph, Scope(holder, entry.captured.modules), compiler)
+    function, scope = compile_graph(graph), Scope(holder, {**entry.calls, **segments})
+
+    def run(*values: Any) -> Any:
+        return function(scope, *(values[position] for position in positions))
+
+    return run
+
+
+def _compiler(options: dict[str, Any], mode: str | None) -> Callable[[fx.Graph], Callable[..., Any]]:
+    inner, inner_options = options.pop("inner", "inductor"), options.pop("inner_options", None)
+    if inner == "mfx" or inner is momentum:
+        raise MfxError("inner='mfx': the inner backend compiles what mfx has rewritten; use 'inductor' or another one.")
+    if not callable(inner) and inner not in torch._dynamo.list_backends(exclude_tags=()):
+        raise MfxError(
+            f"inner={inner!r}: no torch.compile backend has this name. There are "
+            f"{', '.join(torch._dynamo.list_backends())}; or pass a callable."
+        )
+    if inner == "eager":
+        return compile_graph
+    settings = {"mode": mode, "options": inner_options}
+    return Compiler(inner, **{name: value for name, value in settings.items() if value is not None})
+
+
+def _checked(options: dict[str, Any]) -> Options:
+    unknown = sorted(set(options) - set(_OPTIONS))
+    if unknown:
+        raise MfxError(
+            f"options of the backend 'mfx': {', '.join(unknown)} unknown. There are inner, inner_options, "
+            f"{', '.join(_OPTIONS)}."
+        )
+    checked = check_options(**options)
+    if not isinstance(checked.velocity, str):
+        raise MfxError("velocity modules need the model itself: use mfx.momentumize, or velocity='zero' or 'residual'.")
+    return checked
+
+
+def _rewrite(
+    module: fx.GraphModule, paths: Sequence[str | None], holder: nn.Module, options: Options
+) -> tuple[Entry, tuple[int, ...]]:
+    """The rewritten graph, and which of the inputs it takes."""
+    module = _copy(module)  # Dynamo goes on to read its own
+    modules, positions = tidy(module, paths, lambda key, source: _path_of_module(source))
+    values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
+    names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
+    captured = Captured(copy_graph(module.graph), [], {}, Specialization(names, {}), modules, values)
+    return make_entry(holder, captured, options, {}, {}), positions
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)
+
+
+def _path_of_tensor(source: str) -> str | None:
+    """``a.b.weight`` for a parameter or buffer of a module, None for other inputs."""
+    if "._parameters['" not in source and "._buffers['" not in source:
+        return None
+    return ".".join(_PARTS.findall(source))
+
+
+def _path_of_module(source: str) -> str:
+    found = _PARTS.findall(source)
+    return ".".join(found) if found else _ROOT.sub("", source)
+
+
+def _holder(paths: Sequence[str | None], tensors: Sequence[Any]) -> nn.Module:
+    """A tree of modules that holds the parameters and buffers under their paths."""
+    root = nn.Module()
+    for path, tensor in zip(paths, tensors, strict=True):
+        if path is None:
+            continue
+        *outer, name = path.split(".")
+        module = root
+        for part in outer:
+            if part not in module._modules:
+                module.add_module(part, nn.Module())
+            module = getattr(module, part)
+        if isinstance(tensor, nn.Parameter):
+            module.register_parameter(name, tensor)
+        else:
+            module.register_buffer(name, tensor)
+    return root
+
+
+def _refuse_cut_chains(module: fx.GraphModule, entry: Entry) -> None:
+    """A graph break inside a chain would set its velocity back to zero: another function."""
+    broken, resumed = compat_dynamo.is_broken_off(module), compat_dynamo.is_resumed()
+    for name, call in entry.calls.items():
+        node = next(iter(entry.graph.find_nodes(op="call_module", target=name)))
+        starts_at_break = resumed and any(source.op == "placeholder" for source in node.all_input_nodes[:1])
+        ends_at_break = broken and any(user.op == "output" for user in _onwards(node))
+        if starts_at_break or ends_at_break:
+            raise MfxError(
+                f"the chain {call.chain} is cut by a graph break of torch.compile, where its velocity would be lost. "
+                "Compile with fullgraph=True to see what breaks the graph, or use mfx.momentumize."
+            )
+
+
+def _onwards(call: fx.Node) -> list[fx.Node]:
+    """Who reads the end state of a chain, directly or as the first of several values."""
+    firsts = [user for user in call.users if user.target is operator.getitem and user.args[1] == 0]
+    return [user for node in (call, *firsts) for user in node.users]
+
+
+def _refuse_the_last_recompilation() -> None:
+    """After so many graphs of one function Dynamo runs it as it was written, which is another function."""
+    if compat_dynamo.recompilations_left() < 1:
+        raise MfxError(
+            "torch.compile has made as many graphs of this function as it will; at the next one it would run the model "
+            "without mfx. Raise torch._dynamo.config.recompile_limit, or compile with dynamic=True."
+        )

@@ -1,0 +1,76 @@
+"""Step graphs compiled by a torch.compile backend, each structure once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from mfx.program import compile_graph
+from mfx_passes.serialize import PortableGraph
+
+__all__ = ["Compiler"]
+
+Function = Callable[..., Any]
+
+
+class Compiler:
+    """Turns graphs into compiled functions; graphs that differ in nothing but names share one.
+
+    Args:
+        inner: name of a torch.compile backend, or one.
+        **settings: further arguments of `torch.compile`.
+    """
+
+    def __init__(self, inner: Any, **settings: Any) -> None:
+        self._inner = inner
+        self._settings = settings
+        self._compiled: dict[Any, Function] = {}
+
+    def __call__(self, graph: Graph) -> Function:
+        """The function a graph stands for; its first argument is the object that holds what the graph reads by path.
+
+        What is read by path is handed to the compiled function, so that blocks of one structure share it.
+        """
+        if graph.find_nodes(op="call_module"):
+            return compile_graph(graph)  # modules have code of their own, and may be replaced
+        paths, shared = _with_inputs_only(graph)
+        source = shared.python_code("self")
+        key = source.src, tuple(sorted((name, id(value)) for name, value in source.globals.items()))
+        if key not in self._compiled:
+            self._compiled[key] = torch.compile(compile_graph(shared), backend=self._inner, **self._settings)
+        compiled = self._compiled[key]
+
+        def run(root: Any, *inputs: Any) -> Any:
+            return compiled(None, *inputs, *(_resolve(root, path) for path in paths))
+
+        return run
+
+
+def _with_inputs_only(graph: Graph) -> tuple[list[str], Graph]:
+    """The paths a graph reads, and a graph that is given these as inputs instead, with nodes named by number."""
+    shared = PortableGraph()
+    copies: dict[Node, Node] = {}
+    read: dict[str, Node] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        copies[node] = shared.placeholder(f"a{len(copies)}")
+    for node in graph.find_nodes(op="get_attr"):
+        path = str(node.target)
+        if path not in read:
+            read[path] = shared.placeholder(f"p{len(read)}")
+        copies[node] = read[path]
+    for node in graph.nodes:
+        if node in copies:
+            continue
+        args = torch.fx.node.map_arg(node.args, copies.__getitem__)
+        kwargs = torch.fx.node.map_arg(node.kwargs, copies.__getitem__)
+        copies[node] = shared.create_node(node.op, node.target, args, kwargs, name=f"n{len(copies)}")
+    return list(read), shared
+
+
+def _resolve(root: Any, path: str) -> Any:
+    for name in path.split("."):
+        root = getattr(root, name)
+    return root

@@ -1,0 +1,276 @@
+"""torch.compile(model, backend="mfx"): the network that momentumize makes, inside of a torch.compile pipeline."""
+
+import re
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+import mfx
+from mfx.backend import momentum
+
+# Dynamo looks at .grad of whatever it is given, and hides the warning in a way that does not work for errors.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated"),  # Inductor in torch 2.13
+]
+INNER = ["eager", "aot_eager"]
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+class Blocks(nn.Module):
+    """An embedding, blocks x + f(x), and a head."""
+
+    def __init__(self, depth=6, dropout=0.0):
+        super().__init__()
+        self.embed = nn.Linear(5, 8)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.LayerNorm(8), nn.Linear(8, 8), nn.GELU(), nn.Dropout(dropout)) for _ in range(depth)
+        )
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+        return self.head(x)
+
+
+class Normalized(nn.Module):
+    """Convolutions with BatchNorm, whose statistics a branch changes, and a ReLU after the sum."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)) for _ in range(4)
+        )
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = torch.relu(x + block(x))
+        return x
+
+
+def compiled(model, inner="eager", fullgraph=True, **options):
+    return torch.compile(model, backend=momentum, fullgraph=fullgraph, options={"inner": inner, **options})
+
+
+def result(function, parameters, x, seed=1):
+    """Output, gradients by parameter and input, and the random state afterwards."""
+    torch.manual_seed(seed)
+    x = x.clone().requires_grad_()
+    out = function(x)
+    gradients = torch.autograd.grad(out.square().sum(), [x, *parameters])
+    return [out.detach(), *gradients, torch.get_rng_state()]
+
+
+def assert_same(found, expected):
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("options", [{"gamma": 0.9}, {"gamma": 0.0}, {"gamma": 0.5, "arithmetic": "float"}], ids=str)
+def test_it_is_the_momentumized_network(inner, options):
+    model, x = Blocks(dropout=0.2), torch.randn(4, 5)
+    expected = result(mfx.momentumize(model, **options), list(model.parameters()), x)
+    assert_same(result(compiled(model, inner, **options), list(model.parameters()), x), expected)
+
+
+def test_at_gamma_zero_it_is_the_model():
+    model, x = Blocks(dropout=0.2), torch.randn(4, 5)
+    expected = result(model, list(model.parameters()), x)
+    assert_same(result(compiled(model, gamma=0.0), list(model.parameters()), x), expected)
+
+
+def test_it_is_another_function_otherwise():
+    model, x = Blocks(), torch.randn(4, 5)
+    assert not torch.allclose(compiled(model, gamma=0.9)(x), model(x), atol=1e-3)
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_statistics_of_batch_norm(inner):
+    model, x = Normalized(), torch.randn(2, 4, 6, 6)
+    net = compiled(model, inner)
+    net(x).sum().backward()
+    counts = [block[1].num_batches_tracked.item() for block in model.blocks]
+    means = [block[1].running_mean.clone() for block in model.blocks]
+    assert counts == [1] * 4
+    torch.manual_seed(0)
+    reference = Normalized()
+    mfx.momentumize(reference)(x)
+    for block, mean in zip(reference.blocks, means, strict=True):
+        # One pass over the same numbers, by kernels that may sum the 72 of them in another order.
+        torch.testing.assert_close(mean, block[1].running_mean, rtol=0, atol=72 * 2.0**-24)
+
+
+def test_train_and_eval():
+    model, x = Blocks(dropout=0.5), torch.randn(4, 5)
+    net, eager = compiled(model), mfx.momentumize(model)
+    net(x)
+    model.eval(), eager.eval()
+    with torch.no_grad():
+        assert torch.equal(net(x), eager(x))
+
+
+def test_other_batch_sizes():
+    model = Blocks()
+    net, eager = compiled(model), mfx.momentumize(model)
+    for batch in range(2, 22):
+        x = torch.randn(batch, 5)
+        assert torch.equal(net(x), eager(x))
+
+
+def test_inductor():
+    model, x = Blocks(depth=3).double(), torch.randn(4, 5, dtype=torch.float64)
+    found = result(compiled(model, "inductor"), list(model.parameters()), x)
+    expected = result(mfx.momentumize(model), list(model.parameters()), x)
+    for a, b in zip(found[:-1], expected[:-1], strict=True):
+        # The same sums of at most 8 numbers, in another order, through 3 blocks forth and back.
+        torch.testing.assert_close(a, b, rtol=8 * 6 * 2.0**-40, atol=8 * 6 * 2.0**-40)
+
+
+def test_inductor_draws_the_same_masks_twice():
+    model, x = Blocks(depth=3, dropout=0.3).double(), torch.randn(2, 5, dtype=torch.float64)
+    net, parameter = compiled(model, "inductor"), model.blocks[0][1].bias
+
+    def loss():
+        torch.manual_seed(3)
+        return net(x).square().sum()
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="mfx")  # a step that did not compute the same values twice would warn
+        (gradient,) = torch.autograd.grad(loss(), [parameter])
+    step = 1e-4
+    with torch.no_grad():
+        parameter[2] += step
+    above = loss().item()
+    with torch.no_grad():
+        parameter[2] -= 2 * step
+    below = loss().item()
+    # A central difference errs by step²/6 times a third derivative of order 10, and by 2^-40 · 10 / step.
+    assert gradient[2].item() == pytest.approx((above - below) / (2 * step), abs=1e-5)
+
+
+def test_branches_of_one_structure_are_compiled_once():
+    calls = []
+
+    def counting(module, inputs):
+        calls.append(module)
+        return module
+
+    counts = []
+    for depth in (4, 12):
+        calls.clear()
+        torch._dynamo.reset()
+        compiled(Blocks(depth), counting)(torch.randn(4, 5)).sum().backward()
+        counts.append(len(calls))
+    assert counts[0] == counts[1]
+
+
+def test_a_model_without_chains_says_so():
+    model, x = nn.Sequential(nn.Linear(5, 5), nn.ReLU()), torch.randn(2, 5)
+    with pytest.warns(UserWarning, match="no chain of residual adds"):
+        assert torch.equal(compiled(model)(x), model(x))
+
+
+def through(blocks, x):
+    for block in blocks:
+        x = x + block(x)
+    return x
+
+
+class Broken(Blocks):
+    def forward(self, x):
+        x = through(self.blocks[:3], self.embed(x))
+        torch._dynamo.graph_break()
+        return self.head(through(self.blocks[3:], x))
+
+
+class BrokenBefore(Blocks):
+    def forward(self, x):
+        x = self.embed(x) * 2
+        torch._dynamo.graph_break()
+        return Blocks.forward(self, x[:, :5])
+
+
+def test_a_graph_break_inside_a_chain_is_refused():
+    with pytest.raises(Exception, match="chain blocks is cut by a graph break"):
+        compiled(Broken(), fullgraph=False)(torch.randn(4, 5))
+
+
+def test_a_graph_break_elsewhere_is_none_of_our_business():
+    model, x = BrokenBefore(), torch.randn(4, 5)
+    with pytest.warns(UserWarning, match="no chain of residual adds"):
+        out = compiled(model, fullgraph=False)(x)
+    rest = mfx.momentumize(Blocks())
+    rest.load_state_dict(model.state_dict())
+    assert torch.equal(out, rest((model.embed(x) * 2)[:, :5]))
+
+
+def test_the_recompile_limit_is_an_error():
+    class Scaled(Blocks):
+        def forward(self, x, how):
+            return super().forward(x) * len(how)
+
+    net = compiled(Scaled())
+    for number in range(1, torch._dynamo.config.recompile_limit):
+        net(torch.randn(2, 5), "x" * number)
+    with pytest.raises(Exception, match=r"as many graphs of this function as it will.*recompile_limit"):
+        net(torch.randn(2, 5), "x" * torch._dynamo.config.recompile_limit)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"gama": 0.9}, "options of the backend 'mfx': gama unknown. There are inner, inner_options, gamma"),
+        ({"gamma": 1.0}, "gamma must be a real number"),
+        ({"gamma": {"heads": 0.5, "*": 0.9}}, "no chain is called 'heads'. Chains: blocks"),
+        ({"inner": "inductr"}, "inner='inductr': no torch.compile backend has this name. There are .*inductor"),
+        ({"inner": "mfx"}, "the inner backend compiles what mfx has rewritten"),
+        ({"velocity": nn.Linear(8, 8)}, "velocity modules need the model itself"),
+        ({"only": "heads"}, "'heads' in only/skip fits no chain"),
+    ],
+    ids=str,
+)
+def test_bad_options(options, message):
+    net = torch.compile(Blocks(), backend=momentum, options=options)
+    with pytest.raises(Exception, match=message):
+        net(torch.randn(2, 5))
+
+
+def test_it_is_installed_under_its_name():
+    from importlib.metadata import entry_points
+
+    found = {point.name: point.value for point in entry_points(group="torch_dynamo_backends")}
+    if "mfx" not in found:
+        pytest.skip("mfx is on the path, but not installed")
+    assert "mfx" in torch._dynamo.list_backends()
+    model, x = Blocks(), torch.randn(2, 5)
+    net = torch.compile(model, backend="mfx", options={"inner": "eager"})
+    assert torch.equal(net(x), mfx.momentumize(model)(x))
+
+
+# --- a momentumized net inside of what torch.compile compiles ---------------------------------------------------------
+
+
+def test_a_momentumized_net_runs_between_the_graphs():
+    net, x = mfx.momentumize(Blocks()), torch.randn(4, 5)
+    outer = nn.Sequential(nn.Linear(5, 5), net, nn.Linear(3, 3))
+    parameters = list(outer.parameters())
+    expected = result(outer, parameters, x)
+    assert_same(result(torch.compile(outer, backend="eager"), parameters, x), expected)
+    assert torch.equal(torch.compile(net, backend="eager")(x), net(x))
+
+
+def test_a_momentumized_net_is_no_part_of_a_full_graph():
+    net = torch.compile(mfx.momentumize(Blocks()), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=re.escape('torch.compile(model, backend="mfx")')):
+        net(torch.randn(4, 5))
