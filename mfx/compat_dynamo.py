@@ -101,6 +101,7 @@ def see_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
 
     config = {
         "assume_static_by_default": not dynamic,
+        "automatic_dynamic_shapes": False,  # goes by what other models of the class were called with
         "skip_nnmodule_hook_guards": False,  # a hook that comes later must be seen
         "ignore_logging_functions": set(_logging_methods()),
         "capture_scalar_outputs": True,
