@@ -14,6 +14,7 @@ from mfx.capture import CaptureError, Specialization, capture
 from mfx.entry import Entry, make_entry, steps_of
 from mfx.guard import without_marks
 from mfx.probe import find_with_shapes
+from mfx.sharding import refuse_shards
 from mfx.tree import without_parts
 
 if TYPE_CHECKING:
@@ -155,6 +156,7 @@ class DynamoRoute:
         from mfx.dynamo import capture_call  # imports TorchDynamo, which takes a second
 
         net, options = self._owner.net, self._owner.options
+        refuse_shards(net)
         with without_parts(net):
             captured = capture_call(net, args, kwargs, dynamic=bool(self.entries))
         entry = make_entry(net, captured, options, {}, {})

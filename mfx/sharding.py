@@ -11,7 +11,7 @@ from torch import nn
 from mfx import compat
 from mfx_passes import MfxError
 
-__all__ = ["copying", "refuse_containers", "share"]
+__all__ = ["copying", "refuse_containers", "refuse_shards", "share"]
 
 
 @contextmanager
@@ -47,6 +47,21 @@ def share(model: nn.Module, copies: Mapping[int, Any]) -> None:
                 "known to it by the module. Apply it to one module at a time, or to the momentumized net."
             )
         compat.share_shards(module, copies[id(module)], copies)
+
+
+def refuse_shards(net: nn.Module) -> None:
+    """Refuse sharded modules in a net whose graphs read parameters without calling the modules that have them.
+
+    Raises:
+        MfxError: there is one.
+    """
+    for path, module in net.named_modules():
+        if compat.shards_of(module) is not None and path:
+            raise MfxError(
+                f"{path} is sharded by fully_shard, which gathers its parameters when it is called; but "
+                f"{type(net).__name__} has to be captured by TorchDynamo, whose graphs read parameters without calling "
+                "modules. Shard the net as a whole, or use a model that symbolic tracing can follow."
+            )
 
 
 def refuse_containers(net: nn.Module, containers: Sequence[str], read: Sequence[str]) -> None:

@@ -215,3 +215,24 @@ def shard_modules_together():
 
 def test_a_group_of_modules_sharded_before_is_refused(world):
     world.run(shard_modules_together)
+
+
+def shard_what_dynamo_captures(when, root_only):
+    mesh, model = init_device_mesh("cpu", (SIZE,)), make_model()
+    net = mfx.momentumize(model, capture="dynamo")
+    if when == "after the first call":
+        net(batch(0))
+    if not root_only:
+        fully_shard(net.blocks[0].mlp, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    if root_only:
+        loss_of(net, batch(0)).backward()
+        return
+    with pytest.raises(mfx.MfxError, match=r"blocks\.0\.mlp is sharded by fully_shard.*captured by TorchDynamo"):
+        net(batch(0))
+
+
+@pytest.mark.parametrize("when", ["before the first call", "after the first call"])
+@pytest.mark.parametrize("root_only", [False, True])
+def test_modules_that_a_graph_does_not_call_are_refused(world, when, root_only):
+    world.run(shard_what_dynamo_captures, when, root_only)
