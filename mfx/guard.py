@@ -66,16 +66,22 @@ def guards_of(net: nn.Module, leaves: Collection[str], marks: Mapping[nn.Module,
 
 @contextmanager
 def without_marks(net: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
-    """Undo what is done to attributes of modules within this context.
+    """Undo what is done to attributes of modules, and remove hooks that are put on them, within this context.
+
+    Both or neither: a model that notes in an attribute that its hooks are there would put them there twice.
 
     Yields:
         Filled at the end: names of the attributes that were set, by module.
     """
     before = {module: dict(module.__dict__) for module in net.modules()}
+    hooks = [(table, set(table)) for module in net.modules() for table in _hook_tables(module)]
     marks: dict[nn.Module, set[str]] = {}
     try:
         yield marks
     finally:
+        for table, keys in hooks:
+            for key in set(table) - keys:
+                del table[key]
         for module, old in before.items():
             now = module.__dict__
             changed = {name for name in {**old, **now} if now.get(name, _ABSENT) is not old.get(name, _ABSENT)}
@@ -86,6 +92,10 @@ def without_marks(net: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
             now.update({name: old[name] for name in changed & old.keys()})
             if changed:
                 marks[module] = changed
+
+
+def _hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 @contextmanager
