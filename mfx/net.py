@@ -236,7 +236,8 @@ class RewrittenForward(Overlay):
             warnings.warn(f"mfx: {message}", stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "bypassed": 0}  # a copy made inside mfx.original is no part of that context
+        kept = self.active if self.active in self.symbolic.entries else None  # what Dynamo saw is not copied
+        return {**self.__dict__, "bypassed": 0, "active": kept}  # a copy made in mfx.original is no part of that context
 
 
 def forward_of(net: nn.Module) -> RewrittenForward | None:
