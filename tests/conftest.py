@@ -9,7 +9,7 @@ import torch
 # Tensors here are small: a second thread would wait more than work, and on a busy machine wait for ever.
 torch.set_num_threads(1)
 
-_LIBRARIES = ("torchvision", "timm", "vit_pytorch", "momentumnet", "sklearn")
+_LIBRARIES = ("torchvision", "timm", "vit_pytorch", "momentumnet", "sklearn", "transformers")
 
 
 def _imports(name: str) -> bool:
