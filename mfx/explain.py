@@ -17,7 +17,7 @@ from mfx.momentumize import graphs
 from mfx.net import RewrittenForward, described, forward_of, net_of
 from mfx.options import check_options
 from mfx.streams import streams_of
-from mfx_passes import Findings, MfxError, StepGraphs, find_chains
+from mfx_passes import Findings, MfxError, Rejection, StepGraphs, find_chains
 from mfx_passes.ir import source_line
 from mfx_passes.serialize import copy_graph
 
@@ -44,10 +44,25 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     forward = forward_of(model)
     if forward is None:
         forward = RewrittenForward(net_of(model), check_options())
+    if forward.in_parts:
+        return _explain_parts(type(model).__name__, forward)
     entry = _entry(forward, args, kwargs)
     findings = entry.findings(forward.net, forward.options)
     streams = streams_of(forward, entry, args, kwargs) if args or kwargs else {}
     return _explanation(type(model).__name__, entry.calls.values(), findings, forward.graphs(), entry.flat, streams)
+
+
+def _explain_parts(name: str, whole: RewrittenForward) -> Explanation:
+    """A net that is rewritten module by module: what its last call found in each."""
+    chains: list[ExplainedChain] = []
+    rejections: list[Rejection] = []
+    for part in whole.parts():
+        if part.active is not None:
+            findings = part.active.findings(part.net, part.options)
+            explained = _explanation(name, part.active.calls.values(), findings, {}, part.active.flat, {})
+            chains += explained.chains
+            rejections += explained.rejections
+    return Explanation(name, tuple(sorted(chains, key=lambda chain: chain.name)), tuple(rejections), whole.graphs(), ())
 
 
 def _explain_graph_module(module: fx.GraphModule, calls: Iterable[Momentum]) -> Explanation:

@@ -193,7 +193,13 @@ class RewrittenForward(Overlay):
         return entry.graph_module(self.net).print_readable(*args, **kwargs)
 
     def graphs(self) -> dict[str, fx.GraphModule]:
-        """The rewritten graphs, named after the training mode they are for; ``train#2`` for other arguments."""
+        """The rewritten graphs, named after the training mode they are for; ``train#2`` for other arguments.
+
+        Those of a net that is no one graph have the path of the module that they are of in front.
+        """
+        if self.in_parts:
+            paths = {module: path for path, module in self.net.named_modules()}
+            return {f"{paths[part.net]}: {name}": g for part in self.parts() for name, g in part.graphs().items()}
         modules: dict[str, fx.GraphModule] = {}
         for entry in self.all_entries:
             base = _mode(entry)
@@ -237,7 +243,11 @@ class RewrittenForward(Overlay):
 
     def __getstate__(self) -> dict[str, Any]:
         kept = self.active if self.active in self.symbolic.entries else None  # what Dynamo saw is not copied
-        return {**self.__dict__, "bypassed": 0, "active": kept}  # a copy made in mfx.original is no part of that context
+        return {
+            **self.__dict__,
+            "bypassed": 0,
+            "active": kept,
+        }  # a copy made in mfx.original is no part of that context
 
 
 def forward_of(net: nn.Module) -> RewrittenForward | None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch.nn.functional as F
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate
 
@@ -16,6 +17,13 @@ _KEPT_META = ("nn_module_stack", "stack_trace", "custom")
 
 @dataclass(frozen=True)
 class _Reference:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Functional:
+    """A function of ``torch.nn.functional`` that pickle does not find by its name, like ``max_pool2d``."""
+
     name: str
 
 
@@ -39,6 +47,7 @@ def portable(rows: list[tuple[Any, ...]]) -> PortableGraph:
     lookup = _lookup(nodes)
     for op, name, target, args, kwargs, annotation, meta in rows:
         args, kwargs = map_aggregate(args, lookup), map_aggregate(kwargs, lookup)
+        target = getattr(F, target.name) if isinstance(target, _Functional) else target
         nodes[name] = graph.create_node(op, target, args, kwargs, name, annotation)
         nodes[name].meta.update(meta)
     return graph
@@ -54,7 +63,7 @@ def _dump(graph: Graph) -> list[tuple[Any, ...]]:
         (
             node.op,
             node.name,
-            node.target,
+            _importable(node.target),
             map_aggregate(node.args, _to_reference),
             map_aggregate(node.kwargs, _to_reference),
             node.type,
@@ -92,6 +101,12 @@ def load_calls(rows: list[tuple[Any, ...]], graph: Graph) -> list[ModuleCall]:
         )
         for target, args, kwargs, output, names in rows
     ]
+
+
+def _importable(target: Any) -> Any:
+    if "<locals>" not in getattr(target, "__qualname__", ""):
+        return target
+    return next((_Functional(name) for name, function in vars(F).items() if function is target), target)
 
 
 def _to_reference(arg: Any) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
@@ -145,6 +146,17 @@ def test_chains_survive_pickle_and_deepcopy(name: str) -> None:
 def test_graphs_of_any_size_can_be_pickled() -> None:
     case = traced(nn.Sequential(*(nn.ReLU() for _ in range(3000))))
     assert len(pickle.loads(pickle.dumps(case.graph)).nodes) == 3002
+
+
+class Pooling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.max_pool2d(x, 2)
+
+
+def test_functions_that_pickle_does_not_find_by_name() -> None:
+    (before,) = traced(Pooling()).graph.find_nodes(op="call_function", target=F.max_pool2d)
+    again = pickle.loads(pickle.dumps(copy_graph(before.graph)))
+    assert len(again.find_nodes(op="call_function", target=F.max_pool2d)) == 1
 
 
 def test_copies_have_the_same_names_and_descriptions() -> None:
