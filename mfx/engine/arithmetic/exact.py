@@ -67,7 +67,8 @@ class ExactState(State):
     @staticmethod
     @override
     def bytes_kept(gamma: Gamma, dtype: torch.dtype, steps: int) -> float:
-        bits = math.log2(gamma.denominator / gamma.numerator) * steps
+        # A velocity that starts at zero leaves no digits when it is multiplied first.
+        bits = math.log2(gamma.denominator / gamma.numerator) * (steps - 1)
         limbs = max(0, math.ceil((bits - math.log2(SMALL)) / LIMB))
         return 24 + LIMB // 8 * limbs
 
