@@ -6,7 +6,7 @@ import dis
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +15,7 @@ import torch._dynamo
 from torch import Tensor, fx
 from torch._functorch import predispatch
 from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.module_tracker import ModuleTracker
 
 from mfx.compat import fake_mode
 
@@ -145,13 +146,27 @@ def _is_about_forward(guard: Any) -> bool:
 def _as_seen() -> Iterator[None]:
     """What decides by looking at values which hint to give, `nn.Transformer` for one, gives none; nobody watches.
 
-    A dispatch mode of the user's (a counter of FLOPs or bytes) is no condition of a graph, and a capture's operations
-    without values are not for it to see.
+    A dispatch mode of the user's (a counter of FLOPs or bytes) is no condition of a graph, nor are the hooks by which
+    `torch.utils.flop_counter` follows modules; and a capture's operations without values are not for them to see.
     """
-    from torch.nn.modules import transformer
+    from torch.nn.modules import module, transformer
 
-    with patch.object(transformer, "_detect_is_causal_mask", _is_marked_causal), _disable_current_modes():
+    with (
+        patch.object(transformer, "_detect_is_causal_mask", _is_marked_causal),
+        _without_trackers(module._global_forward_pre_hooks),
+        _without_trackers(module._global_forward_hooks),
+        _disable_current_modes(),
+    ):
         yield
+
+
+def _without_trackers(hooks: dict[int, Any]) -> AbstractContextManager[Any]:
+    if not hooks:
+        return nullcontext()
+    others = {
+        key: hook for key, hook in hooks.items() if not isinstance(getattr(hook, "__self__", None), ModuleTracker)
+    }
+    return patch.dict(hooks, others, clear=True)
 
 
 def _is_marked_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:

@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import mfx
 from mfx.net import forward_of
@@ -64,4 +65,16 @@ def test_a_dispatch_mode_around_a_call_sees_the_rewritten_call_alone():
             net(x)
         assert products.count == 3  # one for each block; none from looking at the model
     net(x)
+    assert len(forward_of(net).all_entries) == 1
+
+
+def test_flops_are_counted_from_the_first_call_on():
+    net, x = mfx.momentumize(Model(), gamma=0.5, capture="dynamo"), torch.randn(2, 4)
+    counts = []
+    for _ in range(2):
+        with FlopCounterMode(display=False) as counter:
+            net(x).backward()
+        counts.append(counter.get_total_flops())
+    # Three products of 2x4 by 4x4 forth, again, and two of as many FLOPs each back; none for the gradient of x.
+    assert counts == [2 * 2 * 4 * 4 * (3 + 3 + 2 * 3 - 1)] * 2
     assert len(forward_of(net).all_entries) == 1
