@@ -23,10 +23,11 @@ from tests.oracles import assert_close_grads
 
 GAMMA = 0.9
 
-# Where transformers computes the same function in another way: float64, T <= 6 layers of sums of at most 2·32 products,
-# each of relative error 2⁻⁵³ and all of one sign in the worst case: 6·64·2⁻⁵³ = 4e-14 forward, the same again backward,
-# times a condition number of these networks of up to 10.
-ROUNDING = 1e-12
+# Where transformers computes the same function in another way: T <= 6 layers of sums of at most 2·32 products, each of
+# relative error eps/2 and all of one sign in the worst case, forward and backward: 6·64·eps, times a condition number
+# of these networks of up to 10.
+ROUNDING = 6 * 64 * 10
+
 
 # A value that steps capture and somebody else reads has its gradients summed in another order: T <= 9 terms of relative
 # error 2⁻²⁴ each, carried through as many layers: 9·9·2⁻²⁴ = 5e-6.
@@ -87,9 +88,14 @@ def assert_equal(family: Family, actual: Outcome, expected: Outcome) -> None:
         return assert_bit_equal(actual, expected)
     assert torch.equal(actual.rng, expected.rng)
     for a, b in zip(actual.outputs, expected.outputs, strict=True):
-        assert float((a - b).norm()) <= ROUNDING * float(b.norm())
-    assert_close_grads(actual.grads, expected.grads, ROUNDING, noise=1e-3)
+        assert float((a - b).norm()) <= rounding(family) * float(b.norm())
+    assert_close_grads(actual.grads, expected.grads, rounding(family), noise=1e-3)
     return None
+
+
+def rounding(family: Family) -> float:
+    """How far two ways to compute the model may be apart, relatively."""
+    return 0.0 if family.compiles_alike else ROUNDING * torch.finfo(family.dtype).eps
 
 
 # --- the verdicts -------------------------------------------------------------------------------------------------
@@ -173,7 +179,7 @@ def signature(family: Family) -> Mapping:
 
 
 def assert_near(family: Family, actual: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    bound = 0.0 if family.compiles_alike else ROUNDING
+    bound = rounding(family)
     assert len(actual) == len(expected)
     for a, b in zip(actual, expected, strict=True):
         assert a.shape == b.shape
@@ -246,7 +252,7 @@ def assert_taps(family: Family) -> None:
     expected, actual = train(model, inputs, **asked), train(net0, inputs, **asked)
     assert len(expected.outputs) > DEPTH, "no taps"
     assert_near(family, actual.outputs, expected.outputs)
-    assert_close_grads(actual.grads, expected.grads, SUMMED_ANOTHER_WAY, noise=1e-3)
+    assert_close_grads(actual.grads, expected.grads, max(SUMMED_ANOTHER_WAY, rounding(family)), noise=1e-3)
     assert_bit_equal(train(net, inputs, **asked), train(kept, inputs, **asked))
 
 
@@ -279,12 +285,11 @@ def assert_cached(family: Family) -> None:
 
 
 def assert_same_in_two_calls(family: Family, net: nn.Module, same: nn.Module) -> None:
-    exact = family.compiles_alike or same.__dict__.get("forward") is not None
     actual, expected = two_calls(family, net), two_calls(family, same)
-    bound = 0.0 if exact else ROUNDING
+    bound = rounding(family)
     for a, b in zip(actual[0], expected[0], strict=True):
         assert float((a - b).norm()) <= bound * float(b.norm())
-    assert_close_grads(actual[1], expected[1], SUMMED_ANOTHER_WAY, noise=1e-3)
+    assert_close_grads(actual[1], expected[1], max(SUMMED_ANOTHER_WAY, rounding(family)), noise=1e-3)
 
 
 def two_calls(family: Family, net: nn.Module):
@@ -345,6 +350,8 @@ def params() -> Iterator:
 ALWAYS = ("llama", "bert", "t5")
 
 
+# Mamba asks cached functions which packages are there.
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")
 @pytest.mark.parametrize("family, verdict", list(params()))
 def test_huggingface(family, verdict):
     verdict(family)
