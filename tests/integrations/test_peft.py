@@ -51,7 +51,13 @@ def after_a_call(name, **options):
     return adapted(net, name)
 
 
-ORDERS = [before, inside, after, after_a_call]
+SLOW = pytest.mark.zoo
+ORDERS = [
+    pytest.param(before, marks=SLOW),
+    pytest.param(inside, marks=SLOW),
+    after,
+    pytest.param(after_a_call, marks=SLOW),
+]
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -71,8 +77,8 @@ def test_adapters(order, name):
     assert not torch.equal(actual.outputs[0], plain.outputs[0]), "γ changes nothing"
 
 
-@torch.no_grad()  # loaded adapters are frozen: with gradients, the net on one side only would be run for a backward pass
-@pytest.mark.parametrize("order", [inside, after])
+@torch.no_grad()  # loaded adapters are frozen; else only one of the two nets would run for a backward pass
+@pytest.mark.parametrize("order", [pytest.param(inside, marks=SLOW), after])
 def test_saved_adapters(order, tmp_path):
     family = FAMILY["llama"]
     net = order("llama").eval()
@@ -88,7 +94,7 @@ def test_saved_adapters(order, tmp_path):
     assert not torch.equal(without[0], expected[0])
 
 
-@pytest.mark.parametrize("order", [inside, after])
+@pytest.mark.parametrize("order", [pytest.param(inside, marks=SLOW), after])
 def test_generate_and_merge(order):
     family = FAMILY["llama"]
     prompt = {"input_ids": family.inputs()["input_ids"]}

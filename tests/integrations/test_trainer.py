@@ -52,7 +52,7 @@ def assert_same_weights(found, expected) -> None:
         assert torch.equal(found.state_dict()[name], tensor), name
 
 
-@pytest.mark.parametrize("name", ["gpt2", "bert"])
+@pytest.mark.parametrize("name", ["gpt2", pytest.param("bert", marks=pytest.mark.zoo)])
 def test_the_weights_of_ordinary_backpropagation(name, tmp_path):
     family = FAMILY[name]
     untouched = family.make()
