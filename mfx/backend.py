@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import operator
-import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from mfx.dynamo_graph import tidy
 from mfx.entry import Entry, Scope, make_entry
 from mfx.net import without_chains
 from mfx.options import Options, check_options
+from mfx.places import is_held_by_module, place
 from mfx.program import compile_graph
 from mfx.segments import cut
 from mfx_passes import MfxError
@@ -25,8 +26,7 @@ from mfx_passes.serialize import copy_graph
 
 __all__ = ["momentum"]
 
-_PARTS = re.compile(r"\._(?:modules|parameters|buffers)\['([^']+)'\]")
-_ROOT = re.compile(r"^[LG]\['?\w+'?\](?:\.__closure__\[\d+\]\.cell_contents)?\.?")
+_HOLDERS_KEPT = 8
 _OPTIONS = ("gamma", "velocity", "arithmetic", "memory_budget", "recompute", "min_steps", "only", "skip", "verify")
 
 
@@ -52,22 +52,62 @@ def momentum(
     checked = _checked(given)
     _refuse_the_last_recompilation()
     sources = compat_dynamo.sources(module.graph)
-    paths = [_path_of_tensor(source) for source in sources]
-    holder = _holder(paths, inputs)
+    paths = [".".join(place(source)) if is_held_by_module(source) else None for source in sources]
+    holders = _Holders(paths)
+    holder = holders.of(inputs)
     entry, positions = _rewrite(module, paths, holder, checked)
     if not entry.calls:
         warnings.warn(f"mfx: {without_chains(module)}", stacklevel=2)
     _refuse_cut_chains(module, entry)
+    _refuse_fused_layers(entry)
     checked.check_chains(entry.shape)
     for call in entry.calls.values():
         call.program = compiler
-    graph, segments = cut(entry.graph, Scope(holder, entry.captured.modules), compiler)
-    function, scope = compile_graph(graph), Scope(holder, {**entry.calls, **segments})
+    graph, segments = cut(entry.graph, compiler)
+    function = compile_graph(graph)
 
     def run(*values: Any) -> Any:
-        return function(scope, *(values[position] for position in positions))
+        root = Scope(holders.of(values), entry.captured.modules)
+        bound = {name: partial(segment, root) for name, segment in segments.items()}
+        return function(Scope(root, {**entry.calls, **bound}), *(values[position] for position in positions))
 
     return run
+
+
+class _Holders:
+    """Trees of modules that hold the parameters and buffers of a call under their paths.
+
+    Dynamo runs one graph for all models of a class, so each set of tensors has its own tree; a backward pass that is
+    still to come reads that of its forward pass.
+    """
+
+    def __init__(self, paths: Sequence[str | None]) -> None:
+        self._paths = [(position, path) for position, path in enumerate(paths) if path is not None]
+        self._made: dict[tuple[int, ...], nn.Module] = {}
+
+    def of(self, values: Sequence[Any]) -> nn.Module:
+        """The tree for these inputs of the graph."""
+        key = tuple(id(values[position]) for position, _ in self._paths)
+        if key not in self._made:
+            self._made[key] = self._make(values)
+            while len(self._made) > _HOLDERS_KEPT:
+                del self._made[next(iter(self._made))]
+        return self._made[key]
+
+    def _make(self, values: Sequence[Any]) -> nn.Module:
+        root = nn.Module()
+        for position, path in self._paths:
+            *outer, name = path.split(".")
+            module, tensor = root, values[position]
+            for part in outer:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            if isinstance(tensor, nn.Parameter):
+                module.register_parameter(name, tensor)
+            else:
+                module.register_buffer(name, tensor)
+        return root
 
 
 def _compiler(options: dict[str, Any], mode: str | None) -> Callable[[fx.Graph], Callable[..., Any]]:
@@ -103,7 +143,7 @@ def _rewrite(
 ) -> tuple[Entry, tuple[int, ...]]:
     """The rewritten graph, and which of the inputs it takes."""
     module = _copy(module)  # Dynamo goes on to read its own
-    modules, positions = tidy(module, paths, lambda key, source: _path_of_module(source))
+    modules, positions = tidy(module, paths, lambda key, source: ".".join(place(source)))
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
     names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
     captured = Captured(copy_graph(module.graph), [], {}, Specialization(names, {}), modules, values)
@@ -114,37 +154,6 @@ def _copy(module: fx.GraphModule) -> fx.GraphModule:
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
     return fx.GraphModule(module, graph)
-
-
-def _path_of_tensor(source: str) -> str | None:
-    """``a.b.weight`` for a parameter or buffer of a module, None for other inputs."""
-    if "._parameters['" not in source and "._buffers['" not in source:
-        return None
-    return ".".join(_PARTS.findall(source))
-
-
-def _path_of_module(source: str) -> str:
-    found = _PARTS.findall(source)
-    return ".".join(found) if found else _ROOT.sub("", source)
-
-
-def _holder(paths: Sequence[str | None], tensors: Sequence[Any]) -> nn.Module:
-    """A tree of modules that holds the parameters and buffers under their paths."""
-    root = nn.Module()
-    for path, tensor in zip(paths, tensors, strict=True):
-        if path is None:
-            continue
-        *outer, name = path.split(".")
-        module = root
-        for part in outer:
-            if part not in module._modules:
-                module.add_module(part, nn.Module())
-            module = getattr(module, part)
-        if isinstance(tensor, nn.Parameter):
-            module.register_parameter(name, tensor)
-        else:
-            module.register_buffer(name, tensor)
-    return root
 
 
 def _refuse_cut_chains(module: fx.GraphModule, entry: Entry) -> None:
@@ -159,6 +168,16 @@ def _refuse_cut_chains(module: fx.GraphModule, entry: Entry) -> None:
                 f"the chain {call.chain} is cut by a graph break of torch.compile, where its velocity would be lost. "
                 "Compile with fullgraph=True to see what breaks the graph, or use mfx.momentumize."
             )
+
+
+def _refuse_fused_layers(entry: Entry) -> None:
+    """The fused kernel for inference is one operation, in which no residual add can be found."""
+    if entry.captured.graph.find_nodes(op="call_function", target=torch._transformer_encoder_layer_fwd):
+        raise MfxError(
+            "nn.TransformerEncoderLayer runs as one fused operation without gradients, so its residual adds cannot be "
+            "found, and the network would be another one than in training. Call "
+            "torch.backends.mha.set_fastpath_enabled(False) first, or use mfx.momentumize."
+        )
 
 
 def _onwards(call: fx.Node) -> list[fx.Node]:

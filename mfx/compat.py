@@ -120,14 +120,20 @@ def plain_transformer_layers() -> Iterator[None]:
     try:
         # The length is asked for by nothing but the guess whether a mask is causal: a hint that changes no value.
         with (
-            patch.object(transformer, "_get_seq_len", lambda src, batch_first: None),
-            patch.object(
-                transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True
-            ),
+            patch.object(transformer, "_get_seq_len", _no_length),
+            patch.object(transformer, "_detect_is_causal_mask", _is_marked_causal),
         ):
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _no_length(src: Tensor, batch_first: bool) -> None:
+    return None
+
+
+def _is_marked_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    return is_causal is True
 
 
 @contextmanager

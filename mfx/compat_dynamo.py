@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dis
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -17,7 +18,7 @@ from torch._functorch import predispatch
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.module_tracker import ModuleTracker
 
-from mfx.compat import fake_mode
+from mfx.compat import fake_mode, plain_transformer_layers
 
 __all__ = [
     "CHECKPOINT",
@@ -47,6 +48,7 @@ EXITS = (
 
 DYNAMO_ERRORS = (torch._dynamo.exc.TorchDynamoException,)
 
+_LOCK = threading.RLock()
 _LOGGING = ("debug", "info", "warning", "warn", "error", "exception", "critical", "log", "warning_once", "info_once")
 
 
@@ -144,15 +146,16 @@ def _is_about_forward(guard: Any) -> bool:
 
 @contextmanager
 def _as_seen() -> Iterator[None]:
-    """What decides by looking at values which hint to give, `nn.Transformer` for one, gives none; nobody watches.
+    """`nn.Transformer` decides nothing by looking at values or for want of gradients; nobody watches.
 
     A dispatch mode of the user's (a counter of FLOPs or bytes) is no condition of a graph, nor are the hooks by which
     `torch.utils.flop_counter` follows modules; and a capture's operations without values are not for them to see.
     """
-    from torch.nn.modules import module, transformer
+    from torch.nn.modules import module
 
     with (
-        patch.object(transformer, "_detect_is_causal_mask", _is_marked_causal),
+        _LOCK,  # what is patched belongs to all threads
+        plain_transformer_layers(),
         _without_trackers(module._global_forward_pre_hooks),
         _without_trackers(module._global_forward_hooks),
         _disable_current_modes(),
@@ -167,10 +170,6 @@ def _without_trackers(hooks: dict[int, Any]) -> AbstractContextManager[Any]:
         key: hook for key, hook in hooks.items() if not isinstance(getattr(hook, "__self__", None), ModuleTracker)
     }
     return patch.dict(hooks, others, clear=True)
-
-
-def _is_marked_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
-    return is_causal is True
 
 
 def sources(graph: fx.Graph) -> list[str]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
+from itertools import chain
 from types import FunctionType
 from typing import Any
 
@@ -14,8 +15,10 @@ from torch.utils import _pytree as pytree
 
 from mfx import compat
 from mfx.capture import Captured, CaptureError, Specialization
-from mfx.compat_dynamo import DYNAMO_ERRORS, Seen, see_call
+from mfx.compat_dynamo import DYNAMO_ERRORS, Seen, see_call, sources
 from mfx.dynamo_graph import tidy
+from mfx.places import is_held_by_module, place
+from mfx.set_up import restored_if_fake
 from mfx.tree import Overlay
 from mfx_passes.serialize import copy_graph
 
@@ -39,14 +42,14 @@ class Frame:
         self, seen: Seen, forward: FunctionType, positions: tuple[int, ...], modules: Iterable[nn.Module]
     ) -> None:
         self._seen = seen
-        self._without_forward = [module.__dict__ for module in modules if not _has_forward(module.__dict__)]
+        self._replaced = {id(module) for module in modules if _has_forward(module)}
         self._forward = forward
         self._signature = inspect.signature(forward, follow_wrapped=False)
         self.positions = positions
 
     def holds(self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """Whether the graph is the one for this call."""
-        if any(map(_has_forward, self._without_forward)):
+        if any(_has_forward(module) and id(module) not in self._replaced for module in net.modules()):
             return False
         bound = self._signature.bind(net, *args, **kwargs)
         bound.apply_defaults()
@@ -91,25 +94,26 @@ def capture_call(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         raise CaptureError(f"{type(net).__name__} cannot be captured as one graph: {_said(error)}.") from error
     module = seen.graph
     names = {str(id(inner)): name for name, inner in net.named_modules()}
-    modules, positions = tidy(module, _paths(net, seen), lambda key, source: names.get(key))
+    modules, positions = tidy(module, list(_paths(net, seen)), lambda key, source: names.get(key))
     inputs = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
     frame = Frame(seen, forward, positions, net.modules())
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
     return Captured(copy_graph(module.graph), [], {}, Specialization(inputs, {}), modules, values, frame)
 
 
-def _paths(net: nn.Module, seen: Seen) -> list[str | None]:
-    """The path of each input of the graph that is a parameter or buffer of the model and stays it in the call."""
-    paths: dict[int, str] = {}
-    for name, tensor in (*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)):
-        if name.rpartition(".")[2] not in seen.replaced_buffers:
-            paths.setdefault(id(tensor), name)
-    return [paths.get(id(value)) for value in seen.inputs]
+def _paths(net: nn.Module, seen: Seen) -> Iterator[str | None]:
+    """The path of each input of the graph that the call reads off the model, and does not replace there."""
+    tensors = dict(chain(net.named_parameters(remove_duplicate=False), net.named_buffers(remove_duplicate=False)))
+    for source, value in zip(sources(seen.graph.graph), seen.inputs, strict=True):
+        path = ".".join(place(source)) if is_held_by_module(source) else ""
+        is_read = tensors.get(path) is value and path.rpartition(".")[2] not in seen.replaced_buffers
+        yield path if is_read else None
 
 
-def _has_forward(attributes: Mapping[str, Any]) -> bool:
+def _has_forward(module: nn.Module) -> bool:
     """Whether somebody gave a module a forward of its own; what stands for mfx there is not looked at."""
-    return "forward" in attributes and not isinstance(attributes["forward"], Overlay)
+    forward = module.__dict__.get("forward")
+    return forward is not None and not (isinstance(forward, Overlay) and forward.is_part)
 
 
 def _set_up(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -117,7 +121,8 @@ def _set_up(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     if not all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves):
         return  # something that may change in the call, a cache for instance
-    with compat.fake_mode() as mode, torch.no_grad(), suppress(Exception):
+    net = method.__self__  # type: ignore[attr-defined]
+    with restored_if_fake(net), compat.fake_mode() as mode, torch.no_grad(), suppress(Exception):
         fake = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         fake_args, fake_kwargs = pytree.tree_unflatten(fake, spec)
         method(*fake_args, **fake_kwargs)

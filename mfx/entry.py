@@ -60,14 +60,22 @@ class Entry:
         return tuple(target for call in self.calls.values() for step in call.graphs.steps for target in step.targets)
 
     @property
+    def changes_function(self) -> bool:
+        """Whether one of its chains computes something else than the model did."""
+        return not all(call.gamma.is_zero for call in self.calls.values())
+
+    @property
     def called(self) -> set[str]:
         """Paths of the modules that the graph, or a step of its chains, calls as a whole."""
-        return {str(node.target) for node in self.graph.find_nodes(op="call_module")}.union(self.read)
+        steps = [step.original for call in self.calls.values() for step in call.graphs.steps]
+        return {str(node.target) for graph in (self.graph, *steps) for node in graph.find_nodes(op="call_module")}
 
     def contradicts(self, other: Entry) -> bool:
         """Whether the same part of the model has other chains in another graph."""
         if self.probed != other.probed:
             return False  # one of them may still lose steps
+        if not (self.changes_function or other.changes_function):
+            return False  # both are the model
         if self.captured.frame is None and other.captured.frame is None:
             return self.captured.specialization == other.captured.specialization and self.shape != other.shape
         return self._misses(other) or other._misses(self)
@@ -138,7 +146,7 @@ class Scope:
 
     __slots__ = ("_calls", "_net")
 
-    def __init__(self, net: nn.Module, calls: Mapping[str, Any]) -> None:
+    def __init__(self, net: Any, calls: Mapping[str, Any]) -> None:
         self._net = net
         self._calls = calls
 

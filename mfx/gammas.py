@@ -42,25 +42,42 @@ def set_gamma(net: nn.Module, gamma: float | Mapping[str, float]) -> None:
     check_gamma(gamma)
     if names := {call.chain for call in calls}.union(*map(_chains, forwards)):  # none before the first capture
         check_names("gamma", gamma, names)
+    all_calls = [*calls, *chain.from_iterable(map(_calls, forwards))]
+    before = [forward.options for forward in forwards], [call.gamma for call in all_calls]
     for forward in forwards:
         forward.options = forward.options.with_gamma(gamma, _chains(forward))
-    for call in [*calls, *chain.from_iterable(map(_calls, forwards))]:
+    for call in all_calls:
         value = look_up(gamma, call.chain) if isinstance(gamma, Mapping) else gamma
         call.gamma = call.gamma if value is None else Gamma.of(value)
+    try:
+        for forward in forwards:  # graphs that differ in their chains were the same function at gamma = 0
+            for entry in forward.all_entries:
+                forward.check_same_function(entry)
+    except MfxError:
+        for forward, options in zip(forwards, before[0], strict=True):
+            forward.options = options
+        for call, old in zip(all_calls, before[1], strict=True):
+            call.gamma = old
+        raise
 
 
 def gammas_of(module: nn.Module) -> dict[str, Gamma]:
     """The momentum of each chain of a momentumized net; empty for any other module."""
     forward = forward_of(module)
-    calls: Iterable[nn.Module] = module.children() if forward is None else _calls(forward)
-    return {call.chain: call.gamma for call in calls if isinstance(call, Momentum)}
+    if forward is None:
+        return {call.chain: call.gamma for call in module.children() if isinstance(call, Momentum)}
+    if forward.in_parts:
+        return {name: gamma for part in forward.parts() for name, gamma in gammas_of(part.net).items()}
+    if calls := _calls(forward):
+        return {call.chain: call.gamma for call in calls}
+    return {name: forward.options.gamma_of(name) for name in sorted(forward.known_chains)}
 
 
 def gammas_to_be(module: nn.Module, chains: Iterable[str]) -> dict[str, Gamma]:
     """The momentum of each chain of a net; before the first capture, what chains of these names would get."""
-    forward = forward_of(module)
-    if forward is None or _calls(forward):
-        return gammas_of(module)
+    forward, known_gammas = forward_of(module), gammas_of(module)
+    if forward is None or known_gammas:
+        return known_gammas
     options = forward.options
     known = options.gamma if isinstance(options.gamma, Mapping) else None
     return {name: options.gamma_of(name) for name in chains if known is None or look_up(known, name) is not None}

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
-from mfx.tree import Extra
+from mfx.tree import Extra, Overlay
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 _INTERNAL = frozenset({*nn.Module().__dict__, "forward", "graph", "code", "print_readable"})
@@ -28,6 +29,7 @@ class Guard:
         training: its training flag.
         plain: its attributes that are numbers, strings and the like.
         missing: names of its parameters and buffers that are None.
+        forward: what somebody put before the forward of its class; not looked at for the net itself.
     """
 
     module: nn.Module
@@ -36,13 +38,22 @@ class Guard:
     training: bool
     plain: tuple[tuple[str, Any], ...]
     missing: frozenset[str]
+    forward: Any
 
     @classmethod
-    def of(cls, module: nn.Module, marks: Collection[str]) -> Guard:
+    def of(cls, module: nn.Module, marks: Collection[str], *, is_net: bool) -> Guard:
         """The module as it is now; attributes in ``marks`` may change."""
         plain = {name: _snapshot(value) for name, value in module.__dict__.items() if name not in _INTERNAL}
         kept = tuple((name, value) for name, value in plain.items() if value is not _ABSENT and name not in marks)
-        return cls(module, type(module), _children(module), module.training, kept, _missing(module))
+        return cls(
+            module,
+            type(module),
+            _children(module),
+            module.training,
+            kept,
+            _missing(module),
+            _ABSENT if is_net else _forward(module),
+        )
 
     def in_place(self) -> bool:
         """Whether it has the submodules it had."""
@@ -56,12 +67,16 @@ class Guard:
             and self.in_place()
             and all(_snapshot(own.get(name, _ABSENT)) == value for name, value in self.plain)
             and _missing(self.module) == self.missing
+            and (self.forward is _ABSENT or _forward(self.module) is self.forward)
         )
 
 
 def guards_of(net: nn.Module, leaves: Collection[str], marks: Mapping[nn.Module, set[str]]) -> list[Guard]:
     """Guards for every module of a net but those below ``leaves``, which a graph calls as they are."""
-    return [Guard.of(module, marks.get(module, ())) for module in _walked(net, "", frozenset(leaves), set())]
+    return [
+        Guard.of(module, marks.get(module, ()), is_net=module is net)
+        for module in _walked(net, "", frozenset(leaves), set())
+    ]
 
 
 @contextmanager
@@ -135,8 +150,23 @@ def _missing(module: nn.Module) -> frozenset[str]:
     return frozenset(name for table in (module._parameters, module._buffers) for name, t in table.items() if t is None)
 
 
+def _forward(module: nn.Module) -> Any:
+    forward = module.__dict__.get("forward")
+    return None if isinstance(forward, Overlay) and forward.is_part else forward
+
+
 def _snapshot(value: Any) -> Any:
-    """A plain value as something that keeps; ``_ABSENT`` for all others."""
+    """A plain value, a function, or a container or an object of these, as something that keeps; else ``_ABSENT``."""
+    if type(value) is dict:
+        values = tuple(map(_snapshot, value.values()))
+        return _ABSENT if any(item is _ABSENT for item in values) else (tuple(value), values)
+    if isinstance(value, FunctionType | BuiltinFunctionType | MethodType):
+        return value
+    if isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, (*_PLAIN, nn.Module, type)):
+        if type(value).__module__.partition(".")[0] in ("torch", "builtins"):
+            return _ABSENT
+        plain = [(name, item) for name, item in vars(value).items() if isinstance(item, _PLAIN)]
+        return type(value), id(value), tuple((name, type(item), item) for name, item in plain)
     if isinstance(value, list | tuple):
         items = tuple(map(_snapshot, value))
         return _ABSENT if any(item is _ABSENT for item in items) else (type(value), items)

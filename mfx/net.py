@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from itertools import accumulate
 from types import CodeType
 from typing import Any
 
@@ -37,6 +38,7 @@ class RewrittenForward(Overlay):
         self.options = options
         self.bypassed = 0
         self.in_parts = False
+        self.known_chains: set[str] = set()  # of all graphs there ever were, and of the net this one is a copy of
         self.symbolic = SymbolicRoute(self)
         self.dynamo = DynamoRoute(self)
         self.active: Entry | None = None
@@ -115,12 +117,13 @@ class RewrittenForward(Overlay):
         forwards = [module.__dict__.get("forward") for module in self.net.modules() if module is not self.net]
         return [forward for forward in forwards if isinstance(forward, RewrittenForward) and forward.is_part]
 
-    def release_called(self, entry: Entry) -> None:
-        """Leave the modules that a graph calls as they are: a call of them means what it always did."""
+    def adopt(self, entry: Entry) -> None:
+        """Note a new graph's chains, and leave the modules that it calls as they are: a call is what it always was."""
+        self.known_chains.update(entry.shape)
+        called = entry.called
         for path, module in self.net.named_modules():
             forward = module.__dict__.get("forward")
-            is_called = path and any(f"{path}.".startswith(f"{target}.") for target in entry.called)
-            if is_called and isinstance(forward, Overlay) and forward.is_part:
+            if path and isinstance(forward, Overlay) and forward.is_part and not called.isdisjoint(_outer(path)):
                 del module.__dict__["forward"]
 
     def entry_for(self, *args: Any, **kwargs: Any) -> Entry:
@@ -268,7 +271,8 @@ def net_of(model: M) -> M:
         raise MfxError("a ScriptModule has no Python code to trace. Momentumize the model before it is scripted.")
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         raise MfxError(
-            f"{type(model).__name__} wraps a model; momentumize the model inside it, and wrap what that returns."
+            f"{type(model).__name__} wraps a model; momentumize the model inside it. DistributedDataParallel can wrap "
+            "what that returns; DataParallel's replicas cannot run it."
         )
     if "forward" in model.__dict__ and not isinstance(model.__dict__["forward"], Overlay):
         raise MfxError(
@@ -290,6 +294,11 @@ def without_chains(model: nn.Module) -> str:
 def described(value: object) -> str:
     """What was given in a module's place, for messages."""
     return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+
+
+def _outer(path: str) -> list[str]:
+    """``a``, ``a.b`` and ``a.b.c`` for ``a.b.c``."""
+    return list(accumulate(path.split("."), "{}.{}".format))
 
 
 def _unwrapped(forward: Any) -> Iterator[Any]:

@@ -81,21 +81,19 @@ class Part(RewrittenForward):
         chains = [call.graphs.steps for entry in entries for call in entry.calls.values()]
         held = [[_within(step.path, self.path) for step in steps] for steps in chains]
         if any(any(steps) and not all(steps) for steps in held):
-            return Role.PIECE if self._changes_function(whole) else Role.NONE
-        lies_in_branch = any(_within(self.path, step.path) for steps in chains for step in steps)
-        return Role.OWN if any(map(all, held)) and not lies_in_branch else Role.NONE
-
-    def _changes_function(self, whole: RewrittenForward) -> bool:
-        """Whether a chain of the whole computes something else than the model did."""
-        calls = [call for entry in whole.all_entries for call in entry.calls.values()]
-        return not all(call.gamma.is_zero for call in calls)
+            return Role.PIECE if any(entry.changes_function for entry in entries) else Role.NONE
+        # What is the whole branch of every step of a chain does not hold that chain: the sums are outside.
+        is_branch = [all(step.path == self.path for step in steps) for steps in chains]
+        own = any(all(steps) and not branch for steps, branch in zip(held, is_branch, strict=True))
+        return Role.OWN if own else Role.NONE
 
     def _role_before_capture(self, whole: RewrittenForward) -> Role:
-        if not self.path.rpartition(".")[2].isdigit() or self.options.gamma == 0:
+        is_captured = bool(whole.all_entries)  # but no graph of it has to do with this part
+        if is_captured or not self.path.rpartition(".")[2].isdigit() or self.options.gamma == 0:
             return Role.OWN
         raise MfxError(
-            f"{self.path} was called by itself before any call of {type(whole.net).__name__} that it has a share in, "
-            "so it is not known which chain it belongs to. Call the net first, or give momentumize example_inputs."
+            f"{self.path} was called by itself before {type(whole.net).__name__} was captured, so it is not known "
+            "which chain it belongs to. Call the net first, or give momentumize example_inputs."
         )
 
     def _activate(self, entry: Entry) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from mfx.net import RewrittenForward
 
 _KEPT = 8  # graphs per set of arguments; a model whose attributes follow a schedule needs a new one for every value
+
+_CAPTURING = threading.RLock()  # a capture changes modules for a moment, and other threads may capture them too
 
 Run = Callable[[], Any]
 
@@ -71,7 +74,7 @@ class SymbolicRoute:
         self._forget_replaced_modules()
         entry = self._capture(key, specialization)
         self._owner.check_same_function(entry)
-        self._owner.release_called(entry)
+        self._owner.adopt(entry)
         self._entries[key] = [*self._entries.get(key, ()), entry][-_KEPT:]
         return entry
 
@@ -80,7 +83,7 @@ class SymbolicRoute:
         if mode in self._failures:
             raise CaptureError(self._failures[mode])
         try:
-            with without_marks(self._owner.net) as marks, without_parts(self._owner.net):
+            with _CAPTURING, without_marks(self._owner.net) as marks, without_parts(self._owner.net):
                 captured = capture(self._owner.net, specialization)
         except CaptureError as error:
             if self._owner.options.capture != "symbolic":  # else there is nothing to fall back on: try again
@@ -140,7 +143,9 @@ class DynamoRoute:
         if entry is None:
             entry = self._capture(args, kwargs)
             self._owner.check_same_function(entry)
-            self._owner.release_called(entry)
+            if not self._owner.is_part:
+                self._owner.options.check_chains(entry.shape)
+            self._owner.adopt(entry)
             self.entries = [entry, *self.entries[: 4 * _KEPT - 1]]
         return entry, partial(entry.call, net, args, kwargs)
 
@@ -157,7 +162,7 @@ class DynamoRoute:
 
         net, options = self._owner.net, self._owner.options
         refuse_shards(net)
-        with without_parts(net):
+        with _CAPTURING, without_parts(net):
             captured = capture_call(net, args, kwargs, dynamic=bool(self.entries))
         entry = make_entry(net, captured, options, {}, {})
         entry.probed = True  # Dynamo knows all shapes

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection
-from functools import partial
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -18,7 +17,7 @@ __all__ = ["cut"]
 Compile = Callable[[Graph], Callable[..., Any]]
 
 
-def cut(graph: Graph, root: Any, compiled: Compile) -> tuple[Graph, dict[str, Callable[..., Any]]]:
+def cut(graph: Graph, compiled: Compile) -> tuple[Graph, dict[str, Callable[..., Any]]]:
     """Put one call in the place of all nodes between two momentum calls.
 
     Before::
@@ -31,11 +30,11 @@ def cut(graph: Graph, root: Any, compiled: Compile) -> tuple[Graph, dict[str, Ca
 
     Args:
         graph: the rewritten graph; it is left as it is.
-        root: what the graph reads by path.
         compiled: makes a function of ``(root, *inputs)`` of a segment's graph.
 
     Returns:
-        The short graph, and its segments by name.
+        The short graph, and its segments by name: functions of ``(root, *inputs)``, where the root holds what the graph
+        reads by path. The short graph calls them without it.
     """
     short = PortableGraph()
     copies: dict[Node, Any] = {}
@@ -51,7 +50,7 @@ def cut(graph: Graph, root: Any, compiled: Compile) -> tuple[Graph, dict[str, Ca
         if kind == "segment":
             name = f"segment_{len(segments)}"
             body, inputs, outputs = _body(nodes)
-            segments[name] = _bind(compiled(body), root)
+            segments[name] = compiled(body)
             call = short.create_node("call_module", name, tuple(map(copy, inputs)))
             for position, node in enumerate(outputs):
                 copies[node] = short.call_function(operator.getitem, (call, position))
@@ -87,7 +86,3 @@ def _body(nodes: Collection[Node]) -> tuple[Graph, list[Node], list[Node]]:
         copies[node] = body.node_copy(node, copies.__getitem__)
     body.output(tuple(map_arg(tuple(outputs), copies.__getitem__)))
     return body, inputs, outputs
-
-
-def _bind(function: Callable[..., Any], root: Any) -> Callable[..., Any]:
-    return partial(function, root)

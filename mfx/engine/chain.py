@@ -125,6 +125,8 @@ class _Collector:
 
 
 def _decide_recorded(call: _Call, x: Tensor) -> bool:
+    if torch.compiler.is_compiling():
+        return False  # torch.export looks on: there is no backward pass to rebuild anything for
     if under_transform():
         if call.memory_budget < 1 and _needs_grad(call, x):
             message = (

@@ -131,8 +131,9 @@ class Frame:
         rebuilt.note(self._handles)
         values = self._values.get()
         with torch.enable_grad(), self._world.again(), saved_tensors_hooks(again.pack, _as_is):
-            # As in the forward pass, the input is no leaf: autocast caches what it casts of leaves.
-            x = x.detach().requires_grad_(self._requires_grad).view_as(x)
+            # As in the forward pass, the input is no leaf: autocast caches what it casts of leaves. (view_as would
+            # change the strides of dimensions of size 1, by which convolutions choose their kernel.)
+            x = x.detach().requires_grad_(self._requires_grad)[...]
             outputs = self._call(self._root, x, *(values[i] for i in self._captures))
         if again.wrong is not None or not (unfinished or again.count == len(self._packed)):
             raise MfxError(self._complaint(again))
