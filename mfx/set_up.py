@@ -1,0 +1,61 @@
+"""What a model sets up at its first call stays; what it computed on tensors without values does not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils import _pytree as pytree
+
+__all__ = ["restored_if_fake"]
+
+
+@contextmanager
+def restored_if_fake(net: nn.Module) -> Iterator[None]:
+    """Put back what is left with values that nobody computed, and counts of calls that nobody made.
+
+    Within this context the model may run on tensors without values.
+    """
+    tables = [table for module in net.modules() for table in _tables(module)]
+    before = [(table, dict(table), {name: _copy(value) for name, value in table.items()}) for table in tables]
+    try:
+        yield
+    finally:
+        for table, values, copies in before:
+            for name in [name for name in table if _is_made_up(table[name], values.get(name))]:
+                if name not in values:
+                    del table[name]
+                    continue
+                table[name] = _with_contents(values[name], copies[name])
+
+
+def _tables(module: nn.Module) -> list[dict[str, Any]]:
+    attributes = module.__dict__
+    return [attributes, module._parameters, module._buffers]
+
+
+def _copy(value: Any) -> Any:
+    return value.copy() if type(value) in (list, dict, set) else value
+
+
+def _with_contents(value: Any, contents: Any) -> Any:
+    """The same container, with the contents that it had."""
+    if type(value) in (dict, set):
+        value.clear()
+        value.update(contents)
+    elif type(value) is list:
+        value[:] = contents
+    return value
+
+
+def _is_made_up(value: Any, before: Any) -> bool:
+    if type(value) in (int, float):
+        return value is not before and value != before
+    if isinstance(value, Tensor):
+        return isinstance(value, FakeTensor)
+    return type(value) in (list, tuple, dict, set) and any(
+        isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(list(value) if type(value) is set else value)
+    )
