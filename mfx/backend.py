@@ -56,10 +56,10 @@ def momentum(
     holders = _Holders(paths)
     holder = holders.of(inputs)
     entry, positions = _rewrite(module, paths, holder, checked)
+    _refuse_fused_layers(entry)
+    _refuse_cut_chains(module, entry)
     if not entry.calls:
         warnings.warn(f"mfx: {without_chains(module)}", stacklevel=2)
-    _refuse_cut_chains(module, entry)
-    _refuse_fused_layers(entry)
     checked.check_chains(entry.shape)
     for call in entry.calls.values():
         call.program = compiler

@@ -14,7 +14,7 @@ from mfx.momentum import Momentum
 from mfx.options import Options
 from mfx.program import compile_graph
 from mfx.tree import Extra
-from mfx_passes import ChainGraphs, Findings, MfxError, Step, find_chains, rewrite_graph
+from mfx_passes import ChainGraphs, Findings, MfxError, Step, StepGraphs, find_chains, rewrite_graph
 from mfx_passes.ir import enclosing_path
 from mfx_passes.momentum_pass import call_name
 from mfx_passes.serialize import PortableGraph
@@ -58,6 +58,15 @@ class Entry:
     def read(self) -> tuple[str, ...]:
         """Paths of what the steps of the chains read."""
         return tuple(target for call in self.calls.values() for step in call.graphs.steps for target in step.targets)
+
+    @property
+    def sums(self) -> dict[str, list[str]]:
+        """For each chain, the paths in the net of the modules whose forwards add up its steps."""
+        return {call.chain: [self._place_of_sum(step) for step in call.graphs.steps] for call in self.calls.values()}
+
+    def _place_of_sum(self, step: StepGraphs) -> str:
+        (output,) = step.original.find_nodes(op="output")
+        return ".".join(filter(None, (self.within, enclosing_path(output.args[0][0]))))
 
     @property
     def changes_function(self) -> bool:

@@ -22,6 +22,7 @@ class Role(Enum):
 
     OWN = "holds whole chains"
     PIECE = "holds pieces of chains"
+    UNKNOWN = "may hold a piece of a chain"
     NONE = "has nothing to do with chains, or lies in a branch"
 
 
@@ -48,6 +49,9 @@ class Part(RewrittenForward):
         """Run the module on these arguments."""
         whole = self._known_whole()
         if self.bypassed or whole.bypassed or (role := self._role_in(whole)) is Role.NONE:
+            return self._original()(*args, **kwargs)
+        if role is Role.UNKNOWN:
+            self._refuse_chains(whole, args, kwargs)
             return self._original()(*args, **kwargs)
         if role is Role.PIECE:
             self.warn(
@@ -78,23 +82,23 @@ class Part(RewrittenForward):
         entries = [entry for entry in whole.all_entries if entry.computes(self.path)]
         if not entries:
             return self._role_before_capture(whole)
-        chains = [call.graphs.steps for entry in entries for call in entry.calls.values()]
-        held = [[_within(step.path, self.path) for step in steps] for steps in chains]
-        if any(any(steps) and not all(steps) for steps in held):
+        held = [[_within(place, self.path) for place in sums] for entry in entries for sums in entry.sums.values()]
+        if any(any(sums) and not all(sums) for sums in held):
             return Role.PIECE if any(entry.changes_function for entry in entries) else Role.NONE
-        # What is the whole branch of every step of a chain does not hold that chain: the sums are outside.
-        is_branch = [all(step.path == self.path for step in steps) for steps in chains]
-        own = any(all(steps) and not branch for steps, branch in zip(held, is_branch, strict=True))
-        return Role.OWN if own else Role.NONE
+        return Role.OWN if any(map(all, held)) else Role.NONE
 
     def _role_before_capture(self, whole: RewrittenForward) -> Role:
         is_captured = bool(whole.all_entries)  # but no graph of it has to do with this part
         if is_captured or not self.path.rpartition(".")[2].isdigit() or self.options.gamma == 0:
             return Role.OWN
-        raise MfxError(
-            f"{self.path} was called by itself before {type(whole.net).__name__} was captured, so it is not known "
-            "which chain it belongs to. Call the net first, or give momentumize example_inputs."
-        )
+        return Role.UNKNOWN
+
+    def _refuse_chains(self, whole: RewrittenForward, args: Any, kwargs: Any) -> None:
+        if self.entry_for(*args, **kwargs).calls:
+            raise MfxError(
+                f"{self.path} was called by itself before {type(whole.net).__name__} was captured, so it is not known "
+                "which chain it belongs to. Call the net first, or give momentumize example_inputs."
+            )
 
     def _activate(self, entry: Entry) -> None:
         self.active = entry  # what a net shows of its graphs is the whole's business

@@ -128,6 +128,69 @@ def test_other_batch_sizes():
         assert torch.equal(net(x), eager(x))
 
 
+# --- whose parameters? ------------------------------------------------------------------------------------------------
+
+
+def test_each_model_of_a_class_has_its_own_parameters():
+    x = torch.randn(4, 5)
+    for model in (Blocks(), Blocks()):
+        expected = result(mfx.momentumize(model), list(model.parameters()), x)
+        assert_same(result(compiled(model), list(model.parameters()), x), expected)
+
+
+def test_parameters_put_in_the_place_of_others():
+    model, x = Blocks(), torch.randn(4, 5)
+    net = compiled(model)
+    before = net(x)
+    model.load_state_dict({name: 2 * tensor for name, tensor in model.state_dict().items()}, assign=True)
+    assert torch.equal(net(x), mfx.momentumize(model)(x))
+    assert not torch.equal(net(x), before)
+
+
+def test_two_models_in_one_function():
+    one, two, x = Blocks(), Blocks(), torch.randn(4, 5)
+
+    def both(x):
+        return one(x), two(x)
+
+    function = torch.compile(both, backend=momentum, options={"inner": "eager"})
+    for found, model in zip(function(x), (one, two), strict=True):
+        assert torch.equal(found, mfx.momentumize(model)(x))
+
+
+def test_modules_in_a_plain_list():
+    class Listed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.hidden = [nn.Linear(5, 5) for _ in range(4)]
+
+        def forward(self, x):
+            return through(self.hidden, x)
+
+    model, x = Listed(), torch.randn(4, 5)
+    state, v = x.double(), torch.zeros(4, 5, dtype=torch.float64)
+    for layer in model.hidden:
+        v = 0.9 * v + 0.1 * layer(state.float()).double()
+        state = state + v
+    # float32 roundings of values below 8 in four branches.
+    torch.testing.assert_close(compiled(model)(x).double(), state, rtol=0, atol=4 * 8 * 2.0**-23)
+
+
+def test_a_pending_backward_pass_keeps_its_parameters():
+    one, two, x = Blocks(), Blocks(), torch.randn(4, 5)
+    losses = [compiled(model)(x).sum() for model in (one, two)]
+    for loss, model in zip(losses, (one, two), strict=True):
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        assert_same(found, torch.autograd.grad(mfx.momentumize(model)(x).sum(), list(model.parameters())))
+
+
+def test_the_fused_layer_for_inference_is_refused():
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    net = compiled(nn.TransformerEncoder(layer, 3, enable_nested_tensor=False).eval())
+    with torch.no_grad(), pytest.raises(Exception, match="set_fastpath_enabled"):
+        net(torch.randn(2, 3, 8))
+
+
 def test_inductor():
     model, x = Blocks(depth=3).double(), torch.randn(4, 5, dtype=torch.float64)
     found = result(compiled(model, "inductor"), list(model.parameters()), x)
