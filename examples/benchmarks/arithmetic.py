@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import mfx
@@ -30,6 +31,8 @@ from mfx.engine.arithmetic.store import DigitStore
 from mfx.gamma import Gamma
 
 GAMMA = 0.9
+# Bytes and dense FLOPs per second that NVIDIA states for an H100 SXM.
+_PEAKS = (("float32", 3.35e12, 67e12), ("TF32", 3.35e12, 494e12), ("bfloat16", 3.35e12, 989e12))
 Run = Callable[[], object]
 
 
@@ -249,6 +252,23 @@ def _verdict(steps: Sequence[Training], recurrences: Sequence[Alone]) -> str:
     )
 
 
+def roofline(shape: tuple[int, int, int], depth: int) -> str:
+    """What exact arithmetic adds to a training step in float where every byte and FLOP goes at a device's peak."""
+    model, x = Encoder(shape[-1], depth), torch.zeros(shape)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
+    flops = 4 * counter.get_total_flops()  # forward, again, and back, which is twice a forward
+    sizes = {name: sum(size for (other, _), size in _BYTES.items() if other == name) for name in ("float", "exact")}
+    extra = 2 * depth * (sizes["exact"] - sizes["float"]) * math.prod(shape)
+    shares = [
+        f"{100 * extra / bandwidth / (flops / speed):.0f} % in {precision}" for precision, bandwidth, speed in _PEAKS
+    ]
+    return (
+        f"At the peak of an H100 (3.35 TB/s; {flops / 1e9:.0f} GFLOP, and {extra / 1e6:.0f} MB more than in float), "
+        f"exact arithmetic would add {', '.join(shares)}, if a step were one kernel. That falls as 1/width."
+    )
+
+
 def main(argv: Sequence[str] | None = None) -> tuple[list[Training], list[Alone], list[Bits]]:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -270,6 +290,7 @@ def main(argv: Sequence[str] | None = None) -> tuple[list[Training], list[Alone]
     store = [row for gamma in gammas for row in bits(Gamma.of(gamma), depths)]
     print(_tables(steps, recurrences, store))
     print("\n" + _verdict(steps, recurrences))
+    print("\n" + roofline(shape, depth))
     if options.json is not None:
         rows = {"training": steps, "alone": recurrences, "store": store}
         options.json.write_text(json.dumps({k: [asdict(r) for r in v] for k, v in rows.items()}, indent=1))
