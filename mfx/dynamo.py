@@ -116,11 +116,17 @@ def _has_forward(module: nn.Module) -> bool:
     return forward is not None and not (isinstance(forward, Overlay) and forward.is_part)
 
 
+def _is_plain(value: Any) -> bool:
+    kinds = (Tensor, bool, int, float, str, type(None))
+    return all(isinstance(leaf, kinds) for leaf in pytree.tree_leaves(value))
+
+
 def _set_up(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Have a model do what it does at its first call only (install hooks, fill tables), on tensors without values."""
-    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
-    if not all(isinstance(leaf, (Tensor, bool, int, float, str, type(None))) for leaf in leaves):
-        return  # something that may change in the call, a cache for instance
+    if not all(map(_is_plain, args)):
+        return
+    # Without what may change in the call, a cache for instance.
+    leaves, spec = pytree.tree_flatten((args, {name: value for name, value in kwargs.items() if _is_plain(value)}))
     net = method.__self__  # type: ignore[attr-defined]
     with restored_if_fake(net), compat.fake_mode() as mode, torch.no_grad(), suppress(Exception):
         fake = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
