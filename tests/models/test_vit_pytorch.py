@@ -3,6 +3,7 @@
 from importlib import import_module
 
 import pytest
+import torch
 
 import mfx
 from tests.models.judge import Case, judge, judged
@@ -93,4 +94,26 @@ UNTRACEABLE = {
 def test_what_cannot_be_traced_says_where(path):
     kw, reason = UNTRACEABLE[path]
     with pytest.raises(mfx.MfxError, match=rf"cannot be traced symbolically: .*{reason}(.|\n)*vit_pytorch/\w+.py:\d+"):
-        mfx.momentumize(build(path, kw))
+        mfx.momentumize(build(path, kw), capture="symbolic")
+
+
+BY_DYNAMO = {
+    "cct.CCT": [2, 2, 2],
+    "rvt.RvT": [2, 4],
+    "simple_vit_with_specialized_cls.SimpleViT": [6],
+    "vit_5.ViT": [6],
+    "vit_with_patch_dropout.ViT": [6],
+}
+
+
+@pytest.mark.parametrize("path", BY_DYNAMO)
+def test_what_cannot_be_traced_is_captured_at_the_first_call(path):
+    model = build(path, UNTRACEABLE[path][0])
+    net = mfx.momentumize(model, gamma=0.0)
+    x = torch.randn(2, 3, 32, 32)
+    outputs = []
+    for function in (net, model):
+        torch.manual_seed(1)
+        outputs.append(function(x))
+    assert torch.equal(*outputs)
+    assert sorted(len(chain.steps) for chain in mfx.explain(net).chains) == BY_DYNAMO[path]
