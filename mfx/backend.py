@@ -8,7 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from mfx import compat_dynamo
@@ -114,10 +113,10 @@ def _compiler(options: dict[str, Any], mode: str | None) -> Callable[[fx.Graph],
     inner, inner_options = options.pop("inner", "inductor"), options.pop("inner_options", None)
     if inner == "mfx" or inner is momentum:
         raise MfxError("inner='mfx': the inner backend compiles what mfx has rewritten; use 'inductor' or another one.")
-    if not callable(inner) and inner not in torch._dynamo.list_backends(exclude_tags=()):
+    if not callable(inner) and inner not in compat_dynamo.backends(hidden=True):
         raise MfxError(
             f"inner={inner!r}: no torch.compile backend has this name. There are "
-            f"{', '.join(torch._dynamo.list_backends())}; or pass a callable."
+            f"{', '.join(compat_dynamo.backends())}; or pass a callable."
         )
     if inner == "eager":
         return compile_graph
@@ -172,7 +171,7 @@ def _refuse_cut_chains(module: fx.GraphModule, entry: Entry) -> None:
 
 def _refuse_fused_layers(entry: Entry) -> None:
     """The fused kernel for inference is one operation, in which no residual add can be found."""
-    if entry.captured.graph.find_nodes(op="call_function", target=torch._transformer_encoder_layer_fwd):
+    if entry.captured.graph.find_nodes(op="call_function", target=compat_dynamo.FUSED_LAYER):
         raise MfxError(
             "nn.TransformerEncoderLayer runs as one fused operation without gradients, so its residual adds cannot be "
             "found, and the network would be another one than in training. Call "

@@ -19,6 +19,7 @@ __all__ = [
     "class_before_sharding",
     "current_task",
     "fake_mode",
+    "is_fake",
     "is_group",
     "is_sharded",
     "plain_transformer_layers",
@@ -151,6 +152,13 @@ def fake_mode() -> Iterator[Any]:
             yield mode
     finally:
         log.disabled = disabled
+
+
+def is_fake(value: object) -> bool:
+    """Whether a value is a tensor without data, made in a fake mode (torch 2.11 to 2.15)."""
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return isinstance(value, FakeTensor)
 
 
 def runs_for_real() -> bool:

@@ -25,7 +25,10 @@ __all__ = [
     "DYNAMO_ERRORS",
     "ENTRANCES",
     "EXITS",
+    "FUSED_LAYER",
+    "SET_GRAD",
     "Seen",
+    "backends",
     "is_broken_off",
     "is_resumed",
     "recompilations_left",
@@ -45,6 +48,9 @@ EXITS = (
     predispatch._vmap_decrement_nesting,
     torch._C._functorch._grad_decrement_nesting,
 )
+
+SET_GRAD = torch._C._set_grad_enabled
+FUSED_LAYER = torch._transformer_encoder_layer_fwd  # what nn.TransformerEncoderLayer is in inference
 
 DYNAMO_ERRORS = (torch._dynamo.exc.TorchDynamoException,)
 
@@ -180,6 +186,11 @@ def sources(graph: fx.Graph) -> list[str]:
 def _source(argument: Any) -> str:
     name = getattr(getattr(argument, "source", None), "name", "")
     return str(name() if callable(name) else name)
+
+
+def backends(*, hidden: bool = False) -> list[str]:
+    """Names of the torch.compile backends there are; also of those for debugging."""
+    return list(torch._dynamo.list_backends(exclude_tags=()) if hidden else torch._dynamo.list_backends())
 
 
 def is_broken_off(module: fx.GraphModule) -> bool:

@@ -82,7 +82,10 @@ def capture_call(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         CaptureError: the model cannot be captured as one graph.
     """
     forward = inspect.unwrap(type(net).forward, stop=lambda function: isinstance(function, FunctionType))
-    assert isinstance(forward, FunctionType)
+    if not isinstance(forward, FunctionType):
+        raise CaptureError(
+            f"{type(net).__name__}.forward is a {type(forward).__name__}, not a Python function. {_ADVICE}"
+        )
     method = forward.__get__(net)
     try:
         try:
@@ -91,7 +94,8 @@ def capture_call(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
             _set_up(method, args, kwargs)
             seen = see_call(method, args, kwargs, dynamic=dynamic)
     except DYNAMO_ERRORS as error:
-        raise CaptureError(f"{type(net).__name__} cannot be captured as one graph: {_said(error)}.") from error
+        reason = f"{type(net).__name__} cannot be captured as one graph: {_said(error)}"
+        raise CaptureError(f"{reason}. {_ADVICE}") from error
     module = seen.graph
     names = {str(id(inner)): name for name, inner in net.named_modules()}
     modules, positions = tidy(module, list(_paths(net, seen)), lambda key, source: names.get(key))

@@ -12,7 +12,7 @@ from torch import fx, nn
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from mfx.compat_dynamo import CHECKPOINT, ENTRANCES, EXITS, with_plain_sizes
+from mfx.compat_dynamo import CHECKPOINT, ENTRANCES, EXITS, SET_GRAD, with_plain_sizes
 
 _REPEATED = re.compile(r"@\d+$")
 
@@ -207,8 +207,8 @@ def _change_of_depth(node: Node, depth: int, inside: list[Node]) -> int:
         return 1
     if node.target in EXITS:
         return -1
-    if node.target is torch._C._set_grad_enabled:
-        switches = [other.args[0] for other in inside if other.target is torch._C._set_grad_enabled]
+    if node.target is SET_GRAD:
+        switches = [other.args[0] for other in inside if other.target is SET_GRAD]
         return -1 if len(switches) % 2 else 1
     return 0
 

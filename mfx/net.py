@@ -245,12 +245,9 @@ class RewrittenForward(Overlay):
             warnings.warn(f"mfx: {message}", stacklevel=2)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = self.active if self.active in self.symbolic.entries else None  # what Dynamo saw is not copied
-        return {
-            **self.__dict__,
-            "bypassed": 0,
-            "active": kept,
-        }  # a copy made in mfx.original is no part of that context
+        # What Dynamo saw is not copied; and a copy made inside of mfx.original is no part of that context.
+        active = self.active if self.active in self.symbolic.entries else None
+        return {**self.__dict__, "active": active, "bypassed": 0}
 
 
 def forward_of(net: nn.Module) -> RewrittenForward | None:

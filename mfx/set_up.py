@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
+
+from mfx.compat import is_fake
 
 __all__ = ["restored_if_fake"]
 
@@ -55,7 +56,7 @@ def _is_made_up(value: Any, before: Any) -> bool:
     if type(value) in (int, float):
         return value is not before and value != before
     if isinstance(value, Tensor):
-        return isinstance(value, FakeTensor)
+        return is_fake(value)
     return type(value) in (list, tuple, dict, set) and any(
-        isinstance(leaf, FakeTensor) for leaf in pytree.tree_leaves(list(value) if type(value) is set else value)
+        is_fake(leaf) for leaf in pytree.tree_leaves(list(value) if type(value) is set else value)
     )
