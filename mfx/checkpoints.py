@@ -10,10 +10,12 @@ from torch import nn
 
 from mfx.gamma import Gamma
 from mfx.gammas import gammas_of, gammas_to_be
+from mfx.net import forward_of
 
 __all__ = ["note_gamma"]
 
 _KEY = "mfx.gamma"
+_IN_PARTS = "mfx.in_parts"
 _ZERO = Gamma(0, 1)  # of a chain that was not rewritten
 
 
@@ -31,6 +33,7 @@ def note_gamma(net: nn.Module) -> None:
 def _note(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     if gammas := gammas_of(net):
         metadata[_KEY] = {chain: (gamma.numerator, gamma.denominator) for chain, gamma in gammas.items()}
+        metadata[_IN_PARTS] = _is_in_parts(net)
 
 
 def _compare(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:
@@ -38,9 +41,22 @@ def _compare(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Ma
     now = gammas_to_be(net, saved)
     if not now or not saved:
         return
+    if metadata.get(_IN_PARTS) and not _is_in_parts(net) and any(gamma != _ZERO for gamma in saved.values()):
+        warnings.warn(
+            f"mfx: the weights given to this {type(net).__name__} are those of a net that was rewritten module by "
+            "module, because a call of it was no one graph. This net is not, so far; as one graph it may have other "
+            "chains, and so compute another function. Call it once as the other was called (in training mode, say) "
+            "before it is used.",
+            stacklevel=3,
+        )
     others = [name for name in sorted({**saved, **now}) if saved.get(name, _ZERO) != now.get(name, _ZERO)]
     if others:
         warnings.warn(f"mfx: {_message(type(net).__name__, others, saved, now)}", stacklevel=4)
+
+
+def _is_in_parts(net: nn.Module) -> bool:
+    forward = forward_of(net)
+    return forward is not None and forward.in_parts
 
 
 def _message(name: str, chains: list[str], saved: Mapping[str, Gamma], now: Mapping[str, Gamma]) -> str:

@@ -170,6 +170,16 @@ def test_a_model_that_is_no_one_graph_is_rewritten_module_by_module():
     assert torch.equal(net(x), model(x))
 
 
+def test_its_weights_in_a_net_that_may_become_one_graph():
+    net, _ = rewritten_in_parts(Branching(), torch.randn(2, 4), gamma=0.5)
+    other = mfx.momentumize(Branching(), gamma=0.5)
+    with pytest.warns(UserWarning, match="rewritten module by module.*before it is used"):
+        other.load_state_dict(net.state_dict())
+    with pytest.warns(UserWarning, match="cannot be captured as one graph"):
+        other(torch.randn(2, 4))
+    other.load_state_dict(net.state_dict())  # warnings are errors here: now they are alike
+
+
 def test_its_copies_are_rewritten_too():
     net, out = rewritten_in_parts(Branching(), torch.ones(2, 4), gamma=0.5)
     for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
