@@ -11,7 +11,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-__all__ = ["ActivationMeter"]
+__all__ = ["ActivationMeter", "StorageLedger", "storages"]
 
 
 class ActivationMeter:
@@ -62,9 +62,9 @@ class ActivationMeter:
         if timeline and where.type != "cpu":
             raise ValueError(f"ActivationMeter keeps a timeline on the CPU only, not on {where}")
         grad_owners = () if count_grads else tuple(t for t in excluded if t.is_leaf and t.requires_grad)
-        self._ledger: _StorageLedger | _AllocatorLedger
+        self._ledger: StorageLedger | _AllocatorLedger
         if where.type == "cpu":
-            self._ledger = _StorageLedger(excluded, grad_owners, timeline)
+            self._ledger = StorageLedger(excluded, grad_owners, timeline)
         else:
             self._ledger = _AllocatorLedger(where, grad_owners)
         self._grad_owners = grad_owners
@@ -98,7 +98,7 @@ class ActivationMeter:
             hook.remove()
 
 
-class _StorageLedger(TorchDispatchMode):
+class StorageLedger(TorchDispatchMode):
     """Every storage born under this mode, by the address of its C++ object, with its size.
 
     The reference to the storage's Python object is weak; torch keeps that object alive exactly as long as the storage.
@@ -114,8 +114,8 @@ class _StorageLedger(TorchDispatchMode):
         self._never: frozenset[int] = frozenset()
         self._born: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
 
-    def __enter__(self) -> _StorageLedger:
-        self._never = _keys(self._excluded)
+    def __enter__(self) -> StorageLedger:
+        self._never = self._keys(self._excluded)
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
@@ -125,9 +125,9 @@ class _StorageLedger(TorchDispatchMode):
         kwargs = kwargs or {}
         # A storage that comes in was there before, unless its birth was seen. (torch.tensor() builds one unseen, then
         # lifts it.)
-        before = frozenset() if func in _LIFTS else _keys(tree_iter((args, kwargs)))
+        before = frozenset() if func in _LIFTS else self._keys(tree_iter((args, kwargs)))
         result = func(*args, **kwargs)
-        for storage in _storages(tree_iter(result)):
+        for storage in self._storages(tree_iter(result)):
             key = storage._cdata
             if key in self._born or (key not in before and key not in self._never):
                 self._enter(key, storage)
@@ -137,8 +137,16 @@ class _StorageLedger(TorchDispatchMode):
         return result
 
     def leave_out_grad(self, owner: torch.Tensor) -> None:
-        for storage in _storages([owner.grad]):
+        """From now on, do not count the gradient that has been left on a parameter."""
+        for storage in self._storages([owner.grad]):
             self._forget(storage._cdata)
+
+    def _storages(self, leaves: Iterable[object]) -> Iterator[torch.UntypedStorage]:
+        """The storages of ``leaves`` that count."""
+        return (storage for storage in storages(leaves) if storage.device.type != "meta")
+
+    def _keys(self, leaves: Iterable[object]) -> frozenset[int]:
+        return frozenset(storage._cdata for storage in self._storages(leaves))
 
     def _enter(self, key: int, storage: torch.UntypedStorage) -> None:
         self._forget(key)  # its size may have changed
@@ -154,16 +162,11 @@ class _StorageLedger(TorchDispatchMode):
 _LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
 
 
-def _storages(leaves: Iterable[object]) -> Iterator[torch.UntypedStorage]:
+def storages(leaves: Iterable[object]) -> Iterator[torch.UntypedStorage]:
+    """The storages of tensors among ``leaves`` that have one of their own."""
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
-            storage = leaf.untyped_storage()
-            if storage.device.type != "meta":
-                yield storage
-
-
-def _keys(leaves: Iterable[object]) -> frozenset[int]:
-    return frozenset(storage._cdata for storage in _storages(leaves))
+            yield leaf.untyped_storage()
 
 
 class _AllocatorLedger:
@@ -214,4 +217,4 @@ class _AllocatorLedger:
         torch.cuda.reset_peak_memory_stats(self._device)
 
     def _grad_bytes(self, owner: torch.Tensor) -> int:
-        return sum(-(-s.nbytes() // self._BLOCK) * self._BLOCK for s in _storages([owner.grad]))
+        return sum(-(-s.nbytes() // self._BLOCK) * self._BLOCK for s in storages([owner.grad]))

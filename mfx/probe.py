@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,8 +23,7 @@ def find_with_shapes(
     graph, _ = captured.copy()
     try:
         with compat.fake_mode() as mode:
-            shadow = tree_copy(net, lambda tensor: mode.from_tensor(_undivided(tensor)))
-            _remove_hooks(shadow)
+            shadow = shadow_of(net, lambda tensor: mode.from_tensor(undivided(tensor)))
             fake = [
                 pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs[name])
                 for name in captured.specialization.inputs
@@ -35,7 +34,16 @@ def find_with_shapes(
     return find_chains(graph, captured.modules_of(net), options.selection)
 
 
-def _undivided(tensor: torch.Tensor) -> torch.Tensor:
+def shadow_of(net: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """A copy of a net, without hooks, in which every tensor is what ``fake`` makes of it."""
+    shadow = tree_copy(net, fake)
+    for inner in shadow.modules():
+        inner._forward_hooks.clear()
+        inner._forward_pre_hooks.clear()
+    return shadow
+
+
+def undivided(tensor: torch.Tensor) -> torch.Tensor:
     """As large as the tensor whose shards several processes hold; without the hooks they are not used as shards."""
     if not compat.is_sharded(tensor):
         return tensor
@@ -52,9 +60,3 @@ class _Shapes(fx.Interpreter):
         value = super().run_node(n)
         n.meta["val"] = value
         return value
-
-
-def _remove_hooks(module: nn.Module) -> None:
-    for inner in module.modules():
-        inner._forward_hooks.clear()
-        inner._forward_pre_hooks.clear()
