@@ -34,11 +34,11 @@ class ActivationMeter:
     Args:
         exclude: tensors that never count, nor does their ``.grad``; usually ``model.parameters()``.
         count_grads: count the ``.grad`` of ``exclude`` after all.
-        timeline: keep ``.timeline``; on a CPU only.
+        timeline: keep ``.timeline``.
         device: where to measure; by default the device of the first tensor in ``exclude``, else the CPU.
 
     Raises:
-        ValueError: if ``timeline`` is asked for on a device other than the CPU, or the device is neither CPU nor CUDA.
+        ValueError: the device is neither CPU nor CUDA.
 
     >>> x = torch.zeros(256, requires_grad=True)  # 1 KiB
     >>> with ActivationMeter() as meter:
@@ -59,14 +59,12 @@ class ActivationMeter:
         where = torch.device(device or (excluded[0].device if excluded else "cpu"))
         if where.type not in ("cpu", "cuda"):
             raise ValueError(f"ActivationMeter measures on CPU and CUDA devices, not on {where}")
-        if timeline and where.type != "cpu":
-            raise ValueError(f"ActivationMeter keeps a timeline on the CPU only, not on {where}")
         grad_owners = () if count_grads else tuple(t for t in excluded if t.is_leaf and t.requires_grad)
         self._ledger: StorageLedger | _AllocatorLedger
         if where.type == "cpu":
             self._ledger = StorageLedger(excluded, grad_owners, timeline)
         else:
-            self._ledger = _AllocatorLedger(where, grad_owners)
+            self._ledger = _AllocatorLedger(where, grad_owners, timeline)
         self._grad_owners = grad_owners
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -176,10 +174,11 @@ class _AllocatorLedger:
     amount left out changes.
     """
 
-    timeline: tuple[int, ...] = ()
     _BLOCK = 512  # the allocator rounds every request up to a multiple of this
 
-    def __init__(self, device: torch.device, grad_owners: Sequence[torch.Tensor]) -> None:
+    def __init__(self, device: torch.device, grad_owners: Sequence[torch.Tensor], timeline: bool) -> None:
+        self.timeline: list[int] = []
+        self._sampler = _Sampler(self) if timeline else None
         self._device = device
         self._grads = {id(p): self._grad_bytes(p) for p in grad_owners}
         self._left_out = sum(self._grads.values())
@@ -207,8 +206,12 @@ class _AllocatorLedger:
         self._base = torch.cuda.memory_allocated(self._device) - self._left_out
         torch.cuda.reset_peak_memory_stats(self._device)
         self._inside = True
+        if self._sampler is not None:
+            self._sampler.__enter__()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *error: Any) -> None:
+        if self._sampler is not None:
+            self._sampler.__exit__(*error)
         self._read_peak()
         self._inside = False
 
@@ -218,3 +221,18 @@ class _AllocatorLedger:
 
     def _grad_bytes(self, owner: torch.Tensor) -> int:
         return sum(-(-s.nbytes() // self._BLOCK) * self._BLOCK for s in storages([owner.grad]))
+
+
+class _Sampler(TorchDispatchMode):
+    """Reads an allocator's count after each operation; the allocator keeps it on the host, so nobody waits."""
+
+    def __init__(self, ledger: _AllocatorLedger) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._ledger = ledger
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._ledger.timeline.append(self._ledger.live)
+        return result

@@ -213,11 +213,6 @@ def test_a_device_that_cannot_be_measured_is_refused():
         ActivationMeter(device="meta")
 
 
-def test_a_timeline_on_cuda_is_refused():
-    with pytest.raises(ValueError, match="timeline on the CPU only, not on cuda:1"):
-        ActivationMeter(device="cuda:1", timeline=True)
-
-
 class Allocator:
     """Stands in for torch.cuda's memory statistics."""
 
@@ -250,6 +245,16 @@ def test_allocator_statistics_are_taken_relative_and_without_gradients(monkeypat
         assert (meter.live, meter.peak) == (5 * UNIT, 5 * UNIT)
     allocator += 7 * UNIT
     assert meter.peak == 5 * UNIT
+
+
+def test_a_timeline_of_the_allocator_has_one_entry_per_operation(monkeypatch):
+    allocator = Allocator(monkeypatch)
+    x = torch.zeros(256)
+    with ActivationMeter(device="cuda", timeline=True) as meter:
+        for size in (4 * UNIT, -3 * UNIT):
+            allocator += size
+            x.add_(1)
+    assert list(meter.timeline) == [4 * UNIT, UNIT]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
