@@ -5,6 +5,7 @@ from mfx.engine import recomputing
 from mfx.explain import Explanation, explain
 from mfx.gammas import set_gamma
 from mfx.momentumize import graphs, momentumize, original, trace
+from mfx.profile import Profile, profile
 from mfx.schedule import GammaScheduler
 from mfx_passes import MfxError
 
@@ -12,10 +13,12 @@ __all__ = [
     "Explanation",
     "GammaScheduler",
     "MfxError",
+    "Profile",
     "explain",
     "graphs",
     "momentumize",
     "original",
+    "profile",
     "recomputing",
     "schedule",
     "set_gamma",

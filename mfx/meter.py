@@ -207,11 +207,11 @@ class _AllocatorLedger:
         torch.cuda.reset_peak_memory_stats(self._device)
         self._inside = True
         if self._sampler is not None:
-            self._sampler.__enter__()
+            self._sampler.__enter__()  # type: ignore[no-untyped-call]
 
     def __exit__(self, *error: Any) -> None:
         if self._sampler is not None:
-            self._sampler.__exit__(*error)
+            self._sampler.__exit__(*error)  # type: ignore[no-untyped-call]
         self._read_peak()
         self._inside = False
 
