@@ -1,6 +1,7 @@
 """mfx: train deep residual networks without storing their activations."""
 
 from mfx import schedule
+from mfx.drawing import Drawing, draw
 from mfx.engine import recomputing
 from mfx.explain import Explanation, explain
 from mfx.gammas import set_gamma
@@ -10,10 +11,12 @@ from mfx.schedule import GammaScheduler
 from mfx_passes import MfxError
 
 __all__ = [
+    "Drawing",
     "Explanation",
     "GammaScheduler",
     "MfxError",
     "Profile",
+    "draw",
     "explain",
     "graphs",
     "momentumize",

@@ -1,0 +1,72 @@
+"""From a model to what is drawn of it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from mfx.capture import CaptureError
+from mfx.drawing.boxes import Model, Picture, picture_of
+from mfx.entry import Entry
+from mfx.momentum import Momentum, Stream
+from mfx.net import RewrittenForward, forward_of, net_of
+from mfx.options import check_options
+from mfx.streams import streams_of
+
+__all__ = ["pictures_of"]
+
+
+def pictures_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Picture]:
+    """One picture; several of a net that is rewritten module by module.
+
+    Raises:
+        MfxError: the model cannot be captured.
+    """
+    if isinstance(model, fx.GraphModule) and any(isinstance(module, Momentum) for module in model.modules()):
+        return [picture_of("", model.graph, Model(_modules(model), {}))]
+    forward = forward_of(model)
+    if forward is None:
+        forward = RewrittenForward(net_of(model), check_options())
+    if forward.in_parts:
+        return _parts(forward)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="mfx: ")  # mfx.explain says what they say
+        entry = _entry(forward, args, kwargs)
+        streams = streams_of(forward, entry, args, kwargs) if args or kwargs else {}
+    return [_picture("", forward.net, entry, streams)]
+
+
+def _parts(whole: RewrittenForward) -> list[Picture]:
+    paths = {module: path for path, module in whole.net.named_modules()}
+    return [
+        _picture(f"{paths[part.net]}, rewritten by itself", part.net, part.active, {})
+        for part in whole.parts()
+        if part.active is not None and part.active.calls
+    ]
+
+
+def _picture(title: str, net: nn.Module, entry: Entry, streams: Mapping[str, Stream]) -> Picture:
+    module = entry.graph_module(net)
+    model = Model({**_modules(net), **_modules(module)}, streams, entry.within)
+    return picture_of(title, module.graph, model)
+
+
+def _modules(module: nn.Module) -> dict[str, nn.Module]:
+    return dict(module.named_modules(remove_duplicate=False))
+
+
+def _entry(forward: RewrittenForward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entry:
+    """The graph for these inputs, else the one that was run last, else that for default arguments."""
+    if args or kwargs:
+        return forward.entry_for(*args, **kwargs)
+    if forward.active is not None and forward.active.holds():
+        return forward.active
+    try:
+        return forward.prepare()
+    except CaptureError as error:
+        raise CaptureError(
+            f"{error} With inputs, mfx.draw(model, path, *inputs), TorchDynamo is asked as well."
+        ) from error
