@@ -5,21 +5,20 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from torch import fx, nn
 
 from mfx import compat_dynamo
+from mfx.assembly import Assembly, Scope
 from mfx.capture import Captured, Specialization
 from mfx.compiler import Compiler
 from mfx.dynamo_graph import tidy
-from mfx.entry import Entry, Scope, make_entry
+from mfx.entry import Entry, make_entry
 from mfx.net import without_chains
 from mfx.options import Options, check_options
 from mfx.places import is_held_by_module, place
 from mfx.program import compile_graph
-from mfx.segments import cut
 from mfx_passes import MfxError
 from mfx_passes.serialize import copy_graph
 
@@ -60,15 +59,11 @@ def momentum(
     if not entry.calls:
         warnings.warn(f"mfx: {without_chains(module)}", stacklevel=2)
     checked.check_chains(entry.shape)
-    for call in entry.calls.values():
-        call.program = compiler
-    graph, segments = cut(entry.graph, compiler)
-    function = compile_graph(graph)
+    function = Assembly(entry.graph, entry.calls, compiler)
 
     def run(*values: Any) -> Any:
-        root = Scope(holders.of(values), entry.captured.modules)
-        bound = {name: partial(segment, root) for name, segment in segments.items()}
-        return function(Scope(root, {**entry.calls, **bound}), *(values[position] for position in positions))
+        holder = Scope(holders.of(values), entry.captured.modules)
+        return function(holder, *(values[position] for position in positions))
 
     return run
 

@@ -4,33 +4,43 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "NO_TASK",
+    "OPAQUE_TAGS",
+    "above_autograd",
     "autocast_as",
     "autocast_state",
     "class_before_sharding",
     "current_task",
     "fake_mode",
+    "fake_mode_of",
     "is_fake",
     "is_group",
     "is_sharded",
+    "keeps_graph",
+    "leaves_of",
     "plain_transformer_layers",
     "runs_for_real",
     "shards_of",
     "share_shards",
     "under_transform",
     "when_task_ends",
+    "without_modes",
 ]
 
 NO_TASK = -1
+
+# Of an operation that draws random numbers, and looks at memory that only the CPU knows of.
+OPAQUE_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
 
 
 def current_task() -> int:
@@ -106,6 +116,47 @@ def share_shards(module: nn.Module, copied: nn.Module, copies: Mapping[int, Any]
                 if id(holder) in copies:
                     info.shared_modules.append(copies[id(holder)])
                     info.shared_param_names.append(name)
+
+
+def above_autograd() -> AbstractContextManager[object]:
+    """A context in which operations are recorded by autograd, also inside an operation (torch 2.11 to 2.15)."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that this thread is in was told to keep its graph (torch 2.11 to 2.15)."""
+    return current_task() == NO_TASK or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def fake_mode_of(tensors: Sequence[Tensor]) -> Any:
+    """The mode in which tensors without values were made, None if there are none (torch 2.11 to 2.15)."""
+    return torch._guards.detect_fake_mode(list(tensors))
+
+
+def without_modes() -> AbstractContextManager[object]:
+    """A context in which operations are what they are without anybody looking on (torch 2.11 to 2.15)."""
+    return _disable_current_modes()
+
+
+def leaves_of(tensors: Sequence[Tensor]) -> set[int]:
+    """Identities of the leaves of the autograd graph that tensors are computed from (torch 2.11 to 2.15)."""
+    nodes = {tensor.grad_fn for tensor in tensors}
+    leaves = {id(tensor) for tensor in tensors if tensor.grad_fn is None}
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        for following, _ in node.next_functions:
+            if following not in nodes:
+                nodes.add(following)
+                waiting.append(following)
+    return leaves
 
 
 @contextmanager

@@ -15,6 +15,7 @@ import torch
 import torch._dynamo
 from torch import Tensor, fx
 from torch._functorch import predispatch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.module_tracker import ModuleTracker
 
@@ -28,9 +29,12 @@ __all__ = [
     "FUSED_LAYER",
     "SET_GRAD",
     "Seen",
+    "backend",
     "backends",
     "is_broken_off",
+    "is_looked_at",
     "is_resumed",
+    "not_looked_into",
     "recompilations_left",
     "see_call",
     "sources",
@@ -215,6 +219,26 @@ def recompilations_left() -> int:
     compile_id = torch._guards.CompileContext.current_compile_id()
     made = 0 if compile_id is None or compile_id.frame_compile_id is None else compile_id.frame_compile_id
     return torch._dynamo.config.recompile_limit - made - 1
+
+
+def not_looked_into(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that Dynamo calls on tensors without values, and takes into its graph as it is."""
+    return torch._dynamo.nonstrict_trace(torch._dynamo.disable(function))
+
+
+def is_looked_at(values: Any) -> bool:
+    """Whether these values are a compiler's, and no computation's."""
+    return torch._guards.detect_fake_mode(pytree.tree_leaves(values)) is not None
+
+
+def backend() -> Any:
+    """The backend that the graph is for that is being made."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    made: Any = InstructionTranslator.current_tx().output.compiler_fn
+    while hasattr(made, "_torchdynamo_orig_backend"):
+        made = made._torchdynamo_orig_backend
+    return made
 
 
 def with_plain_sizes(value: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch.fx import Graph, Node
 
 from mfx.program import compile_graph
+from mfx_passes.ir import is_momentum_call
 from mfx_passes.serialize import PortableGraph
 
 __all__ = ["Compiler"]
@@ -32,10 +33,11 @@ class Compiler:
     def __call__(self, graph: Graph) -> Function:
         """The function a graph stands for; its first argument is the object that holds what the graph reads by path.
 
-        What is read by path is handed to the compiled function, so that blocks of one structure share it.
+        What is read or called by path is handed to the compiled function, so that blocks of one structure share it, and
+        a module that is replaced is another one for it.
         """
-        if graph.find_nodes(op="call_module"):
-            return compile_graph(graph)  # modules have code of their own, and may be replaced
+        if any(map(is_momentum_call, graph.find_nodes(op="call_module"))):
+            return compile_graph(graph)  # a chain inside of a branch; what lies in its own branches is compiled
         paths, shared = _with_inputs_only(graph)
         source = shared.python_code("self")
         key = source.src, tuple(sorted((name, id(value)) for name, value in source.globals.items()))
@@ -50,7 +52,7 @@ class Compiler:
 
 
 def _with_inputs_only(graph: Graph) -> tuple[list[str], Graph]:
-    """The paths a graph reads, and a graph that is given these as inputs instead, with nodes named by number."""
+    """The paths a graph reads or calls, and a graph that gets what is there as inputs, with nodes named by number."""
     shared = PortableGraph()
     copies: dict[Node, Node] = {}
     read: dict[str, Node] = {}
@@ -64,10 +66,21 @@ def _with_inputs_only(graph: Graph) -> tuple[list[str], Graph]:
     for node in graph.nodes:
         if node in copies:
             continue
+        if node.op == "call_module":
+            path = str(node.target)
+            if path not in read:
+                read[path] = shared.placeholder(f"p{len(read)}")
         args = torch.fx.node.map_arg(node.args, copies.__getitem__)
         kwargs = torch.fx.node.map_arg(node.kwargs, copies.__getitem__)
-        copies[node] = shared.create_node(node.op, node.target, args, kwargs, name=f"n{len(copies)}")
+        op, target = node.op, node.target
+        if op == "call_module":
+            op, target, args = "call_function", _call, (read[str(node.target)], *args)
+        copies[node] = shared.create_node(op, target, args, kwargs, name=f"n{len(copies)}")
     return list(read), shared
+
+
+def _call(module: Any, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
 
 
 def _resolve(root: Any, path: str) -> Any:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from torch import fx, nn
 
+from mfx.assembly import Assembly, Scope
 from mfx.capture import Captured
 from mfx.guard import Guard, guards_of
 from mfx.momentum import Momentum
 from mfx.options import Options
-from mfx.program import compile_graph
+from mfx.program import Program, compile_graph
+from mfx.transform_layers import check_steps
 from mfx.tree import Extra
 from mfx_passes import ChainGraphs, Findings, MfxError, Step, StepGraphs, find_chains, rewrite_graph
 from mfx_passes.ir import enclosing_path
@@ -47,7 +50,7 @@ class Entry:
     marks: Mapping[nn.Module, set[str]]
     within: str = ""
     probed: bool = False
-    _function: Callable[..., Any] | None = field(default=None, repr=False)
+    _functions: dict[Program, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     @property
     def shape(self) -> dict[str, int]:
@@ -113,22 +116,23 @@ class Entry:
         """Whether these modules are still there, in whatever training mode."""
         return all(guard.in_place() for guard in self.guards)
 
-    def run(self, net: nn.Module, inputs: Mapping[str, Any]) -> Any:
-        """Run the rewritten graph on the modules of ``net``."""
-        if self._function is None:
-            self._function = compile_graph(self.graph)
-        return self._function(self._scope(net), *(inputs[name] for name in self.captured.specialization.inputs))
+    def run(self, net: nn.Module, inputs: Mapping[str, Any], program: Program = compile_graph) -> Any:
+        """Run the rewritten graph on the modules of ``net``, by functions that ``program`` makes."""
+        if program not in self._functions:
+            self._functions[program] = self._assemble(net, program)
+        return self._functions[program](*(inputs[name] for name in self.captured.specialization.inputs))
 
-    def call(self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def call(
+        self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: Program = compile_graph
+    ) -> Any:
         """Make the call that the graph was captured from, with other tensors; for graphs that have a frame."""
-        if self._function is None:
+        if program not in self._functions:
             assert self.captured.frame is not None
-            graph_function = compile_graph(self.graph)
-            self._function = self.captured.frame.callable(lambda *values: graph_function(self._scope(net), *values))
-        return self._function(net, *args, **kwargs)
+            self._functions[program] = self.captured.frame.callable(self._assemble(net, program))
+        return self._functions[program](net, *args, **kwargs)
 
-    def _scope(self, net: nn.Module) -> Scope:
-        return Scope(net, {**self.captured.modules, **self.calls})
+    def _assemble(self, net: nn.Module, program: Program) -> Callable[..., Any]:
+        return partial(Assembly(self.graph, self.calls, program), Scope(net, self.captured.modules))
 
     def graph_module(self, net: nn.Module) -> fx.GraphModule:
         """The rewritten graph as a module of its own, over the modules of ``net``."""
@@ -147,20 +151,7 @@ class Entry:
         return find_chains(graph, self.captured.modules_of(net), with_refused(options, self.refused).selection)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_function": None}
-
-
-class Scope:
-    """Where a rewritten graph finds its modules: the momentum calls first, then the net."""
-
-    __slots__ = ("_calls", "_net")
-
-    def __init__(self, net: Any, calls: Mapping[str, Any]) -> None:
-        self._net = net
-        self._calls = calls
-
-    def __getattr__(self, name: str) -> Any:
-        return self._calls[name] if name in self._calls else getattr(self._net, name)
+        return {**self.__dict__, "_functions": {}}
 
 
 def make_entry(
@@ -193,6 +184,9 @@ def make_entry(
         return name, velocity_target(net, graphs.name, options)
 
     rewritten = rewrite_graph(graph, modules, insert, with_refused(options, refused).selection, calls)
+    if options.layers:
+        lengths = {call.chain: len(call.graphs.steps) for call in momenta.values()}
+        check_steps(captured.graph, lengths, rewritten.findings.rejections)
     flat = tuple(sorted({call.target for call in rewritten.flat}))
     leaves = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
     guards = guards_of(net, leaves, marks)

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Graph
 
 from mfx import compat
 from mfx.engine import StepFunction, run_chain
 from mfx.gamma import Gamma
-from mfx.program import compile_graph
+from mfx.program import Program, compile_graph
 from mfx_passes import ChainGraphs, MfxError
 
 Stream = tuple[tuple[int, ...], torch.dtype]
@@ -52,8 +51,8 @@ class Momentum(nn.Module):
         self.memory_budget = memory_budget
         self.verify = verify
         self.stream: Stream | None = None  # what the last call ran on
-        self.program: Callable[[Graph], Callable[..., Any]] = compile_graph
-        self._steps: tuple[StepFunction, ...] | None = None
+        self.program: Program = compile_graph
+        self._steps: dict[Program, tuple[StepFunction, ...]] = {}
         self._memory: dict[Any, Any] = {}
 
     @property
@@ -69,6 +68,7 @@ class Momentum(nn.Module):
         v0: Tensor | None = None,
         *,
         gamma: Gamma | None = None,
+        program: Program | None = None,
     ) -> Tensor | tuple[Any, ...]:
         """Run the chain.
 
@@ -78,6 +78,7 @@ class Momentum(nn.Module):
             roots: the attributes of the model that the steps reach into.
             v0: the velocity before the first step, if a module computes it.
             gamma: the momentum of this call, if it is not to be the module's present one.
+            program: what makes functions of the steps' graphs, if not what the module has for that.
 
         Returns:
             The end state; or a tuple of it, the taps and the side outputs, if there are any.
@@ -90,10 +91,10 @@ class Momentum(nn.Module):
             self.stream = tuple(x.shape), x.dtype
         result = run_chain(
             self.chain,
-            self.steps,
+            self._steps_by(program or self.program),
             x,
             tuple(captures),
-            SimpleNamespace(**{name: _as_it_is_now(root) for name, root in roots.items()}),
+            SimpleNamespace(**{name: _as_it_is_now(root, program) for name, root in roots.items()}),
             gamma=self.gamma if gamma is None else gamma,
             velocity="residual" if self.velocity == "residual" else v0,
             arithmetic=self.arithmetic,
@@ -120,28 +121,31 @@ class Momentum(nn.Module):
     @property
     def steps(self) -> tuple[StepFunction, ...]:
         """The steps as functions."""
-        if self._steps is None:
-            self._steps = tuple(
+        return self._steps_by(self.program)
+
+    def _steps_by(self, program: Program) -> tuple[StepFunction, ...]:
+        if program not in self._steps:
+            self._steps[program] = tuple(
                 StepFunction(
                     path=step.path or f"number {number} of {len(self.graphs.steps)}",
                     kind=step.kind,
-                    branch=self.program(step.branch),
-                    original=self.program(step.original),
+                    branch=program(step.branch),
+                    original=program(step.original),
                     captures=step.captures,
                     targets=step.targets,
                 )
                 for number, step in enumerate(self.graphs.steps, 1)
             )
-        return self._steps
+        return self._steps[program]
 
     def extra_repr(self) -> str:
         """What ``print(net)`` shows."""
         return f"{self.chain}: {len(self.graphs.steps)} steps, gamma={self.gamma.value:g}, {self.arithmetic}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "program": compile_graph, "_steps": None, "_memory": {}}
+        return {**self.__dict__, "program": compile_graph, "_steps": {}, "_memory": {}}
 
 
-def _as_it_is_now(root: Any) -> Any:
+def _as_it_is_now(root: Any, program: Program | None) -> Any:
     """A chain inside a branch keeps its γ for the branch's second run, whatever it is set to in between."""
-    return partial(root, gamma=root.gamma) if isinstance(root, Momentum) else root
+    return partial(root, gamma=root.gamma, program=program) if isinstance(root, Momentum) else root

@@ -15,8 +15,10 @@ from torch import fx, nn
 from mfx.capture import CaptureError, signature_of
 from mfx.entry import Entry
 from mfx.options import Options
+from mfx.program import Program, compile_graph
 from mfx.routes import DynamoRoute, Run, SymbolicRoute
-from mfx.sharding import refuse_containers
+from mfx.sharding import is_sharded_somewhere, refuse_containers
+from mfx.sites import Site, know
 from mfx.tree import M, Overlay, tree_copy
 from mfx_passes import MfxError
 
@@ -39,6 +41,8 @@ class RewrittenForward(Overlay):
         self.bypassed = 0
         self.in_parts = False
         self.known_chains: set[str] = set()  # of all graphs there ever were, and of the net this one is a copy of
+        self.key = know(self)
+        self.sites: list[Site] = []
         self.symbolic = SymbolicRoute(self)
         self.dynamo = DynamoRoute(self)
         self.active: Entry | None = None
@@ -57,6 +61,11 @@ class RewrittenForward(Overlay):
         return type(self.net).forward.__code__  # torch.export names inputs after its variables
 
     @property
+    def is_opaque(self) -> bool:
+        """Whether compiled code may call the net as one operation."""
+        return not (self.is_part or self.in_parts or is_sharded_somewhere(self.net))
+
+    @property
     def all_entries(self) -> list[Entry]:
         """Every rewritten graph there is."""
         return [*self.symbolic.entries, *self.dynamo.entries]
@@ -66,14 +75,14 @@ class RewrittenForward(Overlay):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the net on these arguments, by the rewritten graph that fits them."""
-        if torch.compiler.is_compiling():
-            from mfx.uncompiled import run_outside  # imports TorchDynamo, which takes a second
+        if torch.compiler.is_dynamo_compiling():
+            from mfx.inside_compile import call  # imports TorchDynamo, which takes a second
 
-            return run_outside(self, args, kwargs)
-        return self.run(*args, **kwargs)
+            return call(self, args, kwargs)
+        return self.run(args, kwargs)
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        """The same, whoever looks on."""
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: Program = compile_graph) -> Any:
+        """The same, whoever looks on, by functions that ``program`` makes of graphs."""
         if args and args[0] is self.net:
             args = args[1:]  # somebody (accelerate does) made a method of this, as of a function
         if self.bypassed or self.in_parts:
@@ -89,7 +98,7 @@ class RewrittenForward(Overlay):
         if not entry.calls:
             self._has_no_chain(entry)
             return self._original()(*args, **kwargs)
-        return run()
+        return run(program)
 
     def _has_no_chain(self, entry: Entry) -> None:
         if entry.captured.frame is not None:  # else it was said when the graph was made, or lost its steps
@@ -247,7 +256,10 @@ class RewrittenForward(Overlay):
     def __getstate__(self) -> dict[str, Any]:
         # What Dynamo saw is not copied; and a copy made inside of mfx.original is no part of that context.
         active = self.active if self.active in self.symbolic.entries else None
-        return {**self.__dict__, "active": active, "bypassed": 0}
+        return {**self.__dict__, "active": active, "bypassed": 0, "sites": []}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, key=know(self))
 
 
 def forward_of(net: nn.Module) -> RewrittenForward | None:

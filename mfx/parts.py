@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
 from typing import Any
@@ -11,6 +12,7 @@ from torch import nn
 
 from mfx.entry import Entry
 from mfx.net import RewrittenForward
+from mfx.program import Program, compile_graph
 from mfx.tree import Extra
 from mfx_passes import MfxError
 
@@ -45,7 +47,7 @@ class Part(RewrittenForward):
         self.whole = whole
         self.path = path
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: Program = compile_graph) -> Any:
         """Run the module on these arguments."""
         whole = self._known_whole()
         if self.bypassed or whole.bypassed or (role := self._role_in(whole)) is Role.NONE:
@@ -64,7 +66,7 @@ class Part(RewrittenForward):
                 f"{self.path} was called by itself, and the modules that compute v0 are known to the whole net only. "
                 "Call the net, or use velocity='zero' or 'residual'."
             )
-        return super().run(*args, **kwargs)
+        return super().run(args, kwargs, program)
 
     def _has_no_chain(self, entry: Entry) -> None:
         self.in_parts = True  # there is nothing to capture, whatever it is called with

@@ -9,6 +9,8 @@ from typing import Any
 
 from torch.fx import Graph
 
+Program = Callable[[Graph], Callable[..., Any]]  # what makes a function of a graph
+
 
 def compile_graph(graph: Graph) -> Callable[..., Any]:
     """The function a graph stands for; its first argument is the object that holds the modules the graph calls.

@@ -15,6 +15,7 @@ from mfx.capture import CaptureError, Specialization, capture
 from mfx.entry import Entry, make_entry, steps_of
 from mfx.guard import without_marks
 from mfx.probe import find_with_shapes
+from mfx.program import Program
 from mfx.sharding import refuse_shards
 from mfx.tree import without_parts
 
@@ -25,7 +26,7 @@ _KEPT = 8  # graphs per set of arguments; a model whose attributes follow a sche
 
 _CAPTURING = threading.RLock()  # a capture changes modules for a moment, and other threads may capture them too
 
-Run = Callable[[], Any]
+Run = Callable[[Program], Any]
 
 
 class SymbolicRoute:
@@ -84,7 +85,7 @@ class SymbolicRoute:
             raise CaptureError(self._failures[mode])
         try:
             with _CAPTURING, without_marks(self._owner.net) as marks, without_parts(self._owner.net):
-                captured = capture(self._owner.net, specialization)
+                captured = capture(self._owner.net, specialization, self._owner.options.whole_steps(self._owner.net))
         except CaptureError as error:
             if self._owner.options.capture != "symbolic":  # else there is nothing to fall back on: try again
                 self._failures[mode] = str(error)

@@ -11,7 +11,7 @@ from torch import nn
 from mfx import compat
 from mfx_passes import MfxError
 
-__all__ = ["copying", "refuse_containers", "refuse_shards", "share"]
+__all__ = ["copying", "is_sharded_somewhere", "refuse_containers", "refuse_shards", "share"]
 
 
 @contextmanager
@@ -47,6 +47,11 @@ def share(model: nn.Module, copies: Mapping[int, Any]) -> None:
                 "known to it by the module. Apply it to one module at a time, or to the momentumized net."
             )
         compat.share_shards(module, copies[id(module)], copies)
+
+
+def is_sharded_somewhere(net: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to the net or to a module in it."""
+    return any(compat.shards_of(module) is not None for module in net.modules())
 
 
 def refuse_shards(net: nn.Module) -> None:

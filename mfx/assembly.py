@@ -1,0 +1,55 @@
+"""A rewritten graph as a function: its momentum calls, and what lies between them, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch.fx import Graph
+
+from mfx.program import Program, compile_graph
+from mfx.segments import cut
+
+__all__ = ["Assembly", "Scope"]
+
+
+class Scope:
+    """Where a rewritten graph finds its modules: the calls first, then the holder of all else."""
+
+    __slots__ = ("_calls", "_holder")
+
+    def __init__(self, holder: Any, calls: Mapping[str, Any]) -> None:
+        self._holder = holder
+        self._calls = calls
+
+    def __getattr__(self, name: str) -> Any:
+        return self._calls[name] if name in self._calls else getattr(self._holder, name)
+
+
+class Assembly:
+    """The function of a rewritten graph.
+
+    Args:
+        graph: the rewritten graph.
+        calls: its momentum calls by name.
+        program: what makes functions of graphs: of those of the steps, and of what lies between the chains.
+    """
+
+    def __init__(self, graph: Graph, calls: Mapping[str, Callable[..., Any]], program: Program) -> None:
+        self._segments: dict[str, Callable[..., Any]] = {}
+        if program is not compile_graph:
+            graph, self._segments = cut(graph, program)
+            calls = {name: partial(call, program=program) for name, call in calls.items()}
+        self._function = compile_graph(graph)
+        self._calls = calls
+
+    def __call__(self, holder: Any, *inputs: Any) -> Any:
+        """Run the graph.
+
+        Args:
+            holder: object under whose attributes the graph finds modules and tensors.
+            *inputs: the inputs of the graph.
+        """
+        segments = {name: partial(segment, holder) for name, segment in self._segments.items()}
+        return self._function(Scope(holder, {**self._calls, **segments}), *inputs)

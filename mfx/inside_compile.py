@@ -1,0 +1,73 @@
+"""A call of a net in code that torch.compile compiles."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from mfx import compat_dynamo
+from mfx.compiler import Compiler
+from mfx.opaque import run, settle
+from mfx.sites import forward_by, site_for
+
+if TYPE_CHECKING:
+    from mfx.net import RewrittenForward
+    from mfx.program import Program
+
+__all__ = ["call"]
+
+_PROGRAMS: list[tuple[Any, Program]] = []  # with their backends, which can be compared but not hashed
+_NONE = "mfx: None"  # which cannot be handed to code that Dynamo does not look into
+
+
+def call(forward: RewrittenForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Call a net from the graph that is being compiled; Dynamo looks on."""
+    if forward.bypassed:
+        return type(forward.net).forward(forward.net, *args, **kwargs)
+    if torch.compiler.is_exporting() or not forward.is_opaque:
+        return _run_outside(forward, args, kwargs)
+    arguments = pytree.tree_map(_marked, (args, kwargs))
+    held = [*forward.net.parameters()], [*forward.net.buffers()]
+    return pytree.tree_map(_unmarked, _run(forward.key, forward.net.training, held, arguments))
+
+
+@compat_dynamo.not_looked_into
+def _run(key: str, training: bool, held: tuple[list[Any], list[Any]], arguments: Any) -> Any:
+    """Called by compilers with tensors without values, and for real where there is no compiler but Dynamo."""
+    forward, (args, kwargs) = forward_by(key), pytree.tree_map(_unmarked, arguments)
+    if not compat_dynamo.is_looked_at(held):
+        return pytree.tree_map(_marked, forward.run(args, kwargs))
+    parameters, buffers = held
+    site, inputs = site_for(forward, args, kwargs, [*parameters, *buffers], _program())
+    *results, token = run(site.key, inputs, [*parameters, *buffers])
+    if buffers:
+        settle(token, buffers)
+    return pytree.tree_map(_marked, site.assemble(results, [*inputs, *parameters, *buffers]))
+
+
+def _program() -> Program:
+    """What compiles the pieces of the net: the backend that compiles the code around it."""
+    backend = compat_dynamo.backend()
+    for known, program in _PROGRAMS:
+        if known == backend:
+            return program
+    _PROGRAMS.append((backend, Compiler(backend)))
+    return _PROGRAMS[-1][1]
+
+
+@torch.compiler.disable(  # type: ignore[untyped-decorator]
+    reason="a net made by mfx.momentumize can be no part of this graph: because the graph is exported by strict "
+    "tracing (use strict=False), or because the net is no one graph itself, or spread over processes"
+)
+def _run_outside(forward: RewrittenForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return forward.run(args, kwargs)
+
+
+def _marked(leaf: Any) -> Any:
+    return _NONE if leaf is None else leaf
+
+
+def _unmarked(leaf: Any) -> Any:
+    return None if isinstance(leaf, str) and leaf == _NONE else leaf
