@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mfx.net import described
-from mfx.profile_state import untouched
+from mfx.profile_state import check_values, untouched
 from mfx.profile_step import Step, parameters_of
 from mfx.profile_variants import Against, Variant, variants_of
 from mfx.profiled import Profile, Row
@@ -66,6 +66,7 @@ def profile(
         raise MfxError(f"profile takes a torch.nn.Module, not {described(model)}.")
     if not isinstance(repeats, int) or repeats < 1:
         raise MfxError(f"repeats={repeats!r}: the number of steps to take the time of is an integer of at least 1.")
+    check_values(model)
     device = _device_of(model, args, kwargs)
     step = Step(args, kwargs, loss, device)
     with ExitStack() as stack:

@@ -17,7 +17,20 @@ from mfx.net import forward_of, net_of
 from mfx.tree import M, tree_copy
 from mfx_passes import MfxError
 
-__all__ = ["apart", "as_momentumized", "copies", "untouched"]
+__all__ = ["apart", "as_momentumized", "check_values", "copies", "untouched"]
+
+
+def check_values(model: nn.Module) -> None:
+    """Check that a model has values to compute with.
+
+    Raises:
+        MfxError: it has not.
+    """
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        if is_lazy(tensor):
+            raise MfxError(f"{name} has no shape yet. Call the {type(model).__name__} once before it is profiled.")
+        if tensor.device.type == "meta":
+            raise MfxError(f"{name} is on the meta device: a profile computes with values. mfx.explain does without.")
 
 
 def apart(model: M) -> M:
@@ -26,13 +39,8 @@ def apart(model: M) -> M:
     Of a momentumized net, it is a copy of the net before it was.
 
     Raises:
-        MfxError: the model cannot be copied, or has no values to compute with.
+        MfxError: the model cannot be copied.
     """
-    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        if is_lazy(tensor):
-            raise MfxError(f"{name} has no shape yet. Call the {type(model).__name__} once before it is profiled.")
-        if tensor.device.type == "meta":
-            raise MfxError(f"{name} is on the meta device: a profile computes with values. mfx.explain does without.")
     return _in_training(tree_copy(net_of(model), _stand_in))
 
 

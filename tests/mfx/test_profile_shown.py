@@ -1,0 +1,92 @@
+"""A profile as text, as data, as a page's table, as a picture."""
+
+import json
+import sys
+
+import pytest
+
+import mfx
+from mfx.profiled import Row
+
+GIB = 2**30
+
+
+def row(name, kept, peak, seconds, flops, note=""):
+    return Row(name, kept, peak, seconds, flops, ((0.0, 0), (0.5, kept), (0.6, peak), (1.0, 4)), 0.5, note)
+
+
+@pytest.fixture
+def found():
+    rows = (
+        row("plain", 4 * GIB, 5 * GIB, 2.5, 3_000_000_000_000),
+        row("<mine>", 1024, 1536, 0.05, 4_000_000_000_000, "a & b " + "word " * 40),
+    )
+    return mfx.Profile("Net", "cpu", 3, rows, ("a.0",), (("checkpoint", "CheckpointError: other sizes"),))
+
+
+def test_the_table_has_a_line_per_variant_with_ratios_to_the_first(found):
+    lines = found.table().splitlines()
+    assert lines[0] == "Net, one training step on cpu; ratios are to plain"
+    header, plain, mine = lines[2:5]
+    assert header.split() == ["variant", "kept", "peak", "time", "FLOPs"]
+    assert " ".join(plain.split()) == "plain 4.0 GiB 1.00x 5.0 GiB 1.00x 2.50 s 1.00x 3.0 T 1.00x"
+    assert " ".join(mine.split()) == "<mine> 1.0 KiB 0.00x 1.5 KiB 0.00x 50.0 ms 0.02x 4.0 T 1.33x"
+    assert max(map(len, lines)) <= 100
+    assert lines[-1] == "checkpoint: not measured: CheckpointError: other sizes"
+    assert str(found) == found.table()
+
+
+def test_a_first_variant_that_keeps_nothing_has_no_ratios():
+    found = mfx.Profile("Net", "cpu", 1, (row("nothing", 0, 0, 0.1, 0),))
+    assert " ".join(found.table().splitlines()[3].split()) == "nothing 0 B - 0 B - 100.0 ms 1.00x 0 -"
+
+
+def test_as_data_it_survives_json(found):
+    data = json.loads(json.dumps(found.to_dict()))
+    assert data == found.to_dict()
+    assert [r["name"] for r in data["rows"]] == ["plain", "<mine>"]
+    assert data["rows"][0]["timeline"] == [[0.0, 0], [0.5, 4 * GIB], [0.6, 5 * GIB], [1.0, 4]]
+    assert data["wrapped"] == ["a.0"]
+    assert data["skipped"] == [{"name": "checkpoint", "reason": "CheckpointError: other sizes"}]
+
+
+def test_on_a_page_names_are_escaped(found):
+    page = found._repr_html_()
+    assert "&lt;mine&gt;" in page
+    assert "<mine>" not in page
+    assert page.count("<tr>") == 3
+
+
+@pytest.mark.parametrize("suffix", ["png", "svg"])
+def test_the_picture_has_a_line_per_variant(found, tmp_path, suffix):
+    pytest.importorskip("matplotlib")
+    file = tmp_path / f"profile.{suffix}"
+    figure = found.plot(file)
+    (axes,) = figure.axes
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == [
+        "plain: peak 5.0 GiB",
+        "<mine>: peak 1.5 KiB",
+    ]
+    (line,) = (line for line in axes.lines if line.get_label().startswith("plain"))
+    assert list(line.get_ydata()) == [0, 4096, 5120, 4 / 2**20]
+    assert file.stat().st_size > 1000
+
+
+def test_without_matplotlib_a_plot_says_what_to_install(found, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(mfx.MfxError, match=r"pip install 'mfx\[report\]'"):
+        found.plot()
+
+
+def test_the_progress_bar_is_left_out_without_tqdm(monkeypatch, capsys):
+    import torch
+    from torch import nn
+
+    model = nn.Sequential(nn.Linear(2, 2))
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    mfx.profile(model, torch.ones(2, 2), against="plain", repeats=1, progress=True)
+    assert capsys.readouterr().err == ""
+    monkeypatch.undo()
+    pytest.importorskip("tqdm")
+    mfx.profile(model, torch.ones(2, 2), against="plain", repeats=1, progress=True)
+    assert "mfx.profile: timing" in capsys.readouterr().err
