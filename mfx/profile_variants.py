@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from typing import Any, Union
 
-import torch
 from torch import fx, nn
 
 from mfx.checkpointed import Checkpointed, blocks_of
@@ -57,14 +57,18 @@ def variants_of(
             "this GraphModule was momentumized, and what it was before is not known; profile the model it was made of."
         )
 
+    asked = "momentum" in [way for way in ways.values() if isinstance(way, str)]
+    rewritten = cache(partial(_rewritten, model, options))  # to capture a model may take seconds
+
     def variant(name: str, way: Way) -> Variant:
         if way == "plain":
             net = apart(model)
             return Variant(name, net, net)
         if way == "checkpoint":
-            return _checkpointed(name, model, _rewritten(model, options), args, kwargs)
+            calls = _calls_in_a_run(rewritten(), args, kwargs, warn=asked)
+            return _checkpointed(name, apart(model), calls)
         if way == "momentum" or isinstance(way, Mapping):
-            net = _rewritten(model, options if isinstance(way, str) else way)
+            net = rewritten() if isinstance(way, str) else _rewritten(model, way)
             return Variant(name, net, net, lambda: _described(net))
         assert callable(way)
         return Variant(name, way, way if isinstance(way, nn.Module) else None)
@@ -97,13 +101,18 @@ def _rewritten(model: nn.Module, options: Mapping[str, Any] | None) -> nn.Module
         return momentumize(apart(model), **(options or {}))
 
 
-def _checkpointed(name: str, model: nn.Module, rewritten: nn.Module, args: Any, kwargs: Any) -> Variant:
+def _calls_in_a_run(rewritten: nn.Module, args: Any, kwargs: Any, *, warn: bool) -> list[tuple[str, Momentum]]:
+    """The chains' calls of a net, which are known once it has run, however it is captured."""
     given, named = copies(args, kwargs)
-    with torch.no_grad(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="mfx: ")  # nobody asked for a momentum net here
-        rewritten(*given, **named)  # which finds its chains, however it is captured
-    net = apart(model)
-    checkpointed = Checkpointed(net, blocks_of(net, _calls_of(rewritten)))
+    with warnings.catch_warnings():
+        if not warn:
+            warnings.filterwarnings("ignore", message="mfx: ")
+        rewritten(*given, **named)
+    return _calls_of(rewritten)
+
+
+def _checkpointed(name: str, net: nn.Module, calls: Iterable[tuple[str, Momentum]]) -> Variant:
+    checkpointed = Checkpointed(net, blocks_of(net, calls))
 
     def note() -> str:
         called = list(checkpointed.called)
