@@ -46,7 +46,7 @@ class Setting:
     finetuning_lr: float = 2e-4
 
 
-QUICK = Setting(blocks=(4, 1), pretraining=44, finetuning=88, annealing=66, finetuning_lr=5e-4)
+QUICK = Setting(blocks=(4, 1), batch=32, pretraining=44, finetuning=66, annealing=44, finetuning_lr=5e-4)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch.nn.utils import parametrizations, spectral_norm
 
 import mfx
 from mfx import recomputing
+from tests.sampling import grid
 
 DEPTH = 13  # exact arithmetic keeps the inputs of shorter chains, instead of a tape
 
@@ -88,9 +89,9 @@ def pair(build, how, **plain):
     return net, mfx.momentumize(model, arithmetic=arithmetic, gamma=gamma, memory_budget=1.0, **plain)
 
 
-@pytest.mark.parametrize("how", HOW, ids=str)
-@pytest.mark.parametrize("build, shape", LAYERS.values(), ids=LAYERS)
-def test_training_steps_leave_what_plain_training_leaves(build, shape, how):
+@grid(len(LAYERS), layer=LAYERS, how=HOW)
+def test_training_steps_leave_what_plain_training_leaves(layer, how):
+    build, shape = layer
     nets, results = pair(build, how), []
     for net in nets:
         torch.manual_seed(3)
@@ -101,9 +102,9 @@ def test_training_steps_leave_what_plain_training_leaves(build, shape, how):
     assert_equal(*results, how[0])
 
 
-@pytest.mark.parametrize("how", HOW, ids=str)
-@pytest.mark.parametrize("build, shape", LAYERS.values(), ids=LAYERS)
-def test_at_gamma_zero_it_is_the_model_itself(build, shape, how):
+@grid(len(LAYERS), layer=LAYERS, how=HOW)
+def test_at_gamma_zero_it_is_the_model_itself(layer, how):
+    build, shape = layer
     model = Residual(build)
     net = mfx.momentumize(copy.deepcopy(model), arithmetic=how[0], gamma=0.0)
     results = []
@@ -116,9 +117,9 @@ def test_at_gamma_zero_it_is_the_model_itself(build, shape, how):
     assert_equal(*results, "exact")
 
 
-@pytest.mark.parametrize("how", HOW, ids=str)
-@pytest.mark.parametrize("build, shape", LAYERS.values(), ids=LAYERS)
-def test_a_forward_pass_alone_changes_them_once_and_in_eval_mode_never(build, shape, how):
+@grid(len(LAYERS), layer=LAYERS, how=HOW)
+def test_a_forward_pass_alone_changes_them_once_and_in_eval_mode_never(layer, how):
+    build, shape = layer
     nets, x = pair(build, how), seeded(*shape)
     for net in nets:
         torch.manual_seed(3)

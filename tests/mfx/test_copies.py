@@ -11,6 +11,7 @@ from torch import nn
 
 import mfx
 from tests.mfx.models import Stack, assert_reversible, inputs
+from tests.sampling import grid, sampled
 
 
 def through_torch_save(net):
@@ -24,9 +25,7 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda net: pickle.loads(pickle.d
 copies = pytest.mark.parametrize("make_copy", COPIES.values(), ids=COPIES)
 
 
-@copies
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("called", [True, False], ids=["called", "fresh"])
+@grid(6, make_copy=COPIES, training={"train": True, "eval": False}, called={"called": True, "fresh": False})
 def test_a_copy_computes_the_same_and_recomputes(make_copy, training, called):
     net = mfx.momentumize(Stack()).train(training)
     if called:
@@ -87,7 +86,7 @@ def long_net():
     return net
 
 
-@copies
+@sampled("make_copy", COPIES, 1)
 def test_a_thousand_blocks(make_copy, long_net):
     copied = make_copy(long_net)
     assert torch.equal(copied(torch.ones(1, 2)), long_net(torch.ones(1, 2)))

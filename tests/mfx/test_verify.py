@@ -13,6 +13,7 @@ from torchvision.models import resnet18
 
 import mfx
 from tests.mfx.models import ConvNet, Stack, images, inputs
+from tests.sampling import grid
 
 # States are walked back in the deep one; in the shallow one and at γ = 0 the steps' inputs are kept.
 PLACES = {"deep": (16, 0.9), "shallow": (2, 0.9), "zero": (16, 0.0)}
@@ -62,9 +63,7 @@ SOURCES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("build", SOURCES.values(), ids=SOURCES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@grid(9, build=SOURCES, place=list(PLACES), dtype=[torch.float32, torch.bfloat16, torch.float64])
 def test_raise(build, place, dtype):
     depth, gamma = PLACES[place]
     torch.manual_seed(0)
@@ -76,8 +75,7 @@ def test_raise(build, place, dtype):
     assert "random numbers that are not torch's" in str(caught.value)
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("build", SOURCES.values(), ids=SOURCES)
+@grid(4, build=SOURCES, place=list(PLACES))
 def test_warn_once(build, place):
     depth, gamma = PLACES[place]
     torch.manual_seed(0)
@@ -91,8 +89,7 @@ def test_warn_once(build, place):
     assert issubclass(warning.category, UserWarning)
 
 
-@pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("build", SOURCES.values(), ids=SOURCES)
+@grid(4, build=SOURCES, place=list(PLACES))
 def test_off(build, place):
     depth, gamma = PLACES[place]
     net = mfx.momentumize(build(depth), gamma=gamma, verify="off")
@@ -117,9 +114,7 @@ HONEST = {
 }
 
 
-@pytest.mark.parametrize("gamma", [0.9, 1 / 64, 0.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("build", HONEST.values(), ids=HONEST)
+@grid(10, build=HONEST, dtype=[torch.float32, torch.bfloat16], gamma=[0.9, 1 / 64, 0.0])
 def test_honest_networks_stay_silent(build, dtype, gamma):
     torch.manual_seed(0)
     model, x = build()

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, given, seed, settings
 from torch import Tensor, nn
 
 import mfx
+from tests import sampling
 from tests.passes.random_models import ChainSpec, D, Model, models
 
-EXAMPLES = int(os.environ.get("MFX_RANDOM_MODELS", "12"))
+EXAMPLES = int(os.environ.get("MFX_RANDOM_MODELS", "6"))
 
 
 def outputs_and_grads(model: nn.Module, call: Callable[..., list[Tensor]]) -> tuple[list[Tensor], dict[str, Any]]:
@@ -43,7 +44,8 @@ def assert_close(actual: Any, expected: Any) -> None:
             torch.testing.assert_close(grads[name], grad, rtol=1e-9, atol=1e-9 * max(1.0, float(grad.norm())))
 
 
-@settings(max_examples=EXAMPLES, deadline=None, derandomize=EXAMPLES == 12, suppress_health_check=list(HealthCheck))
+@seed(sampling.number())
+@settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 @given(models())
 def test_random_model(specs: tuple[ChainSpec, ...]) -> None:
     torch.manual_seed(0)

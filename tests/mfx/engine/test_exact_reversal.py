@@ -2,15 +2,16 @@
 
 from fractions import Fraction
 
-import pytest
 import torch
 
 from mfx.engine import StepFunction, run_chain
 from mfx.engine.arithmetic import ExactState
 from mfx.gamma import Gamma
+from tests.sampling import grid
 
 GAMMAS = [1e-3, 0.01, 0.1, 0.3, 0.5, 0.9, 0.99, 0.9999]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+CHAINS = [("residual", 4), ("map", 16), ("residual", 64), ("map", 256), ("residual", 1000)]
 BITS = 120  # of the oracle's fractions
 
 
@@ -78,12 +79,9 @@ def recurrence(spy, kind, gamma):
     return X
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    "kind, depth", [("residual", 4), ("map", 16), ("residual", 64), ("map", 256), ("residual", 1000)]
-)
-@pytest.mark.parametrize("gamma", GAMMAS)
-def test_every_state_is_rebuilt(monkeypatch, gamma, kind, depth, dtype):
+@grid(40, gamma=GAMMAS, chain=CHAINS, dtype=DTYPES)
+def test_every_state_is_rebuilt(monkeypatch, gamma, chain, dtype):
+    kind, depth = chain
     sizes, x, v = given(dtype)
     spy = Spy(monkeypatch, kind, depth, sizes)
     fraction = Gamma.of(gamma)
