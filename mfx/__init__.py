@@ -6,8 +6,10 @@ from mfx.engine import recomputing
 from mfx.explain import Explanation, explain
 from mfx.gammas import set_gamma
 from mfx.momentumize import graphs, momentumize, original, trace
+from mfx.momentumnet import MomentumNet
 from mfx.profile import Profile, profile
 from mfx.schedule import GammaScheduler
+from mfx.transform import transform_to_momentumnet
 from mfx_passes import MfxError
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "Explanation",
     "GammaScheduler",
     "MfxError",
+    "MomentumNet",
     "Profile",
     "draw",
     "explain",
@@ -26,4 +29,5 @@ __all__ = [
     "schedule",
     "set_gamma",
     "trace",
+    "transform_to_momentumnet",
 ]

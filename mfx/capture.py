@@ -17,6 +17,7 @@ from mfx import compat
 from mfx.guard import without_replacing
 from mfx.randomness import undisturbed
 from mfx.tracer import SymbolicTracer
+from mfx.transform_layers import WholeSteps
 from mfx_passes import MfxError, ModuleCall
 from mfx_passes.serialize import PortableGraph, copy_graph, dump_calls, load_calls
 
@@ -107,17 +108,18 @@ def default_specialization(signature: inspect.Signature) -> Specialization:
     return Specialization(tuple(name for name in named if name not in constants), constants)
 
 
-def capture(model: nn.Module, specialization: Specialization) -> Captured:
+def capture(model: nn.Module, specialization: Specialization, steps: WholeSteps | None = None) -> Captured:
     """Trace a model symbolically.
 
     Args:
         model: the model, in the training mode that the graph is for; it is left as it was.
         specialization: which arguments are tensors, and the values of the others.
+        steps: modules that are steps as a whole.
 
     Raises:
         CaptureError: it cannot be traced, or the trace would hold for this one run only.
     """
-    tracer = SymbolicTracer(specialization.inputs, specialization.constants)
+    tracer = SymbolicTracer(specialization.inputs, specialization.constants, steps.modules if steps else ())
     attributes = set(model.__dict__)
     with (
         without_replacing(model) as replaced,
@@ -147,6 +149,8 @@ def capture(model: nn.Module, specialization: Specialization) -> Captured:
             "decide what to compute (layer drop, for example): a graph would repeat this one decision for ever. "
             f"{_ADVICE}"
         )
+    if steps is not None:
+        steps.mark(graph)
     kept = copy_graph(graph)
     return Captured(kept, load_calls(dump_calls(tracer.calls), kept), tracer.walked, specialization)
 

@@ -20,8 +20,10 @@ from mfx.dynamo_graph import tidy
 from mfx.places import is_held_by_module, place
 from mfx.set_up import restored_if_fake
 from mfx.tree import Overlay
+from mfx_passes.marks import called
 from mfx_passes.serialize import copy_graph
 
+torch.compiler.allow_in_graph(called)
 _ADVICE = "Rewrite that line, or momentumize a part of the model that does without it."
 
 

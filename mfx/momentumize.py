@@ -18,6 +18,7 @@ from mfx.guard import without_marks
 from mfx.net import RewrittenForward, described, forward_of, net_of, without_chains
 from mfx.options import Options, check_options
 from mfx.parts import install_parts
+from mfx.transform_layers import announce_blocks
 from mfx.tree import M, tree_copy
 from mfx_passes import ChainGraphs, MfxError, MomentumPass
 
@@ -87,6 +88,11 @@ def momentumize(
         example_inputs=example_inputs,
         verify=verify,
     )
+    return rewritten(model, options)
+
+
+def rewritten(model: M, options: Options) -> M:
+    """A model rewritten as checked options say; see `momentumize`."""
     if isinstance(model, fx.GraphModule):
         module = tree_copy(model)
         if not _rewrite_graph_module(module, options):
@@ -94,6 +100,7 @@ def momentumize(
         note_gamma(module)
         return module
     net = net_of(model)
+    announce_blocks(net, options.layers)
     forward = RewrittenForward(net, options)
     install_parts(forward)
     try:
@@ -187,5 +194,5 @@ def _rewrite_graph_module(net: fx.GraphModule, options: Options) -> bool:
 
 
 def _unchanged(model: M) -> M:
-    warnings.warn(f"mfx: {without_chains(model)}", stacklevel=3)
+    warnings.warn(f"mfx: {without_chains(model)}", stacklevel=4)
     return model

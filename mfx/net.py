@@ -90,7 +90,7 @@ class RewrittenForward(Overlay):
         try:
             entry, run = self._find(args, kwargs)
         except CaptureError as error:
-            if self.options.capture != "auto" or self.all_entries:
+            if self.options.capture != "auto" or self.options.layers or self.all_entries:
                 raise
             return self._run_in_parts(error, args, kwargs)
         self._activate(entry)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mfx.gamma import Gamma
+from mfx.transform_layers import Layer, WholeSteps
 from mfx_passes import MfxError, Selection
 
 T = TypeVar("T")
@@ -27,6 +28,7 @@ class Options:
     selection: Selection
     capture: str = "auto"
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    layers: tuple[Layer, ...] = ()  # of `mfx.transform_to_momentumnet`
 
     def gamma_of(self, chain: str) -> Gamma:
         """The momentum of a chain.
@@ -42,6 +44,10 @@ class Options:
                 f"gamma is a mapping without a value for the chain {chain!r}; add it, or the key '*' for all others."
             )
         return Gamma.of(value)
+
+    def whole_steps(self, net: nn.Module) -> WholeSteps | None:
+        """The modules of a net, or of a part of one, that are steps as a whole; None if nobody named any."""
+        return WholeSteps(net, self.layers, self.selection.within) if self.layers else None
 
     def velocity_of(self, chain: str) -> str | nn.Module:
         """The initial velocity of a chain: ``"zero"``, ``"residual"`` or a module; zero where a mapping is silent."""

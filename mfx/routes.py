@@ -165,6 +165,8 @@ class DynamoRoute:
         refuse_shards(net)
         with _CAPTURING, without_parts(net):
             captured = capture_call(net, args, kwargs, dynamic=bool(self.entries))
+        if (steps := options.whole_steps(net)) is not None:
+            steps.mark(captured.graph)
         entry = make_entry(net, captured, options, {}, {})
         entry.probed = True  # Dynamo knows all shapes
         return entry

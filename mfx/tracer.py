@@ -6,7 +6,7 @@ import dis
 import functools
 import operator
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 from torch.nn.utils.parametrize import is_parametrized
 
+from mfx.momentum import Momentum
 from mfx_passes import ModuleCall
 
 # torch.nn is opaque to a tracer, which is right for all but the modules that hold residual adds themselves.
@@ -78,16 +79,18 @@ class SymbolicTracer(fx.Tracer):
     Args:
         inputs: names of the arguments that are tensors.
         constants: values of the other arguments, by name; the trace holds for these values only.
+        leaves: modules that are called as a whole, whatever they are.
 
     Attributes:
         calls: the module calls that were walked through, in the order they ended.
         walked: path and module of every module that was walked through, the root first.
     """
 
-    def __init__(self, inputs: Sequence[str], constants: Mapping[str, Any]) -> None:
+    def __init__(self, inputs: Sequence[str], constants: Mapping[str, Any], leaves: Collection[nn.Module] = ()) -> None:
         super().__init__(autowrap_functions=(*_einops_functions(), *_timm_functions(), torch.finfo, torch.iinfo))
         self._autowrap_search.append(torch)  # which is where torch.finfo is looked up
         self._timm_modules = _timm_modules()
+        self._leaves = leaves
         self._opaque: set[str] = set()
         self._inputs = inputs
         self._constants = constants
@@ -119,6 +122,8 @@ class SymbolicTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Modules of torch.nn and einops are called as they are, unless they may hold residual adds."""
+        if m in self._leaves or any(isinstance(child, Momentum) for child in m.children()):
+            return True  # the latter runs a chain already
         if type(m) in _LOOKED_INTO:
             return False
         if module_qualified_name in self._opaque:

@@ -13,12 +13,13 @@ from torch.fx import Graph, Node
 from mfx_passes.errors import MfxError
 from mfx_passes.find import find_adds, find_runs
 from mfx_passes.index import GraphIndex
-from mfx_passes.ir import Chain, Findings, Rejection, Selection, Step, common_path, is_momentum_call
+from mfx_passes.ir import Chain, Findings, Rejection, ResidualAdd, Selection, Step, common_path, is_momentum_call
 from mfx_passes.mutations import Mutations
 from mfx_passes.normalize import normalize
 from mfx_passes.relayout import insert_detours, remove_unused
 from mfx_passes.rows import cut
 from mfx_passes.steps import assemble
+from mfx_passes.whole_steps import is_mark
 
 
 def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selection = Selection()) -> Findings:  # noqa: B008
@@ -38,10 +39,10 @@ def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selec
     index = GraphIndex(graph, modules)
     if normalize(index):
         index = GraphIndex(graph, modules)
-    adds, rejections = find_adds(index)
+    adds, rejections = _find_adds(index, selection)
     if detours := insert_detours(find_runs(adds, index), index):
         index = GraphIndex(graph, modules)
-        adds, rejections = find_adds(index)
+        adds, rejections = _find_adds(index, selection)
     mutations = Mutations(index, {node for add in adds for node in add.sums})
     rows: list[list[Step]] = []
     for run in find_runs(adds, index):
@@ -60,6 +61,15 @@ def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selec
     chains = _select(chains, selection, rejections)
     reread = remove_unused(detours, chains, graph)
     return Findings(chains, sorted(rejections, key=lambda rejection: index.position[rejection.node]), reread)
+
+
+def _find_adds(index: GraphIndex, selection: Selection) -> tuple[list[ResidualAdd], list[Rejection]]:
+    adds, rejections = find_adds(index)
+    if selection.marked:
+        others = [add.node for add in adds if not is_mark(add.node)]
+        rejections += [Rejection(node, "it lies in none of the sub layers that were asked for") for node in others]
+        adds = [add for add in adds if is_mark(add.node)]
+    return adds, rejections
 
 
 def _long_enough(rows: Iterable[list[Step]], min_steps: int, rejections: list[Rejection]) -> list[list[Step]]:

@@ -141,6 +141,7 @@ class Selection:
         skip: chain names or module paths (shell patterns) to leave alone.
         refused: names of sums known not to fit, and why.
         within: module path of the part of a model that the graph is of; chains and steps are named as in the model.
+        marked: only the steps that `whole_steps.mark_steps` marked; all other residual adds stay as they are.
     """
 
     min_steps: int = 2
@@ -148,6 +149,7 @@ class Selection:
     skip: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict)
     within: str = ""
+    marked: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -10,6 +10,7 @@ from mfx_passes import vocabulary
 from mfx_passes.find import Link, Run
 from mfx_passes.index import GraphIndex
 from mfx_passes.ir import Rejection, Step, common_path, enclosing_path
+from mfx_passes.marks import mapped
 
 
 def assemble(run: Run, index: GraphIndex) -> tuple[list[list[Step]], list[Rejection]]:
@@ -56,7 +57,7 @@ def _step(link: Link, skip: Node, run: Run, index: GraphIndex) -> Step | None:
     if out is None:
         return None
     nodes, fed = _owned(skip, out, index)
-    kind = "map" if moved else run.kind
+    kind = "map" if moved or link.add.node.target is mapped else run.kind
     branch = fed - link.add.sums - set(link.tail) - index.sizes - set(path) - set(index.skip_path(out))
     return Step(link.add, skip, path[0], out, nodes, kind, common_path(map(enclosing_path, branch)))
 

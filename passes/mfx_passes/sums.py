@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from mfx_passes import marks
+
 
 @dataclass(frozen=True)
 class Term:
@@ -73,6 +75,8 @@ _SPELLINGS: dict[tuple[str, Any], Callable[[Node], tuple[Term, ...] | None]] = {
     ("call_function", torch.addcmul): _addcmul,
     ("call_method", "addcmul"): _addcmul,
     ("call_method", "addcmul_"): _addcmul,
+    ("call_function", marks.added): _ADD,
+    ("call_function", marks.mapped): _ADD,
 }
 
 _OUT_OF_PLACE: dict[tuple[str, Any], Any] = {

@@ -141,7 +141,7 @@ _ALIAS_NAMES = frozenset(
         "alpha_dropout", "as_strided", "broadcast_to", "chunk", "detach", "diagonal", "dropout", "dropout1d",
         "dropout2d", "dropout3d", "dsplit", "expand", "expand_as", "hsplit", "moveaxis", "movedim", "narrow",
         "rearrange", "select", "split", "squeeze", "swapaxes", "t", "tensor_split", "unbind", "unfold", "unsqueeze",
-        "view_as_complex", "view_as_real", "vsplit", "adjoint", "atleast_1d", "atleast_2d", "atleast_3d",
+        "view_as_complex", "view_as_real", "vsplit", "started", "adjoint", "atleast_1d", "atleast_2d", "atleast_3d",
     }
 )  # fmt: skip
 _ALIAS_ATTRIBUTES = frozenset({"T", "H", "mT", "mH", "data", "real", "imag"})
