@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
+from mfx.advice import OPTIONAL_OUTPUTS
 from mfx.capture import CaptureError
 from mfx.entry import Entry
+from mfx.estimate import Estimate, Subject, estimate, of_entry, of_graph_module
 from mfx.explained_storage import ExplainedStorage, explain_storage
-from mfx.explanation import ExplainedChain, ExplainedStep, Explanation
+from mfx.explanation import ChainMemory, ExplainedChain, ExplainedStep, Explanation
 from mfx.momentum import Momentum, Stream
 from mfx.momentumize import graphs
-from mfx.momentumnet import MomentumNet
 from mfx.net import RewrittenForward, described, forward_of, net_of
 from mfx.options import check_options
 from mfx.streams import streams_of
@@ -24,14 +26,17 @@ from mfx_passes.serialize import copy_graph
 
 __all__ = ["ExplainedChain", "ExplainedStep", "ExplainedStorage", "Explanation", "branch_weights", "explain"]
 
+_NOT_ONE_GRAPH = "the model cannot be captured as one graph, so its modules are rewritten each on its own"
+
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Which chains a model has, which residual adds are in none and why.
 
     Args:
         model: a model, or a net that `mfx.momentumize` returned. For a model: what momentumize would do by default.
-        *args: inputs, as for a call of the model; they are not computed with. With inputs, shapes are checked too, and
-            what the chains keep for the backward pass is known; else only if the net was called before.
+        *args: inputs, as for a call of the model; they are not computed with, and may be on the meta device, as the
+            model may. With inputs, shapes are checked too, and what a training step takes with mfx and without is
+            predicted; else only what the chains keep for the backward pass is known, if the net was called before.
         **kwargs: inputs by name.
 
     Raises:
@@ -41,51 +46,70 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         raise MfxError(f"explain takes a torch.nn.Module, not {described(model)}.")
     calls = [module for module in model.modules() if isinstance(module, Momentum)]
     if isinstance(model, fx.GraphModule) and calls:
-        return _explain_graph_module(model, calls)
-    if isinstance(model, MomentumNet):
-        streams = {model.chain.chain: (tuple(args[0].shape), args[0].dtype)} if args else {}
-        return _explanation(type(model).__name__, [model.chain], Findings(), {}, (), streams)
+        return _explain_graph_module(model, calls, args, kwargs)
     forward = forward_of(model)
     if forward is None:
         forward = RewrittenForward(net_of(model), check_options())
     if forward.in_parts:
-        return _explain_parts(type(model).__name__, forward)
+        return _explain_parts(type(model).__name__, forward, _NOT_ONE_GRAPH if args or kwargs else "")
     entry = _entry(forward, args, kwargs)
     findings = entry.findings(forward.net, forward.options)
     streams = streams_of(forward, entry, args, kwargs) if args or kwargs else {}
-    return _explanation(type(model).__name__, entry.calls.values(), findings, forward.graphs(), entry.flat, streams)
+    found = _Found(type(model).__name__, entry.calls.values(), findings, forward.graphs(), entry.flat, streams)
+    return found.explained(*_predict(of_entry(forward, entry), args, kwargs))
 
 
-def _explain_parts(name: str, whole: RewrittenForward) -> Explanation:
+def _explain_parts(name: str, whole: RewrittenForward, unpredicted: str) -> Explanation:
     """A net that is rewritten module by module: what its last call found in each."""
     chains: list[ExplainedChain] = []
     rejections: list[Rejection] = []
     for part in whole.parts():
         if part.active is not None:
             findings = part.active.findings(part.net, part.options)
-            explained = _explanation(name, part.active.calls.values(), findings, {}, part.active.flat, {})
+            explained = _Found(name, part.active.calls.values(), findings, {}, part.active.flat, {}).explained()
             chains += explained.chains
             rejections += explained.rejections
-    return Explanation(name, tuple(sorted(chains, key=lambda chain: chain.name)), tuple(rejections), whole.graphs(), ())
+    chains.sort(key=lambda chain: chain.name)
+    return Explanation(name, tuple(chains), tuple(rejections), whole.graphs(), (), unpredicted=unpredicted)
 
 
-def _explain_graph_module(module: fx.GraphModule, calls: Iterable[Momentum]) -> Explanation:
+def _explain_graph_module(
+    module: fx.GraphModule, calls: Iterable[Momentum], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Explanation:
     """A graph module that was rewritten already: its chains are gone from the graph, and lie in the calls."""
     findings = find_chains(copy_graph(module.graph), dict(module.named_modules()))
-    return _explanation(type(module).__name__, calls, findings, graphs(module), (), {})
+    found = _Found(type(module).__name__, calls, findings, graphs(module), (), {})
+    return found.explained(*_predict(of_graph_module(module), args, kwargs))
 
 
-def _explanation(
-    name: str,
-    calls: Iterable[Momentum],
-    findings: Findings,
-    graphs: Mapping[str, fx.GraphModule],
-    flat: tuple[str, ...],
-    streams: Mapping[str, Stream],
-) -> Explanation:
-    chains = [_explain_chain(call, streams.get(call.chain, call.stream)) for call in calls]
-    chains.sort(key=lambda chain: chain.name)
-    return Explanation(name, tuple(chains), tuple(findings.rejections), graphs, flat)
+def _predict(subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Estimate | None, str]:
+    """What a training step takes, or why that cannot be said."""
+    if not args and not kwargs:
+        return None, ""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # they are a real step's to give
+            return estimate(subject, args, kwargs, tuple(OPTIONAL_OUTPUTS)), ""
+    except Exception as error:  # whatever goes wrong on tensors without values may go well on real ones
+        return None, f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What is known of a model before anything is predicted."""
+
+    name: str
+    calls: Iterable[Momentum]
+    findings: Findings
+    graphs: Mapping[str, fx.GraphModule]
+    flat: tuple[str, ...]
+    streams: Mapping[str, Stream]
+
+    def explained(self, found: Estimate | None = None, unpredicted: str = "") -> Explanation:
+        chains = [_explain_chain(call, self.streams.get(call.chain, call.stream), found) for call in self.calls]
+        chains.sort(key=lambda chain: chain.name)
+        rejections = tuple(self.findings.rejections)
+        return Explanation(self.name, tuple(chains), rejections, self.graphs, self.flat, found, unpredicted)
 
 
 def _entry(forward: RewrittenForward, args: Any, kwargs: Any) -> Entry:
@@ -105,11 +129,16 @@ def _entry(forward: RewrittenForward, args: Any, kwargs: Any) -> Entry:
             ) from error
 
 
-def _explain_chain(call: Momentum, stream: Stream | None) -> ExplainedChain:
+def _explain_chain(call: Momentum, stream: Stream | None, found: Estimate | None) -> ExplainedChain:
     steps = tuple(_explain_step(step) for step in call.graphs.steps)
     weights = branch_weights(len(steps), call.gamma.value, residual_start=call.velocity == "residual")
     storage = None if stream is None else explain_storage(call, *stream)
-    return ExplainedChain(call.chain, steps, call.gamma.value, call.arithmetic, weights, storage)
+    memory = None if found is None else _memory(call.chain, found)
+    return ExplainedChain(call.chain, steps, call.gamma.value, call.arithmetic, weights, storage, memory)
+
+
+def _memory(chain: str, found: Estimate) -> ChainMemory:
+    return ChainMemory(found.plain.chains[chain], found.momentum.chains[chain], found.momentum.recomputed[chain])
 
 
 def _explain_step(step: StepGraphs) -> ExplainedStep:

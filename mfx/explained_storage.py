@@ -11,6 +11,7 @@ import torch
 from mfx.engine.arithmetic import ARITHMETICS
 from mfx.engine.storage import choose_storage
 from mfx.momentum import Momentum
+from mfx.units import count, size
 
 __all__ = ["ExplainedStorage", "explain_storage"]
 
@@ -62,21 +63,9 @@ def explain_storage(call: Momentum, shape: tuple[int, ...], dtype: torch.dtype) 
     if found.policy == "activations":
         reason = "memory_budget=1.0: kept as in ordinary backpropagation"
     elif call.gamma.is_zero:
-        reason = f"gamma = 0: nothing can be walked back, the inputs of {steps} steps take {_size(inputs)}"
+        reason = f"gamma = 0: nothing can be walked back, the inputs of {steps} steps take {size(inputs)}"
     else:
-        kind = _STATES[call.arithmetic] + (f" with {_count(found.anchors)}" if found.anchors else "")
-        takes = "an anchor every other step or so" if states is None else _size(states)
-        reason = f"{kind}: {takes}; inputs of {steps} steps: {_size(inputs)}"
+        kind = _STATES[call.arithmetic] + (f" with {count(found.anchors, 'anchor')}" if found.anchors else "")
+        takes = "an anchor every other step or so" if states is None else size(states)
+        reason = f"{kind}: {takes}; inputs of {steps} steps: {size(inputs)}"
     return ExplainedStorage(tuple(shape), dtype, found.policy, states, inputs, found.anchors, found.error, reason)
-
-
-def _count(anchors: int) -> str:
-    return f"{anchors} anchor{'' if anchors == 1 else 's'}"
-
-
-def _size(number: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.{0 if unit == 'B' else 1}f} {unit}"
-        number /= 1024
-    return f"{number:.1f} GiB"

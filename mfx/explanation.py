@@ -1,21 +1,19 @@
-"""What mfx found in a model, what it left alone and why: as objects, as text, as data."""
+"""What mfx found in a model, what it left alone and why, and what that takes: as objects and as data."""
 
 from __future__ import annotations
 
-import html
-import textwrap
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import fx
 
+from mfx.advice import PRETRAINED, advise_on_output, advise_on_weights, remedy
+from mfx.estimate import Estimate
 from mfx.explained_storage import ExplainedStorage
 from mfx_passes import Rejection
 
-_WIDTH = 120
-_HEADER = ("chain", "steps", "kind", "gamma", "arithmetic", "weights of the branches")
+__all__ = ["ChainMemory", "ExplainedChain", "ExplainedStep", "Explanation"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +42,33 @@ class ExplainedStep:
         """The nodes of the branch."""
         return tuple(node for node in self.branch.nodes if node.op not in ("placeholder", "output"))
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "path": self.path,
+            "kind": self.kind,
+            "branch": [node.name for node in self.nodes],
+            "captures": list(self.captures),
+            "sides": list(self.sides),
+            "source": self.source,
+        }
+
+
+@dataclass(frozen=True)
+class ChainMemory:
+    """What a chain's calls take in one training step, predicted.
+
+    Attributes:
+        plain: bytes that came to be in the chain and are alive between forward and backward, with ordinary
+            backpropagation through the original model.
+        kept: the same, as mfx runs it.
+        recomputed: floating-point operations of the second runs of its branches.
+    """
+
+    plain: int
+    kept: int
+    recomputed: int
+
 
 @dataclass(frozen=True, eq=False)
 class ExplainedChain:
@@ -55,7 +80,8 @@ class ExplainedChain:
         gamma: the momentum as it is represented.
         arithmetic: ``"exact"`` or ``"float"``.
         weights: how much each step's branch counts in the end, relative to the model at γ = 0.
-        storage: what is kept for the backward pass; None where the shapes are not known.
+        storage: what is kept for the backward pass of the stream, and why; None where the shapes are not known.
+        memory: what the chain takes with mfx and without; None where nothing could be predicted.
     """
 
     name: str
@@ -64,11 +90,37 @@ class ExplainedChain:
     arithmetic: str
     weights: tuple[float, ...]
     storage: ExplainedStorage | None = None
+    memory: ChainMemory | None = None
+
+    @property
+    def kind(self) -> str:
+        """The kind of its steps."""
+        return "+".join(sorted({step.kind for step in self.steps}))
+
+    @property
+    def advice(self) -> str:
+        """What to do about small weights; ``""`` where they are not."""
+        return advise_on_weights(self.weights, self.gamma)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "name": self.name,
+            "gamma": self.gamma,
+            "arithmetic": self.arithmetic,
+            "weights": list(self.weights),
+            "advice": self.advice,
+            "storage": None if self.storage is None else self.storage.to_dict(),
+            "memory": None if self.memory is None else asdict(self.memory),
+            "steps": [step.to_dict() for step in self.steps],
+        }
 
 
 @dataclass(frozen=True, eq=False)
 class Explanation:
-    """The chains of a model, and the residual adds that are in none.
+    """The chains of a model, the residual adds that are in none, and what a training step takes.
+
+    ``str()`` is at most 100 columns wide; notebooks show tables.
 
     Attributes:
         model: the name of its class.
@@ -76,6 +128,8 @@ class Explanation:
         rejections: residual adds that stay as they are, with reasons.
         graphs: the rewritten graphs.
         flat: modules whose own ``forward`` and hooks do not run, because their operations belong to several steps.
+        estimate: what a training step takes with mfx and without, predicted; None without inputs.
+        unpredicted: why there is no ``estimate`` although there were inputs.
     """
 
     model: str
@@ -83,120 +137,59 @@ class Explanation:
     rejections: tuple[Rejection, ...]
     graphs: Mapping[str, fx.GraphModule]
     flat: tuple[str, ...]
+    estimate: Estimate | None = None
+    unpredicted: str = ""
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What could be done about chains and outputs; what could be done about rejections is said with these."""
+        advice = [f"{chain.name}: {chain.advice}" for chain in self.chains if chain.advice]
+        advice += [PRETRAINED] if advice else []
+        return (*advice, *(() if self.estimate is None else advise_on_output(self.estimate.held)))
 
     def __str__(self) -> str:
-        return "\n".join([self._headline(), *self._sections()])
+        from mfx.explained_text import text
 
-    def _sections(self) -> list[str]:
-        return [*self._chain_lines(), *self._storage_lines(), *self._rejection_lines(), *self._flat_lines()]
-
-    def _headline(self) -> str:
-        steps = sum(len(chain.steps) for chain in self.chains)
-        return (
-            f"{self.model}: {_count(len(self.chains), 'chain')} of {_count(steps, 'step')}, "
-            f"{_count(len(self.rejections), 'residual add')} left as they are"
-        )
-
-    def _chain_lines(self) -> list[str]:
-        if not self.chains:
-            return []
-        return ["", *_table([_HEADER, *(_row(chain) for chain in self.chains)])]
-
-    def _storage_lines(self) -> list[str]:
-        known = [(chain, chain.storage) for chain in self.chains if chain.storage is not None]
-        lines = ["", "kept between forward and backward:"] if known else []
-        for chain, storage in known:
-            error = f"; relative error in a rebuilt state {storage.error:.0e}" if storage.error else ""
-            lines += _wrapped(f"  {_fit(chain.name, 44)}: {storage.policy} ({storage.reason}{error})")
-        return lines
-
-    def _rejection_lines(self) -> list[str]:
-        grouped: dict[str, list[Rejection]] = defaultdict(list)
-        for rejection in self.rejections:
-            grouped[rejection.reason].append(rejection)
-        lines = ["", "left as they are:"] if grouped else []
-        for reason, rejections in grouped.items():
-            lines += _wrapped(f"  {len(rejections)} x {reason}")
-            lines += [_fit(f"      {rejection.node.name}{_place(rejection)}", _WIDTH) for rejection in rejections[:3]]
-            lines += [f"      and {len(rejections) - 3} more"] if len(rejections) > 3 else []
-        return lines
-
-    def _flat_lines(self) -> list[str]:
-        paths = [_fit(path, 60) for path in self.flat if path]
-        if not paths:
-            return []
-        shown = ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")
-        return ["", *_wrapped(f"hooks on these modules do not run, since sums in them are part of a chain: {shown}")]
+        return text(self)
 
     def _repr_html_(self) -> str:
-        return f"<pre>{html.escape(str(self))}</pre>"
+        from mfx.explained_page import page
+
+        return page(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the graphs, as plain data."""
+        """Everything but the graphs, as plain data, which ``json.dumps`` takes.
+
+        Returns:
+            ``model``; ``chains``, each with ``name``, ``gamma``, ``arithmetic``, ``weights``, ``advice``, ``storage``
+            (the attributes of `ExplainedStorage`, and ``kept``), ``memory`` (``plain`` and ``kept`` in bytes,
+            ``recomputed`` in FLOP) and ``steps`` (``path``, ``kind``, ``branch``, ``captures``, ``sides``, ``source``);
+            ``rejections``, each with ``node``, ``path``, ``source``, ``reason`` and ``remedy``; ``flat``; ``totals``:
+            ``plain`` and ``momentum``, each with ``kept`` and ``peak`` in bytes and ``flops``; ``held``: bytes by key
+            of the output; ``advice``; ``unpredicted``. ``storage``, ``memory`` and ``totals`` are None where unknown.
+        """
         return {
             "model": self.model,
-            "chains": [
-                {
-                    "name": chain.name,
-                    "gamma": chain.gamma,
-                    "arithmetic": chain.arithmetic,
-                    "weights": list(chain.weights),
-                    "storage": None if chain.storage is None else chain.storage.to_dict(),
-                    "steps": [
-                        {
-                            "path": step.path,
-                            "kind": step.kind,
-                            "branch": [node.name for node in step.nodes],
-                            "captures": list(step.captures),
-                            "sides": list(step.sides),
-                            "source": step.source,
-                        }
-                        for step in chain.steps
-                    ],
-                }
-                for chain in self.chains
-            ],
+            "chains": [chain.to_dict() for chain in self.chains],
             "rejections": [
-                {"node": r.node.name, "path": r.path, "source": r.source, "reason": r.reason} for r in self.rejections
+                {
+                    "node": rejection.node.name,
+                    "path": rejection.path,
+                    "source": rejection.source,
+                    "reason": rejection.reason,
+                    "remedy": remedy(rejection.reason),
+                }
+                for rejection in self.rejections
             ],
             "flat": list(self.flat),
+            "totals": self._totals(),
+            "held": {} if self.estimate is None else dict(self.estimate.held),
+            "advice": list(self.advice),
+            "unpredicted": self.unpredicted,
         }
 
-
-def _row(chain: ExplainedChain) -> tuple[str, ...]:
-    kinds = "+".join(sorted({step.kind for step in chain.steps}))
-    steps, gamma = str(len(chain.steps)), f"{chain.gamma:g}"
-    return _fit(chain.name, 44), steps, kinds, gamma, chain.arithmetic, _weights(chain.weights)
-
-
-def _weights(weights: Sequence[float]) -> str:
-    if len(weights) <= 4:
-        return " ".join(f"{weight:.2f}" for weight in weights)
-    return f"{weights[0]:.2f} {weights[1]:.2f} ... {weights[-2]:.2f} {weights[-1]:.2f}"
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"
-
-
-def _place(rejection: Rejection) -> str:
-    place = ", ".join(filter(None, (rejection.path, rejection.source)))
-    return f" ({place})" if place else ""
-
-
-def _table(rows: Sequence[Sequence[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def _wrapped(line: str) -> list[str]:
-    indent = " " * (len(line) - len(line.lstrip()) + 4)
-    return textwrap.wrap(line, _WIDTH, subsequent_indent=indent, break_on_hyphens=False)
-
-
-def _fit(text: str, width: int) -> str:
-    """Cut out of the middle what is too much: the ends of paths tell most."""
-    if len(text) <= width:
-        return text
-    half = (width - 1) // 2
-    return f"{text[: width - 1 - half]}…{text[-half:]}"
+    def _totals(self) -> dict[str, Any] | None:
+        if self.estimate is None:
+            return None
+        both = {"plain": self.estimate.plain, "momentum": self.estimate.momentum}
+        return {name: {"kept": use.kept, "peak": use.peak, "flops": use.flops} for name, use in both.items()}

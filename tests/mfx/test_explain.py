@@ -134,7 +134,7 @@ def test_branch_weights_of_residual_start_sum_what_the_first_branch_adds():
 def test_text_fits_and_says_it_all(build):
     explanation = mfx.explain(build())
     text = str(explanation)
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 100
     for chain in explanation.chains:
         assert f"{chain.name} " in text
         assert f"{chain.weights[0]:.2f}" in text
@@ -159,7 +159,7 @@ class Long(nn.Module):
 
 def test_long_names_fit():
     text = str(mfx.explain(Long()))
-    assert max(map(len, text.splitlines())) <= 120
+    assert max(map(len, text.splitlines())) <= 100
     assert "…" in text
 
 

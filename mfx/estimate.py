@@ -1,0 +1,184 @@
+"""What a training step takes with and without mfx, from a step that nobody computes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mfx import compat
+from mfx.arguments import bind
+from mfx.entry import Entry
+from mfx.momentum import Momentum
+from mfx.net import RewrittenForward
+from mfx.probe import shadow_of, undivided
+from mfx.rehearsal import Observer, Rehearsed
+
+__all__ = ["Estimate", "Subject", "Usage", "estimate", "of_entry", "of_graph_module"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one training step takes.
+
+    Attributes:
+        kept: bytes alive between forward and backward, the output among them, as `mfx.meter.ActivationMeter` counts:
+            every storage once, without parameters, buffers and inputs.
+        peak: the most bytes alive at once, parameters' gradients not among them.
+        flops: floating-point operations of matrix products, convolutions and attention.
+        chains: bytes of ``kept`` that came to be in each chain, by name.
+        recomputed: those of the ``flops`` that second runs of each chain's branches take, by name.
+    """
+
+    kept: int
+    peak: int
+    flops: int
+    chains: Mapping[str, int]
+    recomputed: Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A training step with ordinary backpropagation through the original model, and as mfx runs it.
+
+    Attributes:
+        plain: the original.
+        momentum: the rewritten one.
+        held: bytes between forward and backward that are alive only because the output has them, by the output's key.
+    """
+
+    plain: Usage
+    momentum: Usage
+    held: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is rehearsed.
+
+    Attributes:
+        net: the model.
+        calls: its momentum calls, by name.
+        run: runs a copy of the model, with these calls in the place of its own, on arguments.
+    """
+
+    net: nn.Module
+    calls: Mapping[str, Momentum]
+    run: Callable[[nn.Module, Mapping[str, Momentum], tuple[Any, ...], Mapping[str, Any]], Any]
+
+
+def estimate(
+    subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any], optional: tuple[str, ...] = ()
+) -> Estimate:
+    """Rehearse a training step on tensors without values, which takes neither their memory nor their time.
+
+    The backward pass starts at the loss, if the output names one, else at the output's first entry. Whatever device the
+    tensors are on, the operations are those of a CPU.
+
+    Args:
+        subject: what to rehearse, in the training mode that it is in.
+        args: arguments of the call; any device, meta too.
+        kwargs: arguments by name.
+        optional: keys of the output that the user might do without.
+    """
+    momentum = _Stage(subject, args, kwargs, plain=False)
+    usage, output_keys = momentum.training_step()
+    plain = _Stage(subject, args, kwargs, plain=True).training_step()[0] if subject.calls else usage
+    wanted = tuple(key for key in optional if key in output_keys)
+    return Estimate(plain, usage, _Stage(subject, args, kwargs, plain=False).held(wanted) if wanted else {})
+
+
+def of_entry(forward: RewrittenForward, entry: Entry) -> Subject:
+    """A net, by one of its rewritten graphs."""
+
+    def run(net: nn.Module, calls: Mapping[str, Momentum], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        own = copy.copy(entry)
+        own.calls = dict(calls)
+        if entry.captured.frame is not None:
+            return own.call(net, args, kwargs)
+        return own.run(net, bind(net, forward.__signature__, args, kwargs))
+
+    return Subject(forward.net, entry.calls, run)
+
+
+def of_graph_module(module: nn.Module) -> Subject:
+    """A graph module that was rewritten."""
+    calls = {path: inner for path, inner in module.named_modules() if isinstance(inner, Momentum)}
+
+    def run(net: nn.Module, calls: Mapping[str, Momentum], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        for path, call in calls.items():
+            net.set_submodule(path, call)
+        return net(*args, **kwargs)
+
+    return Subject(module, calls, run)
+
+
+class _Stage:
+    """A copy of a model and of a call's arguments, all of tensors without values, and an observer."""
+
+    def __init__(self, subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, plain: bool) -> None:
+        with compat.fake_mode() as self._mode:
+            fakes: dict[int, Tensor] = {}
+
+            def fake(tensor: Tensor) -> Tensor:
+                return fakes.setdefault(id(tensor), self._fake(undivided(tensor)))
+
+            self._net = shadow_of(subject.net, fake)
+            self._args, self._kwargs = pytree.tree_map_only(Tensor, fake, (args, dict(kwargs)))
+        own = [*self._net.parameters(), *self._net.buffers()]
+        self._trained = [tensor for tensor in own if tensor.requires_grad]
+        self._observer = Observer(own)
+        self._calls = {name: Rehearsed(call, self._observer, plain=plain) for name, call in subject.calls.items()}
+        self._run = subject.run
+
+    def training_step(self) -> tuple[Usage, tuple[str, ...]]:
+        """What a training step takes, and the keys of the output."""
+        observer = self._observer
+        hooks = [tensor.register_post_accumulate_grad_hook(observer.leave_out_grad) for tensor in self._trained]
+        try:
+            with self._mode, torch.enable_grad(), observer:
+                output = self._run(self._net, self._calls, self._args, self._kwargs)
+                kept, chains = observer.live, [call.chain for call in self._calls.values()]
+                in_chains = {chain: observer.live_in(chain) for chain in chains}
+                with observer.in_call(True):
+                    _backpropagate(output)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        recomputed = {chain: observer.recomputed[chain] for chain in chains}
+        keys = tuple(map(str, output)) if isinstance(output, Mapping) else ()
+        return Usage(kept, observer.peak, observer.flops, in_chains, recomputed), keys
+
+    def held(self, keys: tuple[str, ...]) -> dict[str, int]:
+        """What is freed when the output is left without these entries, one after the other."""
+        with self._mode, torch.enable_grad(), self._observer:
+            output = dict(self._run(self._net, self._calls, self._args, self._kwargs))
+            freed = {}
+            for key in keys:
+                before = self._observer.live
+                del output[key]
+                freed[key] = before - self._observer.live
+        return freed
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu":
+            fake: Tensor = self._mode.from_tensor(tensor)
+            return fake
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(made, tensor.requires_grad)
+        return made.requires_grad_(tensor.requires_grad)
+
+
+def _backpropagate(output: Any) -> None:
+    if isinstance(output, Mapping) and output:
+        loss = output.get("loss")
+        output = next(iter(output.values())) if loss is None else loss
+    roots = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if roots:
+        torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])

@@ -1,0 +1,40 @@
+"""Numbers as people read them."""
+
+from __future__ import annotations
+
+__all__ = ["amount", "count", "size"]
+
+
+def size(number: float) -> str:
+    """Bytes.
+
+    >>> size(512), size(1536), size(3 * 2**40)
+    ('512 B', '1.5 KiB', '3.0 TiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if round(number, 1) < 1024:
+            return f"{number:.{0 if unit == 'B' else 1}f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+def amount(number: float, unit: str) -> str:
+    """A number of something there are many of, by powers of ten.
+
+    >>> amount(1234567, "FLOP"), amount(17, "FLOP")
+    ('1.23 MFLOP', '17 FLOP')
+    """
+    prefixes = ("", "k", "M", "G", "T", "P")
+    power = 0
+    while number >= 999.5 and power < len(prefixes) - 1:
+        number, power = number / 1000, power + 1
+    return f"{number:.3g} {prefixes[power]}{unit}"
+
+
+def count(number: int, noun: str) -> str:
+    """How many of something.
+
+    >>> count(1, "step"), count(3, "step")
+    ('1 step', '3 steps')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"

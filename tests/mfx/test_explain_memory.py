@@ -1,0 +1,262 @@
+"""What explain predicts that a training step takes, against a training step."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import VisionTransformer
+from torchvision.models.resnet import BasicBlock, ResNet
+from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
+
+import mfx
+from mfx.meter import ActivationMeter
+from tests.mfx.models import ConvNet, Stack, images, inputs
+from tests.mfx.test_parts import Branching
+
+# A second run that is compared with the first leaves a checksum of eight bytes per step, which is not formed of tensors
+# without values. All else is the same storages.
+CHECKSUM = 8
+
+IDS = torch.arange(4 * 24).view(4, 24) % 50
+
+
+def narrow_resnet():
+    return ResNet(BasicBlock, [3, 1, 1, 1], num_classes=10), (torch.randn(2, 3, 32, 32),), {}
+
+
+def vit():
+    return VisionTransformer(16, 8, 4, 2, 16, 32, num_classes=10), (torch.randn(2, 3, 16, 16),), {}
+
+
+def bert():
+    config = BertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        intermediate_size=32,
+        attn_implementation="eager",
+    )
+    return BertModel(config), (IDS,), {}
+
+
+def gpt2(**more):
+    config = GPT2Config(
+        vocab_size=50,
+        n_positions=24,
+        n_embd=16,
+        n_layer=4,
+        n_head=2,
+        bos_token_id=0,
+        eos_token_id=0,
+        loss_type="ForCausalLM",
+        **more,
+    )
+    return GPT2LMHeadModel(config), (), {"input_ids": IDS, "labels": IDS}
+
+
+def dropout():
+    return Stack(depth=6, dropout=0.5, functional=0.1), (inputs(64),), {}
+
+
+FLOAT, UNCHANGED, ALL = {"arithmetic": "float"}, {"gamma": 0.0}, {"memory_budget": 1.0}
+CASES = {
+    "ResNet": (narrow_resnet, {}),
+    "ResNet, float": (narrow_resnet, FLOAT),
+    "ResNet, gamma=0": (narrow_resnet, UNCHANGED),
+    "ViT": (vit, {}),
+    "ViT, budget": (vit, ALL),
+    "BERT": (bert, {}),
+    "dropout": (dropout, {}),
+    "dropout, float": (dropout, FLOAT),
+}
+
+
+def main_result(output):
+    """What explain lets the backward pass begin at."""
+    if not isinstance(output, dict):
+        return output
+    return output["loss"] if output.get("loss") is not None else next(iter(output.values()))
+
+
+def measured(net, args, kwargs):
+    """Bytes kept, and the peak, of a training step that is not the first."""
+    for _ in range(2):
+        net.zero_grad()
+        with ActivationMeter(net.parameters()) as meter:
+            output = net(*args, **kwargs)
+            kept = meter.live
+            result = main_result(output)
+            result.backward(torch.ones_like(result))
+    return kept, meter.peak
+
+
+def check(explanation, model, net, args, kwargs):
+    plain, momentum = explanation.estimate.plain, explanation.estimate.momentum
+    assert (plain.kept, plain.peak) == measured(model, args, kwargs)
+    checksums = CHECKSUM * sum(len(chain.steps) for chain in explanation.chains)
+    kept, peak = measured(net, args, kwargs)
+    assert 0 <= kept - momentum.kept <= checksums < 0.05 * kept
+    assert 0 <= peak - momentum.peak <= checksums
+
+
+@pytest.mark.parametrize("build, options", CASES.values(), ids=CASES)
+def test_memory_is_what_is_measured(build, options):
+    torch.manual_seed(0)
+    model, args, kwargs = build()
+    net = mfx.momentumize(model, **options)
+    check(mfx.explain(net, *args, **kwargs), model, net, args, kwargs)
+
+
+@pytest.fixture(scope="module")
+def without_cache():
+    """A language model's explanation, on the meta device."""
+    with torch.device("meta"):
+        model, _, _ = gpt2(use_cache=False)
+    ids = IDS.to("meta")
+    return mfx.explain(model, input_ids=ids, labels=ids)
+
+
+def test_a_language_models_memory_is_predicted_on_the_meta_device(without_cache):
+    torch.manual_seed(0)
+    model, args, kwargs = gpt2(use_cache=False)
+    check(without_cache, model, mfx.momentumize(model), args, kwargs)
+    assert without_cache.estimate.held == {}
+
+
+def test_a_cache_that_escapes(without_cache):
+    model, args, kwargs = gpt2()
+    explanation = mfx.explain(model, *args, **kwargs)
+    cache = 2 * 4 * IDS.numel() * 16 * 4  # keys and values; layers, tokens, width, bytes
+    assert explanation.estimate.held == {"past_key_values": cache}
+    assert explanation.advice[-1].endswith(f"pass use_cache=False to save another {cache / 1024:.1f} KiB")
+    assert explanation.chains[0].memory.kept == without_cache.chains[0].memory.kept + cache
+
+
+def operations(net, x):
+    net(x)  # the first call also learns which buffers change
+    with FlopCounterMode(display=False) as counter:
+        net(x).sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+@pytest.mark.parametrize(
+    "build, x",
+    [(lambda: narrow_resnet()[0], torch.zeros(2, 3, 32, 32)), (lambda: Stack(depth=4), inputs(16))],
+    ids=["ResNet", "linear"],
+)
+def test_operations_are_what_is_counted(build, x, gamma):
+    net = mfx.momentumize(build(), gamma=gamma)
+    explanation = mfx.explain(net, x)
+    plain, momentum = explanation.estimate.plain, explanation.estimate.momentum
+    with mfx.original(net):
+        assert plain.flops == operations(net, x)
+    assert momentum.flops == operations(net, x)
+    assert sum(chain.memory.recomputed for chain in explanation.chains) == momentum.flops - plain.flops > 0
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x):
+        return self.attention(x, x, x, need_weights=False)[0]
+
+
+def test_attention_on_a_cpu_is_counted():
+    batch, tokens, width = 2, 5, 16
+    linear = 4 * 2 * batch * tokens * width * width
+    attention = 2 * 2 * batch * tokens * tokens * width
+    x = torch.zeros(batch, tokens, width, requires_grad=True)
+    # Backward of a linear layer takes two products of the forward's size; of attention, five where the forward has two.
+    assert mfx.explain(Attention(), x).estimate.plain.flops == 3 * linear + attention + 5 * attention // 2
+
+
+def test_a_chains_share():
+    """Of a model that is nothing but a chain, everything but the chain's input is the chain's."""
+    model = nn.Sequential(*(Stack().blocks[0] for _ in range(3)))
+    x = inputs(256, requires_grad=True)
+    for options in ({}, FLOAT, UNCHANGED, ALL):
+        explanation = mfx.explain(mfx.momentumize(model, **options), x)
+        (chain,) = explanation.chains
+        assert chain.memory.plain == explanation.estimate.plain.kept
+        assert chain.memory.kept == explanation.estimate.momentum.kept
+
+
+def test_meta_models_are_predicted_alike():
+    x = torch.zeros(2, 3, 32, 32)
+    with torch.device("meta"):
+        model, _, _ = narrow_resnet()
+    predicted = mfx.explain(model, x.to("meta"))
+    assert all(parameter.is_meta and parameter.grad is None for parameter in model.parameters())
+    assert predicted.to_dict()["totals"] == mfx.explain(narrow_resnet()[0], x).to_dict()["totals"]
+
+
+class Choosy(nn.Module):
+    """Reads as many elements as are positive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stack = Stack()
+
+    def forward(self, x):
+        return self.stack(x).flatten() @ self.stack(x[x > 0].mean() + x).flatten()
+
+
+def test_what_cannot_be_predicted_is_said():
+    explanation = mfx.explain(Choosy(), inputs())
+    assert explanation.estimate is None
+    assert "DynamicOutputShapeException" in explanation.unpredicted
+    assert "memory could not be predicted: Dynamic" in str(explanation)
+    assert "memory could not be predicted: Dynamic" in explanation._repr_html_()
+    data = json.loads(json.dumps(explanation.to_dict()))
+    assert data["totals"] is None
+    assert data["unpredicted"] == explanation.unpredicted
+
+
+def test_without_inputs_nothing_is_predicted():
+    explanation = mfx.explain(Stack())
+    assert (explanation.estimate, explanation.unpredicted) == (None, "")
+    assert explanation.chains[0].memory is None
+
+
+def test_a_graph_module():
+    model, x = Stack(depth=4), inputs(128)
+    totals = mfx.explain(model, x).to_dict()["totals"]
+    rewritten = mfx.momentumize(mfx.trace(model))
+    assert mfx.explain(rewritten, x).to_dict()["totals"] == totals
+
+
+def test_a_rehearsal_leaves_no_trace():
+    net, x = mfx.momentumize(ConvNet(depth=8)), images()
+    net(x).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in net.parameters()]
+    state = {name: value.clone() for name, value in net.state_dict().items()}
+    calls = [call for call in net.modules() if type(call).__name__ == "Momentum"]
+    mfx.explain(net, images(5))
+    torch.testing.assert_close([p.grad for p in net.parameters()], gradients, rtol=0, atol=0)
+    torch.testing.assert_close(dict(net.state_dict()), state, rtol=0, atol=0)
+    assert all(type(call).__name__ != "Rehearsed" for call in net.modules())
+    assert calls == [call for call in net.modules() if type(call).__name__ == "Momentum"]
+    net.zero_grad()
+    net.load_state_dict(state)
+
+
+def test_frozen_models_have_no_backward_pass():
+    model = Stack().requires_grad_(False)
+    explanation = mfx.explain(model, inputs())
+    assert explanation.estimate.plain.kept == explanation.estimate.momentum.kept
+    assert explanation.chains[0].memory.recomputed == 0
+
+
+def test_models_in_parts_are_not_predicted():
+    net, x = mfx.momentumize(Branching()), torch.randn(2, 4)
+    with pytest.warns(UserWarning, match="cannot be captured as one graph"):
+        net(x)
+    explanation = mfx.explain(net, x)
+    assert explanation.estimate is None
+    assert "memory could not be predicted: the model cannot be captured as one graph" in str(explanation)
