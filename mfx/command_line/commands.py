@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from argparse import Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,12 +11,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import Graph
 
 import mfx
 from mfx.capture import CaptureError
 from mfx.command_line.inputs import made
+from mfx.command_line.parser import version
 from mfx.command_line.spec import build
+from mfx.drawing.subject import shown_of
 from mfx.net import forward_of
+from mfx.reporting import check_file, page_of, write
 
 __all__ = ["COMMANDS", "UsageError", "run"]
 
@@ -45,6 +50,11 @@ class Subject:
                 with torch.no_grad():
                     net(*self.args, **self.kwargs)
         return net
+
+    def profile(self, words: Namespace) -> mfx.Profile:
+        """What training steps of the model take."""
+        how = {"against": words.against, "options": self.options, "repeats": words.repeats}
+        return mfx.profile(self.model, *self.args, **how, **self.kwargs)
 
     def inputs_of(self, net: nn.Module) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """What to look at a net with: not a net in parts, which has its graphs already."""
@@ -99,14 +109,7 @@ def _profile(words: Namespace) -> None:
     if words.device == "meta":
         raise UsageError("profile computes, which needs values: --device cpu or cuda, not meta")
     subject = _subject(words)
-    profile = mfx.profile(
-        subject.model,
-        *subject.args,
-        against=words.against,
-        options=subject.options,
-        repeats=words.repeats,
-        **subject.kwargs,
-    )
+    profile = subject.profile(words)
     if words.output is not None:
         profile.plot(words.output)
     print(json.dumps(profile.to_dict(), indent=2) if words.json else profile)
@@ -120,11 +123,79 @@ def _draw(words: Namespace) -> None:
     print(words.output)
 
 
+def _report(words: Namespace) -> None:
+    file = check_file(words.output)
+    _check_repeats(words)
+    subject = _subject(words)
+    net = subject.rewritten()
+    args, kwargs = subject.inputs_of(net)
+    profile, why_not = _measured(words, subject)
+    page = page_of(
+        mfx.explain(net, *args, **kwargs),
+        mfx.draw(net, None, *args, **kwargs),
+        profile=profile,
+        why_no_profile=why_not,
+        code=_code(net, args, kwargs),
+        facts={"model": words.spec, "inputs": _described(subject), "versions": version()},
+    )
+    write(file, page)
+    print(file)
+
+
+def _measured(words: Namespace, subject: Subject) -> tuple[mfx.Profile | None, str]:
+    """A profile, or why there is none."""
+    if not words.inputs:
+        return None, "no inputs were given (--input)."
+    if words.device == "meta":
+        return None, "the model is on the meta device, without values."
+    try:
+        return subject.profile(words), ""
+    except mfx.MfxError as error:
+        return None, str(error)
+
+
+def _code(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = []
+    for shown in shown_of(net, args, kwargs):
+        where = f"{shown.title}: " if shown.title else ""
+        before, _ = shown.entry.captured.copy()
+        found.append((f"{where}before: as captured", _source(before)))
+        if shown.entry.calls:
+            found.append((f"{where}after: rewritten", _source(shown.entry.graph)))
+    return found
+
+
+def _source(graph: Graph) -> str:
+    """A graph as code, without the deletions that it is run with."""
+    return re.sub(r";  [\w, =]+ = None$", "", graph.python_code("self").src, flags=re.MULTILINE)
+
+
+def _described(subject: Subject) -> str:
+    given = [*((None, value) for value in subject.args), *subject.kwargs.items()]
+    words = [f"{name}={_one(value)}" if name else _one(value) for name, value in given]
+    return ", ".join(words) or "none"
+
+
+def _one(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')} {'×'.join(map(str, value.shape)) or 'scalar'}"
+
+
 def _check_measuring(words: Namespace) -> None:
     if not words.inputs:
         raise UsageError(f"{words.command} calls the model: say with what, as in --input 8,3,224,224")
+    _check_repeats(words)
+
+
+def _check_repeats(words: Namespace) -> None:
     if words.repeats < 1:
         raise UsageError(f"--repeats {words.repeats}: at least 1")
 
 
-COMMANDS: Mapping[str, Callable[[Namespace], None]] = {"explain": _explain, "profile": _profile, "draw": _draw}
+COMMANDS: Mapping[str, Callable[[Namespace], None]] = {
+    "explain": _explain,
+    "profile": _profile,
+    "draw": _draw,
+    "report": _report,
+}

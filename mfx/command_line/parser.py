@@ -13,7 +13,7 @@ import torch
 from mfx.command_line.inputs import read_input
 from mfx.command_line.spec import call_arguments, read_config
 
-__all__ = ["make_parser"]
+__all__ = ["make_parser", "version"]
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "mfx", description=_ABOUT, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action="version", version=version())
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     command = _adder(commands)
 
@@ -174,7 +174,8 @@ def _budget(text: str) -> float | str:
         return text
 
 
-def _version() -> str:
+def version() -> str:
+    """Of mfx, and of the torch it runs on."""
     try:
         version = metadata.version("mfx")
     except metadata.PackageNotFoundError:

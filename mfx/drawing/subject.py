@@ -1,9 +1,10 @@
-"""From a model to what is drawn of it."""
+"""From a model to what is shown of it."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
@@ -16,7 +17,31 @@ from mfx.net import RewrittenForward, forward_of, net_of
 from mfx.options import check_options
 from mfx.streams import streams_of
 
-__all__ = ["pictures_of"]
+__all__ = ["Shown", "pictures_of", "shown_of"]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """A rewritten graph and what it is of.
+
+    Args:
+        title: of a part that is rewritten by itself; else empty.
+        net: the model or part.
+        entry: the graph.
+        streams: shape and dtype of the chains' states, where inputs were given, by the chains' names.
+    """
+
+    title: str
+    net: nn.Module
+    entry: Entry
+    streams: Mapping[str, Stream]
+
+    @property
+    def picture(self) -> Picture:
+        """What to draw of it."""
+        module = self.entry.graph_module(self.net)
+        model = Model({**_modules(module), **_modules(self.net)}, self.streams, self.entry.within)
+        return picture_of(self.title, module.graph, model)
 
 
 def pictures_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Picture]:
@@ -27,6 +52,15 @@ def pictures_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
     """
     if isinstance(model, fx.GraphModule) and any(isinstance(module, Momentum) for module in model.modules()):
         return [picture_of("", model.graph, Model(_modules(model), {}))]
+    return [shown.picture for shown in shown_of(model, args, kwargs)]
+
+
+def shown_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Shown]:
+    """The graph for these inputs, else the one that ran last, else that for default arguments; or those of the parts.
+
+    Raises:
+        MfxError: the model cannot be captured.
+    """
     forward = forward_of(model)
     if forward is None:
         forward = RewrittenForward(net_of(model), check_options())
@@ -36,22 +70,16 @@ def pictures_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, An
         warnings.filterwarnings("ignore", message="mfx: ")  # mfx.explain says what they say
         entry = _entry(forward, args, kwargs)
         streams = streams_of(forward, entry, args, kwargs) if args or kwargs else {}
-    return [_picture("", forward.net, entry, streams)]
+    return [Shown("", forward.net, entry, streams)]
 
 
-def _parts(whole: RewrittenForward) -> list[Picture]:
+def _parts(whole: RewrittenForward) -> list[Shown]:
     paths = {module: path for path, module in whole.net.named_modules()}
     return [
-        _picture(f"{paths[part.net]}, rewritten by itself", part.net, part.active, {})
+        Shown(f"{paths[part.net]}, rewritten by itself", part.net, part.active, {})
         for part in whole.parts()
         if part.active is not None and part.active.calls
     ]
-
-
-def _picture(title: str, net: nn.Module, entry: Entry, streams: Mapping[str, Stream]) -> Picture:
-    module = entry.graph_module(net)
-    model = Model({**_modules(net), **_modules(module)}, streams, entry.within)
-    return picture_of(title, module.graph, model)
 
 
 def _modules(module: nn.Module) -> dict[str, nn.Module]:
@@ -59,7 +87,6 @@ def _modules(module: nn.Module) -> dict[str, nn.Module]:
 
 
 def _entry(forward: RewrittenForward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entry:
-    """The graph for these inputs, else the one that was run last, else that for default arguments."""
     if args or kwargs:
         return forward.entry_for(*args, **kwargs)
     if forward.active is not None and forward.active.holds():
