@@ -1,6 +1,8 @@
 import json
 
-from examples.benchmarks import arithmetic, memory, overhead
+import pytest
+
+from examples.benchmarks import arithmetic, depth, memory, overhead, passes, speed
 
 
 def test_the_memory_benchmark_measures_every_method(capsys):
@@ -30,3 +32,60 @@ def test_the_arithmetic_benchmark_measures_every_method(capsys, tmp_path):
     assert all(abs(row.per_step / row.ideal - 1) <= 0.05 for row in deep)
     assert len(json.loads(file.read_text())["training"]) == len(steps)
     assert capsys.readouterr().out.count("| mfx, exact |") == 1
+
+
+def test_the_depth_benchmark_shows_what_a_block_costs(capsys, tmp_path):
+    file, png = tmp_path / "rows.json", tmp_path / "a.png"
+    rows = depth.main(["--tiny", "--json", str(file), "--plot", str(png)])
+    assert {(row.method, row.depth) for row in rows} == {(m, d) for m in depth.METHODS for d in (4, 8, 16)}
+    units = {method: per_block for method, (per_block, _) in depth.slopes(rows).items()}
+    # Its input, the normalised input, the four times wider input and output of GELU; means and deviations on top.
+    assert units["plain"] == pytest.approx(10 + 2 / depth.WIDTH)
+    assert units["checkpoint"] == 1  # the input
+    assert units["mfx, gamma=0"] == pytest.approx(1, abs=0.01)  # and a few bytes of notes
+    assert units["mfx, float"] < 0.5
+    assert len(json.loads(file.read_text())) == len(rows)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("| mfx, exact |") == 4
+
+
+def test_the_depth_benchmark_leaves_plain_out_where_it_does_not_fit():
+    rows = depth.main(["--tiny", "--limit", "1e-6"])
+    assert [row.depth for row in rows if row.method == "plain"] == [4]
+    assert all(row.to_plain is None for row in rows if row.depth == 8)
+
+
+def test_the_speed_benchmark_measures_every_method(capsys, tmp_path):
+    pytest.importorskip("torchvision")
+    file, png = tmp_path / "rows.json", tmp_path / "a.png"
+    rows = speed.main(["--tiny", "--models", "ResNet-18", "--json", str(file), "--plot", str(png)])
+    assert [row.method for row in rows] == list(speed.METHODS)
+    assert rows[0].time == rows[0].peak == rows[0].flops == rows[1].to_checkpoint == 1
+    assert all(1 < row.flops <= 4 / 3 for row in rows[1:])
+    assert len(json.loads(file.read_text())) == len(rows)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out.count("| ResNet-18 |") == 4
+
+
+def test_the_speed_benchmark_refuses_models_it_does_not_have(capsys):
+    with pytest.raises(SystemExit):
+        speed.main(["--tiny", "--models", "ResNet-50"])
+    assert "of ResNet-18, GPT-2-like, 2 x 64" in capsys.readouterr().err
+
+
+def test_the_passes_benchmark_measures_stacks_and_resnets(capsys, tmp_path):
+    pytest.importorskip("torchvision")
+    file, png = tmp_path / "rows.json", tmp_path / "a.png"
+    rows = passes.main(["--tiny", "--json", str(file), "--plot", str(png)])
+    # Five nodes a block, the input and the output.
+    assert [(row.model, row.blocks, row.nodes) for row in rows[:2]] == [("stack", 4, 22), ("stack", 8, 42)]
+    assert rows[2].blocks == 8
+    assert all(row.momentumize > 0 for row in rows)
+    assert len(json.loads(file.read_text())) == len(rows)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "Ratio of resnet18" in capsys.readouterr().out
+
+
+def test_an_exponent_is_that_of_a_power():
+    rows = [passes.Row("stack", 0, nodes, 0.0, 0.0, 3e-6 * nodes**1.5) for nodes in (10, 100, 3000)]
+    assert passes.exponent(rows, "momentumize") == pytest.approx(1.5)
