@@ -99,7 +99,7 @@ def sources(chain: ExplainedChain) -> str:
     lines = list(dict.fromkeys(short_place(step.source) for step in chain.steps if step.source))
     more = f" and {len(lines) - 2} more" if len(lines) > 2 else ""
     where = f" ({', '.join(lines[:2])}{more})" if lines else ""
-    return f"{paths[0]} … {paths[-1]}{where}"
+    return f"{' … '.join(dict.fromkeys((paths[0], paths[-1])))}{where}"
 
 
 def short_place(source: str) -> str:

@@ -1,0 +1,86 @@
+"""Shows what mfx does to a model's graph: before, after, its chains, what is left alone, and the code of a branch.
+
+    python examples/inspect_graph.py                      # a model written by hand, and torchvision's resnet18
+    python examples/inspect_graph.py --model vit_b_16     # any other of torchvision's
+
+Nothing is computed: graphs are traced, and shapes and memory are found on tensors without values.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Sequence
+
+import torch
+import torchvision
+from torch import Tensor, nn
+
+import mfx
+
+FREES = re.compile(r";  [\w = ]+ = None$")
+
+
+class Handwritten(nn.Module):
+    """No submodule is called a block, and the chain is in a loop over two lists; one sum is no residual step."""
+
+    def __init__(self, width: int = 64, depth: int = 4) -> None:
+        super().__init__()
+        self.first = nn.Linear(width, width)
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(depth))
+        self.layers = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
+        self.left, self.right = nn.Linear(width, width), nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """From states (batch, width) to states of the same shape."""
+        x = self.first(x)
+        for norm, layer in zip(self.norms, self.layers, strict=True):
+            x = x + torch.tanh(layer(norm(x)))
+        return self.left(x) + self.right(x)
+
+
+def code(graph: torch.fx.Graph, lines: int) -> str:
+    """A graph as Python code, without what only frees memory, cut after so many lines."""
+    source = graph.python_code("self").src.strip().splitlines()
+    shown = [FREES.sub("", line).rstrip() for line in source[:lines]]
+    return "\n".join([*shown, *([f"    ... {len(source) - lines} more lines"] if len(source) > lines else [])])
+
+
+def inspect(model: nn.Module, x: Tensor, *, gamma: float, lines: int) -> str:
+    """All there is to see of a model."""
+    net = mfx.momentumize(model, gamma=gamma)
+    explanation = mfx.explain(net, x)
+    (after,) = mfx.graphs(net).values()
+    sections = [
+        ("what was found", str(explanation)),
+        ("the graph before", code(mfx.trace(model).graph, lines)),
+        ("the graph after: one call per chain", code(after.graph, lines)),
+    ]
+    for chain in explanation.chains[:1]:
+        step = chain.steps[0]
+        sections.append((f"the branch of the first step of the chain {chain.name}", code(step.branch, lines)))
+    rule = "─" * 100
+    return "\n\n".join(f"{rule}\n{type(model).__name__}: {title}\n{rule}\n{text}" for title, text in sections)
+
+
+def main(argv: Sequence[str] | None = None) -> list[str]:
+    """Runs the example; returns what it printed, model by model."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet18", help="a classifier of torchvision (default resnet18)")
+    parser.add_argument("--size", type=int, default=224, help="of the images (default 224)")
+    parser.add_argument("--gamma", type=float, default=0.9, help="the momentum (default 0.9)")
+    parser.add_argument("--lines", type=int, default=40, help="lines of code to show of each graph (default 40)")
+    options = parser.parse_args(argv)
+
+    with torch.device("meta"):  # shapes are all that is needed
+        models = [
+            (Handwritten(), torch.zeros(32, 64)),
+            (torchvision.models.get_model(options.model), torch.zeros(8, 3, options.size, options.size)),
+        ]
+    shown = [inspect(model, x, gamma=options.gamma, lines=options.lines) for model, x in models]
+    print("\n\n".join(shown))
+    return shown
+
+
+if __name__ == "__main__":
+    main()

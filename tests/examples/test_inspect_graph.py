@@ -1,0 +1,22 @@
+from examples import inspect_graph
+
+
+def test_it_shows_a_graph_before_and_after(capsys):
+    by_hand, resnet = inspect_graph.main(["--size", "32", "--lines", "12"])
+    assert capsys.readouterr().out == f"{by_hand}\n\n{resnet}\n"
+    titles = [line for line in by_hand.splitlines() if line.startswith("Handwritten: ")]
+    assert titles == [
+        "Handwritten: what was found",
+        "Handwritten: 1 chain of 4 steps, 1 residual add left as they are",
+        "Handwritten: the graph before",
+        "Handwritten: the graph after: one call per chain",
+        "Handwritten: the branch of the first step of the chain root",
+    ]
+    before, after, branch = by_hand.split("def forward(self, x):")[1:]
+    assert "add = first + tanh" in before
+    assert "self.momentum_root(first" in after
+    assert "add = first" not in after
+    assert "return (tanh,)" in branch
+    assert "layer1_0_bn2 += maxpool;  iadd = layer1_0_bn2" in resnet
+    assert "more lines" in resnet
+    assert all(len(line) <= 100 for line in by_hand.split("def forward")[0].splitlines())
