@@ -69,7 +69,12 @@ def run(words: Namespace) -> None:
         MfxError: the model or the request cannot be served.
         UsageError: the words do not go together.
     """
-    COMMANDS[words.command](words)
+    try:
+        COMMANDS[words.command](words)
+    except CaptureError as error:
+        if words.inputs:
+            raise
+        raise mfx.MfxError(f"{error} On the command line, inputs are given with --input.") from error
 
 
 def _subject(words: Namespace) -> Subject:

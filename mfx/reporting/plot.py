@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from mfx.profiled import Row, in_bytes
+from mfx.profiled import Row
 from mfx.reporting.markup import Markup, element
+from mfx.units import size
 
 __all__ = ["legend", "lines"]
 
@@ -21,7 +22,7 @@ def lines(rows: Sequence[Row]) -> Markup:
     grid = [
         element("line", class_="grid", x1=_n(_LEFT), x2=_n(_x(1)), y1=y, y2=y) for y in (_n(_y(t, top)) for t in ticks)
     ]
-    marks = [_text(_LEFT - 6, _y(tick, top) + 4, in_bytes(tick) if tick else "0", "end") for tick in ticks]
+    marks = [_text(_LEFT - 6, _y(tick, top) + 4, size(tick) if tick else "0", "end") for tick in ticks]
     marks += [_text(_x(share), _y(0, top) + 16, f"{share:.0%}", "middle") for share in (0.0, 0.25, 0.5, 0.75, 1.0)]
     marks.append(_text((_LEFT + _x(1)) / 2, _HEIGHT - 6, "share of the step's operations", "middle"))
     drawn = [_line(row, number, top) for number, row in enumerate(rows)]
@@ -35,7 +36,7 @@ def lines(rows: Sequence[Row]) -> Markup:
         viewBox=f"0 0 {_WIDTH:g} {_HEIGHT:g}",
         role="img",
         aria_label="activation memory in the course of a training step: "
-        + "; ".join(f"{row.name}, peak {in_bytes(row.peak_bytes)}" for row in rows),
+        + "; ".join(f"{row.name}, peak {size(row.peak_bytes)}" for row in rows),
     )
 
 
@@ -45,7 +46,7 @@ def legend(rows: Sequence[Row]) -> Markup:
         element(
             "li",
             element("svg", element("line", class_=_way(i), x1="0", x2="20", y1="5", y2="5"), width="20", height="10"),
-            f"{row.name}: peak {in_bytes(row.peak_bytes)}",
+            f"{row.name}: peak {size(row.peak_bytes)}",
         )
         for i, row in enumerate(rows)
     ]
@@ -53,7 +54,7 @@ def legend(rows: Sequence[Row]) -> Markup:
 
 
 def _line(row: Row, number: int, top: float) -> Markup:
-    points = " ".join(f"{_x(share):.1f},{_y(size, top):.1f}" for share, size in row.timeline)
+    points = " ".join(f"{_x(share):.1f},{_y(alive, top):.1f}" for share, alive in row.timeline)
     return element("polyline", class_=_way(number), points=points)
 
 
@@ -75,8 +76,8 @@ def _x(share: float) -> float:
     return _LEFT + share * (_WIDTH - _LEFT - _RIGHT)
 
 
-def _y(size: float, top: float) -> float:
-    return _HEIGHT - _BOTTOM - size / top * (_HEIGHT - _TOP - _BOTTOM)
+def _y(alive: float, top: float) -> float:
+    return _HEIGHT - _BOTTOM - alive / top * (_HEIGHT - _TOP - _BOTTOM)
 
 
 def _text(x: float, y: float, text: str, anchor: str) -> Markup:

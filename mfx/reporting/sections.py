@@ -6,9 +6,10 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mfx.profiled import Profile, Row, in_bytes
+from mfx.profiled import Profile, Row
 from mfx.reporting.markup import Markup, element, joined
 from mfx.reporting.plot import legend, lines
+from mfx.units import amount, count, size
 
 __all__ = ["chains", "code", "memory", "rejections", "summary"]
 
@@ -19,25 +20,37 @@ _UNFOLDED = 40  # lines of code that need no unfolding
 
 
 def summary(found: Mapping[str, Any], profile: Profile | None) -> Markup:
-    """What was found and what it brings, in a few numbers."""
+    """What was found and what it brings, in a few numbers: measured ones, else predicted ones."""
     steps = sum(len(chain["steps"]) for chain in found["chains"])
+    left = count(len(found["rejections"]), "residual add").partition(" ")[2]
     cards = [
-        _card(str(len(found["chains"])), "momentum chain" + "s" * (len(found["chains"]) != 1)),
+        _card(str(len(found["chains"])), count(len(found["chains"]), "momentum chain").partition(" ")[2]),
         _card(str(steps), "residual steps turned into momentum steps"),
-        _card(str(len(found["rejections"])), "residual add" + "s" * (len(found["rejections"]) != 1) + " left alone"),
+        _card(str(len(found["rejections"])), f"{left} left alone"),
     ]
+    cards += [
+        _card(_ratio(value, first), f"{what}, to plain training") for what, value, first in _effects(found, profile)
+    ]
+    return element("div", *cards, class_="cards")
+
+
+def _effects(found: Mapping[str, Any], profile: Profile | None) -> list[tuple[str, float, float]]:
+    """What is compared, with mfx and without."""
     rows = {row.name: row for row in profile.rows} if profile is not None else {}
     if "plain" in rows and "momentum" in rows:
         plain, momentum = rows["plain"], rows["momentum"]
-        cards += [
-            _card(
-                _ratio(momentum.kept_bytes, plain.kept_bytes), "activations after the forward pass, to plain training"
-            ),
-            _card(_ratio(momentum.peak_bytes, plain.peak_bytes), "peak of activations, to plain training"),
-            _card(_ratio(momentum.flops, plain.flops), "FLOPs, to plain training"),
-            _card(_ratio(momentum.seconds, plain.seconds), "time of a step, to plain training"),
+        return [
+            ("activations after the forward pass", momentum.kept_bytes, plain.kept_bytes),
+            ("peak of activations", momentum.peak_bytes, plain.peak_bytes),
+            ("FLOPs", momentum.flops, plain.flops),
+            ("time of a step", momentum.seconds, plain.seconds),
         ]
-    return element("div", *cards, class_="cards")
+    totals = found.get("totals")
+    if not totals:
+        return []
+    plain, momentum = totals["plain"], totals["momentum"]
+    names = {"kept": "activations after the forward pass", "peak": "peak of activations", "flops": "FLOPs"}
+    return [(f"predicted {name}", momentum[key], plain[key]) for key, name in names.items()]
 
 
 def memory(profile: Profile | None, why_not: str) -> Markup:
@@ -63,13 +76,17 @@ def memory(profile: Profile | None, why_not: str) -> Markup:
 
 
 def chains(found: Mapping[str, Any], text: str) -> Markup:
-    """One row per chain; and all that `mfx.explain` says."""
-    head = ("chain", "state", "arithmetic", "kept", "steps", "γ", "branches count")
+    """One row per chain; what could be done; and all that `mfx.explain` says."""
+    head = ("chain", "state", "arithmetic", "steps", "γ", "branches count", "plain keeps", "mfx keeps", "recomputes")
     rows = [_chain(chain) for chain in found["chains"]]
-    table = _table(head, rows, numbers=3) if rows else element("p", "None.", class_="dim")
+    table = _table(head, rows, numbers=6) if rows else element("p", "None.", class_="dim")
+    advice = [element("li", advice) for advice in found.get("advice", ())]
     return joined(
         element("h2", "Chains"),
         table,
+        element("p", "What is kept is kept between forward and backward, predicted.", class_="dim") if rows else None,
+        element("p", "What could be done:") if advice else None,
+        element("ul", *advice) if advice else None,
         element("details", element("summary", "As mfx.explain prints it"), element("pre", text)),
     )
 
@@ -101,26 +118,29 @@ def _card(number: str, about: str) -> Markup:
 
 def _measured(row: Row, first: Row) -> tuple[str, ...]:
     cells = [row.name]
-    for name, shown in (("kept_bytes", in_bytes), ("peak_bytes", in_bytes), ("seconds", _seconds), ("flops", _flops)):
+    for name, shown in (("kept_bytes", size), ("peak_bytes", size), ("seconds", _seconds), ("flops", _flops)):
         value = getattr(row, name)
         cells.append(f"{shown(value)} · {_ratio(value, getattr(first, name))}")
     return tuple(cells)
 
 
 def _chain(chain: Mapping[str, Any]) -> tuple[str, ...]:
-    storage = chain.get("storage") or {}
+    storage, memory = chain.get("storage") or {}, chain.get("memory") or {}
     shape = "×".join(map(str, storage.get("shape", ())))
     weights = [f"{weight:.2f}" for weight in chain.get("weights", ())]
     shown = " ".join(weights if len(weights) <= 4 else [*weights[:2], "…", *weights[-2:]])
-    kept = storage.get("kept")
+    plain, kept = memory.get("plain"), memory.get("kept", storage.get("kept"))
+    policy = f" ({storage['policy']})" if storage.get("policy") else ""
     return (
         chain["name"] or "the model itself",
         f"{shape} {storage['dtype']}" if storage.get("dtype") else _NOTHING,
         chain["arithmetic"],
-        f"{in_bytes(kept)} ({storage['policy']})" if kept is not None else storage.get("policy", _NOTHING),
         str(len(chain["steps"])),
         f"{chain['gamma']:g}",
         shown or _NOTHING,
+        _NOTHING if plain is None else size(plain),
+        _NOTHING if kept is None else f"{size(kept)}{policy}",
+        amount(memory["recomputed"], "FLOP") if "recomputed" in memory else _NOTHING,
     )
 
 
@@ -128,7 +148,13 @@ def _reason(reason: str, places: Sequence[Mapping[str, Any]]) -> Markup:
     lines = [element("li", element("code", place["node"]), *_place(place)) for place in places[:_ROWS]]
     if len(places) > _ROWS:
         lines.append(element("li", f"and {len(places) - _ROWS} more"))
-    return element("details", element("summary", f"{len(places)} × {reason}"), element("ul", *lines))
+    remedy = places[0].get("remedy")
+    return element(
+        "details",
+        element("summary", f"{len(places)} × {reason}"),
+        element("p", f"What could be done: {remedy}") if remedy else None,
+        element("ul", *lines),
+    )
 
 
 def _place(place: Mapping[str, Any]) -> list[str]:
@@ -160,8 +186,4 @@ def _seconds(seconds: float) -> str:
 
 
 def _flops(number: float) -> str:
-    for unit in ("", "K", "M", "G", "T"):
-        if number < 1000:
-            return f"{number:.3g} {unit}".strip()
-        number /= 1000
-    return f"{number:.3g} P"
+    return amount(number, "FLOP")
