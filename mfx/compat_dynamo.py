@@ -186,11 +186,11 @@ def _without_trackers(hooks: dict[int, Any]) -> AbstractContextManager[Any]:
 
 def sources(graph: fx.Graph) -> list[str]:
     """Where in the caller's world each input of a graph comes from, as Dynamo writes it; "" for sizes."""
-    return [_source(node.meta.get("grapharg")) for node in graph.find_nodes(op="placeholder")]
+    return [_source(node) for node in graph.find_nodes(op="placeholder")]
 
 
-def _source(argument: Any) -> str:
-    name = getattr(getattr(argument, "source", None), "name", "")
+def _source(node: fx.Node) -> str:
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
     return str(name() if callable(name) else name)
 
 

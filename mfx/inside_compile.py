@@ -10,7 +10,8 @@ from torch.utils import _pytree as pytree
 from mfx import compat_dynamo
 from mfx.compiler import Compiler
 from mfx.opaque import run, settle
-from mfx.sites import forward_by, site_for
+from mfx.sites import forward_by, is_plain, site_for
+from mfx_passes import MfxError
 
 if TYPE_CHECKING:
     from mfx.net import RewrittenForward
@@ -22,6 +23,18 @@ _PROGRAMS: list[tuple[Any, Program]] = []  # with their backends, which can be c
 _NONE = "mfx: None"  # which cannot be handed to code that Dynamo does not look into
 
 
+class Plain:
+    """A value that is part of the structure of what is returned: nothing but tensors can come out of such code."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+pytree.register_pytree_node(
+    Plain, lambda plain: ([], plain.value), lambda _, value: value, serialized_type_name="mfx.Plain"
+)
+
+
 def call(forward: RewrittenForward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Call a net from the graph that is being compiled; Dynamo looks on."""
     if forward.bypassed:
@@ -30,7 +43,8 @@ def call(forward: RewrittenForward, args: tuple[Any, ...], kwargs: dict[str, Any
         return _run_outside(forward, args, kwargs)
     arguments = pytree.tree_map(_marked, (args, kwargs))
     held = [*forward.net.parameters()], [*forward.net.buffers()]
-    return pytree.tree_map(_unmarked, _run(forward.key, forward.net.training, held, arguments))
+    returned = _run(forward.key, forward.net.training, held, arguments)
+    return pytree.tree_map(_itself, returned)  # without Plain
 
 
 @compat_dynamo.not_looked_into
@@ -38,13 +52,22 @@ def _run(key: str, training: bool, held: tuple[list[Any], list[Any]], arguments:
     """Called by compilers with tensors without values, and for real where there is no compiler but Dynamo."""
     forward, (args, kwargs) = forward_by(key), pytree.tree_map(_unmarked, arguments)
     if not compat_dynamo.is_looked_at(held):
-        return pytree.tree_map(_marked, forward.run(args, kwargs))
-    parameters, buffers = held
+        return pytree.tree_map(_wrapped, forward.run(args, kwargs))
+    try:
+        return _opaque(forward, args, kwargs, *held)
+    except MfxError as error:  # of which Dynamo says nothing
+        forward.warn(str(error))
+        raise
+
+
+def _opaque(
+    forward: RewrittenForward, args: Any, kwargs: Any, parameters: list[Any], buffers: list[Any]
+) -> Any:
     site, inputs = site_for(forward, args, kwargs, [*parameters, *buffers], _program())
     *results, token = run(site.key, inputs, [*parameters, *buffers])
     if buffers:
         settle(token, buffers)
-    return pytree.tree_map(_marked, site.assemble(results, [*inputs, *parameters, *buffers]))
+    return pytree.tree_map(_wrapped, site.assemble(results, [*inputs, *parameters, *buffers]))
 
 
 def _program() -> Program:
@@ -71,3 +94,11 @@ def _marked(leaf: Any) -> Any:
 
 def _unmarked(leaf: Any) -> Any:
     return None if isinstance(leaf, str) and leaf == _NONE else leaf
+
+
+def _wrapped(leaf: Any) -> Any:
+    return Plain(leaf) if is_plain(leaf) else leaf
+
+
+def _itself(leaf: Any) -> Any:
+    return leaf

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from mfx.net import RewrittenForward
     from mfx.program import Program
 
-__all__ = ["Given", "Result", "Site", "forward_by", "know", "site_for", "site_of"]
+__all__ = ["Given", "Result", "Site", "disassemble", "forward_by", "is_plain", "know", "site_for", "site_of"]
 
 _FORWARDS: weakref.WeakValueDictionary[str, RewrittenForward] = weakref.WeakValueDictionary()
 _SITES: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
@@ -160,7 +160,7 @@ def site_for(
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-    constants = {at: (type(leaf), leaf) for at, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
+    constants = {at: _fixed(leaf) for at, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
     given = [*inputs, *held]
     grad = torch.is_grad_enabled()
     requires = tuple(grad and tensor.requires_grad for tensor in given)
@@ -175,9 +175,23 @@ def site_for(
     return site, inputs
 
 
+def _fixed(value: Any) -> tuple[type, Any]:
+    """A value and its type; a number that a compiler would leave open is fixed to what it is."""
+    if isinstance(value, torch.SymInt):
+        value = int(value)
+    elif isinstance(value, torch.SymFloat):
+        value = float(value)
+    return type(value), value
+
+
 def held_by(net: nn.Module) -> list[Tensor]:
     """A net's parameters and buffers, each once."""
     return [*net.parameters(), *net.buffers()]
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value that is no tensor may come out of a graph."""
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device)
 
 
 def disassemble(net: nn.Module, returned: Any, given: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
@@ -193,7 +207,7 @@ def disassemble(net: nn.Module, returned: Any, given: Sequence[Tensor]) -> tuple
         if isinstance(leaf, torch.SymInt):
             return int(leaf)
         if not isinstance(leaf, Tensor):
-            if leaf is None or isinstance(leaf, bool | int | float | str | torch.dtype | torch.device):
+            if is_plain(leaf):
                 return leaf
             raise MfxError(
                 f"{type(net).__name__} returns a {type(leaf).__name__}, which cannot come out of a graph that "

@@ -331,9 +331,3 @@ def test_a_momentumized_net_runs_between_the_graphs():
     expected = result(outer, parameters, x)
     assert_same(result(torch.compile(outer, backend="eager"), parameters, x), expected)
     assert torch.equal(torch.compile(net, backend="eager")(x), net(x))
-
-
-def test_a_momentumized_net_is_no_part_of_a_full_graph():
-    net = torch.compile(mfx.momentumize(Blocks()), backend="eager", fullgraph=True)
-    with pytest.raises(torch._dynamo.exc.Unsupported, match=re.escape('torch.compile(model, backend="mfx")')):
-        net(torch.randn(4, 5))

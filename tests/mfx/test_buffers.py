@@ -194,3 +194,23 @@ def test_modes_of_parts_changed_between_forward_and_backward(how):
         results.append(everything(net))
     assert_equal(results[0], results[2], how[0])
     assert_equal(results[1], results[3], how[0])
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+@pytest.mark.parametrize(
+    "layer", ["BatchNorm1d", "BatchNorm2d", "BatchNorm without weights", "InstanceNorm1d", "weight norm"]
+)
+def test_what_dynamo_captured_changes_them_once(layer, gamma):
+    build, shape = LAYERS[layer]
+    model = Residual(build, depth=4)
+    net = mfx.momentumize(copy.deepcopy(model), gamma=gamma, capture="dynamo")
+    plain = mfx.momentumize(model, gamma=gamma, memory_budget=1.0)  # by symbolic tracing
+    results = []
+    for each in (net, plain):
+        torch.manual_seed(3)
+        for _ in range(2):
+            each(seeded(*shape).requires_grad_()).square().mean().backward()
+        results.append(everything(each))
+    (entry,) = net.forward.all_entries
+    assert any("branches.0" in path for path in entry.read)  # found in the model, not handed to the chain
+    assert_equal(*results, "exact")
