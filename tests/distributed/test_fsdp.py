@@ -25,6 +25,7 @@ from tests.distributed.nets import (
 )
 from tests.distributed.world import SIZE
 from tests.mfx.models import ConvNet, Stack
+from tests.sampling import grid
 
 BRANCHES = [("mix", "mlp"), ("norm1", "mix", "norm2", "mlp")]
 
@@ -67,9 +68,7 @@ def train(when, names, how, steps=3):
         torch.testing.assert_close(net.eval()(batch(0)), single.eval()(batch(0)))
 
 
-@pytest.mark.parametrize("names", BRANCHES, ids="-".join)
-@pytest.mark.parametrize("when", ["before", "after", "after the first call"])
-@pytest.mark.parametrize("how", HOW, ids=str)
+@grid(6, how=HOW, when=["before", "after", "after the first call"], names=BRANCHES)
 def test_training_is_that_of_one_process(world, how, when, names):
     world.run(train, when, names, how)
 

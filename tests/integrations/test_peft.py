@@ -14,7 +14,13 @@ peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 
 FAMILY = {family.name: family for family in FAMILIES}
+ONE_LAYER = {"llama": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}, "t5": {"num_layers": 1}}
 TARGETS = {"llama": ["q_proj", "v_proj", "up_proj"], "gpt2": ["c_attn", "c_fc"], "t5": ["q", "v", "wi"]}
+
+
+def make(name):
+    """The model with one layer, which has two steps."""
+    return FAMILY[name].make(**ONE_LAYER[name])
 
 
 def adapted(model, name):
@@ -30,23 +36,23 @@ def adapted(model, name):
 
 
 def before(name, **options):
-    wrapped = adapted(FAMILY[name].make(), name)
+    wrapped = adapted(make(name), name)
     return mfx.momentumize(wrapped, **options)
 
 
 def inside(name, **options):
     """Adapters first; then the model inside of peft's wrapper."""
-    wrapped = adapted(FAMILY[name].make(), name)
+    wrapped = adapted(make(name), name)
     wrapped.base_model.model = mfx.momentumize(wrapped.base_model.model, **options)
     return wrapped
 
 
 def after(name, **options):
-    return adapted(mfx.momentumize(FAMILY[name].make(), **options), name)
+    return adapted(mfx.momentumize(make(name), **options), name)
 
 
 def after_a_call(name, **options):
-    net = mfx.momentumize(FAMILY[name].make(), **options)
+    net = mfx.momentumize(make(name), **options)
     call(net, FAMILY[name].inputs())
     return adapted(net, name)
 
@@ -72,7 +78,7 @@ def test_adapters(order, name):
     for key, grad in actual.grads.items():
         assert (grad is not None) == ("lora_" in key), key
         assert grad is None or grad.any(), key
-    plain = train(adapted(FAMILY[name].make(), name), inputs)
+    plain = train(adapted(make(name), name), inputs)
     assert_bit_equal(train(order(name, gamma=0.0), inputs), plain)
     assert not torch.equal(actual.outputs[0], plain.outputs[0]), "γ changes nothing"
 
@@ -84,12 +90,12 @@ def test_saved_adapters(order, tmp_path):
     net = order("llama").eval()
     expected = numbers(call(net, family.inputs()))
     net.save_pretrained(tmp_path)
-    base = mfx.momentumize(family.make())
+    base = mfx.momentumize(make("llama"))
     loaded = peft.PeftModel.from_pretrained(base, tmp_path).eval()
     assert all(map(torch.equal, numbers(call(loaded, family.inputs())), expected))
     with loaded.disable_adapter():
         without = numbers(call(loaded, family.inputs()))
-    fresh = mfx.momentumize(family.make()).eval()
+    fresh = mfx.momentumize(make("llama")).eval()
     assert all(map(torch.equal, without, numbers(call(fresh, family.inputs()))))
     assert not torch.equal(without[0], expected[0])
 
@@ -102,5 +108,5 @@ def test_generate_and_merge(order):
     net, kept = order("llama").eval(), order("llama", memory_budget=1.0).eval()
     assert torch.equal(net.generate(**prompt, **options), kept.generate(**prompt, **options))
     found, expected = net.merge_and_unload(), kept.merge_and_unload()
-    assert type(found) is type(family.make())
+    assert type(found) is type(make("llama"))
     assert all(map(torch.equal, numbers(call(found, prompt)), numbers(call(expected, prompt))))

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import nn
 
-VOCABULARY, WIDTH, DEPTH, HEADS = 99, 32, 3, 4
+VOCABULARY, WIDTH, DEPTH, HEADS = 99, 32, 2, 4
 PAD, START, END = 0, 1, 2
 
 Inputs: TypeAlias = dict[str, Any]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from torch.utils._pytree import tree_iter
 import mfx
 from mfx.meter import ActivationMeter
 from mfx_passes import Rejection
+from tests import sampling
 from tests.oracles import Grads, assert_close_grads, residual_adds
 
 
@@ -288,20 +287,23 @@ VERDICTS: dict[str, Verdict] = {
 def judged(cases: Sequence[Case], *, zoo: Sequence[Case] = (), sample: int = 0) -> pytest.MarkDecorator:
     """Parametrizes a test with ``case`` and ``verdict``.
 
+    Every case that is judged by default is judged by the first verdict, and by two of the others, other ones every day.
+
     Args:
         cases: judged always.
         zoo: judged with ``-m zoo``.
-        sample: how many of ``zoo`` are judged by default, others every day. Their test ids end in the number that chose
-            them; the environment variable MFX_ZOO_SAMPLE sets it.
+        sample: how many of ``zoo`` are judged by default, others every day.
     """
-    number = int(os.environ.get("MFX_ZOO_SAMPLE", time.time() // 86400))
-    chosen = {(number * sample + i) % len(zoo) for i in range(sample)} if zoo else set()
-    params = [_param(case, verdict) for verdict in VERDICTS for case in cases]
-    for verdict in VERDICTS:
-        for i, case in enumerate(zoo):
-            params.append(
-                _param(case, verdict, sample=number) if i in chosen else _param(case, verdict, pytest.mark.zoo)
-            )
+    every_day, *others = VERDICTS
+    by_default = [*cases, *(sampling.sample(zoo, sample) if zoo else ())]
+    chosen = {(case.name, every_day) for case in by_default}
+    for i, case in enumerate(by_default):
+        chosen |= {(case.name, verdict) for verdict in sampling.sample(others, 2, offset=i)}
+    params = [
+        _param(case, verdict, is_chosen=(case.name, verdict) in chosen)
+        for verdict in VERDICTS
+        for case in (*cases, *zoo)
+    ]
     return pytest.mark.parametrize("case, verdict", list(filter(None, params)))
 
 
@@ -313,10 +315,11 @@ def judge(case: Case, verdict: Verdict) -> None:
         verdict(case)
 
 
-def _param(case: Case, verdict: str, *marks: pytest.MarkDecorator, sample: int | None = None) -> Any:
+def _param(case: Case, verdict: str, *, is_chosen: bool) -> Any:
+    marks = [] if is_chosen else [pytest.mark.zoo]
     if verdict == "memory" and not case.saves:
         return None
     if verdict in case.fails:
-        marks = (*marks, pytest.mark.xfail(reason=case.fails[verdict], raises=AssertionError))
-    name = f"{case.name}-{verdict}" if sample is None else f"{case.name}-{verdict}-sample{sample}"
+        marks.append(pytest.mark.xfail(reason=case.fails[verdict], raises=AssertionError))
+    name = f"{case.name}-{verdict}" + (f"-sample{sampling.number()}" if is_chosen else "")
     return pytest.param(case, VERDICTS[verdict], id=name, marks=marks)

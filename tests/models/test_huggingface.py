@@ -5,10 +5,8 @@ By default some families, others every day; all of them with ``-m zoo``.
 
 import copy
 import inspect
-import os
 import pickle
 import tempfile
-import time
 from collections.abc import Iterator, Mapping
 
 import pytest
@@ -17,6 +15,7 @@ import transformers
 from torch import nn
 
 import mfx
+from tests import sampling
 from tests.models.huggingface import DEPTH, FAMILIES, Family, tokens
 from tests.models.judge import Outcome, assert_bit_equal, deterministic, loss_of, tensors_in
 from tests.oracles import assert_close_grads
@@ -335,18 +334,17 @@ OTHERS = tuple(name for name in VERDICTS if name not in DAILY)
 
 
 def params() -> Iterator:
-    number = int(os.environ.get("MFX_ZOO_SAMPLE", time.time() // 86400))
-    chosen = {(number * SAMPLE + i) % len(FAMILIES) for i in range(SAMPLE)}
-    for i, family in enumerate(FAMILIES):
+    chosen, (other,) = sampling.sample(FAMILIES, SAMPLE), sampling.sample(OTHERS, 1)
+    for family in FAMILIES:
         for name, verdict in VERDICTS.items():
             if name == "generate" and not family.generates:
                 continue
             if name == "cache" and not family.has_cache:
                 continue
             always = name == "exact" and family.name in ALWAYS
-            sampled = i in chosen and (name in DAILY or name == OTHERS[number % len(OTHERS)])
+            sampled = family in chosen and (name in DAILY or name == other)
             marks = () if always or sampled else pytest.mark.zoo
-            suffix = f"-sample{number}" if sampled and not always else ""
+            suffix = f"-sample{sampling.number()}" if sampled and not always else ""
             yield pytest.param(family, verdict, id=f"{family.name}-{name}{suffix}", marks=marks)
 
 

@@ -9,8 +9,9 @@ from torchvision.models import VisionTransformer, resnet18
 import mfx
 from tests.models.judge import assert_bit_equal, deterministic, loss_of, tensors_in
 from tests.models.test_huggingface import train
+from tests.sampling import grid, sampled
 
-DEPTH = 3
+DEPTH = 2
 LAYER, CROSS = 2 * DEPTH, 3 * DEPTH
 
 
@@ -35,12 +36,10 @@ CALLS = {
 
 
 @pytest.mark.filterwarnings("ignore:enable_nested_tensor is True")  # of norm_first, from the constructor
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
-@pytest.mark.parametrize("norm_first", [True, False], ids=["pre_norm", "post_norm"])
-@pytest.mark.parametrize("call", ["causal", *(pytest.param(c, marks=pytest.mark.zoo) for c in CALLS if c != "causal")])
+@grid(2, call=CALLS, norm_first={"pre_norm": True, "post_norm": False}, training={"train": True, "eval": False})
 def test_transformer(norm_first, call, training):
     model = transformer(norm_first).train(training)
-    inputs = sentences(**CALLS[call])
+    inputs = sentences(**call)
     net = mfx.momentumize(model, verify="raise")
     assert_bit_equal(train(net, inputs), train(mfx.momentumize(model, memory_budget=1.0), inputs))
     found = {chain.name: len(chain.steps) for chain in mfx.explain(net, **inputs).chains}
@@ -68,9 +67,8 @@ BOTH = {
 }
 
 
-@pytest.mark.parametrize("name", BOTH)
-def test_both_ways_of_capturing(name):
-    make, shape = BOTH[name]
+@sampled("make, shape", BOTH, 2)
+def test_both_ways_of_capturing(make, shape):
     torch.manual_seed(0)
     model, x = make().train(), torch.randn(shape)
     found, outputs = [], []

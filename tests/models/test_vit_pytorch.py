@@ -7,6 +7,7 @@ import torch
 
 import mfx
 from tests.models.judge import Case, judge, judged
+from tests.sampling import sampled
 
 VIT = {"image_size": 32, "patch_size": 8, "num_classes": 10, "dim": 32, "depth": 3, "heads": 2, "mlp_dim": 64}
 IMAGES = [(8, 3, 32, 32)]
@@ -106,7 +107,7 @@ BY_DYNAMO = {
 }
 
 
-@pytest.mark.parametrize("path", BY_DYNAMO)
+@sampled("path", list(BY_DYNAMO), 2)
 def test_what_cannot_be_traced_is_captured_at_the_first_call(path):
     model = build(path, UNTRACEABLE[path][0])
     net = mfx.momentumize(model, gamma=0.0)
