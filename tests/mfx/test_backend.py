@@ -1,6 +1,5 @@
 """torch.compile(model, backend="mfx"): the network that momentumize makes, inside of a torch.compile pipeline."""
 
-import re
 import warnings
 
 import pytest
