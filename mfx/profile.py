@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import CheckpointError
 
 from mfx.net import described
 from mfx.profile_state import check_values, untouched
@@ -44,7 +45,7 @@ def profile(
     Counted are activations: see `mfx.meter.ActivationMeter`. Each gradient is freed as soon as it is accumulated.
 
     Args:
-        model: any module, on a CPU or a CUDA device; a momentumized net, too.
+        model: any module, on one device, a CPU or a GPU (CUDA); a momentumized net, too.
         *args: inputs, as for a call of the model.
         against: the variants, in the order of the table, whose ratios are to the first. ``"plain"``: the model, before
             it was momentumized. ``"checkpoint"``: the model with ``torch.utils.checkpoint`` around its blocks, the
@@ -60,7 +61,8 @@ def profile(
         **kwargs: inputs by name.
 
     Raises:
-        MfxError: there is no such variant, the model cannot be captured, or there is nothing to differentiate.
+        MfxError: there is no such variant, the model cannot be captured, there is nothing to differentiate, or bytes
+            cannot be counted where the model is.
     """
     if not isinstance(model, nn.Module):
         raise MfxError(f"profile takes a torch.nn.Module, not {described(model)}.")
@@ -115,17 +117,24 @@ def _from_same_state(variant: Variant, run: Callable[[Variant], T]) -> T:
 
 def _why(error: Exception) -> str:
     first = str(error).strip().split("\n")[0]
-    return f"{type(error).__name__}: {first} (a cache that the model fills, such as use_cache=True, is a usual cause)"
+    hint = " Does the model fill a cache (use_cache=True), which a second run would find full?"
+    return f"{type(error).__name__}: {first}{hint if isinstance(error, CheckpointError) else ''}"
 
 
 def _device_of(model: nn.Module, args: Any, kwargs: Any) -> torch.device:
-    """Where the model is; of several devices the one of the inputs.
+    """Where the model is; without parameters, where the inputs are.
 
     Raises:
-        MfxError: bytes cannot be counted there.
+        MfxError: bytes cannot be counted there, or it is in several places.
     """
-    leaves = [*pytree.tree_leaves((args, kwargs)), *model.parameters()]
-    device = next((leaf.device for leaf in leaves if isinstance(leaf, Tensor)), torch.device("cpu"))
+    inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    devices = list(dict.fromkeys(tensor.device for tensor in parameters_of([model]) or inputs))
+    if len(devices) > 1:
+        raise MfxError(
+            f"this {type(model).__name__} is on {', '.join(map(str, devices))}; profile counts bytes on one device. "
+            "Move the model to one."
+        )
+    device = devices[0] if devices else torch.device("cpu")
     if device.type not in ("cpu", "cuda"):
         raise MfxError(f"profile counts bytes on CPU and CUDA devices, not on {device}. Move model and inputs there.")
     return device

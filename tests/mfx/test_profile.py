@@ -56,7 +56,7 @@ class Stack(nn.Module):
 
 
 class Stateful(nn.Module):
-    """Everything a step leaves behind: statistics, gradients, random numbers; and modes that differ."""
+    """Everything a step leaves behind: statistics, gradients, dropout's random numbers; and modes that differ."""
 
     def __init__(self):
         super().__init__()
@@ -67,8 +67,12 @@ class Stateful(nn.Module):
     def forward(self, x):
         for layer in self.layers:
             x = x + nn.functional.dropout(layer(x), training=self.training)
-        random.random()
         return self.frozen(self.norm(x))
+
+
+def drawing(output):
+    """A loss that draws from Python's generator."""
+    return output.sum() * random.random()
 
 
 def profile(model, *args, **kwargs):
@@ -188,9 +192,9 @@ def test_the_model_is_left_as_it_was(fails):
     against = {"plain": "plain", "checkpoint": "checkpoint", "momentum": "momentum"}
     if fails:
         with pytest.raises(ZeroDivisionError):
-            profile(model, x, against={**against, "failing": failing})
+            profile(model, x, loss=drawing, against={**against, "failing": failing})
     else:
-        profile(model, x, against=against)
+        profile(model, x, loss=drawing, against=against)
         hook.remove()  # a module that is given as a variant is run as it is, hooks and all
         profile(model, x, against={"itself": model})
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
@@ -345,6 +349,19 @@ def test_bad_input(arguments, message):
         mfx.profile(Stack(2), torch.randn(4, 16), progress=False, **arguments)
 
 
+class SeveralDevices(nn.Sequential):
+    """Says that it has a parameter on a device that need not be there."""
+
+    def parameters(self, recurse=True):
+        class Elsewhere:
+            device = torch.device("cuda:0")
+            is_leaf = requires_grad = False
+            grad = None
+
+        yield from super().parameters(recurse)
+        yield Elsewhere()
+
+
 def test_bad_models():
     with pytest.raises(mfx.MfxError, match=r"profile takes a torch.nn.Module, not the class Stack"):
         mfx.profile(Stack, torch.randn(4, 16))
@@ -355,7 +372,9 @@ def test_bad_models():
     with pytest.raises(mfx.MfxError, match="depends on nothing that requires a gradient"):
         profile(Stack(2).requires_grad_(False), torch.randn(4, 16), against="plain")
     with pytest.raises(mfx.MfxError, match="CPU and CUDA devices, not on meta"):
-        profile(Stack(2), torch.randn(4, 16, device="meta"))
+        profile(nn.Tanh(), torch.randn(4, 16, device="meta"))
+    with pytest.raises(mfx.MfxError, match="SeveralDevices is on cpu, cuda:0; profile counts bytes on one"):
+        profile(SeveralDevices(nn.Linear(2, 2)), torch.randn(4, 2))
     graph = mfx.momentumize(mfx.trace(Stack(2)))
     with pytest.raises(mfx.MfxError, match="this GraphModule was momentumized"):
         profile(graph, torch.randn(4, 16))
