@@ -29,7 +29,8 @@ class Usage:
     Attributes:
         kept: bytes alive between forward and backward, the output among them, as `mfx.meter.ActivationMeter` counts:
             every storage once, without parameters, buffers and inputs.
-        peak: the most bytes alive at once, parameters' gradients not among them.
+        peak: the most bytes alive at once, parameters' gradients not among them; with large states handled in one
+            piece, as on a GPU. A CPU takes them block by block, so that exact arithmetic may take less there.
         flops: floating-point operations of matrix products, convolutions and attention.
         chains: bytes of ``kept`` that came to be in each chain, by name.
         recomputed: those of the ``flops`` that second runs of each chain's branches take, by name.

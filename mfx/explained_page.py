@@ -36,7 +36,7 @@ def page(explanation: Explanation) -> str:
         _list("kept between forward and backward", (f"{name}: {policy}" for name, policy in policies(explanation))),
         _list("what could be done", explanation.advice),
         _rejections(explanation),
-        _list("hooks on these modules do not run", filter(None, explanation.flat)),
+        _paragraph("hooks on these modules do not run", ", ".join(filter(None, explanation.flat))),
         *(_steps(chain) for chain in explanation.chains),
     ]
     return f'<div class="mfx"><style>{_STYLE}</style>{"".join(parts)}</div>'

@@ -11,6 +11,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import mfx
+from mfx.explained_tables import memory_rows
 from mfx.meter import ActivationMeter
 from tests.mfx.models import ConvNet, Stack, images, inputs
 from tests.mfx.test_parts import Branching
@@ -260,3 +261,12 @@ def test_models_in_parts_are_not_predicted():
     explanation = mfx.explain(net, x)
     assert explanation.estimate is None
     assert "memory could not be predicted: the model cannot be captured as one graph" in str(explanation)
+
+
+def test_a_notebook_shows_what_a_terminal_does():
+    explanation = mfx.explain(Stack(depth=2), inputs())
+    page, text = explanation._repr_html_(), str(explanation)
+    for row in memory_rows(explanation):
+        assert "".join(f"<td>{cell}</td>" for cell in row) in page
+        assert all(cell in text for cell in row)
+    assert all(advice in page for advice in explanation.advice)
