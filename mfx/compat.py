@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "is_sharded",
     "keeps_graph",
     "leaves_of",
+    "outside_of_export",
     "plain_transformer_layers",
     "runs_for_real",
     "shards_of",
@@ -203,6 +205,34 @@ def fake_mode() -> Iterator[Any]:
             yield mode
     finally:
         log.disabled = disabled
+
+
+@contextmanager
+def outside_of_export() -> Iterator[None]:
+    """If torch.export looks on: without its modes, in which new tensors have no values and which Dynamo minds.
+
+    Read in torch 2.13 to 2.14.
+    """
+    if not torch.compiler.is_exporting():
+        yield
+        return
+    modes = _get_current_function_mode_stack()
+    _replace_function_modes([mode for mode in modes if type(mode).__module__ not in _EXPORT])
+    try:
+        with _disable_current_modes():
+            yield
+    finally:
+        _replace_function_modes(modes)
+
+
+_EXPORT = ("torch._export.non_strict_utils", "torch.export._safeguard", "torch.fx.experimental.proxy_tensor")
+
+
+def _replace_function_modes(modes: Sequence[Any]) -> None:
+    for _ in _get_current_function_mode_stack():
+        _pop_mode()
+    for mode in modes:
+        _push_mode(mode)
 
 
 def is_fake(value: object) -> bool:

@@ -93,7 +93,8 @@ class RewrittenForward(Overlay):
             if self.options.capture != "auto" or self.options.layers or self.all_entries:
                 raise
             return self._run_in_parts(error, args, kwargs)
-        self._activate(entry)
+        if not torch.compiler.is_exporting():  # that graph is not kept
+            self._activate(entry)
         self._mention_hooks(entry)
         if not entry.calls:
             self._has_no_chain(entry)

@@ -75,6 +75,8 @@ class SymbolicRoute:
         self._forget_replaced_modules()
         entry = self._capture(key, specialization)
         self._owner.check_same_function(entry)
+        if torch.compiler.is_exporting():
+            return entry  # its constants may be tensors without values: it is for this once
         self._owner.adopt(entry)
         self._entries[key] = [*self._entries.get(key, ()), entry][-_KEPT:]
         return entry
@@ -84,10 +86,16 @@ class SymbolicRoute:
         if mode in self._failures:
             raise CaptureError(self._failures[mode])
         try:
-            with _CAPTURING, without_marks(self._owner.net) as marks, without_parts(self._owner.net):
+            with (
+                _CAPTURING,
+                compat.outside_of_export(),
+                without_marks(self._owner.net) as marks,
+                without_parts(self._owner.net),
+            ):
                 captured = capture(self._owner.net, specialization, self._owner.options.whole_steps(self._owner.net))
         except CaptureError as error:
-            if self._owner.options.capture != "symbolic":  # else there is nothing to fall back on: try again
+            # else there is nothing to fall back on, or other conditions than in a call: try again
+            if self._owner.options.capture != "symbolic" and not torch.compiler.is_exporting():
                 self._failures[mode] = str(error)
             raise
         entry = make_entry(self._owner.net, captured, self._owner.options, {}, marks)
@@ -100,10 +108,11 @@ class SymbolicRoute:
 
     def _probe(self, entry: Entry, arguments: Mapping[str, Any]) -> Entry:
         """At an entry's first call, drop the steps that do not fit the shapes of real inputs."""
-        if not compat.runs_for_real():
+        if not (compat.runs_for_real() or torch.compiler.is_exporting()):
             return entry
         net, options = self._owner.net, self._owner.options
-        with torch.no_grad():  # nothing for autograd, nor for a checkpoint around this call, to save
+        # Nothing for autograd, nor for a checkpoint around this call, to save.
+        with compat.outside_of_export(), torch.no_grad():
             found = find_with_shapes(net, entry.captured, options, arguments)
         reasons = {} if found is None else {rejection.node.name: rejection.reason for rejection in found.rejections}
         steps = steps_of(entry.findings(net, options))
@@ -140,10 +149,13 @@ class DynamoRoute:
             CaptureError: there is none.
         """
         net = self._owner.net
-        entry = self._fitting(args, kwargs)
+        is_exporting = torch.compiler.is_exporting()
+        entry = None if is_exporting else self._fitting(args, kwargs)
         if entry is None:
             entry = self._capture(args, kwargs)
             self._owner.check_same_function(entry)
+            if is_exporting:
+                return entry, partial(entry.call, net, args, kwargs)  # of tensors without values: it is for this once
             if not self._owner.is_part:
                 self._owner.options.check_chains(entry.shape)
             self._owner.adopt(entry)
@@ -163,7 +175,7 @@ class DynamoRoute:
 
         net, options = self._owner.net, self._owner.options
         refuse_shards(net)
-        with _CAPTURING, without_parts(net):
+        with _CAPTURING, compat.outside_of_export(), without_parts(net):
             captured = capture_call(net, args, kwargs, dynamic=bool(self.entries))
         if (steps := options.whole_steps(net)) is not None:
             steps.mark(captured.graph)

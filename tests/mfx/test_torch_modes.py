@@ -118,17 +118,6 @@ def test_transforms_of_a_functional_call(budget):
                 torch.testing.assert_close(found[name][i], p.grad, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("called", [True, False])
-def test_export(called):
-    net = mfx.momentumize(Stack()).eval()
-    if called:
-        net(inputs())
-    with torch.no_grad():
-        program = torch.export.export(net, (inputs(),))
-        torch.testing.assert_close(program.module()(inputs()), net(inputs()))
-    assert list(program.state_dict) == list(net.state_dict())
-
-
 def test_meta_models_can_be_explained():
     with torch.device("meta"):
         model = Stack()
