@@ -12,6 +12,7 @@ from torch import fx, nn
 from mfx import compat_dynamo
 from mfx.assembly import Assembly, Scope
 from mfx.capture import Captured, Specialization
+from mfx.compiled_graphs import CompiledGraph, remember
 from mfx.compiler import Compiler
 from mfx.dynamo_graph import tidy
 from mfx.entry import Entry, make_entry
@@ -36,10 +37,11 @@ def momentum(
     Args:
         module: Dynamo's graph.
         inputs: the values of its inputs.
-        mode: as for the inner backend; see `torch.compile`.
+        mode: the inner backend's; see `torch.compile`, which takes no mode beside options: there it is ``inner_mode``.
         options: options of `mfx.momentumize` by name; ``inner``, the backend that compiles what is rewritten, the
             steps' branches and what lies around the chains: ``"inductor"`` (default), ``"eager"``, ``"aot_eager"`` or
-            any other, by name or as a callable; and ``inner_options``, the ``options`` for that one.
+            any other, by name or as a callable; and ``inner_mode`` or ``inner_options``, `torch.compile`'s ``mode`` and
+            ``options`` for that one.
 
     Raises:
         MfxError: an option is unknown or wrong, a chain is cut by a graph break, or Dynamo is about to give up
@@ -60,6 +62,8 @@ def momentum(
         warnings.warn(f"mfx: {without_chains(module)}", stacklevel=2)
     checked.check_chains(entry.shape)
     function = Assembly(entry.graph, entry.calls, compiler)
+    mode = compat_dynamo.mode_of_compiled()
+    holders.tell(lambda net: CompiledGraph(entry, net, checked, mode))
 
     def run(*values: Any) -> Any:
         holder = Scope(holders.of(values), entry.captured.modules)
@@ -78,14 +82,28 @@ class _Holders:
     def __init__(self, paths: Sequence[str | None]) -> None:
         self._paths = [(position, path) for position, path in enumerate(paths) if path is not None]
         self._made: dict[tuple[int, ...], nn.Module] = {}
+        self._graphs: dict[nn.Module, CompiledGraph] = {}
+        self._describe: Callable[[nn.Module], CompiledGraph] | None = None
+
+    def tell(self, describe: Callable[[nn.Module], CompiledGraph]) -> None:
+        """Let the graph be found by the tensors of these trees, and of those that will be made."""
+        self._describe = describe
+        for net in self._made.values():
+            self._remember(net)
+
+    def _remember(self, net: nn.Module) -> None:
+        if self._describe is not None:
+            self._graphs[net] = self._describe(net)
+            remember(self._graphs[net])
 
     def of(self, values: Sequence[Any]) -> nn.Module:
         """The tree for these inputs of the graph."""
         key = tuple(id(values[position]) for position, _ in self._paths)
         if key not in self._made:
             self._made[key] = self._make(values)
+            self._remember(self._made[key])
             while len(self._made) > _HOLDERS_KEPT:
-                del self._made[next(iter(self._made))]
+                self._graphs.pop(self._made.pop(next(iter(self._made))), None)
         return self._made[key]
 
     def _make(self, values: Sequence[Any]) -> nn.Module:
@@ -106,6 +124,7 @@ class _Holders:
 
 def _compiler(options: dict[str, Any], mode: str | None) -> Callable[[fx.Graph], Callable[..., Any]]:
     inner, inner_options = options.pop("inner", "inductor"), options.pop("inner_options", None)
+    mode = options.pop("inner_mode", mode)
     if inner == "mfx" or inner is momentum:
         raise MfxError("inner='mfx': the inner backend compiles what mfx has rewritten; use 'inductor' or another one.")
     if not callable(inner) and inner not in compat_dynamo.backends(hidden=True):
@@ -123,8 +142,8 @@ def _checked(options: dict[str, Any]) -> Options:
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
         raise MfxError(
-            f"options of the backend 'mfx': {', '.join(unknown)} unknown. There are inner, inner_options, "
-            f"{', '.join(_OPTIONS)}."
+            f"options of the backend 'mfx': {', '.join(unknown)} unknown. There are inner, inner_mode, "
+            f"inner_options, {', '.join(_OPTIONS)}."
         )
     checked = check_options(**options)
     if not isinstance(checked.velocity, str):

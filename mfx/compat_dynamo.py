@@ -35,6 +35,7 @@ __all__ = [
     "is_broken_off",
     "is_looked_at",
     "is_resumed",
+    "mode_of_compiled",
     "not_looked_into",
     "recompilations_left",
     "see_call",
@@ -132,9 +133,13 @@ def see_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the warning about what Dynamo does itself: it asks every tensor that it is given for its gradient."""
+    """Without warnings about what Dynamo does itself: it asks every tensor that it is given for its gradient.
+
+    And inside of torch.export it warns of the side effects that it replays.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
+        warnings.filterwarnings("ignore", message="While compiling, we found certain side effects happened")
         yield
 
 
@@ -214,6 +219,17 @@ def is_resumed() -> bool:
     except (AttributeError, IndexError):
         return False
     return code.co_name.startswith("torch_dynamo_resume_in_")
+
+
+def mode_of_compiled() -> str:
+    """The mode of the module that Dynamo is compiling, ``"train"`` or ``"eval"``; ``"graph"`` for a function."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        module = InstructionTranslator.current_tx().f_locals.get("self")
+    except (AttributeError, IndexError):
+        return "graph"
+    return ("train" if module.training else "eval") if isinstance(module, torch.nn.Module) else "graph"
 
 
 def recompilations_left() -> int:

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from mfx.advice import OPTIONAL_OUTPUTS
 from mfx.capture import CaptureError
+from mfx.compiled_graphs import compiled_model, found_for, named_graphs
 from mfx.entry import Entry
 from mfx.estimate import Estimate, Subject, estimate, of_entry, of_graph_module
 from mfx.explained_storage import ExplainedStorage, explain_storage
@@ -33,7 +34,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """Which chains a model has, which residual adds are in none and why.
 
     Args:
-        model: a model, or a net that `mfx.momentumize` returned. For a model: what momentumize would do by default.
+        model: a model, or a net that `mfx.momentumize` returned, or ``torch.compile(model, backend="mfx")`` after a
+            call. For a model: what momentumize would do by default.
         *args: inputs, as for a call of the model; they are not computed with, and may be on the meta device, as the
             model may. With inputs, shapes are checked too, and what a training step takes with mfx and without is
             predicted; else only what the chains keep for the backward pass is known, if the net was called before.
@@ -44,6 +46,9 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """
     if not isinstance(model, nn.Module):
         raise MfxError(f"explain takes a torch.nn.Module, not {described(model)}.")
+    compiled = compiled_model(model)
+    if compiled is not None:
+        return _explain_compiled(compiled) if forward_of(compiled) is None else explain(compiled, *args, **kwargs)
     calls = [module for module in model.modules() if isinstance(module, Momentum)]
     if isinstance(model, fx.GraphModule) and calls:
         return _explain_graph_module(model, calls, args, kwargs)
@@ -71,6 +76,19 @@ def _explain_parts(name: str, whole: RewrittenForward, unpredicted: str) -> Expl
             rejections += explained.rejections
     chains.sort(key=lambda chain: chain.name)
     return Explanation(name, tuple(chains), tuple(rejections), whole.graphs(), (), unpredicted=unpredicted)
+
+
+def _explain_compiled(model: nn.Module) -> Explanation:
+    """What the backend "mfx" found in each graph that TorchDynamo made of a model; a chain in several of them, once."""
+    chains: dict[tuple[str, int], ExplainedChain] = {}
+    rejections: dict[str, Rejection] = {}
+    for graph in found_for(model):
+        findings = graph.entry.findings(graph.net, graph.options)
+        found = _Found("", graph.entry.calls.values(), findings, {}, graph.entry.flat, {}).explained()
+        chains |= {(chain.name, len(chain.steps)): chain for chain in found.chains}
+        rejections |= {str(rejection): rejection for rejection in found.rejections}
+    ordered = tuple(sorted(chains.values(), key=lambda chain: chain.name))
+    return Explanation(type(model).__name__, ordered, tuple(rejections.values()), named_graphs(model), ())
 
 
 def _explain_graph_module(

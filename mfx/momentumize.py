@@ -13,6 +13,7 @@ from mfx import capture as capturing
 from mfx.arguments import check_signature, specialize_defaults
 from mfx.capture import CaptureError
 from mfx.checkpoints import note_gamma
+from mfx.compiled_graphs import compiled_model, named_graphs
 from mfx.entry import make_momentum
 from mfx.guard import without_marks
 from mfx.net import RewrittenForward, described, forward_of, net_of, without_chains
@@ -161,7 +162,7 @@ def graphs(net: nn.Module) -> dict[str, fx.GraphModule]:
     """The rewritten graphs of a net that were needed so far.
 
     Args:
-        net: a momentumized net.
+        net: a momentumized net, or what ``torch.compile(model, backend="mfx")`` returned.
 
     Returns:
         One module per graph, over the net's own modules: ``"train"``, ``"eval"``, and ``"train#2"`` and so on for other
@@ -170,6 +171,9 @@ def graphs(net: nn.Module) -> dict[str, fx.GraphModule]:
     Raises:
         MfxError: the net has not been momentumized.
     """
+    model = compiled_model(net)
+    if model is not None:
+        return named_graphs(model) if forward_of(model) is None else graphs(model)
     forward = forward_of(net)
     if forward is not None:
         return forward.graphs()

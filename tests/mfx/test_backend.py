@@ -8,6 +8,7 @@ from torch import nn
 
 import mfx
 from mfx.backend import momentum
+from mfx.program import compile_graph
 
 # Dynamo looks at .grad of whatever it is given, and hides the warning in a way that does not work for errors.
 pytestmark = [
@@ -237,6 +238,98 @@ def test_branches_of_one_structure_are_compiled_once():
     assert counts[0] == counts[1]
 
 
+@pytest.mark.parametrize(
+    "given", [{"mode": "reduce-overhead"}, {"options": {"gamma": 0.5, "inner_mode": "reduce-overhead"}}], ids=str
+)
+def test_the_mode_is_the_inner_backends(given, monkeypatch):
+    """torch.compile takes either a mode or options."""
+    made = []
+
+    def spy(inner, **settings):
+        made.append((inner, settings))
+        return compile_graph
+
+    monkeypatch.setattr(mfx.backend, "Compiler", spy)
+    torch.compile(Blocks(), backend=momentum, **given)(torch.randn(2, 5))
+    assert made == [("inductor", {"mode": "reduce-overhead"})]
+
+
+def test_the_mode_and_the_options_arrive():
+    arrived = []
+
+    def inner(module, inputs, *, mode=None, options=None):
+        arrived.append((mode, options))
+        return module
+
+    for name, value in (("inner_mode", "max-autotune-no-cudagraphs"), ("inner_options", {"max_autotune": True})):
+        torch._dynamo.reset()
+        compiled(Blocks(), inner, **{name: value})(torch.randn(2, 5))
+    modes, options = zip(*dict.fromkeys((mode, str(options)) for mode, options in arrived), strict=True)
+    assert (modes, options) == (("max-autotune-no-cudagraphs", None), ("None", str({"max_autotune": True})))
+
+
+def test_dynamic_sizes_need_one_graph():
+    pieces = []
+
+    def counting(module, inputs):
+        pieces.append(module)
+        return module
+
+    model = Blocks()
+    net = torch.compile(model, backend=momentum, fullgraph=True, dynamic=True, options={"inner": counting})
+    eager = mfx.momentumize(model)
+    counts = []
+    for batch in range(2, 12):
+        x = torch.randn(batch, 5)
+        assert torch.equal(net(x), eager(x))
+        counts.append(len(pieces))
+    assert len(mfx.graphs(net)) == 1
+    assert counts[-1] == counts[1] <= 2 * counts[0]  # a piece may need a second size to know which one changes
+
+
+# --- what was made ----------------------------------------------------------------------------------------------------
+
+
+def test_the_graphs_of_a_compiled_model():
+    model, other, x = Blocks(), Blocks(), torch.randn(4, 5)
+    net = compiled(model, gamma=0.5, skip="blocks.0")
+    with pytest.raises(mfx.MfxError, match="no graph of this compiled Blocks is known: it was not called yet"):
+        mfx.explain(net)
+    net(x)
+    assert list(mfx.graphs(net)) == ["train"]
+    net.eval()
+    net(x)
+    graphs = mfx.graphs(net)
+    assert list(graphs) == ["train", "eval"]
+    assert "momentum_blocks" in graphs["train"].code
+    found = mfx.explain(net)
+    assert found.model == "Blocks"
+    assert [(chain.name, len(chain.steps), chain.gamma) for chain in found.chains] == [("blocks", 5, 0.5)]
+    assert list(found.graphs) == ["train", "eval"]
+    assert any("skip" in rejection.reason for rejection in found.rejections)
+    assert "blocks" in str(found)
+    with pytest.raises(mfx.MfxError, match="it was not called yet"):
+        mfx.graphs(compiled(other))
+    torch._dynamo.reset()
+    del net
+
+
+def test_the_graphs_of_a_model_in_pieces():
+    model = BrokenBefore()
+    net = compiled(model, fullgraph=False)
+    with pytest.warns(UserWarning, match="no chain of residual adds"):
+        net(torch.randn(4, 5))
+    assert [len(chain.steps) for chain in mfx.explain(net).chains] == [6]
+    assert len(mfx.graphs(net)) == 2
+
+
+def test_a_compiled_net_is_explained_as_the_net():
+    net = mfx.momentumize(Blocks())
+    made = torch.compile(net, backend="eager")
+    assert str(mfx.explain(made)) == str(mfx.explain(net))
+    assert list(mfx.graphs(made)) == list(mfx.graphs(net))
+
+
 def test_a_model_without_chains_says_so():
     model, x = nn.Sequential(nn.Linear(5, 5), nn.ReLU()), torch.randn(2, 5)
     with pytest.warns(UserWarning, match="no chain of residual adds"):
@@ -292,7 +385,10 @@ def test_the_recompile_limit_is_an_error():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"gama": 0.9}, "options of the backend 'mfx': gama unknown. There are inner, inner_options, gamma"),
+        (
+            {"gama": 0.9},
+            "options of the backend 'mfx': gama unknown. There are inner, inner_mode, inner_options, gamma",
+        ),
         ({"gamma": 1.0}, "gamma must be a real number"),
         ({"gamma": {"heads": 0.5, "*": 0.9}}, "no chain is called 'heads'. Chains: blocks"),
         ({"inner": "inductr"}, "inner='inductr': no torch.compile backend has this name. There are .*inductor"),

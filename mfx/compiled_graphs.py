@@ -1,0 +1,88 @@
+"""What the torch.compile backend "mfx" has made of which model."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from dataclasses import dataclass
+from itertools import chain
+
+from torch import fx, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from mfx.entry import Entry
+from mfx.options import Options
+from mfx_passes import MfxError
+
+__all__ = ["CompiledGraph", "compiled_model", "found_for", "graphs_of", "named_graphs", "remember"]
+
+
+@dataclass(eq=False)
+class CompiledGraph:
+    """A graph of TorchDynamo's that was rewritten and compiled, as it ran for one set of parameters.
+
+    Args:
+        entry: the graph.
+        net: the modules that hold the parameters and buffers.
+        options: how it was rewritten.
+        mode: ``"train"`` or ``"eval"``, as the compiled module was; ``"graph"`` if a function was compiled.
+    """
+
+    entry: Entry
+    net: nn.Module
+    options: Options
+    mode: str
+
+
+# By each parameter and buffer; a graph lives as long as TorchDynamo keeps it.
+_GRAPHS = WeakTensorKeyDictionary()
+
+
+def remember(graph: CompiledGraph) -> None:
+    """Let `graphs_of` find a graph by the tensors it ran on."""
+    for tensor in _tensors(graph.net):
+        _GRAPHS.setdefault(tensor, []).append(weakref.ref(graph))
+
+
+def graphs_of(model: nn.Module) -> list[CompiledGraph]:
+    """The graphs that ran on parameters or buffers of a model, in the order they were made for these."""
+    references = chain.from_iterable(_GRAPHS.get(tensor, ()) for tensor in _tensors(model))
+    return [graph for reference in dict.fromkeys(references) if (graph := reference()) is not None]
+
+
+def compiled_model(module: nn.Module) -> nn.Module | None:
+    """The model that ``torch.compile(model)`` was called with to get this module; None if it is no such module."""
+    dynamo = sys.modules.get("torch._dynamo")  # whoever has compiled something has imported it
+    return module._orig_mod if dynamo is not None and isinstance(module, dynamo.OptimizedModule) else None
+
+
+def named_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
+    """The graphs of `graphs_of` as modules, named by their mode: ``train``, ``train#2`` and so on.
+
+    Raises:
+        MfxError: there is none.
+    """
+    modules: dict[str, fx.GraphModule] = {}
+    for graph in found_for(model):
+        count = sum(name.partition("#")[0] == graph.mode for name in modules)
+        modules[f"{graph.mode}#{count + 1}" if count else graph.mode] = graph.entry.graph_module(graph.net)
+    return modules
+
+
+def found_for(model: nn.Module) -> list[CompiledGraph]:
+    """The graphs of `graphs_of`.
+
+    Raises:
+        MfxError: there is none.
+    """
+    found = graphs_of(model)
+    if not found:
+        raise MfxError(
+            f"no graph of this compiled {type(model).__name__} is known: it was not called yet, or not compiled by "
+            'backend="mfx". Call it once; or explain the model itself.'
+        )
+    return found
+
+
+def _tensors(module: nn.Module) -> list[object]:
+    return [*module.parameters(), *module.buffers()]
