@@ -27,7 +27,7 @@ SPEC is package.module:callable; the callable makes the model. Modules in the cu
 
 inputs: --input [NAME=][DTYPE[%BELOW]:]SIZE,SIZE,...   a tensor: normal random numbers, float32 by default; integers
                                                        are drawn from 0 to BELOW - 1 (BELOW is 2 by default)
-        --input NAME:=LITERAL                          a plain value
+        --input NAME:=LITERAL                          a plain value, as in use_cache:=False
         Several inputs are several --input. Values are the same in every run.
 
 examples:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from mfx.drawing.boxes import ChainBox, Picture
+from mfx.drawing.boxes import ChainBox, ModuleBox, Picture
 from mfx.drawing.shapes import FONT, STYLE, Shape, line, shape
 from mfx.drawing.text import attribute, width
 
@@ -27,6 +27,7 @@ def svg_of(name: str, pictures: Sequence[Picture]) -> str:
         name: of the model.
         pictures: what is drawn.
     """
+    pictures = pictures or [Picture("", (ModuleBox(name, "no chain in any part", name),), ())]
     columns = [_Column(picture, titled=len(pictures) > 1) for picture in pictures]
     has_chain = any(isinstance(box, ChainBox) for picture in pictures for box in picture.boxes)
     legend = [line(0, 12 + 16 * i, text, "small") for i, text in enumerate(_LEGEND)] if has_chain else []

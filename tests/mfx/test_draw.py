@@ -183,6 +183,10 @@ def test_a_net_in_parts_is_one_picture_per_part(capsys: pytest.CaptureFixture[st
     assert "rewritten by itself" in svg_of("Refused", found)
 
 
+def test_a_net_in_parts_without_chains_says_so() -> None:
+    assert "no chain in any part" in svg_of("Refused", [])
+
+
 def test_a_graph_module_is_drawn() -> None:
     rewritten = mfx.momentumize(mfx.trace(Stack()))
     assert names(picture(rewritten)) == ["x", "embed", "blocks", "head", "output"]
