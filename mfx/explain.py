@@ -18,6 +18,7 @@ from mfx.explained_storage import ExplainedStorage, explain_storage
 from mfx.explanation import ChainMemory, ExplainedChain, ExplainedStep, Explanation
 from mfx.momentum import Momentum, Stream
 from mfx.momentumize import graphs
+from mfx.momentumnet import MomentumNet
 from mfx.net import RewrittenForward, described, forward_of, net_of
 from mfx.options import check_options
 from mfx.streams import streams_of
@@ -52,6 +53,9 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     calls = [module for module in model.modules() if isinstance(module, Momentum)]
     if isinstance(model, fx.GraphModule) and calls:
         return _explain_graph_module(model, calls, args, kwargs)
+    if isinstance(model, MomentumNet):
+        at_start = {model.chain.chain: (tuple(args[0].shape), args[0].dtype)} if args else {}
+        return _Found(type(model).__name__, [model.chain], Findings(), {}, (), at_start).explained()
     forward = forward_of(model)
     if forward is None:
         forward = RewrittenForward(net_of(model), check_options())
