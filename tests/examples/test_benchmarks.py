@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 
 from examples.benchmarks import arithmetic, depth, memory, overhead, passes, speed
 
@@ -49,10 +50,16 @@ def test_the_depth_benchmark_shows_what_a_block_costs(capsys, tmp_path):
     assert capsys.readouterr().out.count("| mfx, exact |") == 4
 
 
-def test_the_depth_benchmark_leaves_plain_out_where_it_does_not_fit():
-    rows = depth.main(["--tiny", "--limit", "1e-6"])
-    assert [row.depth for row in rows if row.method == "plain"] == [4]
-    assert all(row.to_plain is None for row in rows if row.depth == 8)
+def test_the_depth_benchmark_leaves_plain_out_where_it_does_not_fit(monkeypatch):
+    asked = {}
+
+    def compare(blocks, batch, rounds, device, *, with_plain):
+        asked[blocks] = with_plain  # ten units of 1 KiB per block
+        return [depth.Row("plain", blocks, 0.0, 10.0 * blocks, 1.0, 1.0, 1.0)] if with_plain else []
+
+    monkeypatch.setattr(depth, "compare", compare)
+    depth.measure([4, 8, 16], 4, 1, torch.device("cpu"), limit=100 / 2**20)
+    assert asked == {4: True, 8: True, 16: False}
 
 
 def test_the_speed_benchmark_measures_every_method(capsys, tmp_path):
