@@ -29,7 +29,8 @@ def summary(found: Mapping[str, Any], profile: Profile | None) -> Markup:
         _card(str(len(found["rejections"])), f"{left} left alone"),
     ]
     cards += [
-        _card(_ratio(value, first), f"{what}, to plain training") for what, value, first in _effects(found, profile)
+        _card(_ratio(value, first), f"{what}, relative to plain training")
+        for what, value, first in _effects(found, profile)
     ]
     return element("div", *cards, class_="cards")
 
