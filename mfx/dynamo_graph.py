@@ -35,6 +35,7 @@ def tidy(
         The modules that the graph needs beside the model's, and which of the inputs are still its inputs.
     """
     _inline_checkpoints(module)
+    _bind_objects(module)
     _read_sizes_off_inputs(module.graph)
     for node in module.graph.nodes:
         _describe(node, path_of)
@@ -118,6 +119,35 @@ def _gather_modules(module: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:
         target = str(node.target)
         if isinstance(found := module._modules.get(target), nn.Module):
             yield target, found
+
+
+def _bind_objects(module: fx.GraphModule) -> None:
+    """Calls that Dynamo does not look into hold what they are called with, where it is neither tensor nor module.
+
+    Before::
+
+        out = apply(self.callable, self.structure, x)
+
+    After, as a call that no other compiler looks into either::
+
+        out = call(x)
+
+    """
+    for node in module.graph.find_nodes(op="get_attr"):
+        if str(node.target) not in module.__dict__:
+            continue
+        for user in list(node.users):
+            leading = [arg for arg in user.args if isinstance(arg, Node) and str(arg.target) in module.__dict__]
+            user.target = _holding(user.target, *(module.__dict__[str(arg.target)] for arg in leading))
+            user.args = user.args[len(leading) :]
+        module.graph.erase_node(node)
+
+
+def _holding(function: Any, *objects: Any) -> Callable[..., Any]:
+    def call(*args: Any) -> Any:
+        return function(*objects, *args)
+
+    return torch.compiler.disable(call)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _inline_checkpoints(module: fx.GraphModule) -> None:

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 import mfx
 from mfx import opaque
+from mfx.backend import momentum
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
@@ -363,3 +364,11 @@ def test_an_input_that_is_changed_in_place():
     compiled = torch.compile(mfx.momentumize(Greedy()), backend="aot_eager", fullgraph=True)
     with pytest.raises(mfx.MfxError, match="changes its input in place"):
         compiled(torch.randn(4, 5))
+
+
+@pytest.mark.filterwarnings("ignore:mfx. GraphModule has no chain")  # there is none around the net
+def test_inside_of_what_mfx_compiles():
+    model, reference = pair(mfx.momentumize(Blocks(dropout=0.3), verify="raise"))
+    compiled = torch.compile(model, backend=momentum, options={"inner": "aot_eager"}, fullgraph=True)
+    x = torch.randn(4, 5)
+    assert_same(trained(model, compiled, x), trained(reference, reference, x))
