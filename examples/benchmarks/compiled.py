@@ -2,9 +2,9 @@
 
     python examples/benchmarks/compiled.py --quick
 
-Vision transformers (torchvision's) of different depths under Inductor. Compile times: a process of its own for each, with
-an empty cache, from the first call to the end of the first backward pass, less a later step. Steps: all methods take
-turns in one process, one thread, medians. Bytes: what the forward pass allocates and leaves, by torch's profiler.
+Vision transformers (torchvision's) of different depths under Inductor. Compile times: a process of its own for each,
+with an empty cache, from the first call to the end of the first backward pass, less a later step. Steps: all methods
+take turns in one process, one thread, medians. Bytes: what the forward pass allocates and leaves, by torch's profiler.
 """
 
 from __future__ import annotations
@@ -181,11 +181,9 @@ def table(rows: Sequence[Row], size: Size) -> str:
     """The rows as a Markdown table, with ratios."""
     base = next(row for row in rows if row.method == BASE)
     shallow, deep = size.depths
-    lines = [
-        f"| method | compile, {shallow} layers | {deep} layers | ratio | step, to checkpoint's | kept, {shallow} layers "
-        f"| {deep} layers | ratio |",
-        "|---|--:|--:|--:|--:|--:|--:|--:|",
-    ]
+    heads = ["method", f"compile, {shallow} layers", f"{deep} layers", "ratio", "step, to checkpoint's"]
+    heads += [f"kept, {shallow} layers", f"{deep} layers", "ratio"]
+    lines = [f"| {' | '.join(heads)} |", "|---|--:|--:|--:|--:|--:|--:|--:|"]
     for row in rows:
         (a, b), (p, q) = row.compile_seconds, row.kept_bytes
         lines.append(
