@@ -356,3 +356,37 @@ ALWAYS = ("llama", "bert", "t5")
 @pytest.mark.parametrize("family, verdict", list(params()))
 def test_huggingface(family, verdict):
     verdict(family)
+
+
+# One for the first sizes, one for all others, and one where the batch has a single row, which Dynamo sets apart;
+# each with a mask and without.
+GRAPHS_OF_ANY_SIZE = 3 * 2
+
+
+@pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")
+@sampling.sampled("family", {family.name: family for family in FAMILIES}, 1)
+def test_twenty_shapes_in_a_row(family):
+    """Batch sizes, lengths, masks and their absence: always the model, by a few graphs."""
+    model = family.make()
+    net = mfx.momentumize(model, gamma=0.0)
+    for number, inputs in enumerate(shapes_of(family)):
+        found, expected = ([x.detach() for x in numbers(call(each, inputs))] for each in (net, model))
+        assert_near(family, found, expected)
+        if number % 8 == 7:
+            assert_equal(family, train(net, inputs), train(model, inputs))
+    assert number == 19
+    assert len(mfx.graphs(net)) <= GRAPHS_OF_ANY_SIZE
+
+
+def shapes_of(family: Family) -> Iterator[dict]:
+    masks = family.is_text and "attention_mask" in signature(family)
+    for number in range(20):
+        inputs = family.inputs(1 + number * 3 % 5, 6 + number * 5 % 11)
+        if masks and number % 3:
+            ones = torch.ones_like(inputs["input_ids"])
+            inputs["attention_mask"] = (
+                ones.index_fill(1, torch.arange(5, ones.shape[1]), 0) if number % 3 == 1 else ones
+            )
+        elif masks:
+            inputs["attention_mask"] = None
+        yield inputs
