@@ -9,6 +9,7 @@ from typing import Any
 from torch.fx import Graph
 
 from mfx.program import Program, compile_graph
+from mfx.rest import Rest
 from mfx.segments import cut
 
 __all__ = ["Assembly", "Scope"]
@@ -34,12 +35,25 @@ class Assembly:
         graph: the rewritten graph.
         calls: its momentum calls by name.
         program: what makes functions of graphs: of those of the steps, and of what lies between the chains.
+        rerun_rest: whether what lies between the chains runs again in the backward pass, as the steps do.
+        verify: see `Rest`.
     """
 
-    def __init__(self, graph: Graph, calls: Mapping[str, Callable[..., Any]], program: Program) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        calls: Mapping[str, Callable[..., Any]],
+        program: Program,
+        *,
+        rerun_rest: bool = False,
+        verify: str = "warn",
+    ) -> None:
         self._segments: dict[str, Callable[..., Any]] = {}
-        if program is not compile_graph:
+        if rerun_rest:
+            graph, self._segments = cut(graph, partial(Rest, program=program, verify=verify))
+        elif program is not compile_graph:
             graph, self._segments = cut(graph, program)
+        if program is not compile_graph:
             calls = {name: partial(call, program=program) for name, call in calls.items()}
         self._function = compile_graph(graph)
         self._calls = calls

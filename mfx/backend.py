@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from torch import fx, nn
@@ -18,6 +19,7 @@ from mfx.dynamo_graph import tidy
 from mfx.entry import Entry, make_entry
 from mfx.net import without_chains
 from mfx.options import Options, check_options
+from mfx.passing import Plans, kind_of_call
 from mfx.places import is_held_by_module, place
 from mfx.program import compile_graph
 from mfx_passes import MfxError
@@ -61,13 +63,16 @@ def momentum(
     if not entry.calls:
         warnings.warn(f"mfx: {without_chains(module)}", stacklevel=2)
     checked.check_chains(entry.shape)
-    function = Assembly(entry.graph, entry.calls, compiler)
+    function = Assembly(entry.graph, entry.calls, compiler, rerun_rest=entry.rerun_rest, verify=entry.verify)
+    plans = Plans(checked.memory_budget) if checked.plans else None
     mode = compat_dynamo.mode_of_compiled()
     holders.tell(lambda net: CompiledGraph(entry, net, checked, mode))
 
     def run(*values: Any) -> Any:
         holder = Scope(holders.of(values), entry.captured.modules)
-        return function(holder, *(values[position] for position in positions))
+        taken = [values[position] for position in positions]
+        with nullcontext() if plans is None else plans.passing(kind_of_call(taken)):
+            return function(holder, *taken)
 
     return run
 

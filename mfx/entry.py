@@ -38,6 +38,8 @@ class Entry:
         marks: attributes that the model's forward pass sets itself, by module.
         within: path in the net of the part that the graph is of.
         probed: whether shapes were looked at.
+        rerun_rest: whether what lies between the chains runs again in the backward pass, too.
+        verify: what happens if that was not reproducible.
     """
 
     captured: Captured
@@ -50,6 +52,8 @@ class Entry:
     marks: Mapping[nn.Module, set[str]]
     within: str = ""
     probed: bool = False
+    rerun_rest: bool = False
+    verify: str = "warn"
     _functions: dict[Program, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     @property
@@ -132,7 +136,8 @@ class Entry:
         return self._functions[program](net, *args, **kwargs)
 
     def _assemble(self, net: nn.Module, program: Program) -> Callable[..., Any]:
-        return partial(Assembly(self.graph, self.calls, program), Scope(net, self.captured.modules))
+        assembly = Assembly(self.graph, self.calls, program, rerun_rest=self.rerun_rest, verify=self.verify)
+        return partial(assembly, Scope(net, self.captured.modules))
 
     def graph_module(self, net: nn.Module) -> fx.GraphModule:
         """The rewritten graph as a module of its own, over the modules of ``net``."""
@@ -190,7 +195,19 @@ def make_entry(
     flat = tuple(sorted({call.target for call in rewritten.flat}))
     leaves = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
     guards = guards_of(net, leaves, marks)
-    return Entry(captured, graph, momenta, flat, dict(refused), net.training, guards, marks, options.selection.within)
+    return Entry(
+        captured,
+        graph,
+        momenta,
+        flat,
+        dict(refused),
+        net.training,
+        guards,
+        marks,
+        options.selection.within,
+        rerun_rest=options.plans and options.recompute == "all",
+        verify=options.verify,
+    )
 
 
 def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:
@@ -202,6 +219,7 @@ def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:
         velocity=velocity if isinstance(velocity, str) else "module",
         arithmetic=options.arithmetic,
         memory_budget=options.memory_budget,
+        plans=options.plans,
         verify=options.verify,
     )
 

@@ -60,9 +60,7 @@ def _run(key: str, training: bool, held: tuple[list[Any], list[Any]], arguments:
         raise
 
 
-def _opaque(
-    forward: RewrittenForward, args: Any, kwargs: Any, parameters: list[Any], buffers: list[Any]
-) -> Any:
+def _opaque(forward: RewrittenForward, args: Any, kwargs: Any, parameters: list[Any], buffers: list[Any]) -> Any:
     site, inputs = site_for(forward, args, kwargs, [*parameters, *buffers], _program())
     *results, token = run(site.key, inputs, [*parameters, *buffers])
     if buffers:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from mfx import compat
-from mfx.engine import StepFunction, run_chain
+from mfx.amount import Amount
+from mfx.engine import ARITHMETICS, StepFunction, run_chain, states_by_end
 from mfx.gamma import Gamma
+from mfx.passing import Plans, Share, share_of
 from mfx.program import Program, compile_graph
 from mfx_passes import ChainGraphs, MfxError
 
@@ -29,7 +32,9 @@ class Momentum(nn.Module):
         gamma: the momentum; may be set to another at any time, calls that are under way keep theirs.
         velocity: ``"zero"``, ``"residual"``, or ``"module"`` (v₀ is an argument of the call).
         arithmetic: ``"exact"`` or ``"float"``.
-        memory_budget: 0.0 keeps no activations, 1.0 keeps all.
+        memory_budget: 0.0 keeps no activations, 1.0 keeps all; what is in between, or a number of bytes, holds for all
+            chains of a net together.
+        plans: whether the net makes a plan of what is kept.
         verify: ``"warn"``, ``"raise"`` or ``"off"``: what happens if a recomputation was not reproducible.
     """
 
@@ -40,7 +45,8 @@ class Momentum(nn.Module):
         gamma: Gamma,
         velocity: str = "zero",
         arithmetic: str = "exact",
-        memory_budget: float = 0.0,
+        memory_budget: Amount | float = 0.0,
+        plans: bool = False,
         verify: str = "warn",
     ) -> None:
         super().__init__()
@@ -48,7 +54,8 @@ class Momentum(nn.Module):
         self.gamma = gamma
         self.velocity = velocity
         self.arithmetic = arithmetic
-        self.memory_budget = memory_budget
+        self.budget = Amount.of(memory_budget)
+        self.plans = Plans(self.budget) if plans else None
         self.verify = verify
         self.stream: Stream | None = None  # what the last call ran on
         self.program: Program = compile_graph
@@ -59,6 +66,11 @@ class Momentum(nn.Module):
     def chain(self) -> str:
         """Name of the chain."""
         return self.graphs.name
+
+    @property
+    def memory_budget(self) -> float:
+        """1.0 if all activations are kept, else 0.0."""
+        return 1.0 if self.budget.share == 1.0 else 0.0
 
     def forward(
         self,
@@ -89,22 +101,48 @@ class Momentum(nn.Module):
         self._check_velocity(x, v0)
         if compat.runs_for_real():
             self.stream = tuple(x.shape), x.dtype
+        gamma = self.gamma if gamma is None else gamma
+        with self._share(x, gamma) as share:
+            return self._run(x, captures, roots, v0, gamma, program, share)
+
+    def _run(
+        self,
+        x: Tensor,
+        captures: Sequence[Any],
+        roots: Mapping[str, Any],
+        v0: Tensor | None,
+        gamma: Gamma,
+        program: Program | None,
+        share: Share | None,
+    ) -> Tensor | tuple[Any, ...]:
         result = run_chain(
             self.chain,
             self._steps_by(program or self.program),
             x,
             tuple(captures),
             SimpleNamespace(**{name: _as_it_is_now(root, program) for name, root in roots.items()}),
-            gamma=self.gamma if gamma is None else gamma,
+            gamma=gamma,
             velocity="residual" if self.velocity == "residual" else v0,
             arithmetic=self.arithmetic,
-            memory_budget=self.memory_budget,
+            memory_budget=share.plan if share is not None and share.plan is not None else self.memory_budget,
             taps=self.graphs.taps,
             memory=self._memory,
             verify=self.verify,
+            costs=None if share is None else share.costs,
         )
         outputs = (result.x, *result.taps, *(value for side in result.sides for value in side))
         return outputs if len(outputs) > 1 else result.x
+
+    @contextmanager
+    def _share(self, x: Tensor, gamma: Gamma) -> Iterator[Share | None]:
+        """The chain's share of the net's budget; of its own, where it is called alone."""
+        if self.plans is None or not all(type(size) is int for size in x.shape):
+            yield None
+            return
+        call = self.chain, gamma, self.arithmetic, tuple(x.shape), x.dtype, x.requires_grad
+        with self.plans.passing(call):
+            states = states_by_end(ARITHMETICS[self.arithmetic], gamma, x.dtype, x.numel(), len(self.graphs.steps))
+            yield share_of(call, states)
 
     def _check_velocity(self, x: Tensor, v0: Any) -> None:
         if v0 is None:

@@ -30,7 +30,7 @@ def momentumize(
     gamma: float | Mapping[str, float] = 0.9,
     velocity: str | nn.Module | Mapping[str, nn.Module] = "zero",
     arithmetic: str = "exact",
-    memory_budget: float = 0.0,
+    memory_budget: float | str = 0.0,
     recompute: str | None = None,
     min_steps: int = 2,
     only: str | Sequence[str] | None = None,
@@ -54,8 +54,13 @@ def momentumize(
             computes it from x. These very modules, not copies, live under ``velocity.``, once per chain.
         arithmetic: ``"exact"``: rebuilt activations are the forward pass's, bit for bit; ``"float"``: within 6e-6
             relative in float32, less memory in short chains.
-        memory_budget: 0.0 keeps no activations of the chains, 1.0 keeps all (ordinary backpropagation, same function).
-        recompute: reserved for what lies between the chains; None.
+        memory_budget: how much of the chains' activations is kept for the backward pass; the function is the same. 0.0
+            keeps none, 1.0 all (ordinary backpropagation), b in between at most m₀ + b·(m₁ − m₀) bytes, where the
+            one keeps m₀ and the other m₁: those of the steps that save the most FLOPs per byte. Or a number of bytes
+            above 1 for the net, such as ``"24GiB"``. The first call on inputs of new shapes keeps as little as it can,
+            and watches what the steps cost.
+        recompute: ``"all"``: what lies between the chains (stem, projections, head) runs again in the backward pass as
+            well, in pieces, within the same budget; None: autograd keeps what it keeps.
         min_steps: chains with fewer steps stay as they were.
         only: chain names or module paths (shell patterns) to rewrite, all others stay as they were.
         skip: chain names or module paths (shell patterns) to leave as they were.
@@ -183,6 +188,11 @@ def graphs(net: nn.Module) -> dict[str, fx.GraphModule]:
 
 
 def _rewrite_graph_module(net: fx.GraphModule, options: Options) -> bool:
+    if options.memory_budget.share is None or options.recompute is not None:
+        raise MfxError(
+            "a number of bytes and recompute='all' are for a net as a whole and need the model itself; a GraphModule "
+            "takes a memory_budget from 0 to 1, which then holds for each chain."
+        )
     if not isinstance(options.velocity, str):
         raise MfxError("velocity modules need the model itself; a GraphModule takes velocity='zero' or 'residual'.")
 

@@ -15,6 +15,7 @@ from torch import fx, nn
 from mfx.capture import CaptureError, signature_of
 from mfx.entry import Entry
 from mfx.options import Options
+from mfx.passing import Plans, kind_of_call
 from mfx.program import Program, compile_graph
 from mfx.routes import DynamoRoute, Run, SymbolicRoute
 from mfx.sharding import is_sharded_somewhere, refuse_containers
@@ -38,6 +39,7 @@ class RewrittenForward(Overlay):
     def __init__(self, net: nn.Module, options: Options) -> None:
         self.net = net
         self.options = options
+        self.plans = Plans(options.memory_budget) if options.plans else None
         self.bypassed = 0
         self.in_parts = False
         self.known_chains: set[str] = set()  # of all graphs there ever were, and of the net this one is a copy of
@@ -85,6 +87,12 @@ class RewrittenForward(Overlay):
         """The same, whoever looks on, by functions that ``program`` makes of graphs."""
         if args and args[0] is self.net:
             args = args[1:]  # somebody (accelerate does) made a method of this, as of a function
+        if self.plans is None:
+            return self._run(args, kwargs, program)
+        with self.plans.passing(kind_of_call((args, kwargs), training=self.net.training)):
+            return self._run(args, kwargs, program)
+
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: Program) -> Any:
         if self.bypassed or self.in_parts:
             return self._original()(*args, **kwargs)
         try:

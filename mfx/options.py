@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from mfx.amount import Amount
 from mfx.gamma import Gamma
 from mfx.transform_layers import Layer, WholeSteps
 from mfx_passes import MfxError, Selection
@@ -23,12 +24,18 @@ class Options:
     gamma: float | Mapping[str, float]
     velocity: str | nn.Module | Mapping[str, nn.Module]
     arithmetic: str
-    memory_budget: float
+    memory_budget: Amount
     verify: str
     selection: Selection
     capture: str = "auto"
     example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     layers: tuple[Layer, ...] = ()  # of `mfx.transform_to_momentumnet`
+    recompute: str | None = None
+
+    @property
+    def plans(self) -> bool:
+        """Whether what a net keeps is planned for the net as a whole."""
+        return self.memory_budget.is_partial or (self.recompute is not None and self.memory_budget.share != 1.0)
 
     def gamma_of(self, chain: str) -> Gamma:
         """The momentum of a chain.
@@ -122,14 +129,11 @@ def check_options(
     _one_of("arithmetic", arithmetic, ("exact", "float"))
     _one_of("verify", verify, ("warn", "raise", "off"))
     _one_of("capture", capture, ("auto", "symbolic", "dynamo"))
-    if not isinstance(memory_budget, int | float) or isinstance(memory_budget, bool) or memory_budget not in (0.0, 1.0):
+    budget = Amount.of(memory_budget)
+    if recompute is not None and recompute != "all":
         raise MfxError(
-            f"memory_budget={memory_budget!r}: this version knows 0.0 (keep no activations of the chains) and 1.0 "
-            "(keep all)."
-        )
-    if recompute is not None:
-        raise MfxError(
-            f"recompute={recompute!r}: this version recomputes the steps of the chains and nothing else; leave it None."
+            f"recompute={recompute!r}: must be None (only the steps of the chains run again) or 'all' (what lies "
+            "between the chains, too)."
         )
     if not isinstance(min_steps, int) or isinstance(min_steps, bool) or min_steps < 1:
         raise MfxError(f"min_steps={min_steps!r}: the number of steps a chain must have is an integer of at least 1.")
@@ -141,7 +145,7 @@ def check_options(
     selection = Selection(min_steps, chosen, () if skip is None else _patterns("skip", skip))
     gamma = dict(gamma) if isinstance(gamma, Mapping) else gamma  # the caller may change theirs later
     inputs = None if example_inputs is None else _as_call(example_inputs)
-    return Options(gamma, velocity, arithmetic, float(memory_budget), verify, selection, capture, inputs)
+    return Options(gamma, velocity, arithmetic, budget, verify, selection, capture, inputs, recompute=recompute)
 
 
 def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

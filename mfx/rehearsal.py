@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import Graph
 from typing_extensions import override
 
+from mfx.amount import Amount
 from mfx.engine.scope import recomputing
 from mfx.flops import flops_of
 from mfx.gamma import Gamma
@@ -130,8 +131,9 @@ class Rehearsed(Momentum):
 
     def __init__(self, call: Momentum, observer: Observer, *, plain: bool) -> None:
         self.__dict__.update(call.__getstate__())  # as a copy that shares nothing that changes
+        self.plans = None  # what is learned here is not for calls that count
         if plain:
-            self.gamma, self.memory_budget = Gamma(0, 1), 1.0
+            self.gamma, self.budget = Gamma(0, 1), Amount.of(1.0)
         self.program = self._watched
         self.observer = observer
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
 
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
@@ -14,10 +14,12 @@ from mfx_passes.serialize import PortableGraph
 
 __all__ = ["cut"]
 
-Compile = Callable[[Graph], Callable[..., Any]]
+T = TypeVar("T")
 
 
-def cut(graph: Graph, compiled: Compile) -> tuple[Graph, dict[str, Callable[..., Any]]]:
+def cut(
+    graph: Graph, compiled: Callable[[Graph], T], runs: Sequence[Sequence[Node]] | None = None
+) -> tuple[Graph, dict[str, T]]:
     """Put one call in the place of all nodes between two momentum calls.
 
     Before::
@@ -31,6 +33,7 @@ def cut(graph: Graph, compiled: Compile) -> tuple[Graph, dict[str, Callable[...,
     Args:
         graph: the rewritten graph; it is left as it is.
         compiled: makes a function of ``(root, *inputs)`` of a segment's graph.
+        runs: the nodes of each segment, where that is not what lies between two momentum calls.
 
     Returns:
         The short graph, and its segments by name: functions of ``(root, *inputs)``, where the root holds what the graph
@@ -38,7 +41,7 @@ def cut(graph: Graph, compiled: Compile) -> tuple[Graph, dict[str, Callable[...,
     """
     short = PortableGraph()
     copies: dict[Node, Any] = {}
-    segments: dict[str, Callable[..., Any]] = {}
+    segments: dict[str, T] = {}
 
     def copy(node: Node) -> Any:
         if node not in copies:
@@ -46,7 +49,7 @@ def cut(graph: Graph, compiled: Compile) -> tuple[Graph, dict[str, Callable[...,
             copies[node] = short.node_copy(node)
         return copies[node]
 
-    for kind, nodes in _runs(graph):
+    for kind, nodes in _runs(graph) if runs is None else _around(graph, runs):
         if kind == "segment":
             name = f"segment_{len(segments)}"
             body, inputs, outputs = _body(nodes)
@@ -60,7 +63,7 @@ def cut(graph: Graph, compiled: Compile) -> tuple[Graph, dict[str, Callable[...,
     return short, segments
 
 
-def _runs(graph: Graph) -> list[tuple[str, list[Node]]]:
+def _runs(graph: Graph) -> list[tuple[str, Sequence[Node]]]:
     runs: list[tuple[str, list[Node]]] = []
     for node in graph.nodes:
         if node.op == "get_attr":
@@ -70,7 +73,13 @@ def _runs(graph: Graph) -> list[tuple[str, list[Node]]]:
             runs[-1][1].append(node)
         else:
             runs.append((kind, [node]))
-    return runs
+    return [*runs]
+
+
+def _around(graph: Graph, runs: Sequence[Sequence[Node]]) -> list[tuple[str, Sequence[Node]]]:
+    """All of a graph in order, where all that is computed is in one of the runs."""
+    inputs, outputs = graph.find_nodes(op="placeholder"), graph.find_nodes(op="output")
+    return [("node", inputs), *(("segment", run) for run in runs), ("node", outputs)]
 
 
 def _body(nodes: Collection[Node]) -> tuple[Graph, list[Node], list[Node]]:

@@ -1,7 +1,24 @@
 """The momentum call: chains of residual steps whose backward pass rebuilds its activations."""
 
+from mfx.engine.arithmetic import ARITHMETICS
+from mfx.engine.budget import ChainCost, ChainPlan, NetPlan, StepCost, make_plan
 from mfx.engine.chain import run_chain
-from mfx.engine.scope import recomputing
+from mfx.engine.scope import enclosing_keeps, measure, recomputing
 from mfx.engine.steps import ChainOutput, StepFunction
+from mfx.engine.storage import states_by_end
 
-__all__ = ["ChainOutput", "StepFunction", "recomputing", "run_chain"]
+__all__ = [
+    "ARITHMETICS",
+    "ChainCost",
+    "ChainOutput",
+    "ChainPlan",
+    "NetPlan",
+    "StepCost",
+    "StepFunction",
+    "enclosing_keeps",
+    "make_plan",
+    "measure",
+    "recomputing",
+    "run_chain",
+    "states_by_end",
+]

@@ -13,11 +13,12 @@ from torch import Tensor
 from mfx.compat import under_transform
 from mfx.engine.arithmetic import ARITHMETICS, State
 from mfx.engine.arithmetic.base import wide
+from mfx.engine.budget import ChainPlan, StepCost
 from mfx.engine.flags import notice_overflow, read_pending, verify_chain, verify_step, warn_once
 from mfx.engine.keep import tensors_in
 from mfx.engine.reads import Layout
 from mfx.engine.runners import FromInputs, FromTape, Ordinary, Runner
-from mfx.engine.scope import enclosing_is_recorded, inside_chain
+from mfx.engine.scope import enclosing_is_recorded, enclosing_keeps, inside_chain
 from mfx.engine.steps import ChainOutput, StepFunction
 from mfx.engine.storage import choose_storage
 from mfx.engine.surroundings import Memory
@@ -41,11 +42,16 @@ class _Call:
     root: Any
     gamma: Gamma
     arithmetic: type[State]
-    memory_budget: float
+    plan: ChainPlan
+    costs: list[StepCost] | None
     velocity: Velocity
     taps: Sequence[int]
     memory: Memory
     verify: str
+
+    @property
+    def keeps_all(self) -> bool:
+        return len(self.plan.kept) >= len(self.steps)
 
 
 def run_chain(
@@ -57,11 +63,12 @@ def run_chain(
     *,
     gamma: Gamma,
     arithmetic: str = "exact",
-    memory_budget: float = 0.0,
+    memory_budget: float | ChainPlan = 0.0,
     velocity: Velocity = None,
     taps: Sequence[int] = (),
     memory: Memory | None = None,
     verify: str = "warn",
+    costs: list[StepCost] | None = None,
 ) -> ChainOutput:
     """Run a chain of steps with momentum: v ← γ·v + (1−γ)·f(x), x ← x + v (Sander et al., ICML 2021).
 
@@ -76,14 +83,15 @@ def run_chain(
         root: object through which the steps find their modules and parameters, at every call.
         gamma: γ. At 0 the steps' ``original`` functions run, and of each only the input is kept.
         arithmetic: "exact" or "float".
-        memory_budget: 0.0 to rebuild what the backward pass needs; 1.0 to keep it, as ordinary backpropagation does.
-            The function is the same.
+        memory_budget: 0.0 to rebuild what the backward pass needs; 1.0 to keep it, as ordinary backpropagation does;
+            or which steps do what. The function is the same. Inside a step of another chain it is as in that step.
         velocity: v before the first step: zero, a tensor like ``x`` (which gets a gradient), or "residual": such that v
             after the first step is f(x).
         taps: numbers of steps 1 ≤ t < len(steps) after which x is asked for.
         memory: what is to be remembered between calls of this chain, a dictionary owned by the caller.
         verify: what to do if a backward pass in exact arithmetic does not end where the forward pass began: "warn",
             "raise" or "off". On a CPU at once, elsewhere at the next call with the same ``memory``.
+        costs: a list that takes in what each step that may run again costs, found out by watching it.
 
     Raises:
         MfxError: if a branch's value does not fit the stream, or values leave the range of exact arithmetic; in the
@@ -93,13 +101,24 @@ def run_chain(
         raise MfxError(f"arithmetic must be one of {sorted(ARITHMETICS)}, not {arithmetic!r}")
     memory = {} if memory is None else memory
     read_pending(memory)
-    call = _Call(
-        name, steps, captures, root, gamma, ARITHMETICS[arithmetic], memory_budget, velocity, taps, memory, verify
-    )
-    with inside_chain(recorded := _decide_recorded(call, x)):
+    state = ARITHMETICS[arithmetic]
+    plan = _plan(memory_budget, state, gamma, x.dtype, len(steps))
+    call = _Call(name, steps, captures, root, gamma, state, plan, costs, velocity, taps, memory, verify)
+    with inside_chain(recorded := _decide_recorded(call, x), keeps=call.keeps_all):
         if gamma.is_zero:
             return _run_original(call, x)
         return _run_recorded(call, x) if recorded else _run_plain(call, x)
+
+
+def _plan(
+    memory_budget: float | ChainPlan, arithmetic: type[State], gamma: Gamma, dtype: torch.dtype, steps: int
+) -> ChainPlan:
+    if (keeps := enclosing_keeps()) is not None:
+        memory_budget = 1.0 if keeps else 0.0
+    if isinstance(memory_budget, ChainPlan):
+        return memory_budget
+    policy = choose_storage(arithmetic, gamma, dtype, steps, memory_budget).policy
+    return ChainPlan(frozenset(range(steps) if policy == "activations" else ()), policy == "inputs")
 
 
 class _Collector:
@@ -128,7 +147,7 @@ def _decide_recorded(call: _Call, x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False  # torch.export looks on: there is no backward pass to rebuild anything for
     if under_transform():
-        if call.memory_budget < 1 and _needs_grad(call, x):
+        if not call.keeps_all and _needs_grad(call, x):
             message = (
                 f"chain {call.name}: inside torch.func transforms and forward-mode differentiation nothing is rebuilt; "
                 "activations are kept as in ordinary backpropagation. Use memory_budget=1.0 if that is what you want"
@@ -152,8 +171,7 @@ def _needs_grad(call: _Call, x: Tensor) -> bool:
 def _run_original(call: _Call, x: Tensor) -> ChainOutput:
     runner: Runner = Ordinary(call.root, call.captures, original=True)
     if _recomputes(call):
-        common = call.name, call.root, call.captures, x.device, call.memory
-        runner = FromInputs(*common, original=True, verify=_verifier(call, verify_step))
+        runner = _from_inputs(call, x, original=True)
     out = _Collector(call.taps)
     for index, step in enumerate(call.steps):
         x, *side = runner.run(index, step, x, _ZERO)
@@ -182,39 +200,54 @@ def _run_plain(call: _Call, x: Tensor) -> ChainOutput:
 def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
     """The recurrence in the chain's arithmetic, under autograd."""
     runner = _choose_runner(call, x)
-    tape = runner.tape if isinstance(runner, FromTape) else None
+    tape, walked = (runner.tape, runner.walked) if isinstance(runner, FromTape) else (None, range(0))
     v = call.velocity if isinstance(call.velocity, Tensor) else None
     state = call.arithmetic.start(x, v, reversible=tape is not None)
     if state.rounds_input:
         x = Enter.apply(x, state)
-    out, end = _Collector(call.taps), len(call.steps)
-    spacing = call.arithmetic.anchor_every(call.gamma, x.dtype) or end
+    out = _Collector(call.taps)
+    spacing = call.arithmetic.anchor_every(call.gamma, x.dtype) or len(call.steps)
     for index, step in enumerate(call.steps):
         gamma = _gamma_at(call, index)
+        if state.verifiable and index == walked.start > 0:
+            state.mark_start()
         y, *side = runner.run(index, step, x, gamma)
         _check_fits(call, step, x, y)
+        is_end = index + 1 == walked.stop
         # Gradients then come in elsewhere too, and the last update may be dead when they do.
         on_tape = bool(call.taps or side) or out.has_sides
-        last = tape if index == end - 1 and not on_tape else None
+        last = tape if is_end and not on_tape else None
         what = f"{call.name}: the stream after step {step.path}"
         x, v = Update.apply(x, v, y, Link(state, step.kind, gamma, what, last))
         out.add(x, side)
-        if x.device.type == "cpu" or index == end - 1:
+        if x.device.type == "cpu" or index == len(call.steps) - 1:
             place = f"chain {call.name}, at or before step {step.path}"
             notice_overflow(place, state.overflowed(), call.memory)
-        if tape is not None and (on_tape if index == end - 1 else (index + 1) % spacing == 0):
-            tape.store(index + 1, state, what)
+        position = index + 1 - walked.start
+        if tape is not None and index in walked and (on_tape if is_end else position % spacing == 0):
+            tape.store(position, state, what)
     return out.finish()
 
 
 def _choose_runner(call: _Call, x: Tensor) -> Runner:
     if not _recomputes(call):
         return Ordinary(call.root, call.captures, original=False)
-    common = call.name, call.root, call.captures, x.device, call.memory
-    steps = len(call.steps)
-    if choose_storage(call.arithmetic, call.gamma, x.dtype, steps, call.memory_budget).policy == "inputs":
-        return FromInputs(*common, original=False, verify=_verifier(call, verify_step))
-    return FromTape(*common, verify=_verifier(call, verify_chain))
+    if call.plan.from_inputs:
+        return _from_inputs(call, x, original=False)
+    walked = call.plan.walked(len(call.steps))
+    return FromTape(*_common(call, x), **_options(call), walked=walked, verify=_verifier(call, verify_chain))
+
+
+def _from_inputs(call: _Call, x: Tensor, *, original: bool) -> Runner:
+    return FromInputs(*_common(call, x), **_options(call), original=original, verify=_verifier(call, verify_step))
+
+
+def _common(call: _Call, x: Tensor) -> tuple[Any, ...]:
+    return call.name, call.root, call.captures, x.device, call.memory
+
+
+def _options(call: _Call) -> dict[str, Any]:
+    return {"kept": call.plan.kept, "costs": call.costs}
 
 
 def _verifier(call: _Call, verify: Callable[..., None]) -> Callable[..., None] | None:
@@ -224,7 +257,7 @@ def _verifier(call: _Call, verify: Callable[..., None]) -> Callable[..., None] |
 
 def _recomputes(call: _Call) -> bool:
     # Under no_grad in a branch of a recorded chain the arithmetic is the recorded one, but nothing is saved.
-    return call.memory_budget < 1 and torch.is_grad_enabled() and enclosing_is_recorded() is True
+    return not call.keeps_all and torch.is_grad_enabled() and enclosing_is_recorded() is True
 
 
 def _gamma_at(call: _Call, index: int) -> Gamma:

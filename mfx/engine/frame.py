@@ -13,11 +13,12 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from mfx.compat import NO_TASK, current_task, when_task_ends
-from mfx.engine.keep import Captures
+from mfx.engine.keep import Captures, Kept
+from mfx.engine.scope import measure
 from mfx.engine.surroundings import Surroundings
 from mfx_passes.errors import MfxError
 
-__all__ = ["Frame", "Handle", "Rebuilt"]
+__all__ = ["Frame", "Handle", "KeptStep", "Rebuilt"]
 
 Branch = Callable[..., tuple[Any, ...]]
 
@@ -100,6 +101,11 @@ class Frame:
         self._requires_grad = False
         self.live: Tensor | None = None  # the input, while the forward is still running
 
+    @property
+    def tensors(self) -> list[Tensor | None]:
+        """The parameters and buffers that the step reads."""
+        return self._world.tensors
+
     def run(self, x: Tensor, values: Sequence[Any], unpack: Callable[[Handle], Tensor]) -> tuple[Any, ...]:
         """Run the step, under hooks whose handles ``unpack`` will be asked about."""
         self._requires_grad, self.live = x.requires_grad, x.detach()
@@ -141,6 +147,8 @@ class Frame:
         return y
 
     def _pack(self, tensor: Tensor) -> Handle:
+        if (step := measure()) is not None:
+            step.saw(tensor)
         handle = Handle()
         self._handles.append(weakref.ref(handle))
         self._packed.append((tensor.shape, tensor.dtype))
@@ -153,6 +161,24 @@ class Frame:
             "do the same both times: see that it depends on nothing that changed in between (Python state, an "
             "attribute, a global, a random number not drawn from torch), or skip it"
         )
+
+
+class KeptStep:
+    """Stands on a tape for a step that kept its activations: all that a walk back needs of it is its value."""
+
+    live = None
+
+    def __init__(self, y: Tensor, what: str) -> None:
+        self._y: Kept | None = Kept([y], what)
+
+    def rerun(self, x: Tensor, rebuilt: Rebuilt) -> Tensor:
+        """What running the step again would give."""
+        assert self._y is not None, "a walk that is the last one has passed here"
+        return self._y.get()[0]
+
+    def release(self) -> None:
+        """No walk will come here again."""
+        self._y = None
 
 
 class _Again:

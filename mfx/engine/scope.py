@@ -6,12 +6,25 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["enclosing_is_recorded", "inside_chain", "inside_recomputation", "recomputing"]
+from mfx.engine.costs import StepMeasure
+
+__all__ = [
+    "enclosing_is_recorded",
+    "enclosing_keeps",
+    "inside_chain",
+    "inside_kept_step",
+    "inside_recomputation",
+    "measure",
+    "measured_by",
+    "recomputing",
+]
 
 
 class _Scope(threading.local):
     recorded: bool | None = None  # None: no chain around
+    keeps = False  # with a chain around: whether activations are kept
     recomputing = False
+    measure: StepMeasure | None = None
 
 
 _scope = _Scope()
@@ -30,22 +43,54 @@ def enclosing_is_recorded() -> bool | None:
     return _scope.recorded
 
 
+def enclosing_keeps() -> bool | None:
+    """Whether the step around the caller keeps its activations; None if there is no chain around."""
+    return None if _scope.recorded is None else _scope.keeps
+
+
+def measure() -> StepMeasure | None:
+    """What is to be told of every tensor that is packed away, if anything."""
+    return _scope.measure
+
+
 @contextmanager
-def inside_chain(recorded: bool) -> Iterator[None]:
+def inside_chain(recorded: bool, *, keeps: bool) -> Iterator[None]:
     """Everything inside belongs to a chain that was (not) recorded: nested chains must decide the same way."""
-    before, _scope.recorded = _scope.recorded, recorded
+    before = _scope.recorded, _scope.keeps
+    _scope.recorded, _scope.keeps = recorded, keeps
     try:
         yield
     finally:
-        _scope.recorded = before
+        _scope.recorded, _scope.keeps = before
+
+
+@contextmanager
+def inside_kept_step() -> Iterator[None]:
+    """Everything inside belongs to a step that keeps its activations."""
+    before, _scope.keeps = _scope.keeps, True
+    try:
+        yield
+    finally:
+        _scope.keeps = before
 
 
 @contextmanager
 def inside_recomputation() -> Iterator[None]:
     """Everything inside is a second run, of a recorded chain."""
-    before = _scope.recorded, _scope.recomputing
-    _scope.recorded, _scope.recomputing = True, True
+    before = _scope.recorded, _scope.keeps, _scope.recomputing
+    _scope.recorded, _scope.keeps, _scope.recomputing = True, False, True
     try:
         yield
     finally:
-        _scope.recorded, _scope.recomputing = before
+        _scope.recorded, _scope.keeps, _scope.recomputing = before
+
+
+@contextmanager
+def measured_by(step: StepMeasure) -> Iterator[None]:
+    """Everything inside is told to ``step``, that of chains inside too."""
+    before, _scope.measure = _scope.measure, step
+    try:
+        with step:
+            yield
+    finally:
+        _scope.measure = before

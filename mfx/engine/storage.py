@@ -11,7 +11,7 @@ from mfx.engine.arithmetic import State
 from mfx.engine.arithmetic.floating import predict
 from mfx.gamma import Gamma
 
-__all__ = ["Storage", "choose_storage"]
+__all__ = ["Storage", "choose_storage", "states_by_end"]
 
 
 @dataclass(frozen=True)
@@ -61,3 +61,12 @@ def choose_storage(
     if every is None:
         return Storage("states", states, inputs, 0, 0.0)
     return Storage("states", states, inputs, *predict(gamma, dtype, steps))
+
+
+def states_by_end(
+    arithmetic: type[State], gamma: Gamma, dtype: torch.dtype, elements: int, steps: int
+) -> tuple[float, ...] | None:
+    """Bytes of the states that a walk back from after step t needs, for t = 0 … ``steps``; None where there is none."""
+    if gamma.is_zero:
+        return None
+    return (0.0, *(elements * arithmetic.bytes_kept(gamma, dtype, end) for end in range(1, steps + 1)))

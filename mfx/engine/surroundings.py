@@ -70,6 +70,9 @@ class Surroundings:
     Made just before the branch runs; ``settle`` follows just after. ``memory`` remembers what lies where, and for each
     set of training flags which tensors the branch changes. That is found out at the first call, by version and also by
     value: BatchNorm's kernel changes the running statistics without raising their version.
+
+    Attributes:
+        tensors: the parameters and buffers, before the branch ran.
     """
 
     def __init__(
@@ -88,11 +91,11 @@ class Surroundings:
         layout = self._layout = layout_of(memory, key, root, targets, path)
         self._flags = layout.flags
         self._places = layout.places(root)
-        self._tensors = [place.get() for place in self._places]
-        self._states = _states(self._tensors)
+        self.tensors = [place.get() for place in self._places]
+        self._states = _states(self.tensors)
         self._is_known = self._flags in layout.changing
         self._buffers = [
-            found for found in zip(self._places, self._tensors, self._states, strict=True) if not found[0].is_parameter
+            found for found in zip(self._places, self.tensors, self._states, strict=True) if not found[0].is_parameter
         ]
         # Values before the branch runs, of what it changes or may change.
         self._values: dict[Place, Tensor] = {
@@ -182,7 +185,7 @@ class Surroundings:
                 "pass has to run this step a second time; call backward before changing it"
             )
         tensors = [place.get() for place in self._places]
-        for place, now, old, state in zip(self._places, tensors, self._tensors, self._states, strict=True):
+        for place, now, old, state in zip(self._places, tensors, self.tensors, self._states, strict=True):
             if now is old and _state(now) == state:
                 continue
             if place in self._values:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mfx.compat import NO_TASK, current_task, when_task_ends
 from mfx.engine.arithmetic import State
-from mfx.engine.frame import Frame, Handle, Rebuilt
+from mfx.engine.frame import Frame, Handle, KeptStep, Rebuilt
 from mfx.engine.keep import Kept
 from mfx.gamma import Gamma
 
@@ -56,16 +56,17 @@ class _Stored:
 
 
 class Tape:
-    """The steps of one call, and the states to walk back from.
+    """Consecutive steps of one call, the first and the last of which run again, and the states to walk back from.
 
-    The end state is kept by the last update's autograd node, which lets go of it as soon as the walk has begun; or
-    here, by ``store(len(steps), ...)``, if gradients may arrive without passing through that node. ``verify`` is told,
-    after a complete walk, whether it ended where the chain began.
+    Positions count the steps from the tape's first one. The end state is kept by the autograd node of the tape's last
+    update, which lets go of it as soon as the walk has begun; or here, by ``store(number of steps, ...)``, if gradients
+    may arrive without passing through that node. ``verify`` is told, after a complete walk, whether it ended in the
+    state that the first step started from.
     """
 
     def __init__(self, verify: Callable[[Tensor], None] | None) -> None:
         self.last: weakref.ref[Any] | None = None
-        self._steps: list[tuple[Frame, str, Gamma]] = []
+        self._steps: list[tuple[Frame | KeptStep, str, Gamma]] = []
         self._stored: dict[int, _Stored] = {}
         self._walk: _Walk | None = None
         self._rebuilt = Rebuilt()
@@ -75,6 +76,10 @@ class Tape:
         """Take in the next step; returns what unpacks its handles."""
         self._steps.append((frame, kind, gamma))
         return partial(self._unpack, len(self._steps) - 1)
+
+    def pass_by(self, step: KeptStep, kind: str, gamma: Gamma) -> None:
+        """Take in the next step, which does not run again."""
+        self._steps.append((step, kind, gamma))
 
     def store(self, position: int, state: State, what: str) -> None:
         """Keep the state after ``position`` steps."""
@@ -139,6 +144,8 @@ class Tape:
         walk.position -= 1
         frame, kind, gamma = self._steps[walk.position]
         y = frame.rerun(state.retreat_x(), self._rebuilt)
+        if isinstance(frame, KeptStep) and not walk.again:
+            frame.release()
         if walk.position > 0:
             state.retreat_v(y, kind, gamma)
             return

@@ -67,8 +67,12 @@ class State(ABC):
     def freeze(self) -> Frozen:
         """This state as tensors; from now on it writes into none of them."""
 
+    def mark_start(self) -> None:
+        """Walks back will end here, not before the first step: let ``is_start`` recognise this; if ``verifiable``."""
+        raise NotImplementedError
+
     def is_start(self) -> Tensor:
-        """Whether a state that was walked back over its first step is the one it started as; if ``verifiable``."""
+        """Whether a state that was walked back is the one it started as, or was marked as; if ``verifiable``."""
         raise NotImplementedError
 
     def overflowed(self) -> Tensor | None:

@@ -38,6 +38,7 @@ class ExactState(State):
         self.X, self.V, self.store, self.dtype, self.guard = X, V, store, dtype, guard
         self.owns_x = self.owns_v = True  # whether it may be overwritten
         self.first_v: Tensor | None = None
+        self.mark: Tensor | None = None  # what a walk back must come to, if it ends before the start
         self.steps = 0
         self.reach = Reach(math.inf, math.inf)
 
@@ -125,20 +126,33 @@ class ExactState(State):
         has_top = self.store.top is not None
         if self.store.top is not None:
             tensors = (*tensors, self.store.top)
-        thaw = partial(_thaw, self.dtype, self.guard, tuple(self.store.spilled), has_top, self.steps, self.first_v)
+        past = self.steps, self.first_v, self.mark
+        thaw = partial(_thaw, self.dtype, self.guard, tuple(self.store.spilled), has_top, past)
         return Frozen(tensors, thaw)
+
+    @override
+    def mark_start(self) -> None:
+        self.mark = self._fingerprint()
 
     @override
     def is_start(self) -> Tensor:
         V = self._velocity()
-        same_v = (V == 0).all() if self.first_v is None else _sum(V) == self.first_v
-        same = same_v & self.store.is_empty()
+        if self.mark is not None:
+            same = (self._fingerprint() == self.mark).all()
+        else:
+            same_v = (V == 0).all() if self.first_v is None else _sum(V) == self.first_v
+            same = same_v & self.store.is_empty()
         # Poisoned elements are not walked back to where they came from.
         return same if self.guard.poison is None else same | self.guard.poison.any()
 
     @override
     def overflowed(self) -> Tensor | None:
         return self.guard.overflowed
+
+    def _fingerprint(self) -> Tensor:
+        V = _sum(self._velocity())
+        top = torch.zeros_like(V) if self.store.top is None else _sum(self.store.top)
+        return torch.stack([V, top, *map(_sum, self.store.limbs)])
 
     def _take_as_velocity(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
         V, out = torch.empty_like(self.X), self._new_stream()
@@ -224,8 +238,7 @@ def _thaw(
     guard: Guard,
     spilled: tuple[bool, ...],
     has_top: bool,
-    steps: int,
-    first_v: Tensor | None,
+    past: tuple[int, Tensor | None, Tensor | None],
     tensors: tuple[Tensor, ...],
 ) -> ExactState:
     X, V, *limbs = tensors
@@ -233,5 +246,5 @@ def _thaw(
     store.spilled = list(spilled)
     state = ExactState(X, V, store, dtype, guard)
     state.owns_x = state.owns_v = False
-    state.steps, state.first_v = steps, first_v
+    state.steps, state.first_v, state.mark = past
     return state
