@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from mfx.advice import remedy
-from mfx.units import amount, count, size
+from mfx.units import amount, count, ratio, size
 
 if TYPE_CHECKING:
     from mfx.explanation import ExplainedChain, Explanation
@@ -121,8 +121,7 @@ def groups(explanation: Explanation) -> list[RejectedGroup]:
 
 
 def _bytes(name: str, plain: int, kept: int, recomputed: str) -> tuple[str, ...]:
-    ratio = f"{kept / plain:.2f}×" if plain else ""
-    return name, size(plain), size(kept), ratio, recomputed
+    return name, size(plain), size(kept), ratio(kept, plain), recomputed
 
 
 def _weights(weights: Sequence[float]) -> str:

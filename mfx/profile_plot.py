@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mfx.profiled import Profile, Row, in_bytes
+from mfx.profiled import Profile, Row
+from mfx.units import size
 from mfx_passes import MfxError
 
 if TYPE_CHECKING:
@@ -50,6 +51,6 @@ def plot(profile: Profile, path: str | Path | None = None) -> Figure:
 
 
 def _draw(axes: Axes, row: Row, colour: str) -> None:
-    where, live = [x for x, _ in row.timeline], [size / _MEBIBYTE for _, size in row.timeline]
-    axes.plot(where, live, color=colour, linewidth=1.8, label=f"{row.name}: peak {in_bytes(row.peak_bytes)}")
+    where, live = [x for x, _ in row.timeline], [alive / _MEBIBYTE for _, alive in row.timeline]
+    axes.plot(where, live, color=colour, linewidth=1.8, label=f"{row.name}: peak {size(row.peak_bytes)}")
     axes.plot([row.forward_ends], [row.kept_bytes / _MEBIBYTE], "o", color=colour, markersize=5)

@@ -15,6 +15,7 @@ from mfx.momentum import Momentum
 from mfx.momentumize import momentumize
 from mfx.net import forward_of, listed
 from mfx.profile_state import apart, as_momentumized, copies
+from mfx.units import count
 from mfx_passes import MfxError
 
 __all__ = ["Against", "Variant", "Way", "variants_of"]
@@ -118,7 +119,7 @@ def _checkpointed(name: str, net: nn.Module, calls: Iterable[tuple[str, Momentum
         called = list(checkpointed.called)
         if not called:
             return "no block that could be wrapped was found, so this is the model as it is"
-        return f"torch.utils.checkpoint around {_count(len(called), 'module')}: {listed(called)}"
+        return f"torch.utils.checkpoint around {count(len(called), 'module')}: {listed(called)}"
 
     return Variant(name, net, net, note, checkpointed.called)
 
@@ -130,7 +131,7 @@ def _described(net: nn.Module) -> str:
     steps = sum(len(call.graphs.steps) for call in calls)
     gammas = ", ".join(sorted({f"{call.gamma.value:g}" for call in calls}))
     arithmetics = ", ".join(sorted({call.arithmetic for call in calls}))
-    return f"{_count(len(calls), 'chain')} of {_count(steps, 'step')}; gamma {gammas}, {arithmetics} arithmetic"
+    return f"{count(len(calls), 'chain')} of {count(steps, 'step')}; gamma {gammas}, {arithmetics} arithmetic"
 
 
 def _calls_of(net: nn.Module) -> list[tuple[str, Momentum]]:
@@ -148,7 +149,3 @@ def _walk(net: nn.Module, path: str) -> Iterator[tuple[str, Momentum]]:
             yield from ((paths[part.net], call) for call in (part.active.calls.values() if part.active else ()))
     elif forward.active is not None:
         yield from ((path, call) for call in forward.active.calls.values())
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}{'' if number == 1 else 's'}"

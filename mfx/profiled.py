@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mfx.units import amount, duration, ratio, size
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -108,41 +110,16 @@ class Profile:
         first = self.rows[0]
         return (
             row.name,
-            *(in_bytes(row.kept_bytes), _ratio(row.kept_bytes, first.kept_bytes)),
-            *(in_bytes(row.peak_bytes), _ratio(row.peak_bytes, first.peak_bytes)),
-            *(_in_seconds(row.seconds), _ratio(row.seconds, first.seconds)),
-            *(_in_flops(row.flops), _ratio(row.flops, first.flops)),
+            *(size(row.kept_bytes), ratio(row.kept_bytes, first.kept_bytes)),
+            *(size(row.peak_bytes), ratio(row.peak_bytes, first.peak_bytes)),
+            *(duration(row.seconds), ratio(row.seconds, first.seconds)),
+            *(amount(row.flops, "FLOP"), ratio(row.flops, first.flops)),
         )
 
     def _notes(self) -> list[tuple[str, str]]:
         """What is to be said of single variants."""
         skipped = [(name, f"not measured: {reason}") for name, reason in self.skipped]
         return [*((row.name, row.note) for row in self.rows if row.note), *skipped]
-
-
-def in_bytes(number: float) -> str:
-    """A number of bytes for a reader."""
-    return _scaled(number, 1024, ("B", "KiB", "MiB", "GiB", "TiB"))
-
-
-def _in_seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
-
-
-def _in_flops(number: float) -> str:
-    return _scaled(number, 1000, ("", "K", "M", "G", "T", "P"))
-
-
-def _scaled(number: float, step: int, units: tuple[str, ...]) -> str:
-    for unit in units[:-1]:
-        if number < step:
-            return f"{number:.0f} {unit}" if unit == units[0] else f"{number:.1f} {unit}"
-        number /= step
-    return f"{number:.1f} {units[-1]}"
-
-
-def _ratio(value: float, first: float) -> str:
-    return f"{value / first:.2f}x" if first else "-"
 
 
 def _aligned(rows: list[tuple[str, ...]]) -> list[str]:

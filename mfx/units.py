@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["amount", "count", "size"]
+__all__ = ["amount", "count", "duration", "ratio", "size"]
 
 
 def size(number: float) -> str:
@@ -38,3 +38,21 @@ def count(number: int, noun: str) -> str:
     ('1 step', '3 steps')
     """
     return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Time.
+
+    >>> duration(0.05), duration(2.5)
+    ('50.0 ms', '2.50 s')
+    """
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def ratio(value: float, first: float) -> str:
+    """How many times as much, ``"–"`` if there is nothing to compare with.
+
+    >>> ratio(3, 4), ratio(3, 0)
+    ('0.75×', '–')
+    """
+    return f"{value / first:.2f}×" if first else "–"

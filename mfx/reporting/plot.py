@@ -12,7 +12,7 @@ from mfx.units import size
 __all__ = ["legend", "lines"]
 
 _WIDTH, _HEIGHT = 480.0, 280.0
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58.0, 18.0, 10.0, 40.0
+_LEFT, _RIGHT, _TOP, _BOTTOM = 80.0, 18.0, 10.0, 40.0
 _WAYS = 6  # colours
 
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from mfx.profiled import Profile, Row
 from mfx.reporting.markup import Markup, element, joined
 from mfx.reporting.plot import legend, lines
-from mfx.units import amount, count, size
+from mfx.units import amount, count, duration, ratio, size
 
 __all__ = ["chains", "code", "memory", "rejections", "summary"]
 
@@ -29,7 +30,7 @@ def summary(found: Mapping[str, Any], profile: Profile | None) -> Markup:
         _card(str(len(found["rejections"])), f"{left} left alone"),
     ]
     cards += [
-        _card(_ratio(value, first), f"{what}, relative to plain training")
+        _card(ratio(value, first), f"{what}, relative to plain training")
         for what, value, first in _effects(found, profile)
     ]
     return element("div", *cards, class_="cards")
@@ -119,9 +120,14 @@ def _card(number: str, about: str) -> Markup:
 
 def _measured(row: Row, first: Row) -> tuple[str, ...]:
     cells = [row.name]
-    for name, shown in (("kept_bytes", size), ("peak_bytes", size), ("seconds", _seconds), ("flops", _flops)):
+    for name, shown in (
+        ("kept_bytes", size),
+        ("peak_bytes", size),
+        ("seconds", duration),
+        ("flops", partial(amount, unit="FLOP")),
+    ):
         value = getattr(row, name)
-        cells.append(f"{shown(value)} · {_ratio(value, getattr(first, name))}")
+        cells.append(f"{shown(value)} · {ratio(value, getattr(first, name))}")
     return tuple(cells)
 
 
@@ -176,15 +182,3 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int) 
 
     body = element("tbody", *(cells("td", row) for row in rows))
     return element("div", element("table", element("thead", cells("th", head)), body), class_="wide")
-
-
-def _ratio(value: float, first: float) -> str:
-    return f"{value / first:.2f}×" if first else _NOTHING
-
-
-def _seconds(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
-
-
-def _flops(number: float) -> str:
-    return amount(number, "FLOP")

@@ -29,8 +29,8 @@ def test_the_table_has_a_line_per_variant_with_ratios_to_the_first(found):
     assert lines[0] == "Net, one training step on cpu; ratios are to plain"
     header, plain, mine = lines[2:5]
     assert header.split() == ["variant", "kept", "peak", "time", "FLOPs"]
-    assert " ".join(plain.split()) == "plain 4.0 GiB 1.00x 5.0 GiB 1.00x 2.50 s 1.00x 3.0 T 1.00x"
-    assert " ".join(mine.split()) == "<mine> 1.0 KiB 0.00x 1.5 KiB 0.00x 50.0 ms 0.02x 4.0 T 1.33x"
+    assert " ".join(plain.split()) == "plain 4.0 GiB 1.00× 5.0 GiB 1.00× 2.50 s 1.00× 3 TFLOP 1.00×"
+    assert " ".join(mine.split()) == "<mine> 1.0 KiB 0.00× 1.5 KiB 0.00× 50.0 ms 0.02× 4 TFLOP 1.33×"
     assert max(map(len, lines)) <= 100
     assert lines[-1] == "checkpoint: not measured: CheckpointError: other sizes"
     assert str(found) == found.table()
@@ -38,7 +38,7 @@ def test_the_table_has_a_line_per_variant_with_ratios_to_the_first(found):
 
 def test_a_first_variant_that_keeps_nothing_has_no_ratios():
     found = mfx.Profile("Net", "cpu", 1, (row("nothing", 0, 0, 0.1, 0),))
-    assert " ".join(found.table().splitlines()[3].split()) == "nothing 0 B - 0 B - 100.0 ms 1.00x 0 -"
+    assert " ".join(found.table().splitlines()[3].split()) == "nothing 0 B – 0 B – 100.0 ms 1.00× 0 FLOP –"
 
 
 def test_as_data_it_survives_json(found):

@@ -145,6 +145,15 @@ def test_the_scale_reaches_the_peak_in_a_few_round_steps(peak: int) -> None:
     assert top <= 2 * max(peak, 1) or len(ticks) == 2
 
 
+@pytest.mark.parametrize("peak", [7, 1024, 240 * 2**10, 1000 * 2**20, 10**15])
+def test_the_labels_of_the_scale_are_not_cut_off(peak: int) -> None:
+    """DejaVu Sans, the widest of the usual fonts, needs 65 units for "1000.0 KiB" at size 12, below 0.6 em a letter."""
+    row = Row("plain", peak, peak, 1.0, 10, ((0.0, 0), (1.0, peak)), 1.0)
+    labels = [e for e in ElementTree.fromstring(lines([row])).findall("text") if e.attrib["text-anchor"] == "end"]
+    assert len(labels) >= 2
+    assert all(0.6 * 12 * len(label.text or "") <= float(label.attrib["x"]) for label in labels)
+
+
 def test_without_inputs_there_is_no_measurement(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for words, reason in (
         ([], "no inputs were given (--input)."),
