@@ -18,9 +18,8 @@ from tests.mfx.engine.chains import block, error, gradients, make_root, make_ste
 
 DEPTH = 6
 EVERY_PLAN = [
-    ChainPlan(frozenset(kept), from_inputs)
-    for from_inputs in (False, True)
-    for kept in [(5,), (0,), (0, 1, 5), (2,), (1, 3, 5), (0, 2, 3), (0, 1, 2, 3, 4)]
+    *(ChainPlan(frozenset(kept), False) for kept in [(5,), (0, 1, 5), (1, 3, 5), (0, 2, 3), (0, 1, 2, 3, 4)]),
+    *(ChainPlan(frozenset(kept), True) for kept in [(0, 5), (1, 2, 4)]),
 ]
 HOW = [
     {"gamma": 0.9},
@@ -216,7 +215,7 @@ def bytes_of(cost, plan):
     return kept + cost.states[again[-1] + 1] + sum(cost.steps[i].value for i in passed)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(chain_costs(), min_size=1, max_size=4))
 def test_plans_grow_with_the_budget_and_keep_within_it(costs):
     plans = [make_plan(costs, fraction=b / 10) for b in range(11)]
