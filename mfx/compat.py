@@ -198,11 +198,17 @@ def fake_mode() -> Iterator[Any]:
     """
     from torch._subclasses.fake_tensor import FakeTensorMode
 
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, unlogged():
+        yield mode
+
+
+@contextmanager
+def unlogged() -> Iterator[None]:
+    """Within this context, what fails on tensors without values is an exception alone, and no lines on stderr, too."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, log.disabled = log.disabled, True
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            yield mode
+        yield
     finally:
         log.disabled = disabled
 

@@ -19,7 +19,7 @@ from mfx.net import RewrittenForward
 from mfx.probe import shadow_of, undivided
 from mfx.rehearsal import Observer, Rehearsed
 
-__all__ = ["Estimate", "Subject", "Usage", "estimate", "of_entry", "of_graph_module"]
+__all__ = ["Estimate", "Subject", "Usage", "estimate", "of_entry", "of_module"]
 
 
 @dataclass(frozen=True)
@@ -96,27 +96,37 @@ def estimate(
 
 def of_entry(forward: RewrittenForward, entry: Entry) -> Subject:
     """A net, by one of its rewritten graphs."""
+    inner = _calls_in(forward.net)  # of momentum nets that the user put into the model
 
     def run(net: nn.Module, calls: Mapping[str, Momentum], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        _put(net, {path: calls[f"{path}()"] for path in inner})
         own = copy.copy(entry)
-        own.calls = dict(calls)
+        own.calls = {name: calls[name] for name in entry.calls}
         if entry.captured.frame is not None:
             return own.call(net, args, kwargs)
         return own.run(net, bind(net, forward.__signature__, args, kwargs))
 
-    return Subject(forward.net, entry.calls, run)
+    return Subject(forward.net, {**{f"{path}()": call for path, call in inner.items()}, **entry.calls}, run)
 
 
-def of_graph_module(module: nn.Module) -> Subject:
-    """A graph module that was rewritten."""
-    calls = {path: inner for path, inner in module.named_modules() if isinstance(inner, Momentum)}
+def of_module(module: nn.Module) -> Subject:
+    """A module that holds its momentum calls: a graph module that was rewritten, a momentum net."""
 
     def run(net: nn.Module, calls: Mapping[str, Momentum], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        for path, call in calls.items():
-            net.set_submodule(path, call)
+        _put(net, calls)
         return net(*args, **kwargs)
 
-    return Subject(module, calls, run)
+    return Subject(module, _calls_in(module), run)
+
+
+def _calls_in(net: nn.Module) -> dict[str, Momentum]:
+    """The momentum calls that are modules in a net, by path."""
+    return {path: inner for path, inner in net.named_modules() if isinstance(inner, Momentum)}
+
+
+def _put(net: nn.Module, calls: Mapping[str, Momentum]) -> None:
+    for path, call in calls.items():
+        net.set_submodule(path, call)
 
 
 class _Stage:
@@ -142,7 +152,7 @@ class _Stage:
         observer = self._observer
         hooks = [tensor.register_post_accumulate_grad_hook(observer.leave_out_grad) for tensor in self._trained]
         try:
-            with self._mode, torch.enable_grad(), observer:
+            with compat.unlogged(), self._mode, torch.enable_grad(), observer:
                 output = self._run(self._net, self._calls, self._args, self._kwargs)
                 kept, chains = observer.live, [call.chain for call in self._calls.values()]
                 in_chains = {chain: observer.live_in(chain) for chain in chains}
@@ -157,7 +167,7 @@ class _Stage:
 
     def held(self, keys: tuple[str, ...]) -> dict[str, int]:
         """What is freed when the output is left without these entries, one after the other."""
-        with self._mode, torch.enable_grad(), self._observer:
+        with compat.unlogged(), self._mode, torch.enable_grad(), self._observer:
             output = dict(self._run(self._net, self._calls, self._args, self._kwargs))
             freed = {}
             for key in keys:

@@ -13,12 +13,12 @@ from mfx.advice import OPTIONAL_OUTPUTS
 from mfx.capture import CaptureError
 from mfx.compiled_graphs import compiled_model, found_for, named_graphs
 from mfx.entry import Entry
-from mfx.estimate import Estimate, Subject, estimate, of_entry, of_graph_module
+from mfx.estimate import Estimate, Subject, estimate, of_entry, of_module
 from mfx.explained_storage import ExplainedStorage, explain_storage
 from mfx.explanation import ChainMemory, ExplainedChain, ExplainedStep, Explanation
 from mfx.momentum import Momentum, Stream
 from mfx.momentumize import graphs
-from mfx.momentumnet import MomentumNet
+from mfx.momentumnet import MomentumNet, check_state
 from mfx.net import RewrittenForward, described, forward_of, net_of
 from mfx.options import check_options
 from mfx.streams import streams_of
@@ -36,14 +36,15 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
 
     Args:
         model: a model, or a net that `mfx.momentumize` returned, or ``torch.compile(model, backend="mfx")`` after a
-            call. For a model: what momentumize would do by default.
+            call, or a `mfx.MomentumNet`. For a model: what momentumize would do by default.
         *args: inputs, as for a call of the model; they are not computed with, and may be on the meta device, as the
             model may. With inputs, shapes are checked too, and what a training step takes with mfx and without is
             predicted; else only what the chains keep for the backward pass is known, if the net was called before.
         **kwargs: inputs by name.
 
     Raises:
-        MfxError: the model cannot be captured.
+        MfxError: ``model`` is no module, or cannot be captured.
+        TypeError: its forward takes other arguments.
     """
     if not isinstance(model, nn.Module):
         raise MfxError(f"explain takes a torch.nn.Module, not {described(model)}.")
@@ -54,8 +55,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     if isinstance(model, fx.GraphModule) and calls:
         return _explain_graph_module(model, calls, args, kwargs)
     if isinstance(model, MomentumNet):
-        at_start = {model.chain.chain: (tuple(args[0].shape), args[0].dtype)} if args else {}
-        return _Found(type(model).__name__, [model.chain], Findings(), {}, (), at_start).explained()
+        return _explain_momentum_net(model, args, kwargs)
     forward = forward_of(model)
     if forward is None:
         forward = RewrittenForward(net_of(model), check_options())
@@ -101,7 +101,17 @@ def _explain_graph_module(
     """A graph module that was rewritten already: its chains are gone from the graph, and lie in the calls."""
     findings = find_chains(copy_graph(module.graph), dict(module.named_modules()))
     found = _Found(type(module).__name__, calls, findings, graphs(module), (), {})
-    return found.explained(*_predict(of_graph_module(module), args, kwargs))
+    return found.explained(*_predict(of_module(module), args, kwargs))
+
+
+def _explain_momentum_net(net: MomentumNet, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Explanation:
+    streams = {}
+    if args or kwargs:
+        x: Any = args[0] if args else kwargs.get("x")
+        check_state(x)
+        streams[net.chain.chain] = tuple(x.shape), x.dtype
+    found = _Found(type(net).__name__, [net.chain], Findings(), {}, (), streams)
+    return found.explained(*_predict(of_module(net), args, kwargs))
 
 
 def _predict(subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Estimate | None, str]:

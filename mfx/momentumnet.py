@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.fx import Node
+from torch.fx import Node, Proxy
 
 from mfx.checkpoints import note_gamma
 from mfx.gamma import Gamma
@@ -67,6 +67,7 @@ class MomentumNet(nn.Module):
     ) -> None:
         super().__init__()
         modules = _checked(functions)
+        check_flags(init_speed=init_speed, use_backprop=use_backprop, is_residual=is_residual)
         if init_speed and not isinstance(init_function, nn.Module):
             raise MfxError(f"init_speed=True needs a module as init_function, not {described(init_function)}.")
         options = check_options(
@@ -77,9 +78,9 @@ class MomentumNet(nn.Module):
             self.network.add_module(name, module)
         if init_function is not None:
             self.network.add_module("init", init_function)
-        self.use_backprop = bool(use_backprop)
-        self.init_speed = bool(init_speed)
-        self.is_residual = bool(is_residual)
+        self.use_backprop = use_backprop
+        self.init_speed = init_speed
+        self.is_residual = is_residual
         self.chain = Momentum(
             _graphs(type(self).__name__, list(modules), "residual" if is_residual else "map"),
             gamma=options.gamma_of(""),
@@ -101,9 +102,7 @@ class MomentumNet(nn.Module):
         Raises:
             MfxError: x is not floating-point, or what a function gave does not fit it.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            what = str(x.dtype) if isinstance(x, Tensor) else f"a {type(x).__name__}"
-            raise MfxError(f"a MomentumNet runs on a floating-point tensor x, not on {what}.")
+        check_state(x)
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
             from mfx.momentumnet_outside import run_outside  # imports TorchDynamo, which takes a second
 
@@ -175,6 +174,34 @@ def _checked(functions: Any) -> dict[str, nn.Module]:
         if not isinstance(module, nn.Module):
             raise MfxError(f"functions[{number}] is {described(module)}, not a torch.nn.Module.")
     return modules
+
+
+def check_state(x: Any) -> None:
+    """Check that a momentum net can run on a value.
+
+    Raises:
+        MfxError: it is no floating-point tensor.
+    """
+    if isinstance(x, Proxy):
+        raise MfxError(
+            "a MomentumNet consists of momentum steps already, so there is no graph of it to rewrite, to draw or to "
+            "profile against others. A model that contains it can be traced and momentumized; mfx.explain(net, x) says "
+            "what the net keeps, and mfx.profile(net, x, against={'kept': other, 'rebuilt': net}) compares nets."
+        )
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        what = str(x.dtype) if isinstance(x, Tensor) else described(x)
+        raise MfxError(f"a MomentumNet runs on a floating-point tensor x, not on {what}.")
+
+
+def check_flags(**flags: Any) -> None:
+    """Check that arguments are True or False.
+
+    Raises:
+        MfxError: one is not.
+    """
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise MfxError(f"{name}={flag!r}: must be True or False.")
 
 
 def _number(gamma: Any) -> float:

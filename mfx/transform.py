@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from mfx.gammas import gammas_of
 from mfx.momentumize import rewritten
+from mfx.momentumnet import check_flags
 from mfx.net import described, forward_of
 from mfx.options import Options, check_options
 from mfx.transform_layers import Layer, check_layer
@@ -59,10 +60,7 @@ def transform_to_momentumnet(
     """
     if not isinstance(model, nn.Module):
         raise MfxError(f"transform_to_momentumnet takes a torch.nn.Module, not {described(model)}.")
-    flags = {"use_backprop": use_backprop, "is_residual": is_residual, "keep_first_layer": keep_first_layer}
-    for name, flag in flags.items():
-        if not isinstance(flag, bool):
-            raise MfxError(f"{name}={flag!r}: must be True or False.")
+    check_flags(use_backprop=use_backprop, is_residual=is_residual, keep_first_layer=keep_first_layer)
     budget = 1.0 if use_backprop else 0.0
     options = check_options(gamma=gamma, memory_budget=budget, arithmetic=arithmetic, verify=verify, capture="auto")
     if sub_layers is None:
@@ -82,6 +80,8 @@ def transform_to_momentumnet(
 
 
 def _paths(sub_layers: Any) -> tuple[str, ...]:
+    if not isinstance(sub_layers, Iterable):
+        raise MfxError(f"sub_layers={sub_layers!r}: must be the path of a layer, such as 'encoder.layers', or several.")
     paths = (sub_layers,) if isinstance(sub_layers, str) else tuple(sub_layers)
     if not paths:
         raise MfxError("sub_layers is empty, so nothing would be transformed; leave it out to have chains looked for.")

@@ -1,6 +1,7 @@
 """What explain predicts that a training step takes, against a training step."""
 
 import json
+import logging
 
 import pytest
 import torch
@@ -270,3 +271,36 @@ def test_a_notebook_shows_what_a_terminal_does():
         assert "".join(f"<td>{cell}</td>" for cell in row) in page
         assert all(cell in text for cell in row)
     assert all(advice in page for advice in explanation.advice)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"arithmetic": "float"}, {"use_backprop": True}, {"is_residual": False}], ids=str
+)
+def test_a_momentum_nets_memory_by_itself_and_in_a_model(options):
+    """Plain training is that of the residual network; a model that contains the net is left as it is."""
+    torch.manual_seed(0)
+    functions = [nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)) for _ in range(8)]
+    net, x = mfx.MomentumNet(functions, **{"use_backprop": False, **options}), torch.randn(64, 8)
+    alone = mfx.explain(net, x=x)
+    plain = mfx.MomentumNet(functions, 0.0, is_residual=net.is_residual)
+    assert (alone.estimate.plain.kept, alone.estimate.plain.peak) == measured(plain, (x,), {})
+    inside = mfx.explain(nn.Sequential(net), x)
+    for explanation in (alone, inside):
+        kept, peak = measured(net, (x,), {})
+        assert 0 <= kept - explanation.estimate.momentum.kept <= CHECKSUM * len(functions) < 0.05 * kept
+        assert 0 <= peak - explanation.estimate.momentum.peak <= CHECKSUM * len(functions)
+    assert inside.chains == ()
+    with pytest.raises(mfx.MfxError, match="floating-point tensor x, not on a NoneType"):
+        mfx.explain(net, None)
+
+
+def test_what_fails_without_values_is_said_once(caplog):
+    log = logging.getLogger("torch._subclasses.fake_tensor")  # which hands nothing on to the root
+    log.addHandler(caplog.handler)
+    try:
+        explanation = mfx.explain(Stack(), torch.randn(2, 3))
+    finally:
+        log.removeHandler(caplog.handler)
+    assert explanation.unpredicted.startswith("RuntimeError: ")
+    assert f"memory could not be predicted: {explanation.unpredicted}"[:60] in str(explanation)
+    assert not caplog.records

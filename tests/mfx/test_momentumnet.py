@@ -235,6 +235,8 @@ def test_compiled_and_exported():
         ({"functions": [torch.tanh]}, r"functions\[0\] is a builtin_function_or_method, not a torch.nn.Module"),
         ({"init_speed": True}, "init_speed=True needs a module as init_function"),
         ({"arithmetic": "fixed"}, "arithmetic='fixed'"),
+        ({"use_backprop": "no"}, "use_backprop='no': must be True or False"),
+        ({"is_residual": None}, "is_residual=None: must be True or False"),
     ],
 )
 def test_bad_arguments(arguments, message):
@@ -248,3 +250,11 @@ def test_bad_inputs():
         net(torch.ones(2, WIDTH, dtype=torch.int64))
     with pytest.raises(mfx.MfxError, match="floating-point tensor x, not on a list"):
         net([1.0])
+
+
+@pytest.mark.parametrize(
+    "look", [mfx.momentumize, mfx.trace, mfx.draw, mfx.transform_to_momentumnet, torch.fx.symbolic_trace]
+)
+def test_a_momentum_net_by_itself_has_no_graph(look):
+    with pytest.raises(mfx.MfxError, match=r"consists of momentum steps already.*model that contains it"):
+        look(mfx.MomentumNet(functions(2)))
