@@ -25,7 +25,11 @@ def bind(model: nn.Module, signature: inspect.Signature, args: Any, kwargs: Any)
         TypeError: they do not fit the signature.
         CaptureError: one of them has no name.
     """
-    bound = signature.bind(*args, **kwargs)
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        takes = ", ".join(map(_short, signature.parameters.values()))
+        raise TypeError(f"{type(model).__name__}.forward: {error}; it takes ({takes})") from None
     bound.apply_defaults()
     arguments = dict(bound.arguments)
     for name, parameter in signature.parameters.items():
@@ -89,6 +93,11 @@ def _frozen(model: nn.Module, name: str, value: Any) -> Hashable:
         f"{type(model).__name__}.forward got a {what} as {name}. A graph can be captured for tensors, and for numbers, "
         "strings, None and lists, tuples and dicts of these: give every tensor an argument of its own."
     )
+
+
+def _short(parameter: inspect.Parameter) -> str:
+    """A parameter without its annotation."""
+    return str(parameter.replace(annotation=parameter.empty))
 
 
 def _nameless(model: nn.Module, name: str) -> str:

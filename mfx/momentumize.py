@@ -151,6 +151,8 @@ def original(net: nn.Module) -> Iterator[nn.Module]:
     Raises:
         MfxError: there is no momentumized net in it.
     """
+    if not isinstance(net, nn.Module):
+        raise MfxError(f"original takes a momentumized net, not {described(net)}.")
     forwards = [forward for module in net.modules() if (forward := forward_of(module))]
     if not forwards:
         raise MfxError(f"{type(net).__name__} has not been momentumized, so there is no other function to go back to.")
@@ -176,6 +178,8 @@ def graphs(net: nn.Module) -> dict[str, fx.GraphModule]:
     Raises:
         MfxError: the net has not been momentumized.
     """
+    if not isinstance(net, nn.Module):
+        raise MfxError(f"graphs takes a momentumized net, not {described(net)}.")
     model = compiled_model(net)
     if model is not None:
         return named_graphs(model) if forward_of(model) is None else graphs(model)

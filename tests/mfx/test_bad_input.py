@@ -84,6 +84,24 @@ def test_not_a_module(function, wrong, name):
         function(wrong)
 
 
+@pytest.mark.parametrize("wrong, name", [(Stack, "the class Stack"), (7, "a int"), (None, "a NoneType")])
+def test_not_a_net(wrong, name):
+    with pytest.raises(mfx.MfxError, match=rf"graphs takes a momentumized net, not {name}\."):
+        mfx.graphs(wrong)
+    with pytest.raises(mfx.MfxError, match=rf"original takes a momentumized net, not {name}\."), mfx.original(wrong):
+        pass
+
+
+def test_a_call_with_other_arguments_than_forward_takes():
+    """A TypeError, as for any function, that names the function."""
+    net = mfx.momentumize(Stack())
+    for call in (net, partial(mfx.explain, Stack()), partial(mfx.profile, net)):
+        with pytest.raises(TypeError, match=r"Stack.forward: missing a required argument: 'x'; it takes \(x\)"):
+            call(y=inputs())
+        with pytest.raises(TypeError, match=r"Stack.forward: too many positional arguments; it takes \(x\)"):
+            call(inputs(), inputs())
+
+
 @pytest.mark.parametrize(
     "wrap, message",
     [
