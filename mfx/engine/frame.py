@@ -21,6 +21,7 @@ from mfx_passes.errors import MfxError
 __all__ = ["Frame", "Handle", "KeptStep", "Rebuilt"]
 
 Branch = Callable[..., tuple[Any, ...]]
+_Packed = tuple["weakref.ref[Handle]", torch.Size, torch.dtype]
 
 
 class Handle:
@@ -40,11 +41,12 @@ class Rebuilt:
 
     def __init__(self) -> None:
         self._task = NO_TASK
-        self._provided: list[list[weakref.ref[Handle]]] = []
+        self._provided: list[list[_Packed]] = []
 
-    def provide(self, handle: Handle, rebuild: Callable[[], None]) -> Tensor:
+    def provide(self, rebuild: Callable[[], None], handle: Handle) -> Tensor:
         """The tensor behind ``handle``, after ``rebuild`` if it is not there."""
-        self._enter(current_task())
+        if (task := current_task()) != self._task:
+            self._enter(task)
         if handle.tensor is None:
             rebuild()
         tensor = handle.tensor
@@ -53,20 +55,18 @@ class Rebuilt:
             self.clear()
         return tensor
 
-    def note(self, handles: list[weakref.ref[Handle]]) -> None:
-        """These handles have tensors now."""
-        self._provided.append(handles)
+    def note(self, packed: list[_Packed]) -> None:
+        """The handles of these have tensors now."""
+        self._provided.append(packed)
 
     def clear(self) -> None:
         """Forget the tensors; handles that are asked for again are rebuilt again."""
-        for reference in chain.from_iterable(self._provided):
+        for reference, _, _ in chain.from_iterable(self._provided):
             if (handle := reference()) is not None:
                 handle.tensor = None
         self._provided.clear()
 
     def _enter(self, task: int) -> None:
-        if task == self._task:
-            return
         # Nothing rebuilt in another pass may serve here: parameters may have changed between, which the rebuild checks.
         self.clear()
         self._task = task
@@ -96,8 +96,7 @@ class Frame:
     ) -> None:
         self._where, self._path, self._call, self._root = where, path, call, root
         self._captures, self._values, self._world = captures, values, world
-        self._handles: list[weakref.ref[Handle]] = []
-        self._packed: list[tuple[torch.Size, torch.dtype]] = []
+        self._packed: list[_Packed] = []
         self._requires_grad = False
         self.live: Tensor | None = None  # the input, while the forward is still running
 
@@ -109,7 +108,8 @@ class Frame:
     def run(self, x: Tensor, values: Sequence[Any], unpack: Callable[[Handle], Tensor]) -> tuple[Any, ...]:
         """Run the step, under hooks whose handles ``unpack`` will be asked about."""
         self._requires_grad, self.live = x.requires_grad, x.detach()
-        with saved_tensors_hooks(self._pack, unpack):
+        pack = self._pack if measure() is None else self._pack_measured
+        with saved_tensors_hooks(pack, unpack):
             outputs = self._first_run(x, values)
         self.live = None
         self._world.settle()
@@ -133,8 +133,8 @@ class Frame:
             MfxError: if it does not save the same number of tensors, of the same shapes and dtypes.
         """
         unfinished = self.live is not None  # autograd is used inside the branch, while it is still running
-        again = _Again(self._handles, self._packed)
-        rebuilt.note(self._handles)
+        again = _Again(self._packed)
+        rebuilt.note(self._packed)
         values = self._values.get()
         with torch.enable_grad(), self._world.again(), saved_tensors_hooks(again.pack, _as_is):
             # As in the forward pass, the input is no leaf: autocast caches what it casts of leaves. (view_as would
@@ -147,12 +147,14 @@ class Frame:
         return y
 
     def _pack(self, tensor: Tensor) -> Handle:
+        handle = Handle()
+        self._packed.append((weakref.ref(handle), tensor.shape, tensor.dtype))
+        return handle
+
+    def _pack_measured(self, tensor: Tensor) -> Handle:
         if (step := measure()) is not None:
             step.saw(tensor)
-        handle = Handle()
-        self._handles.append(weakref.ref(handle))
-        self._packed.append((tensor.shape, tensor.dtype))
-        return handle
+        return self._pack(tensor)
 
     def _complaint(self, again: _Again) -> str:
         what = again.wrong or f"saved {again.count} tensors, {len(self._packed)} in the forward pass"
@@ -184,8 +186,10 @@ class KeptStep:
 class _Again:
     """The hooks of a second run: hand over to live handles, in order, and check."""
 
-    def __init__(self, handles: list[weakref.ref[Handle]], packed: list[tuple[torch.Size, torch.dtype]]) -> None:
-        self._handles, self._packed = handles, packed
+    __slots__ = ("_packed", "count", "wrong")
+
+    def __init__(self, packed: list[_Packed]) -> None:
+        self._packed = packed
         self.count = 0
         self.wrong: str | None = None
 
@@ -193,14 +197,13 @@ class _Again:
         index, self.count = self.count, self.count + 1
         tensor = tensor.detach()
         if index < len(self._packed) and self.wrong is None:
-            (shape, dtype), found = self._packed[index], (tensor.shape, tensor.dtype)
-            if found != (shape, dtype):
+            reference, shape, dtype = self._packed[index]
+            if tensor.dtype is not dtype or tensor.shape != shape:
                 self.wrong = (
                     f"saved a tensor of shape {tuple(tensor.shape)}, {tensor.dtype}, as number {index}, "
                     f"{tuple(shape)}, {dtype} in the forward pass"
                 )
-            handle = self._handles[index]()
-            if handle is not None:
+            if (handle := reference()) is not None:
                 handle.tensor = tensor
         # Kept by the second run's own graph too, which dies with the run: a branch may use autograd itself.
         return tensor

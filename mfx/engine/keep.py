@@ -84,6 +84,8 @@ class Captures:
 
     def get(self) -> tuple[Any, ...]:
         """The values, with tensors detached from the graph and the same ``requires_grad`` as in the forward pass."""
+        if not self._leaves:
+            return tuple(self._later)
         leaves = list(self._leaves)
         tensors = self._kept.get() if self._kept is not None else ()
         for place, tensor, requires_grad in zip(self._places, tensors, self._requires_grad, strict=True):

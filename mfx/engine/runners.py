@@ -134,7 +134,7 @@ class FromInputs(_Recomputing, Runner):
             return self._run_kept(step, x)
         frame = self._frame(index, step)
         source = StoredInput(frame, x, self._rebuilt, f"{self._name}: the input of step {step.path}")
-        return self._run_frame(frame, step, x, source.unpack)
+        return self._run_frame(frame, step, x, source.unpacker())
 
     def _make_frame(self, step: StepFunction, *args: Any) -> Frame:
         if self._verify is None:

@@ -74,15 +74,17 @@ def inside_kept_step() -> Iterator[None]:
         _scope.keeps = before
 
 
-@contextmanager
-def inside_recomputation() -> Iterator[None]:
+class inside_recomputation:  # noqa: N801
     """Everything inside is a second run, of a recorded chain."""
-    before = _scope.recorded, _scope.keeps, _scope.recomputing
-    _scope.recorded, _scope.keeps, _scope.recomputing = True, False, True
-    try:
-        yield
-    finally:
-        _scope.recorded, _scope.keeps, _scope.recomputing = before
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        self._before = _scope.recorded, _scope.keeps, _scope.recomputing
+        _scope.recorded, _scope.keeps, _scope.recomputing = True, False, True
+
+    def __exit__(self, *raised: object) -> None:
+        _scope.recorded, _scope.keeps, _scope.recomputing = self._before
 
 
 @contextmanager

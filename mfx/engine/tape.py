@@ -27,9 +27,9 @@ class StoredInput:
         self._frame, self._rebuilt = frame, rebuilt
         self._x = Kept([x], what)
 
-    def unpack(self, handle: Handle) -> Tensor:
-        """The tensor that ``handle`` stands for."""
-        return self._rebuilt.provide(handle, self._rebuild)
+    def unpacker(self) -> Callable[[Handle], Tensor]:
+        """What gives the tensor that a handle stands for."""
+        return partial(self._rebuilt.provide, self._rebuild)
 
     def _rebuild(self) -> None:
         self._rebuilt.clear()
@@ -75,7 +75,7 @@ class Tape:
     def add(self, frame: Frame, kind: str, gamma: Gamma) -> Callable[[Handle], Tensor]:
         """Take in the next step; returns what unpacks its handles."""
         self._steps.append((frame, kind, gamma))
-        return partial(self._unpack, len(self._steps) - 1)
+        return partial(self._rebuilt.provide, partial(self._rebuild, len(self._steps) - 1))
 
     def pass_by(self, step: KeptStep, kind: str, gamma: Gamma) -> None:
         """Take in the next step, which does not run again."""
@@ -94,9 +94,6 @@ class Tape:
             # may not even be alive by then.
             tensors, thaw = state.freeze()
             self._stored[len(self._steps)] = _Stored(lambda: tensors, thaw)
-
-    def _unpack(self, index: int, handle: Handle) -> Tensor:
-        return self._rebuilt.provide(handle, partial(self._rebuild, index))
 
     def _rebuild(self, index: int) -> None:
         frame = self._steps[index][0]
