@@ -2,9 +2,10 @@
 
     python examples/benchmarks/compiled.py --quick
 
-Vision transformers (torchvision's) of different depths under Inductor. Compile times: a process of its own for each,
-with an empty cache, from the first call to the end of the first backward pass, less a later step. Steps: all methods
-take turns in one process, one thread, medians. Bytes: what the forward pass allocates and leaves, by torch's profiler.
+Vision transformers (torchvision's) under Inductor. Steps: all methods take turns in one process, one thread, medians.
+Compile times and bytes of mfx, at two depths: a process of its own for each, with an empty cache; seconds from the first
+call to the end of the first backward pass, less a later step; bytes that the forward pass allocates and leaves, by
+torch's profiler.
 """
 
 from __future__ import annotations
@@ -61,19 +62,19 @@ SIZES = {
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the result; ``nan`` for what was not measured.
+    """One line of the result.
 
     Attributes:
         method: how the model is trained.
-        compile_seconds: for the shallow and the deep model.
         step_seconds: median, of the shallow model.
-        kept_bytes: after the forward pass, of the shallow and the deep model.
+        compile_seconds: for the shallow and the deep model, if measured.
+        kept_bytes: after the forward pass, of the shallow and the deep model, if measured.
     """
 
     method: str
-    compile_seconds: tuple[float, float]
     step_seconds: float
-    kept_bytes: tuple[int, int]
+    compile_seconds: tuple[float, float] | None = None
+    kept_bytes: tuple[int, int] | None = None
 
 
 def vit(size: Size, depth: int) -> VisionTransformer:
@@ -116,6 +117,7 @@ METHODS: Mapping[str, Callable[[VisionTransformer], Call]] = {
     "compile(momentumize), exact": lambda model: torch.compile(mfx.momentumize(model), fullgraph=True),
     "momentumize, exact, not compiled": lambda model: mfx.momentumize(model),
 }
+AT_TWO_DEPTHS = ('backend="mfx", exact', "compile(momentumize), exact")
 
 
 def step(call: Call, x: Tensor) -> float:
@@ -169,11 +171,13 @@ def measure(name: str) -> list[Row]:
     size = SIZES[name]
     steps = measure_steps(size, size.depths[0])
     rows = []
-    for method in METHODS:
-        found = [in_process(method, name, depth) for depth in size.depths]
-        seconds, counted = [f["seconds"] for f in found], [int(f["bytes"]) for f in found]
-        rows.append(Row(method, (seconds[0], seconds[1]), steps[method], (counted[0], counted[1])))
-        print(f"  {method}: done", file=sys.stderr)
+    for method, seconds in steps.items():
+        if method not in AT_TWO_DEPTHS:
+            rows.append(Row(method, seconds))
+            continue
+        shallow, deep = (in_process(method, name, depth) for depth in size.depths)
+        times = shallow["seconds"], deep["seconds"]
+        rows.append(Row(method, seconds, times, (int(shallow["bytes"]), int(deep["bytes"]))))
     return rows
 
 
@@ -181,15 +185,16 @@ def table(rows: Sequence[Row], size: Size) -> str:
     """The rows as a Markdown table, with ratios."""
     base = next(row for row in rows if row.method == BASE)
     shallow, deep = size.depths
-    heads = ["method", f"compile, {shallow} layers", f"{deep} layers", "ratio", "step, to checkpoint's"]
+    heads = ["method", "step, to checkpoint's", f"compile, {shallow} layers", f"{deep} layers", "ratio"]
     heads += [f"kept, {shallow} layers", f"{deep} layers", "ratio"]
     lines = [f"| {' | '.join(heads)} |", "|---|--:|--:|--:|--:|--:|--:|--:|"]
     for row in rows:
-        (a, b), (p, q) = row.compile_seconds, row.kept_bytes
-        lines.append(
-            f"| {row.method} | {a:.1f} s | {b:.1f} s | {b / a:.2f} | {row.step_seconds / base.step_seconds:.2f} "
-            f"| {p / 2**20:.2f} MiB | {q / 2**20:.2f} MiB | {q / p:.2f} |"
-        )
+        cells = [row.method, f"{row.step_seconds / base.step_seconds:.2f}"]
+        if row.compile_seconds and row.kept_bytes:
+            (a, b), (p, q) = row.compile_seconds, row.kept_bytes
+            cells += [f"{a:.1f} s", f"{b:.1f} s", f"{b / a:.2f}"]
+            cells += [f"{p / 2**20:.2f} MiB", f"{q / 2**20:.2f} MiB", f"{q / p:.2f}"]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
