@@ -269,7 +269,7 @@ def _check_fits(call: _Call, step: StepFunction, x: Tensor, y: object) -> None:
         found = f"a {type(y).__name__}"
     elif y.shape != x.shape:
         found = f"a tensor of shape {tuple(y.shape)}"
-    elif not y.is_floating_point() or torch.promote_types(x.dtype, y.dtype) != x.dtype:
+    elif not y.is_floating_point() or (y.dtype is not x.dtype and torch.promote_types(x.dtype, y.dtype) != x.dtype):
         found = f"a tensor of dtype {y.dtype}"
     elif y.device != x.device:
         found = f"a tensor on {y.device}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ class RandomClock:
     def tick(self) -> bool:
         """Read again; whether anything was drawn since the last time."""
         before, self.now = self.now, self._read()
-        return not all(torch.equal(a, b) for a, b in zip(before, self.now, strict=True))
+        return not all(map(torch.equal, before, self.now))
 
     @contextmanager
     def turned_back(self, states: tuple[Tensor, ...]) -> Iterator[None]:
@@ -91,12 +92,11 @@ class Surroundings:
         layout = self._layout = layout_of(memory, key, root, targets, path)
         self._flags = layout.flags
         self._places = layout.places(root)
-        self.tensors = [place.get() for place in self._places]
+        self.tensors = _tensors(self._places)
         self._states = _states(self.tensors)
         self._is_known = self._flags in layout.changing
-        self._buffers = [
-            found for found in zip(self._places, self.tensors, self._states, strict=True) if not found[0].is_parameter
-        ]
+        found = zip(self._places, self.tensors, self._states, strict=True)
+        self._buffers = [one for one in found if not one[0].is_parameter]
         # Values before the branch runs, of what it changes or may change.
         self._values: dict[Place, Tensor] = {
             place: tensor.detach().clone()
@@ -134,22 +134,15 @@ class Surroundings:
             self._lost.add(place.label)
         return True
 
-    @contextmanager
-    def again(self) -> Iterator[None]:
+    def again(self) -> AbstractContextManager[object]:
         """Run as in the forward pass; afterwards everything is put back, buffers untouched.
 
         Raises:
             MfxError: if a parameter or buffer is another one, or has been modified, since the forward pass.
         """
         self._check()
-        with inside_recomputation():
-            if not (contexts := self._contexts()):  # as a rule
-                yield
-                return
-            with ExitStack() as stack:
-                for context in contexts:
-                    stack.enter_context(context)
-                yield
+        contexts = self._contexts()
+        return _all_of([inside_recomputation(), *contexts]) if contexts else inside_recomputation()  # as a rule
 
     def _contexts(self) -> list[AbstractContextManager[object]]:
         """What has to be put back, of what is no longer as it was in the forward pass."""
@@ -184,7 +177,9 @@ class Surroundings:
                 f"{self._path}: modules were added, removed or replaced between forward and backward, but the backward "
                 "pass has to run this step a second time; call backward before changing it"
             )
-        tensors = [place.get() for place in self._places]
+        tensors = _tensors(self._places)
+        if all(map(is_, tensors, self.tensors)) and _states(tensors) == self._states:
+            return
         for place, now, old, state in zip(self._places, tensors, self.tensors, self._states, strict=True):
             if now is old and _state(now) == state:
                 continue
@@ -208,8 +203,24 @@ class Surroundings:
         )
 
 
+@contextmanager
+def _all_of(contexts: Sequence[AbstractContextManager[object]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+def _tensors(places: Sequence[Place]) -> list[Tensor | None]:
+    """What lies at the places now: ``Place.get`` without a call for each, of which there are many."""
+    return [place.table.get(place.name) for place in places]
+
+
 def _states(tensors: Sequence[Tensor | None]) -> list[_State]:
-    return [_state(tensor) for tensor in tensors]
+    try:
+        return [None if tensor is None else (tensor._version, tensor.requires_grad) for tensor in tensors]
+    except RuntimeError:
+        return [_state(tensor) for tensor in tensors]
 
 
 def _state(tensor: Tensor | None) -> _State:

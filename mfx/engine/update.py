@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,8 +20,7 @@ if TYPE_CHECKING:
 __all__ = ["Enter", "Link", "Update"]
 
 
-@dataclass(frozen=True)
-class Link:
+class Link(NamedTuple):
     """What an ``Update`` needs beside tensors; ``tape`` if it is the last of its chain and keeps the end state.
 
     ``what`` names the stream after the step, for messages.
@@ -69,11 +67,15 @@ class Update(torch.autograd.Function):
             return None, None, None, None
         x_dtype, v_dtype, y_dtype = ctx.dtypes
         gamma = ctx.gamma
-        gy = (g * gamma.rest).to(y_dtype) if ctx.needs_input_grad[2] or ctx.kind == "map" else None
+        gy = _as(y_dtype, g * gamma.rest) if ctx.needs_input_grad[2] or ctx.kind == "map" else None
         if ctx.kind == "map" and gy is not None:
             gx = -gy if gx is None else gx - gy
-        gx = None if gx is None else gx.to(x_dtype)
-        return gx, (g * gamma.value).to(v_dtype) if ctx.needs_input_grad[1] else None, gy, None
+        gx = None if gx is None else _as(x_dtype, gx)
+        return gx, _as(v_dtype, g * gamma.value) if ctx.needs_input_grad[1] else None, gy, None
+
+
+def _as(dtype: torch.dtype, g: Tensor) -> Tensor:
+    return g if g.dtype is dtype else g.to(dtype)
 
 
 class Enter(torch.autograd.Function):

@@ -5,6 +5,8 @@ Both give the same integers, so which one is taken changes nothing but the time.
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
@@ -44,5 +46,10 @@ def floor_divide(a: Tensor, b: int, out: Tensor) -> Tensor:
     """
     if a.dtype == torch.int64:
         return torch.div(a, b, rounding_mode="floor", out=out)
-    half = torch.tensor((1 - b) / (2 * b), dtype=torch.float64)
-    return torch.add(half, a, alpha=1 / b, out=out).round_()
+    return torch.add(_half(b), a, alpha=1 / b, out=out).round_()
+
+
+@cache
+def _half(b: int) -> Tensor:
+    """−(b−1)/(2b), on the CPU: float64 stands for integers only there."""
+    return torch.tensor((1 - b) / (2 * b), dtype=torch.float64, device="cpu")
