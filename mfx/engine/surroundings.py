@@ -211,7 +211,7 @@ def _all_of(contexts: Sequence[AbstractContextManager[object]]) -> Iterator[None
         yield
 
 
-def _tensors(places: Sequence[Place]) -> list[Tensor | None]:
+def _tensors(places: Sequence[Place]) -> list[Any]:
     """What lies at the places now: ``Place.get`` without a call for each, of which there are many."""
     return [place.table.get(place.name) for place in places]
 
