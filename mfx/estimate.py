@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Graph
 from torch.utils import _pytree as pytree
 
 from mfx import compat
@@ -16,7 +18,9 @@ from mfx.arguments import bind
 from mfx.entry import Entry
 from mfx.momentum import Momentum
 from mfx.net import RewrittenForward
+from mfx.passing import Plans
 from mfx.probe import shadow_of, undivided
+from mfx.program import Program, compile_graph
 from mfx.rehearsal import Observer, Rehearsed
 
 __all__ = ["Estimate", "Subject", "Usage", "estimate", "of_entry", "of_module"]
@@ -65,12 +69,15 @@ class Subject:
     Attributes:
         net: the model.
         calls: its momentum calls, by name.
-        run: runs a copy of the model, with these calls in the place of its own, on arguments.
+        run: runs a copy of the model, with these calls in the place of its own, on arguments; what lies between the
+            calls by functions that a program makes.
+        reruns_rest: whether what lies between the calls runs again in the backward pass, too.
     """
 
     net: nn.Module
     calls: Mapping[str, Momentum]
-    run: Callable[[nn.Module, Mapping[str, Momentum], tuple[Any, ...], Mapping[str, Any]], Any]
+    run: Callable[[nn.Module, Mapping[str, Momentum], tuple[Any, ...], Mapping[str, Any], Program], Any]
+    reruns_rest: bool = False
 
 
 def estimate(
@@ -87,32 +94,52 @@ def estimate(
         kwargs: arguments by name.
         optional: keys of the output that the user might do without.
     """
-    momentum = _Stage(subject, args, kwargs, plain=False)
-    usage, output_keys = momentum.training_step()
+    plans = _plans(subject.calls.values())
+    if plans is not None:  # the first step keeps as little as can be, and shows what is to be had for the budget
+        _Stage(subject, args, kwargs, plans=plans).training_step()
+    usage, output_keys = _Stage(subject, args, kwargs, plans=plans).training_step()
     plain = _Stage(subject, args, kwargs, plain=True).training_step()[0] if subject.calls else usage
     wanted = tuple(key for key in optional if key in output_keys)
-    return Estimate(plain, usage, _Stage(subject, args, kwargs, plain=False).held(wanted) if wanted else {})
+    return Estimate(plain, usage, _Stage(subject, args, kwargs, plans=plans).held(wanted) if wanted else {})
+
+
+def _plans(calls: Iterable[Momentum]) -> Plans | None:
+    """For the budget that the calls share; None if it is all or nothing."""
+    return next((Plans(call.budget) for call in calls if call.plans is not None), None)
 
 
 def of_entry(forward: RewrittenForward, entry: Entry) -> Subject:
     """A net, by one of its rewritten graphs."""
     inner = _calls_in(forward.net)  # of momentum nets that the user put into the model
 
-    def run(net: nn.Module, calls: Mapping[str, Momentum], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run(
+        net: nn.Module,
+        calls: Mapping[str, Momentum],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        program: Program,
+    ) -> Any:
         _put(net, {path: calls[f"{path}()"] for path in inner})
         own = copy.copy(entry)
         own.calls = {name: calls[name] for name in entry.calls}
         if entry.captured.frame is not None:
-            return own.call(net, args, kwargs)
-        return own.run(net, bind(net, forward.__signature__, args, kwargs))
+            return own.call(net, args, kwargs, program)
+        return own.run(net, bind(net, forward.__signature__, args, kwargs), program)
 
-    return Subject(forward.net, {**{f"{path}()": call for path, call in inner.items()}, **entry.calls}, run)
+    calls = {**{f"{path}()": call for path, call in inner.items()}, **entry.calls}
+    return Subject(forward.net, calls, run, entry.rerun_rest)
 
 
 def of_module(module: nn.Module) -> Subject:
     """A module that holds its momentum calls: a graph module that was rewritten, a momentum net."""
 
-    def run(net: nn.Module, calls: Mapping[str, Momentum], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    def run(
+        net: nn.Module,
+        calls: Mapping[str, Momentum],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        program: Program,
+    ) -> Any:
         _put(net, calls)
         return net(*args, **kwargs)
 
@@ -132,7 +159,15 @@ def _put(net: nn.Module, calls: Mapping[str, Momentum]) -> None:
 class _Stage:
     """A copy of a model and of a call's arguments, all of tensors without values, and an observer."""
 
-    def __init__(self, subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, plain: bool) -> None:
+    def __init__(
+        self,
+        subject: Subject,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        *,
+        plain: bool = False,
+        plans: Plans | None = None,
+    ) -> None:
         with compat.fake_mode() as self._mode:
             fakes: dict[int, Tensor] = {}
 
@@ -144,8 +179,11 @@ class _Stage:
         own = [*self._net.parameters(), *self._net.buffers()]
         self._trained = [tensor for tensor in own if tensor.requires_grad]
         self._observer = Observer(own)
-        self._calls = {name: Rehearsed(call, self._observer, plain=plain) for name, call in subject.calls.items()}
-        self._run = subject.run
+        self._calls = {
+            name: Rehearsed(call, self._observer, plain=plain, plans=plans) for name, call in subject.calls.items()
+        }
+        self._plans = plans
+        self._subject = subject
 
     def training_step(self) -> tuple[Usage, tuple[str, ...]]:
         """What a training step takes, and the keys of the output."""
@@ -153,7 +191,7 @@ class _Stage:
         hooks = [tensor.register_post_accumulate_grad_hook(observer.leave_out_grad) for tensor in self._trained]
         try:
             with compat.unlogged(), self._mode, torch.enable_grad(), observer:
-                output = self._run(self._net, self._calls, self._args, self._kwargs)
+                output = self._run()
                 kept, chains = observer.live, [call.chain for call in self._calls.values()]
                 in_chains = {chain: observer.live_in(chain) for chain in chains}
                 with observer.in_call(True):
@@ -168,13 +206,23 @@ class _Stage:
     def held(self, keys: tuple[str, ...]) -> dict[str, int]:
         """What is freed when the output is left without these entries, one after the other."""
         with compat.unlogged(), self._mode, torch.enable_grad(), self._observer:
-            output = dict(self._run(self._net, self._calls, self._args, self._kwargs))
+            output = dict(self._run())
             freed = {}
             for key in keys:
                 before = self._observer.live
                 del output[key]
                 freed[key] = before - self._observer.live
         return freed
+
+    def _run(self) -> Any:
+        subject = self._subject
+        program = self._watched if subject.reruns_rest else compile_graph
+        passing = nullcontext() if self._plans is None else self._plans.passing("rehearsal")
+        with passing, self._observer.in_call(subject.reruns_rest):
+            return subject.run(self._net, self._calls, self._args, self._kwargs, program)
+
+    def _watched(self, graph: Graph) -> Callable[..., Any]:
+        return self._observer.step("", compile_graph(graph))
 
     def _fake(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == "cpu":

@@ -68,4 +68,6 @@ def explain_storage(call: Momentum, shape: tuple[int, ...], dtype: torch.dtype) 
         kind = _STATES[call.arithmetic] + (f" with {count(found.anchors, 'anchor')}" if found.anchors else "")
         takes = "an anchor every other step or so" if states is None else size(states)
         reason = f"{kind}: {takes}; inputs of {steps} steps: {size(inputs)}"
+    if call.budget.is_partial:
+        reason += f"; as far as memory_budget={call.budget} goes, steps keep their activations instead"
     return ExplainedStorage(tuple(shape), dtype, found.policy, states, inputs, found.anchors, found.error, reason)

@@ -18,7 +18,8 @@ from mfx.flops import flops_of
 from mfx.gamma import Gamma
 from mfx.meter import StorageLedger, storages
 from mfx.momentum import Momentum
-from mfx.program import compile_graph
+from mfx.passing import Plans
+from mfx.program import Program, compile_graph
 
 __all__ = ["Observer", "Rehearsed"]
 
@@ -127,11 +128,12 @@ class Rehearsed(Momentum):
         call: the call.
         observer: who watches.
         plain: run what the user wrote and keep what ordinary backpropagation keeps.
+        plans: what the rehearsal has learned for a memory budget, if it is not all or nothing; not the net's own.
     """
 
-    def __init__(self, call: Momentum, observer: Observer, *, plain: bool) -> None:
+    def __init__(self, call: Momentum, observer: Observer, *, plain: bool, plans: Plans | None = None) -> None:
         self.__dict__.update(call.__getstate__())  # as a copy that shares nothing that changes
-        self.plans = None  # what is learned here is not for calls that count
+        self.plans = plans if call.plans is not None else None
         if plain:
             self.gamma, self.budget = Gamma(0, 1), Amount.of(1.0)
         self.program = self._watched
@@ -141,6 +143,6 @@ class Rehearsed(Momentum):
         return self.observer.step(self.chain, compile_graph(graph))
 
     @override
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, program: Program | None = None, **kwargs: Any) -> Any:
         with self.observer.calling(self.chain):
             return super().forward(*args, **kwargs)
