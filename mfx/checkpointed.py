@@ -50,7 +50,7 @@ def blocks_of(net: nn.Module, calls: Iterable[tuple[str, Momentum]]) -> tuple[st
 
     Args:
         net: the model.
-        calls: its chains' calls, each with the path of the module that its paths start from.
+        calls: its chains' calls, each with the path of the module in which its steps look up what they call.
 
     Returns:
         Paths of modules, none of them inside another.
@@ -58,8 +58,8 @@ def blocks_of(net: nn.Module, calls: Iterable[tuple[str, Momentum]]) -> tuple[st
     found: dict[str, None] = {}
     for prefix, call in calls:
         for step in call.graphs.steps:
-            paths = [step.path] if _is_block(step.path, call.graphs.steps) else list(step.targets)
-            found.update((_joined(prefix, path), None) for path in paths)
+            targets = [_joined(prefix, target) for target in step.targets]
+            found.update(dict.fromkeys([step.path] if _is_block(step.path, call.graphs.steps) else targets))
     callable_ones = [path for path in found if _is_called(net, path)]
     return tuple(path for path in callable_ones if not any(_is_inside(path, other) for other in callable_ones))
 

@@ -286,6 +286,36 @@ def test_without_a_chain_the_notes_say_so():
     assert found["momentum"].peak_bytes == found["plain"].peak_bytes
 
 
+class Branching(nn.Module):
+    """No one graph, because what it does depends on a value."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, x):
+        return self.part(x) if x.abs().sum().item() > 0 else x
+
+
+@pytest.mark.parametrize(
+    "build, wrapped",
+    [
+        (lambda: nn.Sequential(*(Block() for _ in range(3))), ["part.0", "part.1", "part.2"]),
+        (Loop, None),
+    ],
+    ids=["blocks", "branches"],
+)
+@pytest.mark.filterwarnings("ignore:mfx. Branching cannot be captured as one graph")
+def test_blocks_of_a_part_that_is_rewritten_by_itself_are_checkpointed(build, wrapped):
+    x = torch.randn(4, 16)
+    whole = profile(build(), x, against=("plain", "checkpoint"))
+    found = profile(Branching(build()), x, against=("plain", "checkpoint"))
+    assert list(found.wrapped) == (wrapped or [f"part.{path}" for path in whole.wrapped])
+    kept = [row.kept_bytes for row in found.rows]
+    assert kept == [row.kept_bytes for row in whole.rows]
+    assert kept[1] < kept[0]
+
+
 def test_a_checkpoint_that_does_not_run_is_left_out_with_a_reason():
     class Growing(Stack):
         """Keeps what its blocks computed: a second run finds other sizes."""
