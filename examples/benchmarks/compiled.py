@@ -3,9 +3,9 @@
     python examples/benchmarks/compiled.py --quick
 
 Vision transformers (torchvision's) under Inductor. Steps: all methods take turns in one process, one thread, medians.
-Compile times and bytes of mfx, at two depths: a process of its own for each, with an empty cache; seconds from the first
-call to the end of the first backward pass, less a later step; bytes that the forward pass allocates and leaves, by
-torch's profiler.
+Compile times and bytes of mfx, at two depths: a process of its own for each, with an empty cache; seconds from the
+first call to the end of the first backward pass, less a later step; bytes that the forward pass allocates and leaves,
+by torch's profiler.
 """
 
 from __future__ import annotations
