@@ -2,121 +2,86 @@
 
     python examples/benchmarks/memory.py --quick
 
-Residual blocks x + Linear(GELU(Linear(LayerNorm(x)))), width 64, four times as wide inside. Memory is counted exactly,
-in units of one (batch, 64) float32 tensor; parameters and their gradients are left out, and a parameter's gradient is
-freed as soon as it is there. Work is counted by torch's FLOP formulas. Times are medians, as ratios to plain training.
+Residual blocks x + Linear(GELU(Linear(LayerNorm(x)))), width 64, four times as wide inside. memcnn, revlib and revtorch
+need two streams: theirs are both 64 wide, and the same branches add to them by turns, so that the work is the same (the
+function is not). Memory is what torch's allocator hands out and gets back during a step, scratch included, compiled or
+not, in units of one (batch, 64) float32 tensor; parameters are left out, and a parameter's gradient is freed as soon as
+it is accumulated. Work is that of matrix products. Times are medians, as ratios to plain training, taken by turns.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from momentumnet import MomentumNet
-from torch import Tensor, nn
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-import mfx
+from examples.benchmarks.contenders import WIDTH, Forward, Residual, compiled, eager, step
 from mfx.meter import ActivationMeter
-
-WIDTH = 64
-Forward = Callable[[Tensor], Tensor]
-
-
-class Branch(nn.Module):
-    """What a block adds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 4 * WIDTH)
-        self.down = nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """f(x), of the shape of x."""
-        return self.down(nn.functional.gelu(self.up(self.norm(x))))
-
-
-class Residual(nn.Module):
-    """A stack of blocks, as anybody would write it."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(Branch() for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The state after the last block."""
-        for branch in self.branches:
-            x = x + branch(x)
-        return x
 
 
 @dataclass(frozen=True)
 class Row:
-    """One method at one size; memory in units, work and time relative to plain training."""
+    """One method at one size.
+
+    Attributes:
+        method: how the blocks are trained.
+        batch: vectors per step.
+        depth: blocks.
+        after_forward: units alive between the forward and the backward pass, the output included.
+        peak: units alive at worst.
+        to_plain: peak, as a ratio to plain training.
+        to_peer: peak, as a ratio to the smallest of any method but mfx.
+        flops: relative to plain training.
+        time: relative to plain training.
+    """
 
     method: str
     batch: int
     depth: int
     after_forward: float
     peak: float
+    to_plain: float
+    to_peer: float
     flops: float
     time: float
 
 
-def checkpointed(model: Residual, segments: int) -> Forward:
-    """``torch.utils.checkpoint`` around every so many blocks."""
-    blocks = list(model.branches)
-    size = len(blocks) // segments
-
-    def run(x: Tensor, start: int) -> Tensor:
-        for branch in blocks[start : start + size]:
-            x = x + branch(x)
-        return x
-
-    def forward(x: Tensor) -> Tensor:
-        for start in range(0, len(blocks), size):
-            x = checkpoint(run, x, start, use_reentrant=False)
-        return x
-
-    return forward
-
-
-def methods(model: Residual) -> dict[str, Forward]:
-    """Everything that is compared."""
-    depth = len(model.branches)
-    return {
-        "plain": model,
-        "checkpoint, every block": checkpointed(model, depth),
-        "checkpoint, segments of 4": checkpointed(model, depth // 4),
-        "momentumnet, memory mode": MomentumNet(list(model.branches), gamma=0.9, use_backprop=False),
-        "mfx, gamma=0": mfx.momentumize(model, gamma=0.0),
-        "mfx, float": mfx.momentumize(model, gamma=0.9, arithmetic="float"),
-        "mfx, exact": mfx.momentumize(model, gamma=0.9),
-    }
-
-
-def step(forward: Forward, x: Tensor) -> None:
-    """One training step without the optimizer."""
-    forward(x).sum().backward()
-
-
 def memory(forward: Forward, x: Tensor, parameters: Sequence[Tensor]) -> tuple[float, float]:
     """Units alive after the forward pass, and at the peak."""
-    unit = x.numel() * x.element_size()
-    with ActivationMeter(exclude=[x, *parameters]) as meter:
+    x.grad = None
+    if x.is_cuda:
+        with ActivationMeter(exclude=[x, *parameters]) as meter:
+            y = forward(x)
+            after = meter.live
+            y.sum().backward()
+        return after / x.nbytes, meter.peak / x.nbytes
+    # Under the meter's dispatch mode nothing would be compiled; nor does it see a storage that is resized (memcnn).
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         y = forward(x)
-        after = meter.live
+        with record_function("forward done"):
+            pass
         y.sum().backward()
-    return after / unit, meter.peak / unit
+    live = after = peak = 0
+    for event in sorted(seen.profiler.kineto_results.events(), key=lambda event: event.start_ns()):
+        if event.name() == "forward done":
+            after = live
+        elif event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return after / x.nbytes, peak / x.nbytes
 
 
 class Flops(TorchDispatchMode):
@@ -136,13 +101,21 @@ class Flops(TorchDispatchMode):
 
 
 def flops(forward: Forward, x: Tensor) -> int:
-    """Floating-point operations of a training step."""
+    """Floating-point operations of a training step that is not compiled."""
     with Flops() as counter:
         step(forward, x)
     return counter.total
 
 
-def times(forwards: dict[str, Forward], x: Tensor, rounds: int) -> dict[str, float]:
+def compiled_flops(forward: Forward, x: Tensor) -> int:
+    """The same of one that is; the profiler also counts a product that checkpoint stops before it is computed."""
+    with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as seen:
+        step(forward, x)
+    products = ("aten::mm", "aten::addmm", "aten::bmm")
+    return sum(event.flops() for event in seen.profiler.kineto_results.events() if event.name() in products)
+
+
+def times(forwards: Mapping[str, Forward], x: Tensor, rounds: int) -> dict[str, float]:
     """Median seconds of a step; the methods take turns, so a change of the machine's speed hits all."""
     measured: dict[str, list[float]] = {name: [] for name in forwards}
     for _ in range(rounds):
@@ -153,22 +126,36 @@ def times(forwards: dict[str, Forward], x: Tensor, rounds: int) -> dict[str, flo
     return {name: statistics.median(seconds) for name, seconds in measured.items()}
 
 
-def compare(batch: int, depth: int, rounds: int) -> list[Row]:
+def compare(batch: int, depth: int, rounds: int, device: torch.device, *, compiling: bool = False) -> list[Row]:
     """All methods at one size."""
     torch.manual_seed(0)
-    model = Residual(depth)
-    forwards = methods(model)
-    x = torch.randn(batch, WIDTH, requires_grad=True)
-    parameters = [p for forward in forwards.values() if isinstance(forward, nn.Module) for p in forward.parameters()]
-    for parameter in set(parameters):
+    torch.compiler.reset()
+    model = Residual(depth).to(device)
+    x = torch.randn(batch, WIDTH, device=device, requires_grad=True)
+    parameters = list(model.parameters())
+    for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(_free)
+    by_hand, by_compiler = eager(model, x), compiled(model) if compiling else {}
+    forwards = {**by_hand, **by_compiler}
     for forward in forwards.values():
         step(forward, x)  # what is done once, at the first call, is no part of a step
-    work = {name: flops(forward, x) for name, forward in forwards.items()}
+    work = {name: flops(forward, x) for name, forward in by_hand.items()}
+    work |= {name: compiled_flops(forward, x) for name, forward in by_compiler.items()}
     kept = {name: memory(forward, x, parameters) for name, forward in forwards.items()}
     seconds = times(forwards, x, rounds)
+    peaks = {name: peak for name, (_, peak) in kept.items()}
+    best = min(peak for name, peak in peaks.items() if "mfx" not in name)
     return [
-        Row(name, batch, depth, *kept[name], work[name] / work["plain"], seconds[name] / seconds["plain"])
+        Row(
+            name,
+            batch,
+            depth,
+            *kept[name],
+            peaks[name] / peaks["plain"],
+            peaks[name] / best,
+            work[name] / work["plain"],
+            seconds[name] / seconds["plain"],
+        )
         for name in forwards
     ]
 
@@ -179,33 +166,69 @@ def _free(parameter: Tensor) -> None:
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table."""
-    lines = ["| method | batch | depth | after forward | peak | FLOPs | time |", "|---|--:|--:|--:|--:|--:|--:|"]
+    heads = ["method", "batch", "depth", "after forward", "peak", "to plain", "to best peer", "FLOPs", "time"]
+    lines = [f"| {' | '.join(heads)} |", "|---|--:|--:|--:|--:|--:|--:|--:|--:|"]
     lines += [
-        f"| {row.method} | {row.batch} | {row.depth} | {row.after_forward:.1f} | {row.peak:.1f} "
-        f"| {row.flops:.2f} | {row.time:.2f} |"
+        f"| {row.method} | {row.batch} | {row.depth} | {row.after_forward:.1f} | {row.peak:.1f} | {row.to_plain:.3f} "
+        f"| {row.to_peer:.2f} | {row.flops:.2f} | {row.time:.2f} |"
         for row in rows
     ]
     return "\n".join(lines)
 
 
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Peak memory against work, at the first of the sizes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 5), layout="constrained", dpi=150, facecolor="white")
+    axes = figure.subplots()
+    families = {"plain": "#444444", "checkpoint": "#d9822b", "torch.compile,": "#8a6d3b", "mfx": "#2563c9"}
+    seen: dict[str, int] = {}
+    for row in rows:
+        if (row.batch, row.depth) != (rows[0].batch, rows[0].depth):
+            continue
+        family = next((name for name in families if name in row.method), "peer")
+        seen[family] = seen.get(family, -1) + 1
+        colour, marker = families.get(family, "#7b4bb7"), "osD^vP*X<>"[seen[family] % 10]
+        axes.plot(row.flops, row.peak, marker, color=colour, markersize=7, alpha=0.8, label=row.method)
+    axes.set_yscale("log")
+    axes.set_xlabel("FLOPs of a training step, relative to plain training")
+    axes.set_ylabel(f"peak activation memory, in ({rows[0].batch}, {WIDTH}) tensors")
+    axes.set_title(f"{rows[0].depth} residual blocks, batch {rows[0].batch}", fontsize=10)
+    axes.grid(alpha=0.25)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    figure.savefig(path)
+
+
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one batch size, fewer repetitions: under a minute")
+    parser.add_argument("--quick", action="store_true", help="two sizes, once, nothing compiled: under a minute")
     parser.add_argument("--tiny", action="store_true", help="sizes for a test")
+    parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--threads", type=int, default=1, help="of torch; more than one needs an idle machine")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw those of the first size there, too")
     options = parser.parse_args(argv)
+    threads = torch.get_num_threads()
     torch.set_num_threads(options.threads)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library tells of every start and stop
     sizes = [(batch, depth) for batch in (4096, 256) for depth in (32, 64)]
-    rounds = 9
+    rounds = 3
     if options.quick:
-        sizes, rounds = [(4096, 32), (4096, 64)], 3
+        sizes, rounds = [(4096, 32), (256, 64)], 1
     if options.tiny:
-        sizes, rounds = [(8, 8)], 1
+        sizes, rounds = [(8, 4)], 1
     rows: list[Row] = []
     for batch, depth in tqdm(sizes, unit="size"):
-        rows += compare(batch, depth, rounds)
+        compiling = (batch, depth) == sizes[0] and not (options.quick or options.tiny)  # minutes
+        rows += compare(batch, depth, rounds, options.device, compiling=compiling)
+    torch.set_num_threads(threads)
     print(table(rows))
+    if options.json is not None:
+        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    if options.plot is not None:
+        plot(rows, options.plot)
     return rows
 
 

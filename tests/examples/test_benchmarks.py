@@ -3,17 +3,70 @@ import json
 import pytest
 import torch
 
-from examples.benchmarks import arithmetic, depth, memory, overhead, passes, speed
+from examples.benchmarks import arithmetic, contenders, depth, memory, overhead, passes, speed
+from mfx.meter import ActivationMeter
 
 
-def test_the_memory_benchmark_measures_every_method(capsys):
-    rows = memory.main(["--tiny"])
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # memcnn, where it is installed
+@pytest.mark.filterwarnings("ignore:`torch.cuda.amp:FutureWarning")  # revlib
+def test_the_memory_benchmark_measures_every_method(capsys, tmp_path):
+    file, png = tmp_path / "rows.json", tmp_path / "a.png"
+    rows = memory.main(["--tiny", "--json", str(file), "--plot", str(png)])
     found = {row.method: row for row in rows}
-    assert found["plain"].flops == 1
-    # A second forward pass on top of a forward and a backward pass, which is twice a forward: 4/3.
-    assert abs(found["mfx, exact"].flops - 4 / 3) < 0.01
+    assert found["plain"].flops == found["plain"].to_plain == 1
+    assert min(row.to_peer for row in rows if "mfx" not in row.method) == 1
+    # A second forward pass on top of a forward and a backward pass, which is twice a forward: 4/3. A third for memcnn.
+    assert found["mfx, exact"].flops == pytest.approx(4 / 3)
+    assert all(row.flops == pytest.approx(5 / 3) for row in rows if row.method == "memcnn")
+    shares = [found[f"mfx, exact, memory_budget={share}"] for share in (0.75, 0.5, 0.25)]
+    assert [row.flops for row in shares] == sorted(row.flops for row in shares)
+    assert [row.after_forward for row in shares] == sorted((row.after_forward for row in shares), reverse=True)
     assert found["mfx, float"].after_forward < found["plain"].after_forward
+    assert len(json.loads(file.read_text())) == len(rows)
+    assert png.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("| mfx, exact |") == 1
+
+
+def test_the_memory_benchmark_counts_what_the_meter_counts_and_the_flops_of_compiled_code():
+    model, x = contenders.Residual(3), torch.randn(16, contenders.WIDTH, requires_grad=True)
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(memory._free)
+    after, peak = memory.memory(model, x, [])
+    x.grad = None
+    with ActivationMeter(exclude=[x, *model.parameters()]) as meter:
+        y = model(x)
+        assert after == meter.live / x.nbytes
+        y.sum().backward()
+    # On top come scratch inside an operation and gradients on their way: less than four units, where the state, its
+    # gradient and the widest activation's are six.
+    assert 0 <= peak - meter.peak / x.nbytes < 4
+    assert memory.compiled_flops(model, x) == memory.flops(model, x)
+
+
+def test_the_memory_benchmark_says_which_package_it_leaves_out(capsys, monkeypatch):
+    def missing(branches):
+        raise ModuleNotFoundError("No module named 'peer'")
+
+    monkeypatch.setattr(contenders, "PEERS", {"peer": missing})
+    assert contenders.peers(contenders.Residual(2), torch.randn(2, contenders.WIDTH, requires_grad=True)) == {}
+    assert capsys.readouterr().err == "left out: peer: ModuleNotFoundError: No module named 'peer'\n"
+
+
+def test_the_compiled_benchmark_measures_a_method_and_prints_ratios():
+    pytest.importorskip("torchvision")
+    from examples.benchmarks import compiled
+
+    size = compiled.SIZES["tiny"]
+    found = compiled.measure_compile("momentumize, exact, not compiled", size, size.depths[0])
+    tokens = size.batch * ((size.image // 8) ** 2 + 1)
+    assert found["bytes"] > tokens * size.width * 4  # at least the state
+    rows = [
+        compiled.Row(compiled.BASE, 0.5),
+        compiled.Row("other", 1.0, (1.0, 1.5), (2**20, 3 * 2**20)),
+    ]
+    *_, base, other = compiled.table(rows, size).splitlines()
+    assert base == f"| {compiled.BASE} | 1.00 |"
+    assert other == "| other | 2.00 | 1.0 s | 1.5 s | 1.50 | 1.00 MiB | 3.00 MiB | 3.00 |"
 
 
 def test_the_overhead_benchmark_times_every_method(capsys):
