@@ -22,7 +22,7 @@ from mfx.engine.scope import enclosing_is_recorded, enclosing_keeps, inside_chai
 from mfx.engine.steps import ChainOutput, StepFunction
 from mfx.engine.storage import choose_storage
 from mfx.engine.surroundings import Memory
-from mfx.engine.update import Enter, Link, Update
+from mfx.engine.update import Enter, Link, Update, velocity_dummy
 from mfx.gamma import Gamma
 from mfx_passes.errors import MfxError
 
@@ -128,14 +128,12 @@ class _Collector:
         self._asked = taps
         self._taps: dict[int, Tensor] = {}
         self._sides: list[tuple[Any, ...]] = []
-
-    @property
-    def has_sides(self) -> bool:
-        return any(self._sides)
+        self.has_sides = False
 
     def add(self, x: Tensor, side: Sequence[Any]) -> None:
         self._x = x
         self._sides.append(tuple(side))
+        self.has_sides = self.has_sides or bool(side)
         if len(self._sides) in self._asked:
             self._taps[len(self._sides)] = x
 
@@ -206,6 +204,7 @@ def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
     if state.rounds_input:
         x = Enter.apply(x, state)
     out = _Collector(call.taps)
+    dummy = velocity_dummy(x)
     spacing = call.arithmetic.anchor_every(call.gamma, x.dtype) or len(call.steps)
     for index, step in enumerate(call.steps):
         gamma = _gamma_at(call, index)
@@ -218,7 +217,7 @@ def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
         on_tape = bool(call.taps or side) or out.has_sides
         last = tape if is_end and not on_tape else None
         what = f"{call.name}: the stream after step {step.path}"
-        x, v = Update.apply(x, v, y, Link(state, step.kind, gamma, what, last))
+        x, v = Update.apply(x, v, y, Link(state, step.kind, gamma, dummy, what, last))
         out.add(x, side)
         if x.device.type == "cpu" or index == len(call.steps) - 1:
             place = f"chain {call.name}, at or before step {step.path}"

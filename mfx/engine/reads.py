@@ -142,13 +142,18 @@ def _loose(root: Any, path: str) -> Place:
 
 def _getter(paths: Sequence[str]) -> Callable[[Any], Sequence[Any]]:
     """What gets, from a root, what lies at all of the paths."""
-    if len(paths) > 1 and all(paths):
-        return attrgetter(*paths)  # as ``resolve`` does, in one call
-    return partial(_resolve_all, paths)
+    if not paths or not all(paths):
+        return partial(_resolve_all, paths)
+    get = attrgetter(*paths)  # what ``resolve`` does, in one call
+    return get if len(paths) > 1 else partial(_get_one, get)
 
 
 def _resolve_all(paths: Sequence[str], root: Any) -> Sequence[Any]:
     return [resolve(root, path) for path in paths]
+
+
+def _get_one(get: Callable[[Any], Any], root: Any) -> Sequence[Any]:
+    return (get(root),)
 
 
 def _is_still(module: nn.Module | None, value: Any) -> bool:

@@ -17,20 +17,28 @@ from mfx.gamma import Gamma
 if TYPE_CHECKING:
     from mfx.engine.tape import Tape
 
-__all__ = ["Enter", "Link", "Update"]
+__all__ = ["Enter", "Link", "Update", "velocity_dummy"]
 
 
 class Link(NamedTuple):
     """What an ``Update`` needs beside tensors; ``tape`` if it is the last of its chain and keeps the end state.
 
-    ``what`` names the stream after the step, for messages.
+    ``dummy`` is one for all of the chain, see ``velocity_dummy``. ``what`` names the stream after the step, for
+    messages.
     """
 
     state: State
     kind: str
     gamma: Gamma
+    dummy: Tensor
     what: str
     tape: Tape | None = None
+
+
+def velocity_dummy(x: Tensor) -> Tensor:
+    """What looks like the velocity of a stream ``x``, and takes no memory."""
+    with torch.no_grad():
+        return x.new_zeros((), dtype=wide(x.dtype)).expand_as(x)
 
 
 class Update(torch.autograd.Function):
@@ -45,14 +53,14 @@ class Update(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, link: Link) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.gamma, ctx.kind, ctx.tape = link.gamma, link.kind, link.tape
-        ctx.dtypes = x.dtype, wide(x.dtype) if v is None else v.dtype, y.dtype
+        ctx.dtypes = x.dtype, link.dummy.dtype if v is None else v.dtype, y.dtype
         x_next = link.state.advance(y, link.kind, link.gamma)
         if link.tape is not None:
             tensors, ctx.thaw = link.state.freeze()
             ctx.save_for_backward(*tensors)
             ctx.what = link.what
             link.tape.last = weakref.ref(ctx)
-        return x_next, x.new_zeros((), dtype=wide(x.dtype)).expand_as(x)
+        return x_next, link.dummy.detach()
 
     @staticmethod
     @override

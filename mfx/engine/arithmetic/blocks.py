@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ def can_be_split(t: Tensor) -> bool:
     return t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)
 
 
-def blocks(*tensors: Tensor, scratch: int = 0) -> Iterator[tuple[Tensor, ...]]:
+def blocks(*tensors: Tensor, scratch: int = 0) -> Iterable[tuple[Tensor, ...]]:
     """Corresponding blocks of the tensors, one-dimensional views, or the tensors themselves.
 
     Args:
@@ -30,8 +30,12 @@ def blocks(*tensors: Tensor, scratch: int = 0) -> Iterator[tuple[Tensor, ...]]:
     first = tensors[0]
     size = max(_BLOCK, _BLOCK // 2 * torch.get_num_threads())
     if first.numel() <= size or not can_be_split(first):
-        yield (*tensors, *(torch.empty_like(first, dtype=torch.float64) for _ in range(scratch)))
-        return
+        return ((*tensors, *[torch.empty_like(first, dtype=torch.float64) for _ in range(scratch)]),)
+    return _parts(tensors, size, scratch)
+
+
+def _parts(tensors: tuple[Tensor, ...], size: int, scratch: int) -> Iterator[tuple[Tensor, ...]]:
+    first = tensors[0]
     spare = [first.new_empty(size, dtype=torch.float64) for _ in range(scratch)]
     for parts in zip(*(_flat(t, first).split(size) for t in tensors), strict=True):
         length = parts[0].numel()
