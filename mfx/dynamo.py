@@ -110,8 +110,9 @@ def capture_call(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
 def _paths(net: nn.Module, seen: Seen) -> Iterator[str | None]:
     """The path of each input of the graph that the call reads off the model, and does not replace there."""
     tensors = dict(chain(net.named_parameters(remove_duplicate=False), net.named_buffers(remove_duplicate=False)))
+    model = f"{inspect.unwrap(type(net).forward).__code__.co_varnames[0]}."  # "self.", by most authors
     for source, value in zip(sources(seen.graph.graph), seen.inputs, strict=True):
-        path = ".".join(place(source)) if is_held_by_module(source) else ""
+        path = ".".join(place(source)).removeprefix(model) if is_held_by_module(source) else ""
         is_read = tensors.get(path) is value and path.rpartition(".")[2] not in seen.replaced_buffers
         yield path if is_read else None
 

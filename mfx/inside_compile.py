@@ -9,8 +9,9 @@ from torch.utils import _pytree as pytree
 
 from mfx import compat_dynamo
 from mfx.compiler import Compiler
+from mfx.foreseen import is_plain
 from mfx.opaque import run, settle
-from mfx.sites import forward_by, is_plain, site_for
+from mfx.sites import forward_by, site_for
 from mfx_passes import MfxError
 
 if TYPE_CHECKING:
@@ -62,10 +63,16 @@ def _run(key: str, training: bool, held: tuple[list[Any], list[Any]], arguments:
 
 def _opaque(forward: RewrittenForward, args: Any, kwargs: Any, parameters: list[Any], buffers: list[Any]) -> Any:
     site, inputs = site_for(forward, args, kwargs, [*parameters, *buffers], _program())
-    *results, token = run(site.key, inputs, [*parameters, *buffers])
+    *results, token = run(site.key, _device(parameters, buffers, inputs), inputs, [*parameters, *buffers])
     if buffers:
         settle(token, buffers)
     return pytree.tree_map(_wrapped, site.assemble(results, [*inputs, *parameters, *buffers]))
+
+
+def _device(*tensors: list[Any]) -> torch.device:
+    """Where a net is: on an accelerator if any of its tensors is."""
+    devices = [tensor.device for some in tensors for tensor in some]
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def _program() -> Program:

@@ -11,7 +11,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mfx import compat
 from mfx.engine.reads import Place
-from mfx.sites import Site, disassemble
+from mfx.foreseen import foreseen_of
+from mfx.sites import Site
 from mfx_passes import MfxError
 
 __all__ = ["Run"]
@@ -29,6 +30,11 @@ class Run:
     def __init__(self, site: Site, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> None:
         self._site = site
         self._homes = _homes(site.forward.net)
+        if len(self._homes) != len(held):
+            raise MfxError(
+                f"{type(site.forward.net).__name__} has {len(self._homes)} parameters and buffers, and had {len(held)} "
+                "when the code around it was compiled. Call torch._dynamo.reset() after a change of the model."
+            )
         requires = iter(site.call.requires)
         self._inputs = [tensor.detach().requires_grad_(next(requires)) for tensor in inputs]
         self._held = [_stand_in(tensor, next(requires), homes) for tensor, homes in zip(held, self._homes, strict=True)]
@@ -39,27 +45,23 @@ class Run:
         """The results of the net, out of the hands of autograd.
 
         Raises:
-            MfxError: the net returns another structure than what was foreseen, or changed its input.
+            MfxError: the net did something else than what was foreseen, or changed its input.
         """
         site, net = self._site, self._site.forward.net
-        args, kwargs = site.arguments(self._inputs)
+        args, kwargs = site.call.arguments(self._inputs)
         versions = [tensor._version for tensor in self._inputs]
-        with site.as_called(), self._held_by_net():
+        with site.call.as_called(), self._held_by_net():
             returned = site.forward.run(args, kwargs, site.call.program)
-            structure, results = disassemble(net, returned, [*self._inputs, *self._held])
+            found, results = foreseen_of(net, returned, [*self._inputs, *self._held])
             self._buffers = [homes[0].get() for homes in self._homes if not homes[0].is_parameter]
-        if structure != site.structure:
-            raise MfxError(
-                f"{type(net).__name__} returned {structure}, where {site.structure} was foreseen when the code around "
-                "it was compiled. Call torch._dynamo.reset() after a change of the model."
-            )
+        site.check(found)
         if versions != [tensor._version for tensor in self._inputs]:
             raise MfxError(
                 f"{type(net).__name__} changes its input in place, which code that torch.compile compiled does not "
                 "know of. Give it a copy, or compile the model itself by backend='mfx'."
             )
         self._edges = [get_gradient_edge(result) if result.requires_grad else None for result in results]
-        return _apart([result.detach().contiguous() for result in results], [*self._inputs, *self._held])
+        return _apart([_plain(result) for result in results], [*self._inputs, *self._held])
 
     def settle(self, buffers: Sequence[Tensor]) -> None:
         """Give ``buffers`` the values that the forward pass left."""
@@ -76,8 +78,8 @@ class Run:
             keep: whether there may be another backward pass.
         """
         given = [*self._inputs, *self._held]
-        wanted = [given[position] for position in self._site.used]
-        pairs = [(self._edges[at], g) for at, g in zip(self._site.differentiable, gradients, strict=True)]
+        wanted = [given[position] for position in self._site.foreseen.used]
+        pairs = [(self._edges[at], g) for at, g in zip(self._site.foreseen.differentiable, gradients, strict=True)]
         known = [(edge, gradient) for edge, gradient in pairs if edge is not None]
         with compat.above_autograd(), self._held_by_net():
             found = torch.autograd.grad(
@@ -124,6 +126,11 @@ def _laid_out(gradient: Tensor | None, like: Tensor) -> Tensor:
     if gradient is None:
         return made.zero_()
     return gradient if gradient.stride() == made.stride() else made.copy_(gradient)
+
+
+def _plain(result: Tensor) -> Tensor:
+    """The values as they lie in memory to whoever sees no flags on a tensor: without lazy conjugation and negation."""
+    return result.detach().resolve_conj().resolve_neg().contiguous()
 
 
 def _apart(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:

@@ -6,7 +6,7 @@ import uuid
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,36 +14,23 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mfx import compat
+from mfx.foreseen import Foreseen, Given, Result, foreseen_of
 from mfx.randomness import undisturbed
-from mfx.tree import tree_copy
+from mfx.tree import Extra, tree_copy
 from mfx_passes import MfxError
 
 if TYPE_CHECKING:
     from mfx.net import RewrittenForward
     from mfx.program import Program
 
-__all__ = ["Given", "Result", "Site", "disassemble", "forward_by", "is_plain", "know", "site_for", "site_of"]
+__all__ = ["Site", "forward_by", "know", "site_for", "site_of"]
 
 _FORWARDS: weakref.WeakValueDictionary[str, RewrittenForward] = weakref.WeakValueDictionary()
 _SITES: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
-class Given:
-    """A tensor that a net returns as it was given: the ``position``-th of its arguments, parameters and buffers."""
-
-    position: int
-
-
-@dataclass(frozen=True)
-class Result:
-    """The ``position``-th of the tensors that a net makes."""
-
-    position: int
-
-
-@dataclass(frozen=True)
-class _Call:
+class Call:
     """What two calls must have in common to be of one site.
 
     Attributes:
@@ -62,6 +49,23 @@ class _Call:
     autocast: Mapping[str, compat.AutocastState]
     program: Program
 
+    def arguments(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """``(args, kwargs)`` with these tensors in them."""
+        rest = iter(tensors)
+        constants = self.constants
+        leaves = [constants[at][1] if at in constants else next(rest) for at in range(self.spec.num_leaves)]
+        return pytree.tree_unflatten(leaves, self.spec)  # type: ignore[no-any-return]
+
+    @contextmanager
+    def as_called(self) -> Iterator[None]:
+        """Gradients and autocast are as they were for the code that made the call."""
+        with ExitStack() as stack:
+            stack.enter_context(compat.above_autograd())
+            stack.enter_context(torch.set_grad_enabled(self.grad))
+            for kind, state in self.autocast.items():
+                stack.enter_context(compat.autocast_as(kind, state))
+            yield
+
 
 @dataclass(eq=False)
 class Site:
@@ -71,24 +75,13 @@ class Site:
         forward: the net's forward.
         call: what is fixed in the call.
         key: by which operations name the site; no other process uses it, so no compiled graph is taken for another.
-        structure: what the net returns, with `Result` and `Given` for tensors; known once ``foresee`` has run.
-        used: positions of the given tensors that the results depend on, of those that require a gradient.
-        differentiable: positions of the results that require a gradient.
+        foreseen: what the call does, by which code that calls it was compiled.
     """
 
     forward: RewrittenForward
-    call: _Call
+    call: Call
+    foreseen: Foreseen
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
-    structure: Any = None
-    used: tuple[int, ...] = ()
-    differentiable: tuple[int, ...] = ()
-
-    def arguments(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``(args, kwargs)`` with these tensors in them."""
-        rest = iter(tensors)
-        constants = self.call.constants
-        leaves = [constants[at][1] if at in constants else next(rest) for at in range(self.call.spec.num_leaves)]
-        return pytree.tree_unflatten(leaves, self.call.spec)  # type: ignore[no-any-return]
 
     def assemble(self, results: Sequence[Tensor], given: Sequence[Tensor]) -> Any:
         """What the net returns, with these tensors in it."""
@@ -98,35 +91,30 @@ class Site:
                 return results[leaf.position]
             return given[leaf.position] if isinstance(leaf, Given) else leaf
 
-        return pytree.tree_map(put, self.structure)
+        return pytree.tree_map(put, self.foreseen.structure)
 
     def foresee(self, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors like the net's results, found by running the model as it was on tensors without values."""
-        net, mode = self.forward.net, compat.fake_mode_of([*inputs, *held])
-        given = [t.detach().requires_grad_(r) for t, r in zip([*inputs, *held], self.call.requires, strict=True)]
-        stand_ins = {id(t): fake for t, fake in zip(held_by(net), given[len(inputs) :], strict=True)}
+        """Tensors like the net's results.
 
-        def fake(tensor: Tensor) -> Tensor:
-            return stand_ins[id(tensor)] if id(tensor) in stand_ins else mode.from_tensor(tensor)
-
-        with compat.without_modes(), undisturbed(net), mode, self.as_called():
-            shadow = tree_copy(net, fake)
-            args, kwargs = self.arguments(given[: len(inputs)])
-            self.structure, results = disassemble(net, shadow(*args, **kwargs), given)
-        self.differentiable = tuple(at for at, result in enumerate(results) if result.requires_grad)
-        reached = compat.leaves_of([results[at] for at in self.differentiable])
-        self.used = tuple(at for at, tensor in enumerate(given) if tensor.requires_grad and id(tensor) in reached)
+        Raises:
+            MfxError: the net does something else by now than what was foreseen when the site was made.
+        """
+        foreseen, results = _foresee(self.forward, self.call, inputs, held)
+        self.check(foreseen)
         return [torch.empty(result.shape, dtype=result.dtype, device=result.device) for result in results]
 
-    @contextmanager
-    def as_called(self) -> Iterator[None]:
-        """Gradients and autocast are as they were for the code that made the call."""
-        with ExitStack() as stack:
-            stack.enter_context(compat.above_autograd())
-            stack.enter_context(torch.set_grad_enabled(self.call.grad))
-            for kind, state in self.call.autocast.items():
-                stack.enter_context(compat.autocast_as(kind, state))
-            yield
+    def check(self, real: Foreseen) -> None:
+        """Compare with what a call did.
+
+        Raises:
+            MfxError: code that was compiled for what was foreseen would go on with something else.
+        """
+        difference = self.foreseen.difference(real)
+        if difference is not None:
+            raise MfxError(
+                f"{type(self.forward.net).__name__} {difference} when the code around it was compiled. Call "
+                "torch._dynamo.reset() after a change of the model."
+            )
 
 
 def know(forward: RewrittenForward) -> str:
@@ -166,13 +154,48 @@ def site_for(
     requires = tuple(grad and tensor.requires_grad for tensor in given)
     kinds = sorted({"cpu", *(tensor.device.type for tensor in given)})
     autocast = {kind: compat.autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
-    call = _Call(spec, constants, requires, grad, autocast, program)
-    site = next((site for site in forward.sites if site.call == call), None)
+    call = Call(spec, constants, requires, grad, autocast, program)
+    foreseen, _ = _foresee(forward, call, inputs, held)
+    site = next((site for site in forward.sites if (site.call, site.foreseen) == (call, foreseen)), None)
     if site is None:
-        site = Site(forward, call)
+        site = Site(forward, call, foreseen)
         forward.sites.append(site)
         _SITES[site.key] = site
     return site, inputs
+
+
+def _foresee(
+    forward: RewrittenForward, call: Call, inputs: Sequence[Tensor], held: Sequence[Tensor]
+) -> tuple[Foreseen, list[Tensor]]:
+    """What a call will do, found by running the model as it was on tensors without values."""
+    net, mode = forward.net, compat.fake_mode_of([*inputs, *held])
+    stand_ins: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        return stand_ins[id(tensor)] if id(tensor) in stand_ins else mode.from_tensor(tensor)
+
+    with compat.without_modes(), undisturbed(net), mode, call.as_called():
+        given = [_leaf_like(t, r) for t, r in zip([*inputs, *held], call.requires, strict=True)]
+        stand_ins.update((id(t), fake) for t, fake in zip(held_by(net), given[len(inputs) :], strict=True))
+        shadow = tree_copy(net, fake)
+        args, kwargs = call.arguments(given[: len(inputs)])
+        returned = shadow.forward(*args, **kwargs)  # hooks of the net itself are part of the code around it
+        foreseen, results = foreseen_of(net, returned, given)
+    return replace(foreseen, used=tuple(sorted({*foreseen.used, *_added(net, call, len(inputs))}))), results
+
+
+def _leaf_like(tensor: Tensor, requires_grad: bool) -> Tensor:
+    """A tensor of its own, whichever compiler's stand-in ``tensor`` is."""
+    made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    return made.requires_grad_(requires_grad)
+
+
+def _added(net: nn.Module, call: Call, first: int) -> Iterator[int]:
+    """Positions, from ``first`` on, of the parameters that momentumize gave a net, which the model as it was lacks."""
+    own = {id(tensor) for child in net.children() if isinstance(child, Extra) for tensor in child.parameters()}
+    for at, tensor in enumerate(held_by(net), first):
+        if id(tensor) in own and call.requires[at]:
+            yield at
 
 
 def _fixed(value: Any) -> tuple[type, Any]:
@@ -187,36 +210,3 @@ def _fixed(value: Any) -> tuple[type, Any]:
 def held_by(net: nn.Module) -> list[Tensor]:
     """A net's parameters and buffers, each once."""
     return [*net.parameters(), *net.buffers()]
-
-
-def is_plain(value: object) -> bool:
-    """Whether a value that is no tensor may come out of a graph."""
-    return value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device)
-
-
-def disassemble(net: nn.Module, returned: Any, given: Sequence[Tensor]) -> tuple[Any, list[Tensor]]:
-    """What a net returned, with `Result` and `Given` for tensors; and its results.
-
-    Raises:
-        MfxError: something in it is neither a tensor nor a plain value.
-    """
-    places: dict[int, Result | Given] = {id(tensor): Given(at) for at, tensor in enumerate(given)}
-    results: list[Tensor] = []
-
-    def take(leaf: Any) -> Any:
-        if isinstance(leaf, torch.SymInt):
-            return int(leaf)
-        if not isinstance(leaf, Tensor):
-            if is_plain(leaf):
-                return leaf
-            raise MfxError(
-                f"{type(net).__name__} returns a {type(leaf).__name__}, which cannot come out of a graph that "
-                "torch.compile makes. Have it return tensors and plain values (of a Hugging Face model: pass "
-                "use_cache=False), or compile without fullgraph=True."
-            )
-        if id(leaf) not in places:
-            places[id(leaf)] = Result(len(results))
-            results.append(leaf)
-        return places[id(leaf)]
-
-    return pytree.tree_map(take, returned), results

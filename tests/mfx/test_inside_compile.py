@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
 import mfx
 from mfx import opaque
@@ -372,3 +373,127 @@ def test_inside_of_what_mfx_compiles():
     compiled = torch.compile(model, backend=momentum, options={"inner": "aot_eager"}, fullgraph=True)
     x = torch.randn(4, 5)
     assert_same(trained(model, compiled, x), trained(reference, reference, x))
+
+
+class Switched(Blocks):
+    """Has another head in evaluation if a flag is set; returns how many it was given, in training only."""
+
+    def __init__(self):
+        super().__init__(2)
+        self.other, self.flag = nn.Linear(8, 3), False
+
+    def forward(self, x):
+        out = self.blocks(self.embed(x))
+        return (self.head(out), x.shape[0]) if self.training else (self.other if self.flag else self.head)(out)
+
+
+def first(returned):
+    return returned[0] if isinstance(returned, tuple) else returned
+
+
+def test_code_compiled_for_one_call_keeps_what_it_knows_when_another_call_is_compiled():
+    net = mfx.momentumize(Switched())
+    net.flag = True
+    reference = copy.deepcopy(net)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+
+    def gradients(model, call, x):
+        model.zero_grad()
+        first(call(x)).sum().backward()
+        return [torch.zeros(()) if p.grad is None else p.grad for p in model.parameters()]
+
+    for batch, mode in [(4, True), (4, False), (4, True)]:
+        net.train(mode), reference.train(mode)
+        x = torch.randn(batch, 5)
+        assert_same(gradients(net, compiled, x), gradients(reference, reference, x))
+        if mode:
+            assert compiled(x)[1] == reference(x)[1] == batch
+
+
+@pytest.mark.parametrize("change", ["flag", "shared"])
+def test_a_change_of_the_model_that_compiled_code_does_not_know_of(change):
+    net, x = mfx.momentumize(Switched()).eval(), torch.randn(4, 5)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    compiled(x)
+    if change == "flag":
+        net.flag = True
+    else:
+        net.blocks[1].up.weight = net.blocks[0].up.weight
+    with pytest.raises(mfx.MfxError, match=r"reset\(\) after a change"):
+        compiled(x)
+
+
+def test_a_tensor_from_elsewhere_that_wants_a_gradient():
+    scale = torch.ones(3, requires_grad=True)
+
+    class Scaled(Blocks):
+        def forward(self, x):
+            return super().forward(x) * scale
+
+    compiled = torch.compile(mfx.momentumize(Scaled(2)), backend="aot_eager", fullgraph=True)
+    with (
+        pytest.warns(UserWarning, match="neither an argument nor a parameter"),
+        pytest.raises(torch._dynamo.exc.Unsupported),
+    ):
+        compiled(torch.randn(4, 5))
+
+
+def test_the_velocity_has_a_module():
+    net = mfx.momentumize(Blocks(2), velocity=nn.Linear(8, 8))
+    reference, x = copy.deepcopy(net), torch.randn(4, 5)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    assert_same(trained(net, compiled, x), trained(reference, reference, x))
+
+
+def test_hooks_of_the_net_itself():
+    net = mfx.momentumize(Blocks(2))
+    net.register_forward_pre_hook(lambda module, args: (args[0][0],))
+    net.register_forward_hook(lambda module, args, out: {"out": out.double()})
+    reference, x = copy.deepcopy(net), torch.randn(1, 4, 5)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    found, expected = (
+        trained(net, lambda x: compiled(x)["out"], x),
+        trained(reference, lambda x: reference(x)["out"], x),
+    )
+    assert_same(found, expected)
+
+
+def test_conjugates():
+    class Conjugate(Blocks):
+        def forward(self, x):
+            out = super().forward(x)
+            return torch.complex(out, out.square()).conj()
+
+    net = mfx.momentumize(Conjugate(2)).eval()
+    reference, x = copy.deepcopy(net), torch.randn(4, 5)
+
+    def call(net):
+        return torch.view_as_real(net(x).resolve_conj())
+
+    compiled = torch.compile(call, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(net), call(reference))
+
+
+def test_a_checkpoint_around_it():
+    class Checkpointed(Larger):
+        def forward(self, x):
+            return self.after(checkpoint(self.net, self.before(x), use_reentrant=False))
+
+    plain = Blocks(2, dropout=0.5)
+    for block in plain.blocks:
+        block.norm = nn.LayerNorm(8)
+    model = Checkpointed(mfx.momentumize(plain, verify="raise"))
+    reference, x = copy.deepcopy(model), torch.randn(4, 5)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    assert_same(trained(model, compiled, x), trained(reference, reference, x))
+
+
+def test_the_model_is_called_something_else_than_self():
+    class Its(Blocks):
+        def forward(its, x):  # noqa: N805
+            return super().forward(x)
+
+    net = mfx.momentumize(Its(2), capture="dynamo").eval()
+    reference, x = copy.deepcopy(net), torch.randn(4, 5)
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
+    assert_same(trained(net, compiled, x), trained(reference, reference, x))
