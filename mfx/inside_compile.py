@@ -63,7 +63,7 @@ def _run(key: str, training: bool, held: tuple[list[Any], list[Any]], arguments:
 
 def _opaque(forward: RewrittenForward, args: Any, kwargs: Any, parameters: list[Any], buffers: list[Any]) -> Any:
     site, inputs = site_for(forward, args, kwargs, [*parameters, *buffers], _program())
-    *results, token = run(site.key, _device(parameters, buffers, inputs), inputs, [*parameters, *buffers])
+    *results, token = run(site.key, inputs, [*parameters, *buffers], device=_device(parameters, buffers, inputs))
     if buffers:
         settle(token, buffers)
     return pytree.tree_map(_wrapped, site.assemble(results, [*inputs, *parameters, *buffers]))

@@ -26,14 +26,14 @@ _NUMBERS = itertools.count()
 
 
 @torch.library.custom_op("mfx::run", mutates_args=(), tags=compat.OPAQUE_TAGS)
-def run(site: str, device: torch.device, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> list[Tensor]:
+def run(site: str, inputs: Sequence[Tensor], held: Sequence[Tensor], *, device: torch.device) -> list[Tensor]:
     """Run a net.
 
     Args:
         site: key of the `mfx.sites.Site`.
-        device: where random numbers are drawn, for `torch.utils.checkpoint` to look at.
         inputs: the tensors of the net's arguments.
         held: its parameters and buffers.
+        device: where random numbers are drawn, for `torch.utils.checkpoint` to look at.
 
     Returns:
         The tensors of its result, and the token of the run.
@@ -48,7 +48,7 @@ def run(site: str, device: torch.device, inputs: Sequence[Tensor], held: Sequenc
 
 
 @run.register_fake
-def _(site: str, device: torch.device, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> list[Tensor]:
+def _(site: str, inputs: Sequence[Tensor], held: Sequence[Tensor], *, device: torch.device) -> list[Tensor]:
     return [*site_of(site).foresee(inputs, held), torch.empty((), dtype=torch.int64)]
 
 
@@ -77,8 +77,8 @@ def _(token: Tensor, gradients: Sequence[Tensor], like: Sequence[Tensor]) -> lis
     return [torch.empty_like(tensor) for tensor in like]
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    key, _, given, held = inputs
+def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: list[Tensor]) -> None:
+    key, given, held = inputs
     ctx.site, ctx.counts = site_of(key), (len(given), len(held))
     leaves = [*given, *held]
     ctx.save_for_backward(output[-1], *(leaves[position] for position in ctx.site.foreseen.used))
@@ -92,7 +92,7 @@ def _backward(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Any, ...]:
     wanted = [gradients[position] for position in site.foreseen.differentiable]
     found = dict(zip(site.foreseen.used, torch.ops.mfx.run_backward(token, wanted, like), strict=True))
     every = [found.get(position) for position in range(given + held)]
-    return None, None, every[:given], every[given:]
+    return None, every[:given], every[given:]
 
 
 run.register_autograd(_backward, setup_context=_remember)
