@@ -25,6 +25,9 @@ from mfx.rehearsal import Observer, Rehearsed
 
 __all__ = ["Estimate", "Subject", "Usage", "estimate", "of_entry", "of_module"]
 
+Calls = Mapping[str, Momentum]
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+
 
 @dataclass(frozen=True)
 class Usage:
@@ -75,8 +78,8 @@ class Subject:
     """
 
     net: nn.Module
-    calls: Mapping[str, Momentum]
-    run: Callable[[nn.Module, Mapping[str, Momentum], tuple[Any, ...], Mapping[str, Any], Program], Any]
+    calls: Calls
+    run: Callable[[nn.Module, Calls, Inputs, Program], Any]
     reruns_rest: bool = False
 
 
@@ -112,13 +115,8 @@ def of_entry(forward: RewrittenForward, entry: Entry) -> Subject:
     """A net, by one of its rewritten graphs."""
     inner = _calls_in(forward.net)  # of momentum nets that the user put into the model
 
-    def run(
-        net: nn.Module,
-        calls: Mapping[str, Momentum],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        program: Program,
-    ) -> Any:
+    def run(net: nn.Module, calls: Calls, inputs: Inputs, program: Program) -> Any:
+        args, kwargs = inputs
         _put(net, {path: calls[f"{path}()"] for path in inner})
         own = copy.copy(entry)
         own.calls = {name: calls[name] for name in entry.calls}
@@ -133,13 +131,8 @@ def of_entry(forward: RewrittenForward, entry: Entry) -> Subject:
 def of_module(module: nn.Module) -> Subject:
     """A module that holds its momentum calls: a graph module that was rewritten, a momentum net."""
 
-    def run(
-        net: nn.Module,
-        calls: Mapping[str, Momentum],
-        args: tuple[Any, ...],
-        kwargs: Mapping[str, Any],
-        program: Program,
-    ) -> Any:
+    def run(net: nn.Module, calls: Calls, inputs: Inputs, program: Program) -> Any:
+        args, kwargs = inputs
         _put(net, calls)
         return net(*args, **kwargs)
 
@@ -151,7 +144,7 @@ def _calls_in(net: nn.Module) -> dict[str, Momentum]:
     return {path: inner for path, inner in net.named_modules() if isinstance(inner, Momentum)}
 
 
-def _put(net: nn.Module, calls: Mapping[str, Momentum]) -> None:
+def _put(net: nn.Module, calls: Calls) -> None:
     for path, call in calls.items():
         net.set_submodule(path, call)
 
@@ -175,7 +168,7 @@ class _Stage:
                 return fakes.setdefault(id(tensor), self._fake(undivided(tensor)))
 
             self._net = shadow_of(subject.net, fake)
-            self._args, self._kwargs = pytree.tree_map_only(Tensor, fake, (args, dict(kwargs)))
+            self._inputs: Inputs = pytree.tree_map_only(Tensor, fake, (args, dict(kwargs)))
         own = [*self._net.parameters(), *self._net.buffers()]
         self._trained = [tensor for tensor in own if tensor.requires_grad]
         self._observer = Observer(own)
@@ -219,7 +212,7 @@ class _Stage:
         program = self._watched if subject.reruns_rest else compile_graph
         passing = nullcontext() if self._plans is None else self._plans.passing("rehearsal")
         with passing, self._observer.in_call(subject.reruns_rest):
-            return subject.run(self._net, self._calls, self._args, self._kwargs, program)
+            return subject.run(self._net, self._calls, self._inputs, program)
 
     def _watched(self, graph: Graph) -> Callable[..., Any]:
         return self._observer.step("", compile_graph(graph))
