@@ -216,7 +216,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     sizes = [(batch, depth) for batch in (4096, 256) for depth in (32, 64)]
     rounds = 3
     if options.quick:
-        sizes, rounds = [(4096, 32), (256, 64)], 1
+        sizes, rounds = [(2048, 32), (256, 64)], 1
     if options.tiny:
         sizes, rounds = [(8, 4)], 1
     rows: list[Row] = []
