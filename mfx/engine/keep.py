@@ -76,6 +76,7 @@ class Captures:
         tensors = [leaves[i] for i in self._places]
         self._requires_grad = [t.requires_grad for t in tensors]
         self._kept = Kept(tensors, what) if tensors else None
+        self._is_empty = not values
         self._later: list[Any] = []
 
     def extend(self, values: Iterable[Any]) -> None:
@@ -84,7 +85,7 @@ class Captures:
 
     def get(self) -> tuple[Any, ...]:
         """The values, with tensors detached from the graph and the same ``requires_grad`` as in the forward pass."""
-        if not self._leaves:
+        if self._is_empty:  # as a rule
             return tuple(self._later)
         leaves = list(self._leaves)
         tensors = self._kept.get() if self._kept is not None else ()
