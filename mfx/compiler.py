@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate, map_arg
 
 from mfx.program import compile_graph
 from mfx_passes.ir import is_momentum_call
@@ -15,6 +17,7 @@ from mfx_passes.serialize import PortableGraph
 __all__ = ["Compiler"]
 
 Function = Callable[..., Any]
+_NODE = re.compile(r"\bProxy\(\w+\)")
 
 
 class Compiler:
@@ -70,13 +73,18 @@ def _with_inputs_only(graph: Graph) -> tuple[list[str], Graph]:
             path = str(node.target)
             if path not in read:
                 read[path] = shared.placeholder(f"p{len(read)}")
-        args = torch.fx.node.map_arg(node.args, copies.__getitem__)
-        kwargs = torch.fx.node.map_arg(node.kwargs, copies.__getitem__)
+        args = map_aggregate(map_arg(node.args, copies.__getitem__), _without_numbers)
+        kwargs = map_aggregate(map_arg(node.kwargs, copies.__getitem__), _without_numbers)
         op, target = node.op, node.target
         if op == "call_module":
             op, target, args = "call_function", _call, (read[str(node.target)], *args)
         copies[node] = shared.create_node(op, target, args, kwargs, name=f"n{len(copies)}")
     return list(read), shared
+
+
+def _without_numbers(value: Any) -> Any:
+    """A message that a trace wrote names nodes by number, which would tell apart what is alike."""
+    return _NODE.sub("Proxy", value) if isinstance(value, str) else value
 
 
 def _call(module: Any, *args: Any, **kwargs: Any) -> Any:
