@@ -60,6 +60,12 @@ class Foreseen:
         return None
 
     @property
+    def sizes(self) -> list[list[int]] | None:
+        """The sizes of all results; None if some are open."""
+        found = [[size for size in sizes if size is not None] for _, _, sizes in self.kinds]
+        return found if all(None not in sizes for _, _, sizes in self.kinds) else None
+
+    @property
     def structure(self) -> Any:
         """What the net returns, with `Result` and `Given` for tensors."""
         return pytree.tree_unflatten([value for _, value in self.leaves], self.spec)

@@ -99,6 +99,11 @@ class Site:
         Raises:
             MfxError: the net does something else by now than what was foreseen when the site was made.
         """
+        if self.foreseen.sizes is not None:  # then there is nothing that the inputs' sizes could add
+            return [
+                torch.empty(sizes, dtype=dtype, device=device)
+                for sizes, (dtype, device, _) in zip(self.foreseen.sizes, self.foreseen.kinds, strict=True)
+            ]
         foreseen, results = _foresee(self.forward, self.call, inputs, held)
         self.check(foreseen)
         return [torch.empty(result.shape, dtype=result.dtype, device=result.device) for result in results]
