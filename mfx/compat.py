@@ -21,6 +21,7 @@ __all__ = [
     "autocast_as",
     "autocast_state",
     "class_before_sharding",
+    "compiled_model",
     "current_task",
     "fake_mode",
     "fake_mode_of",
@@ -29,6 +30,7 @@ __all__ = [
     "is_sharded",
     "keeps_graph",
     "leaves_of",
+    "memory_of",
     "outside_of_export",
     "plain_transformer_layers",
     "runs_for_real",
@@ -126,6 +128,17 @@ def above_autograd() -> AbstractContextManager[object]:
     for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
         excluded = excluded.remove(key)
     return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+def memory_of(storage: torch.UntypedStorage) -> int:
+    """A number that tells a storage from all others alive, also where it holds nothing (torch 2.11 to 2.15)."""
+    return int(storage._cdata)
+
+
+def compiled_model(module: nn.Module) -> nn.Module | None:
+    """The model that ``torch.compile`` made this module of; None if it is no such module (torch 2.11 to 2.15)."""
+    dynamo = sys.modules.get("torch._dynamo")  # whoever has compiled something has imported it
+    return module._orig_mod if dynamo is not None and isinstance(module, dynamo.OptimizedModule) else None
 
 
 def keeps_graph() -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from dataclasses import dataclass
 from itertools import chain
@@ -14,7 +13,7 @@ from mfx.entry import Entry
 from mfx.options import Options
 from mfx_passes import MfxError
 
-__all__ = ["CompiledGraph", "compiled_model", "found_for", "graphs_of", "named_graphs", "remember"]
+__all__ = ["CompiledGraph", "found_for", "graphs_of", "named_graphs", "remember"]
 
 
 @dataclass(eq=False)
@@ -48,12 +47,6 @@ def graphs_of(model: nn.Module) -> list[CompiledGraph]:
     """The graphs that ran on parameters or buffers of a model, in the order they were made for these."""
     references = chain.from_iterable(_GRAPHS.get(tensor, ()) for tensor in _tensors(model))
     return [graph for reference in dict.fromkeys(references) if (graph := reference()) is not None]
-
-
-def compiled_model(module: nn.Module) -> nn.Module | None:
-    """The model that ``torch.compile(model)`` was called with to get this module; None if it is no such module."""
-    dynamo = sys.modules.get("torch._dynamo")  # whoever has compiled something has imported it
-    return module._orig_mod if dynamo is not None and isinstance(module, dynamo.OptimizedModule) else None
 
 
 def named_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:

@@ -11,7 +11,8 @@ from torch import fx, nn
 
 from mfx.advice import OPTIONAL_OUTPUTS
 from mfx.capture import CaptureError
-from mfx.compiled_graphs import compiled_model, found_for, named_graphs
+from mfx.compat import compiled_model
+from mfx.compiled_graphs import found_for, named_graphs
 from mfx.entry import Entry
 from mfx.estimate import Estimate, Subject, estimate, of_entry, of_module
 from mfx.explained_storage import ExplainedStorage, explain_storage

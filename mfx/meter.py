@@ -11,6 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from mfx.compat import memory_of
+
 __all__ = ["ActivationMeter", "StorageLedger", "storages"]
 
 
@@ -126,7 +128,7 @@ class StorageLedger(TorchDispatchMode):
         before = frozenset() if func in _LIFTS else self._keys(tree_iter((args, kwargs)))
         result = func(*args, **kwargs)
         for storage in self._storages(tree_iter(result)):
-            key = storage._cdata
+            key = memory_of(storage)
             if key in self._born or (key not in before and key not in self._never):
                 self._enter(key, storage)
         self.peak = max(self.peak, self.live)
@@ -137,14 +139,14 @@ class StorageLedger(TorchDispatchMode):
     def leave_out_grad(self, owner: torch.Tensor) -> None:
         """From now on, do not count the gradient that has been left on a parameter."""
         for storage in self._storages([owner.grad]):
-            self._forget(storage._cdata)
+            self._forget(memory_of(storage))
 
     def _storages(self, leaves: Iterable[object]) -> Iterator[torch.UntypedStorage]:
         """The storages of ``leaves`` that count."""
         return (storage for storage in storages(leaves) if storage.device.type != "meta")
 
     def _keys(self, leaves: Iterable[object]) -> frozenset[int]:
-        return frozenset(storage._cdata for storage in self._storages(leaves))
+        return frozenset(memory_of(storage) for storage in self._storages(leaves))
 
     def _enter(self, key: int, storage: torch.UntypedStorage) -> None:
         self._forget(key)  # its size may have changed

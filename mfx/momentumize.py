@@ -13,7 +13,8 @@ from mfx import capture as capturing
 from mfx.arguments import check_signature, specialize_defaults
 from mfx.capture import CaptureError
 from mfx.checkpoints import note_gamma
-from mfx.compiled_graphs import compiled_model, named_graphs
+from mfx.compat import compiled_model
+from mfx.compiled_graphs import named_graphs
 from mfx.entry import make_momentum
 from mfx.guard import without_marks
 from mfx.net import RewrittenForward, described, forward_of, net_of, without_chains

@@ -33,7 +33,7 @@ class Run:
         if len(self._homes) != len(held):
             raise MfxError(
                 f"{type(site.forward.net).__name__} has {len(self._homes)} parameters and buffers, and had {len(held)} "
-                "when the code around it was compiled. Call torch._dynamo.reset() after a change of the model."
+                "when the code around it was compiled. Call torch.compiler.reset() after a change of the model."
             )
         requires = iter(site.call.requires)
         self._inputs = [tensor.detach().requires_grad_(next(requires)) for tensor in inputs]
@@ -135,9 +135,9 @@ def _plain(result: Tensor) -> Tensor:
 
 def _apart(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
     """The same tensors, copied where they share memory with one another or with others, as no operation may."""
-    taken = {tensor.untyped_storage()._cdata for tensor in others}
+    taken = {compat.memory_of(tensor.untyped_storage()) for tensor in others}
     result: list[Tensor] = []
     for tensor in tensors:
-        result.append(tensor.clone() if tensor.untyped_storage()._cdata in taken else tensor)
-        taken.add(result[-1].untyped_storage()._cdata)
+        result.append(tensor.clone() if compat.memory_of(tensor.untyped_storage()) in taken else tensor)
+        taken.add(compat.memory_of(result[-1].untyped_storage()))
     return result

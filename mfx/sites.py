@@ -118,7 +118,7 @@ class Site:
         if difference is not None:
             raise MfxError(
                 f"{type(self.forward.net).__name__} {difference} when the code around it was compiled. Call "
-                "torch._dynamo.reset() after a change of the model."
+                "torch.compiler.reset() after a change of the model."
             )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mfx.compat import memory_of
 from mfx.engine.budget import StepCost
 
 __all__ = ["StepMeasure", "storages"]
@@ -90,7 +91,7 @@ def storages(tensor: Tensor) -> _Storages:
         storage = tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):
         return {id(tensor): (tensor, tensor.numel() * tensor.element_size())}
-    return {storage._cdata: (storage, storage.nbytes())}
+    return {memory_of(storage): (storage, storage.nbytes())}
 
 
 def _size(storages: _Storages) -> int:
