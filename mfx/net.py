@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from itertools import accumulate
@@ -44,6 +45,7 @@ class RewrittenForward(Overlay):
         self.in_parts = False
         self.known_chains: set[str] = set()  # of all graphs there ever were, and of the net this one is a copy of
         self.key = know(self)
+        self.lock = threading.RLock()  # held while the net has other tensors than its own
         self.sites: list[Site] = []
         self.symbolic = SymbolicRoute(self)
         self.dynamo = DynamoRoute(self)
@@ -265,10 +267,11 @@ class RewrittenForward(Overlay):
     def __getstate__(self) -> dict[str, Any]:
         # What Dynamo saw is not copied; and a copy made inside of mfx.original is no part of that context.
         active = self.active if self.active in self.symbolic.entries else None
-        return {**self.__dict__, "active": active, "bypassed": 0, "sites": []}
+        state = {name: value for name, value in self.__dict__.items() if name != "lock"}
+        return {**state, "active": active, "bypassed": 0, "sites": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, key=know(self))
+        self.__dict__.update(state, key=know(self), lock=threading.RLock())
 
 
 def forward_of(net: nn.Module) -> RewrittenForward | None:

@@ -91,14 +91,15 @@ class Run:
     def _held_by_net(self) -> Iterator[None]:
         """The net has the stand-ins for parameters and buffers."""
         places = [(home, tensor) for homes, tensor in zip(self._homes, self._held, strict=True) for home in homes]
-        before = [home.get() for home, _ in places]
-        try:
-            for home, tensor in places:
-                home.put(tensor)
-            yield
-        finally:
-            for (home, _), tensor in zip(places, before, strict=True):
-                home.put(tensor)
+        with self._site.forward.lock:  # another thread's stand-ins are not the net's own, to be put back
+            before = [home.get() for home, _ in places]
+            try:
+                for home, tensor in places:
+                    home.put(tensor)
+                yield
+            finally:
+                for (home, _), tensor in zip(places, before, strict=True):
+                    home.put(tensor)
 
 
 def _homes(net: nn.Module) -> list[list[Place]]:

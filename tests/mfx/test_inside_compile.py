@@ -6,6 +6,8 @@ where the compiler changes no arithmetic (backends "eager" and "aot_eager").
 
 import copy
 import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -17,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import mfx
 from mfx import opaque
 from mfx.backend import momentum
+from mfx.run import Run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
@@ -497,3 +500,26 @@ def test_the_model_is_called_something_else_than_self():
     reference, x = copy.deepcopy(net), torch.randn(4, 5)
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     assert_same(trained(net, compiled, x), trained(reference, reference, x))
+
+
+def test_threads_leave_the_net_its_own_parameters():
+    net, x = mfx.momentumize(Blocks()).eval(), torch.randn(4, 5)
+    own = [*net.parameters(), *net.buffers()]
+    with torch.no_grad():
+        torch.compile(net, backend="aot_eager", fullgraph=True)(x)
+    first, second = (Run(net.forward.sites[0], [x], own) for _ in range(2))
+    entered, leave = threading.Event(), threading.Event()
+
+    def run_second():
+        with second._held_by_net():
+            entered.set()
+            leave.wait(10)
+
+    with ThreadPoolExecutor(1) as pool:
+        with first._held_by_net():
+            done = pool.submit(run_second)
+            assert not entered.wait(0.2)  # else it would take the first one's stand-ins for the net's own
+        assert entered.wait(10)
+        leave.set()
+        done.result()
+    assert all(a is b for a, b in zip([*net.parameters(), *net.buffers()], own, strict=True))
