@@ -55,7 +55,8 @@ class Family:
         config: name of its configuration's class.
         options: of the configuration.
         make_inputs: makes the arguments of a call for a batch size and a length; the length of images is fixed.
-        chains: how many steps each chain has, by name.
+        chains: how many steps each chain has, by name; None where that is not written down.
+        length: of the inputs, where nothing else is asked for.
         compiles_alike: whether the model computes the same while it is captured. Where transformers asks
             `torch.compiler.is_compiling()` and then computes the same function in another way, only rounding differs.
         dtype: of its parameters.
@@ -66,25 +67,35 @@ class Family:
     config: str
     options: Mapping[str, Any]
     make_inputs: Callable[[int, int], Inputs]
-    chains: Mapping[str, int]
+    chains: Mapping[str, int] | None = None
+    length: int = 10
     compiles_alike: bool = True
     dtype: torch.dtype = torch.float32
 
-    def make(self, **options: Any) -> nn.Module:
-        """The model with random weights; everything that begins at 0 or 1 is moved away from there."""
-        torch.manual_seed(0)
+    def build(self, **options: Any) -> nn.Module:
+        """The model with random weights."""
         config = getattr(transformers, self.config)(**{**self.options, **options})
-        model = getattr(transformers, self.model)(config)
+        model: nn.Module = getattr(transformers, self.model)(config)
+        return model.to(self.dtype)
+
+    def make(self, **options: Any) -> nn.Module:
+        """The same model every time; everything that begins at 0 or 1 is moved away from there."""
+        torch.manual_seed(0)
+        model = self.build(**options)
         with torch.no_grad():
             for p in model.parameters():
                 p.add_(torch.randn_like(p), alpha=0.05)
-        return model.to(self.dtype).train()
+        return model.train()
+
+    def draw(self, batch: int = 2, length: int | None = None) -> Inputs:
+        """Arguments of a call."""
+        made = self.make_inputs(batch, length or self.length)
+        return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in made.items()}
 
     def inputs(self, batch: int = 2, length: int = 10) -> Inputs:
-        """Arguments of a call, the same for the same sizes."""
+        """The same arguments for the same sizes every time."""
         torch.manual_seed(batch * 1000 + length)
-        made = self.make_inputs(batch, length)
-        return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in made.items()}
+        return self.draw(batch, length)
 
     @property
     def reads(self) -> str:
