@@ -90,7 +90,10 @@ class Family:
     def draw(self, batch: int = 2, length: int | None = None) -> Inputs:
         """Arguments of a call."""
         made = self.make_inputs(batch, length or self.length)
-        return {name: x.to(self.dtype) if x.is_floating_point() else x for name, x in made.items()}
+        return {name: self._cast(x) for name, x in made.items()}
+
+    def _cast(self, value: Any) -> Any:
+        return value.to(self.dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
     def inputs(self, batch: int = 2, length: int = 10) -> Inputs:
         """The same arguments for the same sizes every time."""

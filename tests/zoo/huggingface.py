@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tests.models.huggingface import DEPTH, FAMILIES, WIDTH, Family
-from tests.zoo import huggingface_text
+from tests.zoo import huggingface_others, huggingface_text, huggingface_vision
 from tests.zoo.entry import Call, Entry
 
 NOTE = f"{DEPTH} layers of width {WIDTH}"
@@ -16,4 +16,5 @@ def entry(family: Family) -> Entry:
     return Entry("huggingface", family.name, family.build, call, NOTE, family.compiles_alike)
 
 
-ENTRIES = [entry(family) for family in (*FAMILIES, *huggingface_text.FAMILIES)]
+_FURTHER = (*huggingface_text.FAMILIES, *huggingface_vision.FAMILIES, *huggingface_others.FAMILIES)
+ENTRIES = [entry(family) for family in (*FAMILIES, *_FURTHER)]
