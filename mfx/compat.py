@@ -27,6 +27,7 @@ __all__ = [
     "fake_mode_of",
     "is_fake",
     "is_group",
+    "is_inductor",
     "is_sharded",
     "keeps_graph",
     "leaves_of",
@@ -264,3 +265,8 @@ def is_fake(value: object) -> bool:
 def runs_for_real() -> bool:
     """False while torch.compile, torch.export or another fake mode looks at the code instead of running it."""
     return not torch.compiler.is_compiling() and torch._guards.detect_fake_mode() is None
+
+
+def is_inductor(backend: object) -> bool:
+    """Whether a backend of torch.compile, or its name, is Inductor; torch.compile itself names it so (2.11 to 2.14)."""
+    return getattr(backend, "compiler_name", backend) == "inductor"

@@ -10,6 +10,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate, map_arg
 
+from mfx import compat
+from mfx.engine import IN_BLOCKS, Fused, Moves
 from mfx.program import compile_graph
 from mfx_passes.ir import is_momentum_call
 from mfx_passes.serialize import PortableGraph
@@ -26,12 +28,17 @@ class Compiler:
     Args:
         inner: name of a torch.compile backend, or one.
         **settings: further arguments of `torch.compile`.
+
+    Attributes:
+        moves: how the states of chains move whose branches it compiles.
     """
 
     def __init__(self, inner: Any, **settings: Any) -> None:
         self._inner = inner
         self._settings = settings
         self._compiled: dict[Any, Function] = {}
+        # Other backends do not fuse what they compile, or nobody knows: then it would be slower.
+        self.moves: Moves = Fused(self) if compat.is_inductor(inner) else IN_BLOCKS
 
     def __call__(self, graph: Graph) -> Function:
         """The function a graph stands for; its first argument is the object that holds what the graph reads by path.

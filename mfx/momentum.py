@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from mfx import compat
 from mfx.amount import Amount
-from mfx.engine import ARITHMETICS, StepFunction, run_chain, states_by_end
+from mfx.compiler import Compiler
+from mfx.engine import ARITHMETICS, IN_BLOCKS, StepFunction, run_chain, states_by_end
 from mfx.gamma import Gamma
 from mfx.passing import Plans, Share, share_of
 from mfx.program import Program, compile_graph
@@ -129,6 +130,7 @@ class Momentum(nn.Module):
             memory=self._memory,
             verify=self.verify,
             costs=None if share is None else share.costs,
+            moves=program.moves if isinstance(program, Compiler) else IN_BLOCKS,
         )
         outputs = (result.x, *result.taps, *(value for side in result.sides for value in side))
         return outputs if len(outputs) > 1 else result.x

@@ -1,6 +1,6 @@
 """The momentum call: chains of residual steps whose backward pass rebuilds its activations."""
 
-from mfx.engine.arithmetic import ARITHMETICS
+from mfx.engine.arithmetic import ARITHMETICS, IN_BLOCKS, Fused, Moves
 from mfx.engine.budget import ChainCost, ChainPlan, NetPlan, StepCost, make_plan
 from mfx.engine.chain import run_chain
 from mfx.engine.scope import enclosing_keeps, measure, recomputing
@@ -9,9 +9,12 @@ from mfx.engine.storage import states_by_end
 
 __all__ = [
     "ARITHMETICS",
+    "IN_BLOCKS",
     "ChainCost",
     "ChainOutput",
     "ChainPlan",
+    "Fused",
+    "Moves",
     "NetPlan",
     "StepCost",
     "StepFunction",

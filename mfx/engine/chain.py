@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mfx.compat import under_transform
-from mfx.engine.arithmetic import ARITHMETICS, State
+from mfx.engine.arithmetic import ARITHMETICS, IN_BLOCKS, Moves, State
 from mfx.engine.arithmetic.base import wide
 from mfx.engine.budget import ChainPlan, StepCost
 from mfx.engine.flags import notice_overflow, read_pending, verify_chain, verify_step, warn_once
@@ -48,6 +48,7 @@ class _Call:
     taps: Sequence[int]
     memory: Memory
     verify: str
+    moves: Moves
 
     @property
     def keeps_all(self) -> bool:
@@ -69,6 +70,7 @@ def run_chain(
     memory: Memory | None = None,
     verify: str = "warn",
     costs: list[StepCost] | None = None,
+    moves: Moves = IN_BLOCKS,
 ) -> ChainOutput:
     """Run a chain of steps with momentum: v ← γ·v + (1−γ)·f(x), x ← x + v (Sander et al., ICML 2021).
 
@@ -92,6 +94,7 @@ def run_chain(
         verify: what to do if a backward pass in exact arithmetic does not end where the forward pass began: "warn",
             "raise" or "off". On a CPU at once, elsewhere at the next call with the same ``memory``.
         costs: a list that takes in what each step that may run again costs, found out by watching it.
+        moves: who does the elementwise work of exact arithmetic; what comes out is the same.
 
     Raises:
         MfxError: if a branch's value does not fit the stream, or values leave the range of exact arithmetic; in the
@@ -103,7 +106,7 @@ def run_chain(
     read_pending(memory)
     state = ARITHMETICS[arithmetic]
     plan = _plan(memory_budget, state, gamma, x.dtype, len(steps))
-    call = _Call(name, steps, captures, root, gamma, state, plan, costs, velocity, taps, memory, verify)
+    call = _Call(name, steps, captures, root, gamma, state, plan, costs, velocity, taps, memory, verify, moves)
     with inside_chain(recorded := _decide_recorded(call, x), keeps=call.keeps_all):
         if gamma.is_zero:
             return _run_original(call, x)
@@ -200,7 +203,7 @@ def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
     runner = _choose_runner(call, x)
     tape, walked = (runner.tape, runner.walked) if isinstance(runner, FromTape) else (None, range(0))
     v = call.velocity if isinstance(call.velocity, Tensor) else None
-    state = call.arithmetic.start(x, v, reversible=tape is not None)
+    state = call.arithmetic.start(x, v, reversible=tape is not None, moves=call.moves)
     if state.rounds_input:
         x = Enter.apply(x, state)
     out = _Collector(call.taps)

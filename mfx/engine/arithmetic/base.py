@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from mfx.engine.arithmetic.moves import IN_BLOCKS, Moves
 from mfx.gamma import Gamma
 
 __all__ = ["Frozen", "State", "wide"]
@@ -34,8 +35,15 @@ class State(ABC):
 
     @classmethod
     @abstractmethod
-    def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool) -> Self:
-        """The state before the first step; ``v`` None is no velocity. ``reversible``: ``retreat`` will be asked for."""
+    def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool, moves: Moves = IN_BLOCKS) -> Self:
+        """The state before the first step.
+
+        Args:
+            x: the stream.
+            v: None is no velocity.
+            reversible: whether ``retreat_x`` and ``retreat_v`` will be asked for.
+            moves: how integers move, if the arithmetic has any.
+        """
 
     @staticmethod
     @abstractmethod

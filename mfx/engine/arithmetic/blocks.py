@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["blocks", "can_be_split"]
+__all__ = ["blocks", "can_be_split", "flat"]
 
 # In elements of eight bytes: of the five tensors in hand most then fit into a second-level cache, and the calls
 # themselves take little of the time. torch gives a thread no less than half of it.
@@ -37,12 +37,13 @@ def blocks(*tensors: Tensor, scratch: int = 0) -> Iterable[tuple[Tensor, ...]]:
 def _parts(tensors: tuple[Tensor, ...], size: int, scratch: int) -> Iterator[tuple[Tensor, ...]]:
     first = tensors[0]
     spare = [first.new_empty(size, dtype=torch.float64) for _ in range(scratch)]
-    for parts in zip(*(_flat(t, first).split(size) for t in tensors), strict=True):
+    for parts in zip(*(flat(t, first).split(size) for t in tensors), strict=True):
         length = parts[0].numel()
         yield (*parts, *(spare if length == size else [t[:length] for t in spare]))
 
 
-def _flat(t: Tensor, first: Tensor) -> Tensor:
+def flat(t: Tensor, first: Tensor) -> Tensor:
+    """The elements in the order in which those of ``first`` lie in memory, a view if ``t`` is laid out alike."""
     if t.stride() != first.stride():
         t = torch.empty_like(first, dtype=t.dtype).copy_(t)
     return t.as_strided((t.numel(),), (1,))

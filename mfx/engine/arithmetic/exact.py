@@ -11,15 +11,14 @@ from typing_extensions import Self, override
 
 from mfx.engine.arithmetic.base import Frozen, State
 from mfx.engine.arithmetic.blocks import blocks, can_be_split
-from mfx.engine.arithmetic.integers import SMALL, as_float, nearest
+from mfx.engine.arithmetic.integers import ONE, SMALL, nearest
+from mfx.engine.arithmetic.moves import IN_BLOCKS, Moves, increment, read
 from mfx.engine.arithmetic.range import Guard
 from mfx.engine.arithmetic.reach import Reach
-from mfx.engine.arithmetic.store import LIMB, DigitStore, divide, multiply
+from mfx.engine.arithmetic.store import LIMB, DigitStore
 from mfx.gamma import Gamma
 
 __all__ = ["ExactState"]
-
-_ONE = 2.0**40  # 1.0 in fixed point
 
 
 class ExactState(State):
@@ -34,8 +33,10 @@ class ExactState(State):
     verifiable = True
     rounds_input = True
 
-    def __init__(self, X: Tensor, V: Tensor | None, store: DigitStore, dtype: torch.dtype, guard: Guard) -> None:
-        self.X, self.V, self.store, self.dtype, self.guard = X, V, store, dtype, guard
+    def __init__(
+        self, X: Tensor, V: Tensor | None, store: DigitStore, dtype: torch.dtype, guard: Guard, moves: Moves
+    ) -> None:
+        self.X, self.V, self.store, self.dtype, self.guard, self.moves = X, V, store, dtype, guard, moves
         self.owns_x = self.owns_v = True  # whether it may be overwritten
         self.first_v: Tensor | None = None
         self.mark: Tensor | None = None  # what a walk back must come to, if it ends before the start
@@ -44,7 +45,7 @@ class ExactState(State):
 
     @classmethod
     @override
-    def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool) -> Self:
+    def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool, moves: Moves = IN_BLOCKS) -> Self:
         guard = Guard()
         x = guard.admit(x.detach())
         reach = Reach(guard.largest, 0.0)
@@ -55,7 +56,7 @@ class ExactState(State):
         X = _fixed(x, dtype)
         # Laid out in memory as X is, whatever v was.
         V = None if v is None else torch.empty_like(X).copy_(_fixed(v, dtype))
-        state = cls(X, V, DigitStore(keep_limbs=reversible), x.dtype, guard)
+        state = cls(X, V, DigitStore(keep_limbs=reversible), x.dtype, guard, moves)
         state.first_v = None if V is None or not reversible else _sum(V)
         state.reach = reach
         return state
@@ -77,7 +78,7 @@ class ExactState(State):
     def stream(self) -> Tensor:
         out = self._new_stream()
         for x, part, scratch in blocks(self.X, out, scratch=1):
-            _read(x, part, scratch)
+            read(x, part, scratch)
         return self.guard.mark(out)
 
     @override
@@ -99,8 +100,7 @@ class ExactState(State):
     def retreat_x(self) -> Tensor:
         self._own_x()
         out = self._new_stream()
-        for x, v, part, scratch in blocks(self.X, self._velocity(), out, scratch=1):
-            _read(x.sub_(v), part, scratch)
+        self.moves.retreat_x(self.X, self._velocity(), out)
         return self.guard.mark(out)
 
     @override
@@ -111,12 +111,9 @@ class ExactState(State):
         self.steps -= 1
         if gamma.is_zero or (self.steps == 0 and self.first_v is None):
             for x, v, f, scratch in blocks(self.X, V, y, scratch=1):
-                v.sub_(_increment(f, x, kind, gamma, scratch))
+                v.sub_(increment(f, x, kind, gamma, scratch))
             return
-        top = self.store.before_divide()
-        for x, v, t, f, scratch, more in blocks(self.X, V, top, y, scratch=2):
-            v.sub_(_increment(f, x, kind, gamma, scratch))
-            divide(v, t, gamma.numerator, gamma.denominator, more.view(v.dtype))
+        self.moves.retreat_v(self.X, V, self.store.before_divide(), y, kind, gamma)
         self.store.after_divide()
 
     @override
@@ -127,7 +124,7 @@ class ExactState(State):
         if self.store.top is not None:
             tensors = (*tensors, self.store.top)
         past = self.steps, self.first_v, self.mark
-        thaw = partial(_thaw, self.dtype, self.guard, tuple(self.store.spilled), has_top, past)
+        thaw = partial(_thaw, self.dtype, self.guard, self.moves, tuple(self.store.spilled), has_top, past)
         return Frozen(tensors, thaw)
 
     @override
@@ -157,18 +154,15 @@ class ExactState(State):
     def _take_as_velocity(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
         V, out = torch.empty_like(self.X), self._new_stream()
         for x, v, f, part, scratch in blocks(self.X, V, y, out, scratch=1):
-            v.copy_(_increment(f, x, kind, gamma, scratch))
-            _read(x.add_(v), part, scratch)
+            v.copy_(increment(f, x, kind, gamma, scratch))
+            read(x.add_(v), part, scratch)
         self.V = V
         return out
 
     def _add_to_velocity(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
-        V, out, n, d = self._own_v(), self._new_stream(), gamma.numerator, gamma.denominator
-        top = self.store.before_multiply(n, d, V)
-        for x, v, t, f, part, scratch, more in blocks(self.X, V, top, y, out, scratch=2):
-            F = _increment(f, x, kind, gamma, scratch)
-            multiply(v, t, n, d, more.view(v.dtype))
-            _read(x.add_(v.add_(F)), part, scratch)
+        V, out = self._own_v(), self._new_stream()
+        top = self.store.before_multiply(gamma.numerator, gamma.denominator, V)
+        self.moves.advance(self.X, V, top, y, out, kind, gamma)
         return out
 
     def _make_room_for_step(self, kind: str) -> None:
@@ -179,7 +173,7 @@ class ExactState(State):
         after = self.reach.after_step(y, kind)
         if not after.is_small:
             # The bound of x grows with every step, x itself need not.
-            after = Reach(self.X.abs().amax().item() / _ONE, self.reach.v).after_step(y, kind)
+            after = Reach(self.X.abs().amax().item() / ONE, self.reach.v).after_step(y, kind)
         self.reach = after
         if not after.is_small:
             self.X, self.owns_x = self.X.to(torch.int64), True
@@ -206,26 +200,8 @@ class ExactState(State):
         return torch.empty_like(self.X, dtype=self.dtype)
 
 
-def _increment(y: Tensor, x: Tensor, kind: str, gamma: Gamma, scratch: Tensor) -> Tensor:
-    """(1−γ)·f as integers, in ``scratch``: the one formula that both directions use."""
-    t = scratch.copy_(y)
-    if kind == "residual":
-        return nearest(t.mul_(gamma.rest * _ONE), x.dtype)
-    F = nearest(t.mul_(_ONE), x.dtype).sub_(x)
-    return nearest(as_float(F, scratch).mul_(gamma.rest), x.dtype)
-
-
-def _read(x: Tensor, out: Tensor, scratch: Tensor) -> None:
-    """Write what integers ``x`` stand for to ``out``."""
-    if x.dtype == torch.float64 and out.dtype != torch.float16:
-        # A power of two commutes with rounding wherever the exponent has room.
-        out.copy_(x).mul_(1 / _ONE)
-    else:
-        out.copy_(torch.mul(as_float(x, scratch), 1 / _ONE, out=scratch))
-
-
 def _fixed(t: Tensor, dtype: torch.dtype) -> Tensor:
-    return nearest(t.to(torch.float64, copy=True).mul_(_ONE), dtype)
+    return nearest(t.to(torch.float64, copy=True).mul_(ONE), dtype)
 
 
 def _sum(V: Tensor) -> Tensor:
@@ -236,6 +212,7 @@ def _sum(V: Tensor) -> Tensor:
 def _thaw(
     dtype: torch.dtype,
     guard: Guard,
+    moves: Moves,
     spilled: tuple[bool, ...],
     has_top: bool,
     past: tuple[int, Tensor | None, Tensor | None],
@@ -244,7 +221,7 @@ def _thaw(
     X, V, *limbs = tensors
     store = DigitStore(limbs.pop() if has_top else None, tuple(limbs))
     store.spilled = list(spilled)
-    state = ExactState(X, V, store, dtype, guard)
+    state = ExactState(X, V, store, dtype, guard, moves)
     state.owns_x = state.owns_v = False
     state.steps, state.first_v, state.mark = past
     return state

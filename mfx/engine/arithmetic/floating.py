@@ -13,6 +13,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from mfx.engine.arithmetic.base import Frozen, State, wide
+from mfx.engine.arithmetic.moves import IN_BLOCKS, Moves
 from mfx.gamma import Gamma
 
 __all__ = ["FloatState", "Prediction", "predict"]
@@ -74,7 +75,7 @@ class FloatState(State):
 
     @classmethod
     @override
-    def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool) -> Self:
+    def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool, moves: Moves = IN_BLOCKS) -> Self:
         dtype = wide(x.dtype)
         x_state, v_state = x.detach().to(dtype), None if v is None else v.detach().to(dtype)
         return cls(x_state, v_state, x.dtype, owns_v=False)

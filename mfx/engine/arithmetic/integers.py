@@ -10,8 +10,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["SMALL", "as_float", "floor_divide", "nearest"]
+__all__ = ["ONE", "SMALL", "as_float", "floor_divide", "nearest"]
 
+ONE = 2.0**40  # 1.0 in fixed point
 SMALL = 2**50
 
 

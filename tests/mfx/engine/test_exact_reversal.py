@@ -24,8 +24,8 @@ class Spy:
         self.steps = [StepFunction(f"{i}", kind, self.branch(i), None, (), ()) for i in range(depth)]
         start, is_start = ExactState.start.__func__, ExactState.is_start
 
-        def spied_start(cls, x, v, *, reversible):
-            state = start(cls, x, v, reversible=reversible)
+        def spied_start(cls, x, v, **options):
+            state = start(cls, x, v, **options)
             self.starts.append((whole(state.X), whole(state.V)))
             return state
 

@@ -1,0 +1,147 @@
+"""The moves of exact arithmetic as one function each, for a compiler that makes one loop of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Tracer
+from typing_extensions import override
+
+from mfx.engine.arithmetic.blocks import flat
+from mfx.engine.arithmetic.integers import ONE
+from mfx.engine.arithmetic.moves import IN_BLOCKS, Moves
+from mfx.gamma import Gamma
+
+__all__ = ["Fused"]
+
+_WORTH = 2**15  # elements; on fewer of them a CPU is done before a compiled function has been called
+
+
+class Fused(Moves):
+    """By functions that a compiler has made of graphs.
+
+    What γ is, and how many elements there are, is no part of a graph, so neither asks for another one.
+
+    Args:
+        program: the compiler.
+    """
+
+    def __init__(self, program: Callable[[Graph], Callable[..., Any]]) -> None:
+        self._program = program
+        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    @override
+    def advance(self, x: Tensor, v: Tensor, top: Tensor, y: Tensor, out: Tensor, kind: str, gamma: Gamma) -> None:
+        if _is_small(x):
+            return IN_BLOCKS.advance(x, v, top, y, out, kind, gamma)
+        return self._run(partial(_advance, kind), x, v, top, y, out, numbers=_numbers(gamma, x.device))
+
+    @override
+    def retreat_x(self, x: Tensor, v: Tensor, out: Tensor) -> None:
+        return IN_BLOCKS.retreat_x(x, v, out) if _is_small(x) else self._run(_retreat_x, x, v, out)
+
+    @override
+    def retreat_v(self, x: Tensor, v: Tensor, top: Tensor, y: Tensor, kind: str, gamma: Gamma) -> None:
+        if _is_small(x):
+            return IN_BLOCKS.retreat_v(x, v, top, y, kind, gamma)
+        return self._run(partial(_retreat_v, kind), x, v, top, y, numbers=_numbers(gamma, x.device))
+
+    def _run(self, move: Any, *tensors: Tensor, numbers: Tensor | None = None) -> None:
+        dtypes = tuple(tensor.dtype for tensor in tensors)
+        key = getattr(move, "func", move), getattr(move, "args", ()), dtypes
+        if key not in self._compiled:
+            self._compiled[key] = self._program(_graph(move, dtypes, has_numbers=numbers is not None))
+        with torch.no_grad():
+            parts = [flat(tensor.detach(), tensors[0]) for tensor in tensors]
+            self._compiled[key](None, *parts, *([] if numbers is None else [numbers]))
+
+
+def _is_small(x: Tensor) -> bool:
+    return x.device.type == "cpu" and x.numel() < _WORTH
+
+
+@cache
+def _numbers(gamma: Gamma, device: torch.device) -> Tensor:
+    """What a move needs to know of γ = n/d: (1−γ), n, d, and of both what `_floor_divide` needs."""
+    n, d = gamma.numerator, gamma.denominator
+    values = gamma.rest, n, 1 / n, (1 - n) / (2 * n), d, 1 / d, (1 - d) / (2 * d)
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _graph(move: Callable[..., None], dtypes: tuple[torch.dtype, ...], *, has_numbers: bool) -> Graph:
+    """The operations of a move on tensors of these dtypes."""
+    graph = Graph()
+    tracer = Tracer()
+    tracer.graph = graph
+    names = [*(f"t{i}" for i in range(len(dtypes))), *(["numbers"] if has_numbers else [])]
+    inputs = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
+    move(dtypes, *inputs)
+    tracer.create_proxy("output", "output", ((),), {})
+    return graph
+
+
+# What follows sees proxies. Formulas as in `mfx.engine.arithmetic.moves`, `store` and `integers`; the dtypes are those
+# of the tensors.
+
+
+def _advance(kind: str, dtypes: Any, x: Any, v: Any, top: Any, y: Any, out: Any, numbers: Any) -> None:
+    (dtype, *_), out_dtype = dtypes, dtypes[-1]
+    rest, n, d = numbers[0], _Divisor(numbers, 1, dtype), _Divisor(numbers, 4, dtype)
+    v_next, top_next = _scaled(v, top, n, d)
+    v_next = v_next + _increment(y, x, kind, rest, dtype)
+    x_next = x + v_next
+    for tensor, value in ((v, v_next), (top, top_next), (x, x_next), (out, _read(x_next, out_dtype))):
+        tensor.copy_(value)
+
+
+def _retreat_x(dtypes: Any, x: Any, v: Any, out: Any) -> None:
+    before = x - v
+    x.copy_(before)
+    out.copy_(_read(before, dtypes[-1]))
+
+
+def _retreat_v(kind: str, dtypes: Any, x: Any, v: Any, top: Any, y: Any, numbers: Any) -> None:
+    dtype = dtypes[0]
+    rest, n, d = numbers[0], _Divisor(numbers, 1, dtype), _Divisor(numbers, 4, dtype)
+    before, top_before = _scaled(v - _increment(y, x, kind, rest, dtype), top, d, n)
+    v.copy_(before)
+    top.copy_(top_before)
+
+
+def _scaled(v: Any, top: Any, n: _Divisor, d: _Divisor) -> tuple[Any, Any]:
+    """V·n/d and the top after that."""
+    q = d.floor_divide(v)
+    w = v + (top - q) * d.value
+    t = n.floor_divide(w)
+    return w + (q - t) * n.value, t
+
+
+class _Divisor:
+    """A number to divide integers by, which stands in ``numbers`` with what that takes."""
+
+    def __init__(self, numbers: Any, at: int, dtype: torch.dtype) -> None:
+        self.value = numbers[at] if dtype == torch.float64 else numbers[at].to(torch.int64)
+        self._inverse, self._half, self._dtype = numbers[at + 1], numbers[at + 2], dtype
+
+    def floor_divide(self, a: Any) -> Any:
+        if self._dtype == torch.int64:
+            return torch.div(a, self.value, rounding_mode="floor")
+        return torch.round(a * self._inverse + self._half)
+
+
+def _increment(y: Any, x: Any, kind: str, rest: Any, dtype: torch.dtype) -> Any:
+    y = y.to(torch.float64)
+    if kind == "residual":
+        return torch.round(y * (rest * ONE)).to(dtype)
+    f = torch.round(y * ONE).to(dtype) - x
+    return torch.round(f.to(torch.float64) * rest).to(dtype)
+
+
+def _read(x: Any, dtype: torch.dtype) -> Any:
+    value = x.to(torch.float64) * (1 / ONE)
+    # As a CPU does where there is no conversion from float64.
+    return value.to(torch.float32).to(dtype) if dtype.itemsize < 4 else value.to(dtype)

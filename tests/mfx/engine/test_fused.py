@@ -1,0 +1,90 @@
+"""The moves of exact arithmetic as functions of a compiler are those made in blocks, bit for bit."""
+
+import pytest
+import torch
+
+from mfx.compiler import Compiler
+from mfx.engine.arithmetic import IN_BLOCKS, ExactState, Fused
+from mfx.gamma import Gamma
+from mfx.program import compile_graph
+from tests import sampling
+
+SHAPE = 3, 2**14 - 1  # large enough to be fused, and no multiple of a vector's width
+GAMMAS = [Gamma(9, 10), Gamma(1, 64), Gamma(9999, 10000), Gamma(1, 2)]
+
+
+class Counting:
+    """A program that counts what it is asked for."""
+
+    def __init__(self, program=compile_graph):
+        self.program, self.graphs = program, 0
+
+    def __call__(self, graph):
+        self.graphs += 1
+        return self.program(graph)
+
+
+def walk(moves, x, ys, kind, gammas):
+    """Every stream there and back, and the integers at the far end and at the start."""
+    state = ExactState.start(x, None, reversible=True, moves=moves)
+    seen = [state.advance(y, kind, gamma) for y, gamma in zip(ys, gammas, strict=True)]
+    frozen = state.freeze()
+    seen += [tensor.clone() for tensor in frozen.tensors]
+    back = frozen.thaw(frozen.tensors)
+    for y, gamma in reversed(list(zip(ys, gammas, strict=True))):
+        seen.append(back.retreat_x())
+        back.retreat_v(y, kind, gamma)
+    assert back.is_start()
+    return [*seen, back.X]
+
+
+def assert_alike(fused, *, dtype, kind, gammas, scale=1.0, transposed=False):
+    torch.manual_seed(0)
+    x, *ys = (torch.randn(SHAPE).mul_(scale).to(dtype) for _ in range(1 + len(gammas)))
+    if transposed:
+        x, ys[1] = x.t().contiguous().t(), ys[1].t().contiguous().t()
+    expected = walk(IN_BLOCKS, x, ys, kind, gammas)
+    actual = walk(fused, x, ys, kind, gammas)
+    assert all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3e3, 1e-12], ids=["float64", "int64", "tiny"])  # integers of 3000 take int64
+@pytest.mark.parametrize("kind", ["residual", "map"])
+@sampling.sampled("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], 2)
+def test_same_integers(dtype, kind, scale):
+    fused = Counting()
+    gammas = [GAMMAS[i % len(GAMMAS)] for i in range(9)]
+    assert_alike(Fused(fused), dtype=dtype, kind=kind, gammas=gammas, scale=scale)
+    # One each to advance, to retreat x and v; another three once the integers are too large for float64.
+    assert 3 <= fused.graphs <= 6, "γ is part of a graph"
+
+
+def test_other_layouts():
+    assert_alike(Fused(compile_graph), dtype=torch.float32, kind="map", gammas=GAMMAS, transposed=True)
+
+
+def test_small_streams_are_not_worth_it():
+    program = Counting()
+    x = torch.randn(100)
+    walk(Fused(program), x, [x, x], "residual", GAMMAS[:2])
+    assert program.graphs == 0
+
+
+@pytest.fixture
+def fresh():
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+@sampling.grid(1, dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64], kind=["residual", "map"],
+               scale={"float64": 1.0, "int64": 3e3})  # fmt: skip
+def test_inductor(fresh, dtype, kind, scale):
+    assert_alike(Compiler("inductor").moves, dtype=dtype, kind=kind, gammas=GAMMAS, scale=scale)
+
+
+def test_only_inductor_is_known_to_fuse():
+    assert isinstance(Compiler("inductor").moves, Fused)
+    assert isinstance(Compiler(torch._TorchCompileInductorWrapper("default", None, None)).moves, Fused)
+    assert Compiler("aot_eager").moves is IN_BLOCKS
+    assert Compiler(lambda graph, inputs: graph.forward).moves is IN_BLOCKS
