@@ -18,7 +18,7 @@ class StepCost:
         reads: bytes of its input if autograd saves that, else 0.
         input: bytes of its input.
         value: bytes of its branch's value if autograd does not save that, else 0.
-        flops: of the forward pass, by torch's formulas.
+        flops: of a second run, by torch's formulas.
     """
 
     saved: int

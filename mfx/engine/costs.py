@@ -31,6 +31,7 @@ class StepMeasure(TorchDispatchMode):
         from torch.utils.flop_counter import flop_registry
 
         self.flops = 0
+        self._flops_to_last_saved = 0
         self._formulas = flop_registry
         self._ignored = {key for tensor in ignored if tensor is not None for key in storages(tensor)}
         self._saved: _Storages = {}
@@ -49,6 +50,7 @@ class StepMeasure(TorchDispatchMode):
 
     def saw(self, tensor: Tensor) -> None:
         """A tensor was saved for the backward pass."""
+        self._flops_to_last_saved = self.flops
         for key, found in storages(tensor).items():
             if key not in self._ignored:
                 self._saved[key] = found
@@ -74,7 +76,7 @@ class StepMeasure(TorchDispatchMode):
         Args:
             x: its input.
             y: its value.
-            shared: the value is the next step's input, which counts there.
+            shared: the value is the next step's input, which counts there; a second run need not come to it.
         """
         inputs = storages(x)
         values = storages(y) if isinstance(y, Tensor) else {}
@@ -82,7 +84,8 @@ class StepMeasure(TorchDispatchMode):
         left_out = {*inputs, *(values if shared else ())}
         saved = _size({key: found for key, found in self._saved.items() if key not in left_out})
         value = 0 if shared else _size({k: v for k, v in values.items() if k not in self._saved and k not in inputs})
-        return StepCost(saved, reads, _size(inputs), value, self.flops)
+        flops = self._flops_to_last_saved if shared else self.flops
+        return StepCost(saved, reads, _size(inputs), value, flops)
 
 
 def storages(tensor: Tensor) -> _Storages:

@@ -84,6 +84,8 @@ def _clear_after(this: weakref.ref[Rebuilt], task: int) -> None:
 class Frame:
     """A step as it ran in the forward pass. Knows its place in no tape, so that neither keeps the other alive."""
 
+    _witness: int | None = None  # the number of the saved tensor that a second run is asked for, if any
+
     def __init__(
         self,
         where: str,
@@ -126,25 +128,46 @@ class Frame:
                 "while its activations are left out. Use torch.autograd.grad in it, memory_budget=1.0, or skip it"
             ) from error
 
-    def rerun(self, x: Tensor, rebuilt: Rebuilt) -> Tensor:
-        """Run the step again on ``x``, provide what its handles stand for, and return the branch's value.
+    def rerun(self, x: Tensor, rebuilt: Rebuilt, *, to_value: bool) -> Tensor | None:
+        """Run the step again on ``x`` and provide what its handles stand for.
+
+        Args:
+            x: the step's input.
+            rebuilt: is told of the handles.
+            to_value: whether the branch's value is asked for. If it is not, the run stops as soon as it has saved as
+                many tensors as the first one, as ``torch.utils.checkpoint`` does: what the branch does after that
+                nobody reads. Buffers, flags and generators are put back in either case. Forward hooks may have effects
+                elsewhere (sharding, a user's notes), so a step that has some runs to its end.
+
+        Returns:
+            The branch's value; None if the run stopped before.
 
         Raises:
-            MfxError: if it does not save the same number of tensors, of the same shapes and dtypes.
+            MfxError: if it does not save the same number of tensors (more are not noticed by a run that stops), of the
+                same shapes and dtypes.
         """
         unfinished = self.live is not None  # autograd is used inside the branch, while it is still running
-        again = _Again(self._packed)
+        stops = not (to_value or unfinished or self._world.has_hooks)
+        again = _Again(self._packed, stops, self._witness)
         rebuilt.note(self._packed)
         values = self._values.get()
         with torch.enable_grad(), self._world.again(), saved_tensors_hooks(again.pack, _as_is):
             # As in the forward pass, the input is no leaf: autocast caches what it casts of leaves. (view_as would
             # change the strides of dimensions of size 1, by which convolutions choose their kernel.)
             x = x.detach().requires_grad_(self._requires_grad)[...]
-            outputs = self._call(self._root, x, *(values[i] for i in self._captures))
+            try:
+                outputs = self._call(self._root, x, *(values[i] for i in self._captures))
+            except Exception:
+                if not again.stopped:  # else it is what the branch made of _Enough
+                    raise
         if again.wrong is not None or not (unfinished or again.count == len(self._packed)):
             raise MfxError(self._complaint(again))
-        y: Tensor = outputs[0].detach()
+        y: Tensor | None = None if again.stopped else outputs[0].detach()
+        self._compare(again.seen, y)
         return y
+
+    def _compare(self, witness: Tensor | None, y: Tensor | None) -> None:
+        """Look at what a second run gave; the value is missing if it stopped before."""
 
     def _pack(self, tensor: Tensor) -> Handle:
         handle = Handle()
@@ -173,7 +196,7 @@ class KeptStep:
     def __init__(self, y: Tensor, what: str) -> None:
         self._y: Kept | None = Kept([y], what)
 
-    def rerun(self, x: Tensor, rebuilt: Rebuilt) -> Tensor:
+    def rerun(self, x: Tensor, rebuilt: Rebuilt, *, to_value: bool) -> Tensor:
         """What running the step again would give."""
         assert self._y is not None, "a walk that is the last one has passed here"
         return self._y.get()[0]
@@ -183,19 +206,35 @@ class KeptStep:
         self._y = None
 
 
+class _Enough(Exception):  # noqa: N818
+    """Ends a second run from within, past whatever the branch has to clean up."""
+
+
 class _Again:
-    """The hooks of a second run: hand over to live handles, in order, and check."""
+    """The hooks of a second run: hand over to live handles, in order, and check.
 
-    __slots__ = ("_packed", "count", "wrong")
+    Args:
+        packed: what the first run saved.
+        stops: whether to end the run after the last of them.
+        witness: the number of the one that becomes ``seen``.
+    """
 
-    def __init__(self, packed: list[_Packed]) -> None:
-        self._packed = packed
+    __slots__ = ("_packed", "_stops", "_task", "_witness", "count", "seen", "stopped", "wrong")
+
+    def __init__(self, packed: list[_Packed], stops: bool, witness: int | None) -> None:
+        self._packed, self._stops, self._witness, self._task = packed, stops, witness, current_task()
         self.count = 0
+        self.seen: Tensor | None = None
+        self.stopped = False
         self.wrong: str | None = None
 
     def pack(self, tensor: Tensor) -> Tensor:
+        if self.stopped:  # the branch has caught it
+            raise _Enough
         index, self.count = self.count, self.count + 1
         tensor = tensor.detach()
+        if index == self._witness:
+            self.seen = tensor
         if index < len(self._packed) and self.wrong is None:
             reference, shape, dtype = self._packed[index]
             if tensor.dtype is not dtype or tensor.shape != shape:
@@ -205,6 +244,10 @@ class _Again:
                 )
             if (handle := reference()) is not None:
                 handle.tensor = tensor
+        # A backward pass inside the branch is not broken off.
+        if self._stops and self.count == len(self._packed) and self.wrong is None and current_task() == self._task:
+            self.stopped = True
+            raise _Enough
         # Kept by the second run's own graph too, which dies with the run: a branch may use autograd itself.
         return tensor
 

@@ -105,6 +105,11 @@ class Surroundings:
         }
         self._lost: set[str] = set()
 
+    @property
+    def has_hooks(self) -> bool:
+        """Whether a module that the step reads has forward hooks now; those of all modules only look on."""
+        return any(module._forward_hooks for module in self._layout.modules)
+
     def settle(self) -> None:
         """Forget what the branch turned out not to need."""
         if not self._clock.tick():

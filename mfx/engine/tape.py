@@ -33,7 +33,7 @@ class StoredInput:
 
     def _rebuild(self) -> None:
         self._rebuilt.clear()
-        self._frame.rerun(self._x.get()[0], self._rebuilt)
+        self._frame.rerun(self._x.get()[0], self._rebuilt, to_value=False)
 
 
 @dataclass
@@ -98,7 +98,7 @@ class Tape:
     def _rebuild(self, index: int) -> None:
         frame = self._steps[index][0]
         if frame.live is not None:
-            frame.rerun(frame.live, self._rebuilt)
+            frame.rerun(frame.live, self._rebuilt, to_value=False)
             return
         walk = self._walk_above(index)
         self._walk = None  # if a step fails, the next demand starts anew
@@ -140,15 +140,16 @@ class Tape:
         assert state is not None
         walk.position -= 1
         frame, kind, gamma = self._steps[walk.position]
-        y = frame.rerun(state.retreat_x(), self._rebuilt)
+        is_first = walk.position == 0
+        y = frame.rerun(state.retreat_x(), self._rebuilt, to_value=not is_first or self._verify is not None)
         if isinstance(frame, KeptStep) and not walk.again:
             frame.release()
-        if walk.position > 0:
-            state.retreat_v(y, kind, gamma)
+        if is_first:
+            walk.state = None
+        if y is None:  # nobody asks for the velocity before the first step
             return
-        walk.state = None
-        if self._verify is not None:
-            state.retreat_v(y, kind, gamma)
+        state.retreat_v(y, kind, gamma)
+        if is_first and self._verify is not None:
             self._verify(state.is_start())
 
     def _last_update(self) -> Any:

@@ -134,7 +134,7 @@ class Unsteady(nn.Module):
 
 def test_a_second_run_with_other_values_is_noticed(model):
     model = copy.deepcopy(model)
-    model.stem[2] = Unsteady()
+    model.stem[1] = Unsteady()
     net = mfx.momentumize(model, recompute="all", verify="raise")
     for _ in range(2):
         with pytest.raises(mfx.MfxError, match=r"between the chains, .*did not compute the values of the first"):

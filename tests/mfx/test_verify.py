@@ -37,7 +37,7 @@ class ByPython(Stack):
     def forward(self, x):
         for block in self.blocks:
             x = x + block.mlp(block.norm2(x))
-            x = x + by_python(block.mix(x))
+            x = x + block.mix(by_python(x))
         return x
 
 
@@ -45,7 +45,7 @@ class ByNumpy(Stack):
     def forward(self, x):
         for block in self.blocks:
             x = x + block.mlp(block.norm2(x))
-            x = x + by_numpy(block.mix(x))
+            x = x + block.mix(by_numpy(x))
         return x
 
 
