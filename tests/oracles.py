@@ -72,6 +72,32 @@ def residual_adds(output: torch.Tensor, *, through_relayouts: bool = True) -> li
     return found
 
 
+_TAIL = (
+    "Celu|Clamp|ClampMin|Div|Elu|Gelu|Hardsigmoid|Hardswish|Hardtanh|LeakyRelu|Mish|Mul|NativeBatchNorm|"
+    "NativeDropout|NativeGroupNorm|NativeLayerNorm|PreluKernel|Relu|Selu|Sigmoid|Silu|Softplus|Tanh"
+)
+TAILS = frozenset(f"{name}Backward{overload}" for name in _TAIL.split("|") for overload in range(3))
+"""Activations, normalisations, dropout and constant factors: what may stand between a sum and the next block."""
+
+
+def chained_adds(output: torch.Tensor) -> list[ResidualAdd]:
+    """Those of the `residual_adds` that lie in a chain of two or more: that follow another one, or are followed by one.
+
+    One follows another if its skip is the other's sum: itself, a relayout of it, or what activations, normalisations,
+    dropout and constant factors make of it, as between the blocks of a ResNet or of a post-norm transformer. Whoever
+    else reads these tensors does not matter; a sum that is the skip of two others counts with both.
+    """
+    adds = {add.add: add for add in residual_adds(output)}
+    assert output.grad_fn is not None
+    history = _History(output.grad_fn)
+    found = {}
+    for add in adds.values():
+        before = history.before_tails(add.skip)
+        if before in adds:
+            found[before], found[add.add] = adds[before], add
+    return [add for node, add in adds.items() if node in found]
+
+
 class _History:
     """The nodes behind one tensor in forward order, and each one's depth: the longest path from it to a leaf."""
 
@@ -98,6 +124,15 @@ class _History:
         while edge.node.name() in RELAYOUTS and len(self.inputs[edge.node]) == 1:
             (edge,) = self.inputs[edge.node]
         return edge
+
+    def before_tails(self, edge: Edge) -> Node:
+        """What made the tensor ``edge``, but for relayouts, activations, normalisations, dropout and factors."""
+        while (node := self.source(edge).node).name() in TAILS:
+            inputs = [e for e in self.inputs[node] if e.node.name() != "torch::autograd::AccumulateGrad"]
+            if len(inputs) != 1:
+                break
+            (edge,) = inputs
+        return node
 
     def computed_from(self, end: Edge, start: Edge) -> bool:
         """Whether ``end`` was computed from ``start``.

@@ -7,7 +7,7 @@ import torch
 import torchvision
 from torch import nn
 
-from tests.oracles import assert_close_grads, grads, momentum_reference, residual_adds
+from tests.oracles import assert_close_grads, chained_adds, grads, momentum_reference, residual_adds
 
 # --- residual_adds ----------------------------------------------------------------------------------------------------
 
@@ -190,6 +190,45 @@ def test_a_long_chain_takes_linear_time():
     start = time.process_time()
     assert len(residual_adds(output)) == 5000
     assert time.process_time() - start < 10  # 0.3 s on an idle machine; quadratic would be minutes
+
+
+# --- chained_adds -----------------------------------------------------------------------------------------------------
+
+
+def block(x):
+    return x + x.tanh()
+
+
+def post_norm(x):
+    return nn.functional.layer_norm(block(x), (6,), torch.ones(6, requires_grad=True))
+
+
+@pytest.mark.parametrize(
+    "f, chained, adds",
+    [
+        (block, 0, 1),
+        (lambda x: block(block(x)), 2, 2),
+        (lambda x: block(block(x).relu()), 2, 2),
+        (lambda x: block(nn.functional.dropout(block(x)).t()), 2, 2),
+        (lambda x: post_norm(post_norm(post_norm(x))), 3, 3),
+        (lambda x: block(block(x) @ torch.ones(6, 6)), 0, 2),  # another state
+        (lambda x: block(block(block(x)) @ torch.ones(6, 6)), 2, 3),
+        (lambda x: block(block(x).relu() * block(x).sigmoid()), 0, 3),  # two paths
+        (lambda x: x + block(x.sin()).cos(), 0, 2),  # one inside of the other
+        (lambda x: x + block(block(x.sin())).cos(), 2, 3),
+        (lambda x: (y := block(x)) + y.sin() + (y + y.cos()).sin(), 3, 3),  # one sum, twice a skip
+    ],
+)
+def test_adds_in_chains(f, chained, adds):
+    y = f(leaf(6, 6))
+    assert (len(chained_adds(y)), len(residual_adds(y))) == (chained, adds)
+
+
+@pytest.mark.parametrize("name, chained", [("resnet18", 2), ("resnet50", 12), ("mobilenet_v2", 9)])
+def test_adds_in_chains_of_torchvision(name, chained):
+    """resnet18 has blocks 2, 1, 1, 1 without a projection; resnet50 2, 3, 5, 2; mobilenet_v2 1, 2, 3, 2 and 2."""
+    model = getattr(torchvision.models, name)(num_classes=3)
+    assert len(chained_adds(model(torch.randn(2, 3, 64, 64)))) == chained
 
 
 def test_an_output_without_history_is_refused():

@@ -6,7 +6,7 @@ import transformers
 
 import mfx
 from tests.models.huggingface import FAMILIES
-from tests.models.judge import assert_bit_equal
+from tests.models.step import assert_bit_equal
 from tests.models.test_huggingface import call, numbers, train
 
 peft = pytest.importorskip("peft")

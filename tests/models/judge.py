@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
-from copy import deepcopy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_iter
 
 import mfx
-from mfx.meter import ActivationMeter
-from mfx_passes import Rejection
 from tests import sampling
-from tests.oracles import Grads, assert_close_grads, residual_adds
+from tests.models.step import assert_bit_equal, identity_adds, is_identity, measure, tensors_in, train_step
+from tests.oracles import assert_close_grads
 
 
 @dataclass(frozen=True)
@@ -64,76 +59,6 @@ class Case:
         return tuple(torch.randn(shape, generator=generator).to(dtype) for shape in self.shapes)
 
 
-# --- one training step ------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What a forward and a backward pass leave behind."""
-
-    outputs: list[Tensor]
-    grads: Grads
-    state: dict[str, Tensor]
-    rng: Tensor
-
-
-def train_step(net: nn.Module, inputs: Sequence[Tensor]) -> Outcome:
-    """One forward and backward pass from a fixed random state. The net's buffers and gradients are put back."""
-    before = deepcopy(net.state_dict())
-    parameters = dict(net.named_parameters())
-    torch.manual_seed(2)
-    with deterministic():
-        outputs = tensors_in(net(*inputs))
-        loss_of(outputs).backward()
-    rng = torch.get_rng_state()
-    outcome = Outcome(
-        [output.detach() for output in outputs],
-        {name: p.grad for name, p in parameters.items()},
-        {name: value.clone() for name, value in net.state_dict().items()},
-        rng,
-    )
-    net.load_state_dict(before)
-    for p in parameters.values():
-        p.grad = None
-    return outcome
-
-
-def tensors_in(value: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_iter(value) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-
-
-def loss_of(outputs: Iterable[Tensor]) -> Tensor:
-    """A number on which every output has a say of its own: a sum or a square is blind to what a final norm returns."""
-    generator = torch.Generator().manual_seed(3)
-    return sum((x * torch.randn(x.shape, generator=generator).to(x)).mean() for x in outputs)
-
-
-@contextmanager
-def deterministic():
-    """The gradient of an indexed table (swin's position bias) is otherwise summed in whatever order threads finish."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
-
-
-def assert_bit_equal(actual: Outcome, expected: Outcome) -> None:
-    assert len(actual.outputs) == len(expected.outputs)
-    assert all(map(torch.equal, actual.outputs, expected.outputs)), "outputs differ"
-    assert actual.grads.keys() == expected.grads.keys()
-    different = [name for name, grad in actual.grads.items() if not _equal(grad, expected.grads[name])]
-    assert not different, f"gradients differ: {different}"
-    different = [name for name, value in actual.state.items() if not torch.equal(value, expected.state[name])]
-    assert not different, f"buffers differ after the step: {different}"
-    assert torch.equal(actual.rng, expected.rng), "the random state differs after the step"
-
-
-def _equal(a: Tensor | None, b: Tensor | None) -> bool:
-    return a is b if a is None or b is None else torch.equal(a, b)
-
-
 # --- the verdicts -----------------------------------------------------------------------------------------------------
 
 
@@ -157,23 +82,6 @@ def assert_captured(case: Case) -> None:
     assert sum(lengths) + len(rejected) + case.opaque == at_run_time, table
     if case.chains is not None:
         assert (lengths, len(rejected)) == (list(case.chains), case.rejected), table
-
-
-def identity_adds(model: nn.Module, inputs: Sequence[Tensor]) -> int:
-    inputs = [x.clone().requires_grad_() for x in inputs]
-    before = deepcopy(model.state_dict())
-    count = len(residual_adds(loss_of(tensors_in(model(*inputs)))))
-    model.load_state_dict(before)
-    return count
-
-
-# Sums that stay as they were and that nobody would call x + f(x) with f and x of one shape.
-_NO_IDENTITY = re.compile("both sides of the sum are computed|the skip is scaled or subtracted|is broadcast over")
-
-
-def is_identity(rejection: Rejection) -> bool:
-    subtracts = getattr(rejection.node.target, "__name__", rejection.node.target) in ("sub", "isub", "subtract")
-    return not subtracts and not _NO_IDENTITY.search(rejection.reason)  # the oracle counts additions
 
 
 def assert_gamma_zero_is_the_model(case: Case) -> None:
@@ -243,31 +151,6 @@ def assert_saves_memory(case: Case) -> None:
     plain, reversible = measure(model, inputs), measure(mfx.momentumize(model), inputs)
     assert reversible.kept < plain.kept
     assert reversible.peak < plain.peak
-
-
-class Memory(NamedTuple):
-    """Bytes of activations alive."""
-
-    kept: int  # between forward and backward
-    peak: int
-
-
-def measure(net: nn.Module, inputs: Sequence[Tensor]) -> Memory:
-    """A training step's activations. Gradients are freed as they come, as an optimizer fused into backward does."""
-    parameters = list(net.parameters())
-    hooks = [p.register_post_accumulate_grad_hook(_free_grad) for p in parameters if p.requires_grad]
-    loss_of(tensors_in(net(*inputs))).backward()  # what happens at the first call only
-    with ActivationMeter(exclude=parameters) as meter:
-        loss = loss_of(tensors_in(net(*inputs)))
-        kept = meter.live
-        loss.backward()
-    for hook in hooks:
-        hook.remove()
-    return Memory(kept, meter.peak)
-
-
-def _free_grad(parameter: Tensor) -> None:
-    parameter.grad = None
 
 
 Verdict: TypeAlias = Callable[[Case], None]

@@ -6,7 +6,7 @@ from torch import nn
 from vit_pytorch import ViT
 
 import mfx
-from tests.models.judge import measure
+from tests.models.step import measure
 
 
 class Residual(nn.Module):

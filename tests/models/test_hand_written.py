@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import mfx
-from tests.models.judge import Case, assert_bit_equal, identity_adds, is_identity, judge, judged, loss_of, train_step
+from tests.models.judge import Case, judge, judged
+from tests.models.step import assert_bit_equal, identity_adds, is_identity, loss_of, train_step
 from tests.oracles import assert_close_grads, grads, momentum_reference
 
 GAMMA = 0.9

@@ -17,7 +17,7 @@ from torch import nn
 import mfx
 from tests import sampling
 from tests.models.huggingface import DEPTH, FAMILIES, Family, tokens
-from tests.models.judge import Outcome, assert_bit_equal, deterministic, loss_of, tensors_in
+from tests.models.step import Outcome, assert_bit_equal, deterministic, loss_of, tensors_in
 from tests.oracles import assert_close_grads
 
 GAMMA = 0.9

@@ -11,7 +11,7 @@ from torchvision.models import ResNet
 from torchvision.models.resnet import Bottleneck
 
 import mfx
-from tests.models.judge import deterministic, loss_of
+from tests.models.step import deterministic, loss_of
 from tests.oracles import assert_close_grads, grads
 
 GAMMA = 0.9

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models import VisionTransformer, resnet18
 
 import mfx
-from tests.models.judge import assert_bit_equal, deterministic, loss_of, tensors_in
+from tests.models.step import assert_bit_equal, deterministic, loss_of, tensors_in
 from tests.models.test_huggingface import train
 from tests.sampling import grid, sampled
 
