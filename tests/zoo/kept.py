@@ -1,0 +1,48 @@
+"""The kept table: rows as JSON, and the same as Markdown."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Iterable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from tests.zoo.catalogue import LIBRARIES
+from tests.zoo.row import Row
+from tests.zoo.table import markdown
+
+FOLDER = Path(__file__).parents[2] / "examples" / "zoo"
+PACKAGES = {"torchvision": "torchvision", "timm": "timm", "vit_pytorch": "vit-pytorch", "huggingface": "transformers"}
+
+
+def read(folder: Path = FOLDER) -> dict[str, Any]:
+    """What was kept; without rows, if nothing was."""
+    file = folder / "zoo.json"
+    return json.loads(file.read_text()) if file.exists() else {"versions": {}, "rows": []}
+
+
+def rows_of(data: dict[str, Any]) -> list[Row]:
+    """The rows of what was kept."""
+    return [Row.of(row) for row in data["rows"]]
+
+
+def write(rows: Iterable[Row], folder: Path = FOLDER) -> None:
+    """Keep these rows, in the order of the libraries."""
+    ordered = sorted(rows, key=lambda row: (LIBRARIES.index(row.library), row.model))
+    data = {"versions": versions({row.library for row in ordered}), "rows": [row.to_dict() for row in ordered]}
+    folder.mkdir(exist_ok=True)
+    (folder / "zoo.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    (folder / "zoo.md").write_text(markdown(data["versions"], ordered))
+
+
+def with_row(rows: Sequence[Row], new: Row) -> list[Row]:
+    """The rows with one more, or another in the place of the same model's."""
+    return [*(row for row in rows if row.key != new.key), new]
+
+
+def versions(libraries: Iterable[str]) -> dict[str, str]:
+    """Of what was measured with."""
+    packages = ["torch", *(PACKAGES[library] for library in LIBRARIES if library in libraries)]
+    return {"python": platform.python_version(), **{package: metadata.version(package) for package in packages}}
