@@ -6,7 +6,9 @@ import dis
 import functools
 import operator
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from types import FrameType
 from typing import Any
 
@@ -185,6 +187,17 @@ class SymbolicTracer(fx.Tracer):
         """Stand in for the value of a node."""
         return _Value(node, self)
 
+    def create_arg(self, a: Any) -> Any:
+        """What a node reads; a mapping of a class of its own is made by the graph, where torch would read a dict."""
+        cls: Any = type(a)
+        if cls is dict or not issubclass(cls, dict):
+            return super().create_arg(a)
+        if cls is OrderedDict:
+            return self.create_proxy("call_function", cls, (list(a.items()),), {}).node
+        if _is_made_of_fields(a):
+            return self.create_proxy("call_function", cls, (), dict(a)).node
+        raise NotImplementedError(f"a {cls.__name__} would become a dict")
+
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Record a node together with the user's lines that made it (cheaper than torch's own stack traces)."""
         node = super().create_node(*args, **kwargs)
@@ -215,6 +228,11 @@ def _timm_modules() -> frozenset[type[nn.Module]]:
     """The modules that timm wants called as they are, at least in some of their configurations."""
     timm = sys.modules.get("timm.layers")
     return frozenset(timm.get_notrace_modules()) if timm else frozenset()
+
+
+def _is_made_of_fields(mapping: Any) -> bool:
+    """Whether a mapping is a dataclass, and its keys are names of fields, as in what Hugging Face models return."""
+    return is_dataclass(mapping) and mapping.keys() <= {field.name for field in fields(mapping)}
 
 
 def _proxies_to_nodes(args: Any) -> Any:

@@ -1,6 +1,8 @@
 """How a net may be called: as the model may."""
 
 import inspect
+from collections import OrderedDict
+from dataclasses import dataclass
 from functools import partial
 from types import MethodType
 
@@ -197,3 +199,41 @@ def test_no_batch_and_empty_batch():
     net = mfx.momentumize(Stack())
     assert net(inputs()[0]).shape == (3,)
     assert net(inputs(batch=0)).shape == (0, 3)
+
+
+@dataclass
+class Result(OrderedDict):
+    """What Hugging Face models return: a mapping of the fields that are there."""
+
+    end: torch.Tensor | None = None
+    start: torch.Tensor | None = None
+
+    def __post_init__(self):
+        self.update({name: value for name, value in vars(self).items() if value is not None})
+
+
+class Own(dict):
+    pass
+
+
+class Returns(Stack):
+    def __init__(self, how):
+        super().__init__()
+        self.how = how
+
+    def forward(self, x):
+        return self.how(end=super().forward(x))
+
+
+@pytest.mark.parametrize("how", [dict, OrderedDict, Result, Own])
+def test_the_class_of_what_a_model_returns(how):
+    model = Returns(how)
+    expected, actual = model(inputs()), mfx.momentumize(model, gamma=0.0)(inputs())
+    assert type(actual) is type(expected) is how
+    assert list(actual) == ["end"]
+    assert torch.equal(actual["end"], expected["end"])
+
+
+def test_a_mapping_that_a_trace_cannot_make_is_refused():
+    with pytest.raises(mfx.MfxError, match="a Own would become a dict"):
+        mfx.momentumize(Returns(Own), capture="symbolic")

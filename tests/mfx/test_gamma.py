@@ -4,7 +4,7 @@ from fractions import Fraction
 
 import hypothesis.strategies as st
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from mfx.gamma import Gamma
 from mfx_passes.errors import MfxError
@@ -31,6 +31,7 @@ def test_simple_fractions(value, fraction):
     assert gamma.rest == pytest.approx(1 - value)
 
 
+@settings(deadline=None)
 @given(st.floats(1e-4, 1 - 1e-4))
 def test_near_and_simplest(value):
     gamma = Gamma.of(value)
