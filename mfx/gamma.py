@@ -17,7 +17,7 @@ _LARGEST_DENOMINATOR = 2**14
 
 @dataclass(frozen=True)
 class Gamma:
-    """γ = ``numerator`` / ``denominator`` in [0, 1): what every mode of the momentum call computes with.
+    """γ = ``numerator`` / ``denominator`` in [0, 1], 1 for a `mfx.MomentumNet` alone: what every mode computes with.
 
     >>> Gamma.of(0.9)
     Gamma(numerator=9, denominator=10)
@@ -27,15 +27,24 @@ class Gamma:
     denominator: int
 
     @classmethod
-    def of(cls, value: float) -> Gamma:
+    def of(cls, value: float, *, or_one: bool = False) -> Gamma:
         """The fraction that ``value`` is, else the simplest within 1e-6 of it, with a denominator of at most 2**14.
+
+        Args:
+            value: γ.
+            or_one: whether it may be 1, at which the velocity stays what it was before the first step.
 
         Raises:
             MfxError: if ``value`` is not a real number in [0, 1), or is too close to 0 or 1 to be told from it.
         """
         given: object = value
-        if isinstance(given, bool) or not isinstance(given, numbers.Real) or not 0 <= float(given) < 1:
-            raise MfxError(f"gamma must be a real number with 0 <= gamma < 1, not {value!r}")
+        is_number = isinstance(given, numbers.Real) and not isinstance(given, bool)
+        if is_number and or_one and value == 1:
+            return cls(1, 1)
+        if not is_number or not 0 <= float(value) < 1:
+            why = ": no branch would count, and without a velocity to start from, x would stay as it is"
+            why = why if is_number and value == 1 else ""
+            raise MfxError(f"gamma must be a real number with 0 <= gamma < 1, not {value!r}{why}")
         exact = Fraction(float(value))
         if exact == 0:
             return cls(0, 1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from itertools import chain
 
-from torch import nn
+from torch import fx, nn
 
 from mfx.gamma import Gamma
 from mfx.momentum import Momentum
@@ -25,7 +25,7 @@ def set_gamma(net: nn.Module, gamma: float | Mapping[str, float]) -> None:
     Args:
         net: a momentumized net, or a module that contains some: then all of them.
         gamma: 0 <= γ < 1, for all chains or by chain name (shell patterns allowed; a name goes before a pattern).
-            Chains that a mapping says nothing about keep theirs.
+            Chains that a mapping says nothing about keep theirs. 1 is for `mfx.MomentumNet` alone.
 
     Raises:
         MfxError: a γ is out of range, no chain has such a name, or there is no momentumized net. Nothing is changed.
@@ -39,7 +39,8 @@ def set_gamma(net: nn.Module, gamma: float | Mapping[str, float]) -> None:
             f"{type(net).__name__} has not been momentumized, so it has no gamma to set; call "
             "mfx.momentumize(model) first."
         )
-    check_gamma(gamma)
+    only_of_functions = not forwards and not any(isinstance(module, fx.GraphModule) for module in net.modules())
+    check_gamma(gamma, or_one=only_of_functions)
     if names := {call.chain for call in calls}.union(*map(_chains, forwards)):  # none before the first capture
         check_names("gamma", gamma, names)
     all_calls = [*calls, *chain.from_iterable(map(_calls, forwards))]
@@ -48,7 +49,7 @@ def set_gamma(net: nn.Module, gamma: float | Mapping[str, float]) -> None:
         forward.options = forward.options.with_gamma(gamma, _chains(forward))
     for call in all_calls:
         value = look_up(gamma, call.chain) if isinstance(gamma, Mapping) else gamma
-        call.gamma = call.gamma if value is None else Gamma.of(value)
+        call.gamma = call.gamma if value is None else Gamma.of(value, or_one=only_of_functions)
     try:
         for forward in forwards:  # graphs that differ in their chains were the same function at gamma = 0
             for entry in forward.all_entries:

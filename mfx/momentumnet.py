@@ -37,7 +37,8 @@ class MomentumNet(nn.Module):
     Args:
         functions: modules, at least one, that are called as ``f(x, *args, **kwargs)`` and return a tensor with the
             shape, dtype and device of x. One module may be there several times.
-        gamma: momentum, 0 <= γ < 1.
+        gamma: momentum, 0 <= γ <= 1. At 1 the velocity stays what it was before the first step, and what the functions
+            give counts nothing.
         init_speed: whether the velocity before the first step is ``init_function(x)``; else it is 0.
         init_function: a module. Without ``init_speed`` it is kept, with its parameters, but not called.
         use_backprop: True for ordinary backpropagation, which keeps all activations; False to rebuild them in the
@@ -70,9 +71,8 @@ class MomentumNet(nn.Module):
         check_flags(init_speed=init_speed, use_backprop=use_backprop, is_residual=is_residual)
         if init_speed and not isinstance(init_function, nn.Module):
             raise MfxError(f"init_speed=True needs a module as init_function, not {described(init_function)}.")
-        options = check_options(
-            gamma=_number(gamma), arithmetic=arithmetic, memory_budget=1.0 if use_backprop else 0.0, verify=verify
-        )
+        budget = 1.0 if use_backprop else 0.0
+        options = check_options(arithmetic=arithmetic, memory_budget=budget, verify=verify)
         self.network = nn.Module()
         for name, module in modules.items():
             self.network.add_module(name, module)
@@ -83,7 +83,7 @@ class MomentumNet(nn.Module):
         self.is_residual = is_residual
         self.chain = Momentum(
             _graphs(type(self).__name__, list(modules), "residual" if is_residual else "map"),
-            gamma=options.gamma_of(""),
+            gamma=Gamma.of(gamma, or_one=True),
             velocity="module" if init_speed else "zero",
             arithmetic=options.arithmetic,
             memory_budget=options.memory_budget,
@@ -121,7 +121,7 @@ class MomentumNet(nn.Module):
 
     @gamma.setter
     def gamma(self, value: float) -> None:
-        self.chain.gamma = Gamma.of(value)
+        self.chain.gamma = Gamma.of(value, or_one=True)
 
     @property
     def functions(self) -> list[nn.Module]:
@@ -202,7 +202,3 @@ def check_flags(**flags: Any) -> None:
     for name, flag in flags.items():
         if not isinstance(flag, bool):
             raise MfxError(f"{name}={flag!r}: must be True or False.")
-
-
-def _number(gamma: Any) -> float:
-    return Gamma.of(gamma).value

@@ -155,8 +155,8 @@ def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
-def check_gamma(gamma: Any) -> None:
-    """Check a momentum, or a mapping from chain names to momenta.
+def check_gamma(gamma: Any, *, or_one: bool = False) -> None:
+    """Check a momentum, or a mapping from chain names to momenta; whether one may be 1 is ``or_one``.
 
     Raises:
         MfxError: it is neither, or not one that can be had.
@@ -165,7 +165,7 @@ def check_gamma(gamma: Any) -> None:
     if isinstance(gamma, Mapping) and not (gamma and all(isinstance(name, str) for name in gamma)):
         raise MfxError(f"gamma={gamma!r}: a mapping goes from chain names (shell patterns) to numbers.")
     for value in values:
-        Gamma.of(value)
+        Gamma.of(value, or_one=or_one)
 
 
 def _check_velocity(velocity: Any) -> None:

@@ -47,7 +47,7 @@ class Block(Overlay):
         x = args[0] if args else next(iter(kwargs.values()), None)
         if type(output) is tuple and output and isinstance(output[0], Tensor):
             return called(x, output[0], self.path), *output[1:]
-        return called(x, output, self.path)
+        return called(x, output, self.path) if isinstance(output, Tensor) else output
 
 
 def announce_blocks(net: nn.Module, layers: Sequence[Layer]) -> None:
@@ -94,7 +94,8 @@ class WholeSteps:
         missing = [row for row in self._rows if called_paths.isdisjoint(row.blocks)]
         for row in () if self._within else missing:
             raise MfxError(
-                f"the forward pass does not call {row.blocks[0]}, of the sub layer {row.name}, as a module on its own. "
+                f"the forward pass does not call {row.blocks[0]}, of the sub layer {row.name}, as a module on its own, "
+                "or not for a tensor or a tuple with one in front. "
                 "A sub layer is a Sequential or ModuleList of modules that map the state x of a chain to the next; "
                 "leave sub_layers out to have residual adds looked for instead."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -43,12 +44,42 @@ def is_start(node: Node) -> bool:
 
 
 def note_calls(graph: Graph, targets: Collection[str]) -> None:
-    """Note behind every call of some modules what they were called on; see `mark_steps`."""
-    for call in [node for node in graph.find_nodes(op="call_module") if node.target in targets]:
-        x = next(iter((*call.args, *call.kwargs.values())), None)
-        with graph.inserting_after(call):
-            note = _like(call, graph.call_function(called, (x, call, call.target)))
-        call.replace_all_uses_with(note, delete_user_cb=lambda user, note=note: user is not note)
+    """Note behind every call of some modules what they were called on; see `mark_steps`.
+
+    Where modules of the same container give tuples, the first part is the state.
+    """
+    calls = [node for node in graph.find_nodes(op="call_module") if node.target in targets]
+    containers: dict[str, list[Node]] = {}
+    for call in calls:
+        containers.setdefault(str(call.target).rpartition(".")[0], []).append(call)
+    for together in containers.values():
+        give_tuples = len(together) > 1 and all(map(_is_taken_apart, together))
+        for call in together:
+            _note_call(graph, call, [part for part in call.users if part.args[1] == 0] if give_tuples else [call])
+
+
+def _is_taken_apart(call: Node) -> bool:
+    parts = [user for user in call.users if user.target is operator.getitem and _is_place(user.args[1])]
+    return bool(parts) and len(parts) == len(call.users)
+
+
+def _is_place(index: object) -> bool:
+    """Whether an index says which part of a tuple it means; -1 does not, for nobody knows how many there are."""
+    return isinstance(index, int) and index >= 0
+
+
+def _note_call(graph: Graph, call: Node, states: Sequence[Node]) -> None:
+    """Note what a module was called on behind the state it gave, which may be read from a tuple several times."""
+    x = next(iter((*call.args, *call.kwargs.values())), None)
+    if not states:
+        return
+    state, *others = states
+    for other in others:
+        other.replace_all_uses_with(state)
+        graph.erase_node(other)
+    with graph.inserting_after(state):
+        note = _like(call, graph.call_function(called, (x, state, str(call.target))))
+    state.replace_all_uses_with(note, delete_user_cb=lambda user: user is not note)
 
 
 def mark_steps(graph: Graph, rows: Sequence[Row]) -> None:

@@ -120,6 +120,35 @@ def test_gamma_zero_is_the_residual_network():
     assert torch.equal(mfx.MomentumNet(fs, 0.0, use_backprop=False)(x), expected)
 
 
+@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+@pytest.mark.parametrize("init", [None, nn.Linear(WIDTH, WIDTH).double()])
+def test_at_gamma_one_the_velocity_stays(init, arithmetic):
+    """The package by ordinary backprop; its memory mode takes γ = 32769/32768 instead."""
+    options = {"init_speed": init is not None, "init_function": init}
+    theirs = momentumnet.MomentumNet(functions(8), gamma=1, **options)
+    x = torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
+    for use_backprop in (True, False):
+        ours = mfx.MomentumNet(theirs.functions, 1, **options, use_backprop=use_backprop, arithmetic=arithmetic)
+        assert_same_function(ours, theirs, x)
+        v = torch.zeros_like(x) if init is None else init(x)
+        assert_close_to_fixed_point(ours(x), x + 8 * v)
+
+
+def assert_close_to_fixed_point(actual, expected):
+    """X and v are rounded to 40 fraction bits, and v is added eight times."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=9 * 2**-41)
+
+
+def test_gamma_one_is_set_and_saved():
+    net, x = mfx.MomentumNet(functions(3), 0.5, use_backprop=False), torch.randn(2, WIDTH, dtype=torch.float64)
+    mfx.set_gamma(net, 1)
+    assert_close_to_fixed_point(net(x), x)
+    with pytest.warns(UserWarning, match=r"saved at gamma = 1\.0.*mfx\.set_gamma\(net, 1\.0\)"):
+        mfx.MomentumNet(functions(3), 0.5).load_state_dict(net.state_dict())
+    with pytest.raises(mfx.MfxError, match="no branch would count"):
+        mfx.momentumize(nn.Sequential(nn.Linear(WIDTH, WIDTH)), gamma=1)
+
+
 class Step(nn.Module):
     """Everything the package's memory mode gets wrong or breaks on: dropout, batch statistics, other arguments."""
 
@@ -227,7 +256,7 @@ def test_compiled_and_exported():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"gamma": 1.0}, "gamma must be a real number with 0 <= gamma < 1, not 1.0"),
+        ({"gamma": 1.5}, "gamma must be a real number with 0 <= gamma < 1, not 1.5"),
         ({"gamma": -0.1}, "gamma must be"),
         ({"gamma": {"*": 0.9}}, "gamma must be"),
         ({"functions": []}, "functions is empty"),

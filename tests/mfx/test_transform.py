@@ -251,6 +251,71 @@ def test_a_layer_by_itself_copies_and_hooks():
     assert_close([net(X)], [net.head(net.second(momentumnet.MomentumNet(net.first, 0.9, is_residual=False)(X)))])
 
 
+# --- modules that give tuples, with which the package fails --------------------------------------------------------
+
+
+class Part(nn.Module):
+    """A map with a byproduct, or without."""
+
+    def __init__(self, gives):
+        super().__init__()
+        self.linear, self.gives = nn.Linear(4, 4).double(), gives
+
+    def forward(self, x):
+        y = self.linear(x).tanh()
+        return {"pair": (y, y.square().sum()), "single": (y,), "mapping": {"h": y}}[self.gives]
+
+
+class Stack(nn.Module):
+    def __init__(self, gives, route):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers, self.route = nn.ModuleList(Part(gives) for _ in range(3)), route
+
+    def forward(self, x):
+        if self.route == "dynamo" and len(x) < 1:  # which a symbolic trace cannot know
+            return x
+        more = 0.0
+        for layer in self.layers:
+            out = layer(x)
+            x = out["h"] if self.layers[0].gives == "mapping" else out[0]
+            more = more + (out[1] if self.layers[0].gives == "pair" else 0.0)
+        return x * (1 + more)
+
+
+def by_hand(model, x, gamma):
+    v, more, outs = torch.zeros_like(x), 0.0, []
+    for layer in model.layers:
+        outs.append(layer(x))
+        v = gamma * v + (1 - gamma) * (outs[-1][0] - x)
+        x, more = x + v, more + (outs[-1][1] if len(outs[-1]) > 1 else 0.0)
+    return x * (1 + more)
+
+
+@pytest.mark.parametrize("use_backprop", [True, False])
+@pytest.mark.parametrize("route", ["symbolic", "dynamo"])
+@pytest.mark.parametrize("gives", ["pair", "single"])
+def test_of_a_tuple_the_first_part_is_the_state(gives, route, use_backprop):
+    model = Stack(gives, route)
+    net = transform(model, "layers", use_backprop=use_backprop, keep_first_layer=False, verify="raise")
+    actual = outcome(net, X)
+    net_by_hand = copy.deepcopy(model)
+    net_by_hand.forward = lambda x: by_hand(net_by_hand, x, 0.9)
+    assert_close(actual, outcome(net_by_hand, X))
+
+
+@pytest.mark.parametrize(
+    "gives, route, message",
+    [
+        ("mapping", "symbolic", "layers.1 of layers is not called on what the module before it gave, but on getitem"),
+        ("mapping", "dynamo", "does not call layers.0.* or not for a tensor or a tuple with one in front"),
+    ],
+)
+def test_other_containers_are_refused(gives, route, message):
+    with pytest.raises(mfx.MfxError, match=message):
+        transform(Stack(gives, route), "layers", keep_first_layer=False)(X)
+
+
 # --- what is refused ------------------------------------------------------------------------------------------------
 
 
@@ -280,7 +345,7 @@ class Odd(nn.Module):
         ({"sub_layers": [3]}, "3 is not there"),
         ({"sub_layers": []}, "sub_layers is empty"),
         ({"sub_layers": ["layers", "layers"]}, "names layers twice"),
-        ({"sub_layers": "layers", "gamma": 1.0}, "gamma must be"),
+        ({"sub_layers": "layers", "gamma": 1.0}, "gamma must be.*not 1.0: no branch would count"),
         ({"sub_layers": "layers", "use_backprop": 2}, "use_backprop=2: must be True or False"),
         ({"is_residual": True}, "is_residual=True is about the modules in sub_layers"),
         ({"sub_layers": "layers"}, r"layers.2 of layers is not called on what the module before it gave"),
