@@ -232,7 +232,8 @@ def _timm_modules() -> frozenset[type[nn.Module]]:
 
 def _is_made_of_fields(mapping: Any) -> bool:
     """Whether a mapping is a dataclass, and its keys are names of fields, as in what Hugging Face models return."""
-    return is_dataclass(mapping) and mapping.keys() <= {field.name for field in fields(mapping)}
+    keys = set(mapping)
+    return is_dataclass(mapping) and keys <= {field.name for field in fields(mapping)}
 
 
 def _proxies_to_nodes(args: Any) -> Any:
