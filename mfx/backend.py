@@ -22,6 +22,7 @@ from mfx.options import Options, check_options
 from mfx.passing import Plans, kind_of_call
 from mfx.places import is_held_by_module, place
 from mfx.program import compile_graph
+from mfx.sites import calls_a_net
 from mfx_passes import MfxError
 from mfx_passes.serialize import copy_graph
 
@@ -60,7 +61,7 @@ def momentum(
     entry, positions = _rewrite(module, paths, holder, checked)
     _refuse_fused_layers(entry)
     _refuse_cut_chains(module, entry)
-    if not entry.calls:
+    if not entry.calls and not calls_a_net(module.graph):
         warnings.warn(f"mfx: {without_chains(module)}", stacklevel=2)
     checked.check_chains(entry.shape)
     function = Assembly(entry.graph, entry.calls, compiler, rerun_rest=entry.rerun_rest, verify=entry.verify)

@@ -29,6 +29,7 @@ from mfx_passes.serialize import copy_graph
 
 __all__ = ["ExplainedChain", "ExplainedStep", "ExplainedStorage", "Explanation", "branch_weights", "explain"]
 
+_NOT_REHEARSED = "compiled graphs are not rehearsed; mfx.explain the model that was compiled"
 _NOT_ONE_GRAPH = "the model cannot be captured as one graph, so its modules are rewritten each on its own"
 
 
@@ -51,7 +52,9 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         raise MfxError(f"explain takes a torch.nn.Module, not {described(model)}.")
     compiled = compiled_model(model)
     if compiled is not None:
-        return _explain_compiled(compiled) if forward_of(compiled) is None else explain(compiled, *args, **kwargs)
+        if forward_of(compiled) is not None:
+            return explain(compiled, *args, **kwargs)
+        return _explain_compiled(compiled, _NOT_REHEARSED if args or kwargs else "")
     calls = [module for module in model.modules() if isinstance(module, Momentum)]
     if isinstance(model, fx.GraphModule) and calls:
         return _explain_graph_module(model, calls, args, kwargs)
@@ -83,7 +86,7 @@ def _explain_parts(name: str, whole: RewrittenForward, unpredicted: str) -> Expl
     return Explanation(name, tuple(chains), tuple(rejections), whole.graphs(), (), unpredicted=unpredicted)
 
 
-def _explain_compiled(model: nn.Module) -> Explanation:
+def _explain_compiled(model: nn.Module, unpredicted: str) -> Explanation:
     """What the backend "mfx" found in each graph that TorchDynamo made of a model; a chain in several of them, once."""
     chains: dict[tuple[str, int], ExplainedChain] = {}
     rejections: dict[str, Rejection] = {}
@@ -93,7 +96,8 @@ def _explain_compiled(model: nn.Module) -> Explanation:
         chains |= {(chain.name, len(chain.steps)): chain for chain in found.chains}
         rejections |= {str(rejection): rejection for rejection in found.rejections}
     ordered = tuple(sorted(chains.values(), key=lambda chain: chain.name))
-    return Explanation(type(model).__name__, ordered, tuple(rejections.values()), named_graphs(model), ())
+    every = tuple(rejections.values())
+    return Explanation(type(model).__name__, ordered, every, named_graphs(model), (), unpredicted=unpredicted)
 
 
 def _explain_graph_module(

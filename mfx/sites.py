@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mfx import compat
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mfx.net import RewrittenForward
     from mfx.program import Program
 
-__all__ = ["Site", "forward_by", "know", "site_for", "site_of"]
+__all__ = ["Site", "calls_a_net", "forward_by", "know", "site_for", "site_of"]
 
 _FORWARDS: weakref.WeakValueDictionary[str, RewrittenForward] = weakref.WeakValueDictionary()
 _SITES: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
@@ -132,6 +132,12 @@ def know(forward: RewrittenForward) -> str:
 def forward_by(key: str) -> RewrittenForward:
     """The net's forward that is known by a key."""
     return _FORWARDS[key]
+
+
+def calls_a_net(graph: fx.Graph) -> bool:
+    """Whether a graph that Dynamo made contains a call of a net."""
+    arguments = pytree.tree_leaves([(node.args, node.kwargs) for node in graph.nodes])
+    return any(isinstance(argument, str) and argument in _FORWARDS for argument in arguments)
 
 
 def site_of(key: str) -> Site:

@@ -308,6 +308,7 @@ def test_the_graphs_of_a_compiled_model():
     assert list(found.graphs) == ["train", "eval"]
     assert any("skip" in rejection.reason for rejection in found.rejections)
     assert "blocks" in str(found)
+    assert "memory could not be predicted: compiled graphs are not rehearsed" in str(mfx.explain(net, x))
     with pytest.raises(mfx.MfxError, match="it was not called yet"):
         mfx.graphs(compiled(other))
     torch._dynamo.reset()
@@ -328,6 +329,17 @@ def test_a_compiled_net_is_explained_as_the_net():
     made = torch.compile(net, backend="eager")
     assert str(mfx.explain(made)) == str(mfx.explain(net))
     assert list(mfx.graphs(made)) == list(mfx.graphs(net))
+
+
+def test_code_around_a_net_has_its_chains():
+    net, x = mfx.momentumize(Blocks()), torch.randn(2, 5)
+
+    def function(x):
+        return net(x) * 2
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # of there being no chain, say
+        assert torch.equal(torch.compile(function, backend="mfx", options={"inner": "eager"})(x), function(x))
 
 
 def test_a_model_without_chains_says_so():

@@ -18,7 +18,7 @@ from mfx.gamma import Gamma
 
 __all__ = ["Fused"]
 
-_WORTH = 2**15  # elements; on fewer of them a CPU is done before a compiled function has been called
+_WORTH = 2**16  # elements; on fewer of them a CPU is done before a compiled function has been called
 
 
 class Fused(Moves):

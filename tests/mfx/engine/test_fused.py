@@ -9,7 +9,7 @@ from mfx.gamma import Gamma
 from mfx.program import compile_graph
 from tests import sampling
 
-SHAPE = 3, 2**14 - 1  # large enough to be fused, and no multiple of a vector's width
+SHAPE = 5, 2**14 - 1  # large enough to be fused, and no multiple of a vector's width
 GAMMAS = [Gamma(9, 10), Gamma(1, 64), Gamma(9999, 10000), Gamma(1, 2)]
 
 
