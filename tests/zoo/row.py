@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-EQUAL, ROUNDED = "equal", "equal to rounding"
+EQUAL, SUMMED, ROUNDED = "equal", "equal, gradients to rounding", "equal to rounding"
+"""How what was compared agrees: bit for bit; so but for the order in which gradients were added up; to rounding."""
+AGREE = (EQUAL, SUMMED, ROUNDED)
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Row:
         refused: how many of the sums that stay as they were, for which reason.
         says: what mfx warned of, first lines.
         keys: whether the names in the `state_dict` are the model's.
-        gamma0: whether at γ = 0 outputs, gradients, buffers and random state are the model's: `EQUAL`, `ROUNDED`, or
-            what differs; ``""`` where momentumize returned the model itself.
+        gamma0: whether at γ = 0 outputs, gradients, buffers and random state are the model's: one of `AGREE`, or what
+            differs; ``""`` where momentumize returned the model itself.
         exact: whether at γ = 0.9 all these are those of the same network with all activations kept: `EQUAL`, or what
             differs.
         kept, peak: bytes of activations after the forward pass and at worst, with mfx relative to without.
@@ -70,7 +72,7 @@ class Row:
     @property
     def is_wrong(self) -> bool:
         """Whether a comparison was made and failed."""
-        return any(verdict not in ("", EQUAL, ROUNDED) for verdict in (self.gamma0, self.exact))
+        return any(verdict not in ("", *AGREE) for verdict in (self.gamma0, self.exact))
 
     @property
     def verdict(self) -> str:
@@ -79,7 +81,7 @@ class Row:
             return "failed"
         if not self.gamma0:
             return "unchanged"
-        wrong = [f"γ = 0: {self.gamma0}"] * (self.gamma0 not in (EQUAL, ROUNDED))
+        wrong = [f"γ = 0: {self.gamma0}"] * (self.gamma0 not in AGREE)
         wrong += [f"γ = 0.9: {self.exact}"] * (self.exact != EQUAL)
         return "; ".join(wrong) or self.gamma0
 

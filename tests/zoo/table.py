@@ -88,8 +88,10 @@ model is judged in a process of its own.
 * **rewritten**: steps that one forward pass of the momentumized model ran.
 * **verdict**: *equal*: at γ = 0, outputs, gradients, buffers and random state are the original's, bit for bit, and at
   γ = 0.9 all of these are bit for bit those of the same network with `memory_budget=1.0`, which is ordinary
-  backpropagation. *equal to rounding*: the same, but at γ = 0 to rounding, as the library itself computes something in
-  another way while it is compiled. *unchanged*: there is nothing to rewrite, and momentumize returns the model itself.
+  backpropagation. *equal, gradients to rounding*: the same, but at γ = 0 gradients of values that steps capture and
+  that others read were added up in another order. *equal to rounding*: the same, but at γ = 0 all to rounding, as the
+  library itself computes something in another way while it is compiled. *unchanged*: there is nothing to rewrite, and
+  momentumize returns the model itself.
 * **kept**, **peak**: bytes of activations of a training step between forward and backward, and at worst, relative to
   the original model's. Images are small, so that whole libraries can be judged; what is outside of the chains (stem,
   head) then counts for more than at full size.
