@@ -13,6 +13,7 @@ import argparse
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import mse_loss, scaled_dot_product_attention
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import mfx
 
@@ -104,6 +106,18 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def plot(losses: Sequence[float], path: Path) -> None:
+    """The loss of every step."""
+    from matplotlib.figure import Figure
+
+    axes = (figure := Figure(figsize=(5, 3.5), layout="constrained", dpi=150)).subplots()
+    axes.plot(losses)
+    axes.set_xlabel("step")
+    axes.set_title("loss, the mean over all processes", fontsize=11)
+    axes.set_ylim(bottom=0)
+    figure.savefig(path)
+
+
 def main(argv: Sequence[str] | None = None) -> list[float]:
     """Runs the example; returns the loss of every step, the mean over processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -112,6 +126,7 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     parser.add_argument("--depth", type=int, default=12, help="blocks, of two residual branches each (default 12)")
     parser.add_argument("--width", type=int, default=64, help="numbers per token (default 64)")
     parser.add_argument("--steps", type=int, default=50, help="training steps (default 50)")
+    parser.add_argument("--png", type=Path, default=Path("distributed.png"), help="where to save the plot")
     options = parser.parse_args(argv)
 
     torch.manual_seed(0)  # the same weights everywhere
@@ -123,8 +138,9 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
         else:
             parallel = DistributedDataParallel(net)
         optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
-        losses = []
-        for step in range(options.steps):
+        losses: list[float] = []
+        is_first = dist.get_rank() == 0
+        for step in (bar := tqdm(range(options.steps), unit="step", disable=not is_first)):
             x, y = batch(step, options.width)
             loss = mse_loss(parallel(x), y)
             optimizer.zero_grad()
@@ -133,8 +149,10 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
             total = loss.detach().clone()
             dist.all_reduce(total)
             losses.append(total.item() / dist.get_world_size())
-            if dist.get_rank() == 0 and step % 10 == 0:
-                print(f"step {step:3}: loss {losses[-1]:.4f}", flush=True)
+            bar.set_postfix(loss=f"{losses[-1]:.4f}")
+        if is_first:
+            print(f"loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last")
+            plot(losses, options.png)
     return losses
 
 

@@ -3,7 +3,8 @@
     python examples/inspect_graph.py                      # a model written by hand, and torchvision's resnet18
     python examples/inspect_graph.py --model vit_b_16     # any other of torchvision's
 
-Nothing is computed: graphs are traced, and shapes and memory are found on tensors without values.
+The latter is drawn, too. Nothing is computed: graphs are traced, and shapes and memory are found on tensors without
+values.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 import torchvision
@@ -70,6 +72,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
     parser.add_argument("--size", type=int, default=224, help="of the images (default 224)")
     parser.add_argument("--gamma", type=float, default=0.9, help="the momentum (default 0.9)")
     parser.add_argument("--lines", type=int, default=40, help="lines of code to show of each graph (default 40)")
+    parser.add_argument("--svg", type=Path, default=Path("inspect_graph.svg"), help="where to save the drawing")
     options = parser.parse_args(argv)
 
     with torch.device("meta"):  # shapes are all that is needed
@@ -77,6 +80,7 @@ def main(argv: Sequence[str] | None = None) -> list[str]:
             (Handwritten(), torch.zeros(32, 64)),
             (torchvision.models.get_model(options.model), torch.zeros(8, 3, options.size, options.size)),
         ]
+    mfx.draw(mfx.momentumize(models[1][0], gamma=options.gamma), options.svg)
     shown = [inspect(model, x, gamma=options.gamma, lines=options.lines) for model, x in models]
     print("\n\n".join(shown))
     return shown

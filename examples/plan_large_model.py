@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -210,6 +211,29 @@ def table(rows: Sequence[Row], limit: float) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: Sequence[Row], limit: float, path: Path) -> None:
+    """What each GPU must hold, in parts, and what it has."""
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row.model for row in rows))
+    figure = Figure(figsize=(5 * len(models), 4), layout="constrained", dpi=150)
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        chosen = [row for row in rows if row.model == model]
+        base = [0.0] * len(chosen)
+        for name, label in (
+            ("sharded", "state, sharded"),
+            ("gathered", "two blocks, gathered"),
+            ("peak", "activations"),
+        ):
+            heights = [getattr(row, name) / GIB for row in chosen]
+            axes.bar([row.variant for row in chosen], heights, bottom=base, label=label)
+            base = [low + height for low, height in zip(base, heights, strict=True)]
+        axes.axhline(limit, color="0.2", linestyle="--", label="of one GPU")
+        axes.set_title(f"{model}: GiB on each GPU", fontsize=11)
+    axes.legend()
+    figure.savefig(path)
+
+
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Runs the example; returns the rows of the table, for each model the plain one first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -218,6 +242,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--batch", type=int, help="of each GPU (default 1 sequence, 64 images)")
     parser.add_argument("--tokens", type=int, default=8192, help="of a sequence (default 8192)")
     parser.add_argument("--gamma", type=float, nargs="+", default=[0.0, 0.9], help="momenta to try (default 0 0.9)")
+    parser.add_argument("--png", type=Path, default=Path("plan_large_model.png"), help="where to save the plot")
     parser.add_argument("--quick", action="store_true", help="small models of these shapes, to see that it runs")
     options = parser.parse_args(argv)
 
@@ -225,6 +250,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     with tqdm(total=len(chosen) * len(options.gamma), unit="rehearsal") as bar:
         rows = [row for plan in chosen for row in rows_of(plan, options.gamma, options.gpus, bar)]
     print(table(rows, options.memory * GIB))
+    plot(rows, options.memory, options.png)
     return rows
 
 

@@ -13,6 +13,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from sklearn.datasets import load_digits
@@ -147,6 +148,22 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def plot(rows: Sequence[Row], path: Path) -> None:
+    """Accuracy, memory and time side by side."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.5), layout="constrained", dpi=150)
+    titles = {"accuracy": "accuracy", "peak": "activations at the peak, MiB", "seconds": "seconds per training step"}
+    for axes, (name, title) in zip(figure.subplots(1, 3), titles.items(), strict=True):
+        for variant, offset in (("plain", -0.2), ("momentum", 0.2)):
+            chosen = [getattr(row, name) / (2**20 if name == "peak" else 1) for row in rows if row.variant == variant]
+            axes.bar([i + offset for i in range(len(chosen))], chosen, 0.4, label=variant)
+        axes.set_xticks(range(len(chosen)), dict.fromkeys(row.model for row in rows))
+        axes.set_title(title)
+    axes.legend()
+    figure.savefig(path)
+
+
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Runs the example; returns a plain and a momentum row for each model."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -155,6 +172,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument(
         "--threads", type=int, default=1, help="CPU threads (default 1: these models gain little from more)"
     )
+    parser.add_argument("--png", type=Path, default=Path("quickstart.png"), help="where to save the plot")
     parser.add_argument("--tiny", action="store_true", help="two steps of two small models, to see that it runs")
     options = parser.parse_args(argv)
 
@@ -167,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
         rows.append(measure(chosen, "momentum", lambda model: mfx.momentumize(model, gamma=options.gamma)))
     torch.set_num_threads(threads)
     print(table(rows))
+    plot(rows, options.png)
     return rows
 
 

@@ -1,8 +1,10 @@
 from examples import inspect_graph
 
 
-def test_it_shows_a_graph_before_and_after(capsys):
-    by_hand, resnet = inspect_graph.main(["--size", "32", "--lines", "12"])
+def test_it_shows_a_graph_before_and_after(tmp_path, capsys):
+    svg = tmp_path / "a.svg"
+    by_hand, resnet = inspect_graph.main(["--size", "32", "--lines", "12", "--svg", str(svg)])
+    assert "layer1" in svg.read_text(encoding="utf-8")
     assert capsys.readouterr().out == f"{by_hand}\n\n{resnet}\n"
     titles = [line for line in by_hand.splitlines() if line.startswith("Handwritten: ")]
     assert titles == [

@@ -1,11 +1,16 @@
 import pytest
 import torch
 
+pytest.importorskip("matplotlib")
+
 from examples import plan_large_model
 
 
-def test_it_runs_and_prints_a_table(capsys):
-    rows = plan_large_model.main(["--quick", "--gamma", "0.9", "--memory", "0.001", "--gpus", "4"])
+def test_it_runs_and_prints_a_table(tmp_path, capsys):
+    png = tmp_path / "a.png"
+    options = ["--gamma", "0.9", "--memory", "0.001", "--gpus", "4", "--png", str(png)]
+    rows = plan_large_model.main(["--quick", *options])
+    assert png.read_bytes().startswith(b"\x89PNG")
     assert [(row.model, row.variant) for row in rows] == [
         ("Llama", "plain"),
         ("Llama", "gamma=0.9"),

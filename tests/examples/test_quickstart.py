@@ -1,10 +1,17 @@
+import pytest
 import torch
+
+pytest.importorskip("vit_pytorch")
+pytest.importorskip("sklearn")
+pytest.importorskip("matplotlib")
 
 from examples import quickstart
 
 
-def test_it_runs_and_prints_a_table(capsys):
-    rows = quickstart.main(["--tiny"])
+def test_it_runs_and_prints_a_table(tmp_path, capsys):
+    png = tmp_path / "a.png"
+    rows = quickstart.main(["--tiny", "--png", str(png)])
+    assert png.read_bytes().startswith(b"\x89PNG")
     assert [row.variant for row in rows] == ["plain", "momentum"] * 2
     assert all(0 <= row.accuracy <= 1 and row.peak > 0 and row.seconds > 0 for row in rows)
     printed = capsys.readouterr()
