@@ -18,7 +18,7 @@ from mfx.capture import Captured, CaptureError, Specialization
 from mfx.compat_dynamo import DYNAMO_ERRORS, Seen, see_call, sources
 from mfx.dynamo_graph import tidy
 from mfx.places import is_held_by_module, place
-from mfx.set_up import restored_if_fake
+from mfx.set_up import restored_if_changed, restored_if_fake
 from mfx.tree import Overlay
 from mfx_passes.marks import called
 from mfx_passes.serialize import copy_graph
@@ -135,7 +135,13 @@ def _set_up(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
     # Without what may change in the call, a cache for instance.
     leaves, spec = pytree.tree_flatten((args, {name: value for name, value in kwargs.items() if _is_plain(value)}))
     net = method.__self__  # type: ignore[attr-defined]
-    with restored_if_fake(net), compat.fake_mode() as mode, torch.no_grad(), suppress(Exception):
+    with (
+        restored_if_fake(net),
+        compat.fake_mode() as mode,
+        restored_if_changed(),
+        torch.no_grad(),
+        suppress(Exception),
+    ):
         fake = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         fake_args, fake_kwargs = pytree.tree_unflatten(fake, spec)
         method(*fake_args, **fake_kwargs)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
 
-from mfx.compat import is_fake
+from mfx.compat import is_fake, without_modes
 
-__all__ = ["restored_if_fake"]
+__all__ = ["restored_if_changed", "restored_if_fake"]
 
 
 @contextmanager
@@ -31,6 +34,49 @@ def restored_if_fake(net: nn.Module) -> Iterator[None]:
                     del table[name]
                     continue
                 table[name] = _with_contents(values[name], copies[name])
+
+
+@contextmanager
+def restored_if_changed() -> Iterator[None]:
+    """Put back the values of tensors that are changed in place within this context, tensors without values aside.
+
+    In a mode of tensors without values, what concerns none of these is computed: a BatchNorm counts its batches.
+    """
+    with _Changes() as changes:
+        try:
+            yield
+        finally:
+            changes.undo()
+
+
+class _Changes(TorchDispatchMode):
+    """Keeps what tensors held before they were changed."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given: dict[Any, Any] = {**dict(enumerate(args)), **(kwargs or {})}
+        for position, argument in enumerate(func._schema.arguments):
+            if argument.is_write:
+                for tensor in pytree.tree_leaves(given.get(argument.name, given.get(position))):
+                    self._keep(tensor)
+        return func(*args, **(kwargs or {}))
+
+    def _keep(self, tensor: Any) -> None:
+        if isinstance(tensor, Tensor) and not is_fake(tensor) and id(tensor) not in self._kept:
+            with without_modes():
+                self._kept[id(tensor)] = tensor, tensor.detach().clone()
+
+    def undo(self) -> None:
+        """Give all of them what they held."""
+        with without_modes(), torch.no_grad():
+            for tensor, before in self._kept.values():
+                tensor.copy_(before)
 
 
 def _tables(module: nn.Module) -> list[dict[str, Any]]:

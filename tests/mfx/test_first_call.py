@@ -165,3 +165,37 @@ def test_complex_branches_are_dropped():
     with pytest.warns(UserWarning, match="complex128"):
         y = net(x)
     assert torch.equal(y, model(x))
+
+
+class Counting(nn.Module):
+    """Counts its calls in buffers, and cannot be captured as one graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(8)
+        self.register_buffer("calls", torch.zeros(1))
+        self.fcs = nn.Sequential(*(Residual() for _ in range(3)))
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.fcs(self.norm(x))
+        torch._dynamo.graph_break()
+        return x
+
+
+class Residual(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return x + self.fc(x)
+
+
+@pytest.mark.filterwarnings("ignore:mfx. Counting cannot be captured as one graph")
+def test_what_is_looked_at_before_the_first_call_counts_no_call():
+    net = mfx.momentumize(Counting())
+    for number in (1, 2):
+        net(torch.randn(4, 8))
+        assert net.calls.item() == net.norm.num_batches_tracked.item() == number
+    assert [len(chain.steps) for chain in mfx.explain(net).chains] == [3]
