@@ -314,7 +314,10 @@ def without_chains(model: nn.Module) -> str:
 
 def described(value: object) -> str:
     """What was given in a module's place, for messages."""
-    return f"the class {value.__name__}" if isinstance(value, type) else f"a {type(value).__name__}"
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
 
 
 def _outer(path: str) -> list[str]:

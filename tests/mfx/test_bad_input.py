@@ -84,7 +84,7 @@ def test_not_a_module(function, wrong, name):
         function(wrong)
 
 
-@pytest.mark.parametrize("wrong, name", [(Stack, "the class Stack"), (7, "a int"), (None, "a NoneType")])
+@pytest.mark.parametrize("wrong, name", [(Stack, "the class Stack"), (7, "an int"), (None, "a NoneType")])
 def test_not_a_net(wrong, name):
     with pytest.raises(mfx.MfxError, match=rf"graphs takes a momentumized net, not {name}\."):
         mfx.graphs(wrong)
