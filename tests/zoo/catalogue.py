@@ -22,3 +22,8 @@ def entry(library: str, name: str) -> Entry:
         KeyError: there is no such model.
     """
     return {entry.name: entry for entry in entries(library)}[name]
+
+
+def keys() -> set[tuple[str, str]]:
+    """Library and name of every model."""
+    return {(library, entry.name) for library in LIBRARIES for entry in entries(library)}

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from tests.zoo import catalogue
 from tests.zoo.catalogue import LIBRARIES
 from tests.zoo.row import Row
 from tests.zoo.table import markdown
@@ -20,21 +21,34 @@ PACKAGES = {"torchvision": "torchvision", "timm": "timm", "vit_pytorch": "vit-py
 def read(folder: Path = FOLDER) -> dict[str, Any]:
     """What was kept; without rows, if nothing was."""
     file = folder / "zoo.json"
-    return json.loads(file.read_text()) if file.exists() else {"versions": {}, "rows": []}
+    return json.loads(file.read_text()) if file.exists() else {"versions": {}, "pending": [], "rows": []}
 
 
-def rows_of(data: dict[str, Any]) -> list[Row]:
+def rows_of(data: Mapping[str, Any]) -> list[Row]:
     """The rows of what was kept."""
     return [Row.of(row) for row in data["rows"]]
 
 
 def write(rows: Iterable[Row], folder: Path = FOLDER) -> None:
     """Keep these rows, in the order of the libraries."""
-    ordered = sorted(rows, key=lambda row: (LIBRARIES.index(row.library), row.model))
-    data = {"versions": versions({row.library for row in ordered}), "rows": [row.to_dict() for row in ordered]}
-    folder.mkdir(exist_ok=True)
+    ordered = sorted(rows, key=lambda row: _order(row.key))
+    data = {
+        "versions": versions({row.library for row in ordered}),
+        "pending": sorted(catalogue.keys() - {row.key for row in ordered}, key=_order),
+        "rows": [row.to_dict() for row in ordered],
+    }
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "zoo.json").write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n")
-    (folder / "zoo.md").write_text(markdown(data["versions"], ordered))
+    (folder / "zoo.md").write_text(page(data))
+
+
+def page(data: Mapping[str, Any]) -> str:
+    """The same as Markdown."""
+    return markdown(data["versions"], rows_of(data), [tuple(key) for key in data["pending"]])
+
+
+def _order(key: tuple[str, str]) -> tuple[int, str]:
+    return LIBRARIES.index(key[0]), key[1]
 
 
 def with_row(rows: Sequence[Row], new: Row) -> list[Row]:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-EQUAL, SUMMED, ROUNDED = "equal", "equal, gradients to rounding", "equal to rounding"
-"""How what was compared agrees: bit for bit; so but for the order in which gradients were added up; to rounding."""
-AGREE = (EQUAL, SUMMED, ROUNDED)
+EQUAL, ROUNDED = "equal", "equal to rounding"
+SUMMED, REDRAWN = "equal, gradients to rounding", "equal without dropout"
+AGREE = (EQUAL, SUMMED, REDRAWN, ROUNDED)
+"""How what was compared agrees: bit for bit; so but for the order in which gradients were added up, or dropout masks
+drawn; to rounding."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Row:
             differs.
         kept, peak: bytes of activations after the forward pass and at worst, with mfx relative to without.
         failure: what went wrong, if anything did.
-        seconds: that all of this took.
+        seconds: of a processor that all of this took.
     """
 
     library: str

@@ -17,8 +17,14 @@ Cell: TypeAlias = Callable[[Row], Any]
 UNSEEN = "it lies in code that is no graph (control flow on values, random decisions in Python), which runs as written"
 
 
-def markdown(versions: Mapping[str, str], rows: Sequence[Row]) -> str:
-    """The whole page: summary, what the numbers mean, every model, and why sums stay as they were."""
+def markdown(versions: Mapping[str, str], rows: Sequence[Row], pending: Sequence[tuple[str, str]] = ()) -> str:
+    """The whole page: summary, what the numbers mean, every model, and why sums stay as they were.
+
+    Args:
+        versions: of what the rows were measured with.
+        rows: in the order of the libraries.
+        pending: library and name of models that have no row yet.
+    """
     letters = letters_of(rows)
     parts = [
         "# The zoo\n\nModels that other people wrote, as `mfx.momentumize(model)` finds them: no names, no options.\n",
@@ -27,6 +33,7 @@ def markdown(versions: Mapping[str, str], rows: Sequence[Row]) -> str:
         *(_models(library, list(group), letters) for library, group in groupby(rows, attrgetter("library"))),
         _reasons(letters, rows),
         _failures(rows),
+        _pending(pending),
     ]
     return "\n".join(filter(None, parts))
 
@@ -79,7 +86,8 @@ training mode, random weights, batches of two, models at their own depth and wid
 model is judged in a process of its own.
 
 * **identity adds**: sums of two tensors of one shape of which one was computed from the other, counted on the autograd
-  graph of a forward pass of the original model (`tests/oracles.py`, which knows nothing of mfx).
+  graph of a forward pass of the original model (`tests/oracles.py`, which knows nothing of mfx). It does not see sums
+  in place on a view, and those whose first operand needs no gradient.
 * **in chains of ≥ 2**: those that follow another one or are followed by one, on the same graph: the skip of the one is
   the sum of the other, itself or after a relayout, an activation, a normalisation, dropout or a factor. A sum that is
   the skip of two others counts with both, though a chain can only go on one way. *share* is how many of these are
@@ -88,10 +96,12 @@ model is judged in a process of its own.
 * **rewritten**: steps that one forward pass of the momentumized model ran.
 * **verdict**: *equal*: at γ = 0, outputs, gradients, buffers and random state are the original's, bit for bit, and at
   γ = 0.9 all of these are bit for bit those of the same network with `memory_budget=1.0`, which is ordinary
-  backpropagation. *equal, gradients to rounding*: the same, but at γ = 0 gradients of values that steps capture and
-  that others read were added up in another order. *equal to rounding*: the same, but at γ = 0 all to rounding, as the
-  library itself computes something in another way while it is compiled. *unchanged*: there is nothing to rewrite, and
-  momentumize returns the model itself.
+  backpropagation. The others differ at γ = 0 only. *equal, gradients to rounding*: at
+  γ = 0, gradients of values that steps capture and that others read were added up in another order. *equal without
+  dropout*: chains that take turns in the model run one after the other, and draw their dropout masks in another order
+  than the model; with dropout switched off, γ = 0 is the model. *equal to rounding*: the library itself computes
+  something in another way while it is compiled. *unchanged*: there is nothing to rewrite, and momentumize returns the
+  model itself.
 * **kept**, **peak**: bytes of activations of a training step between forward and backward, and at worst, relative to
   the original model's. Images are small, so that whole libraries can be judged; what is outside of the chains (stem,
   head) then counts for more than at full size.
@@ -153,6 +163,14 @@ def _reasons(letters: Mapping[str, str], rows: Sequence[Row]) -> str:
 def _failures(rows: Sequence[Row]) -> str:
     lines = [f"* {row.library}, {row.model}: {row.failure or row.verdict}" for row in rows if not row.is_right]
     return "\n## What went wrong\n\n" + "\n".join(lines) + "\n" if lines else ""
+
+
+def _pending(keys: Sequence[tuple[str, str]]) -> str:
+    lines = [
+        f"* {library}: {', '.join(name for _, name in group)}" for library, group in groupby(keys, lambda key: key[0])
+    ]
+    start = "\n## Not judged yet\n\n`python -m tests.zoo --resume` goes on with:\n\n"
+    return start + "\n".join(lines) + "\n" if lines else ""
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
