@@ -85,7 +85,7 @@ def deterministic():
 
 
 def assert_bit_equal(actual: Outcome, expected: Outcome) -> None:
-    assert len(actual.outputs) == len(expected.outputs)
+    assert len(actual.outputs) == len(expected.outputs), "another number of outputs"
     assert all(map(torch.equal, actual.outputs, expected.outputs)), "outputs differ"
     assert actual.grads.keys() == expected.grads.keys()
     different = [name for name, grad in actual.grads.items() if not _equal(grad, expected.grads[name])]

@@ -169,7 +169,7 @@ def _verdict(compare: Callable[[], None], good: str) -> str:
     try:
         compare()
     except AssertionError as error:
-        return _brief(str(error))
+        return _brief(str(error)) or _where(error)
     return good
 
 
