@@ -110,7 +110,13 @@ class MomentumNet(nn.Module):
         return self.run(x, args, kwargs)
 
     def run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The same, whoever looks on."""
+        """What ``forward`` does with a state that is one, wherever it is called.
+
+        Args:
+            x: the state before the first step.
+            args: further arguments of every function, by position.
+            kwargs: further arguments by name.
+        """
         v0 = self.init_function(x) if self.init_speed and self.init_function is not None else None
         return self.chain(x, (args, kwargs), {"network": self.network}, v0)
 

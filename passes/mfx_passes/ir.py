@@ -16,8 +16,12 @@ Kind = Literal["residual", "map"]
 class ModuleCall:
     """One call of a submodule that the tracer walked through.
 
-    ``nodes`` are all nodes recorded while it ran, ``args``/``kwargs``/``output`` what it was given and what it
-    returned, with nodes in place of tensors.
+    Args:
+        target: the submodule's path.
+        args: what it was given by position, with nodes in place of tensors.
+        kwargs: what it was given by name.
+        output: what it returned.
+        nodes: all nodes recorded while it ran.
     """
 
     target: str
@@ -98,7 +102,12 @@ class Step:
 
 @dataclass(eq=False)
 class Chain:
-    """Consecutive residual steps: the state one ends in is the state the next starts from."""
+    """Consecutive residual steps: the state one ends in is the state the next starts from.
+
+    Args:
+        steps: at least one, in the order they run.
+        name: the longest common module path of the steps; with #2 and so on if that is another chain's name.
+    """
 
     steps: list[Step]
     name: str = ""
@@ -123,7 +132,10 @@ class Chain:
 class Findings:
     """Chains, outermost first, and the residual adds that are in none.
 
-    ``reread`` maps states to the nodes that are read in their place since `relayout`; the values are the same.
+    Args:
+        chains: those that were found; a chain inside of another's branch comes after it.
+        rejections: residual adds that stay as they were, and why.
+        reread: from states to the nodes that are read in their place since `relayout`; the values are the same.
     """
 
     chains: list[Chain] = field(default_factory=list)
@@ -157,6 +169,8 @@ class StepGraphs:
     """A step cut out of its model, as graphs that take ``(x, *captures)`` and return ``(value, *side_outputs)``.
 
     Args:
+        path: longest common module path of its nodes; empty if it lies in the root.
+        kind: ``"residual"`` for x + f(x), ``"map"`` for h(x).
         branch: f(x) for the kind ``"residual"``, h(x) for ``"map"``.
         original: the step as the user wrote it; the same graph as ``branch`` for the kind ``"map"``.
         captures: which of the chain's captures it reads, in the order of its inputs; numbers past these are side

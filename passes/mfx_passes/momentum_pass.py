@@ -24,7 +24,12 @@ MakeCall = Callable[[ChainGraphs], nn.Module]
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What was found in a graph, and the module calls whose nodes stayed flat."""
+    """What was found in a graph, and what became of its module calls.
+
+    Args:
+        findings: the chains and the residual adds that are in none.
+        flat: the module calls whose nodes were not folded into a call of the module again.
+    """
 
     findings: Findings
     flat: list[ModuleCall]
@@ -87,7 +92,14 @@ class MomentumPass(PassBase):
         self._selection = selection
 
     def call(self, graph_module: GraphModule) -> PassResult:
-        """Rewrite a graph module in place; one without chains comes back as it was."""
+        """Rewrite a graph module in place; one without chains comes back as it was.
+
+        Args:
+            graph_module: with tensors as inputs; shapes need not be known.
+
+        Returns:
+            The graph module, and whether it was changed.
+        """
 
         def insert(graphs: ChainGraphs) -> tuple[str, str | None]:
             name = call_name(graphs.name, graph_module._modules)
