@@ -70,13 +70,17 @@ def everything(net):
     }
 
 
+REBUILT, CONDITION = 6e-6, 30
+"""The error that arithmetic "float" allows itself in a rebuilt state, and how much it grows on its way to a gradient:
+normalisation divides it by the spread of a few numbers, and the steps before it see it again."""
+
+
 def assert_equal(found, expected, arithmetic):
     assert found.keys() == expected.keys()
     scale = max((value.abs().max() for name, value in expected.items() if name.startswith("grad")), default=1.0)
     for name, value in expected.items():
         if name.startswith("grad") and arithmetic == "float":
-            # Rebuilt states differ in the last bits (to 6e-6), which normalising a few numbers amplifies.
-            torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3 * float(scale))
+            assert (found[name] - value).abs().max() <= CONDITION * REBUILT * scale, name
         else:
             assert torch.equal(found[name], value), name
 

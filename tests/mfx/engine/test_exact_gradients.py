@@ -45,13 +45,15 @@ def test_follows_the_recurrence(kind, velocity, gamma):
     found = run(root, steps, x, gamma=gamma, velocity=v, taps=(5,))
     expected = recurrence(root, steps, x, gamma=fraction.value, velocity=v, taps=(5,))
     for a, b in ((found.x, expected.x), (found.taps[0], expected.taps[0])):
-        assert torch.allclose(a, b, rtol=0, atol=32**1.5 * n * 2**-40)
+        bound = 32**1.5 * n * 2**-40
+        assert torch.allclose(a, b, rtol=0, atol=bound)
         for g, h in zip(
             gradients((a * weights_like(a)).sum(), root, *inputs, retain_graph=True),
             gradients((b * weights_like(b)).sum(), root, *inputs, retain_graph=True),
             strict=True,
         ):
-            assert torch.allclose(g, h, rtol=1e-6, atol=1e-6)
+            # Derivatives of tanh layers of order 1 at points that differ by so much, in 32 steps one after the other.
+            assert (g - h).abs().max() <= 32 * bound * max(h.abs().max(), 1)
 
 
 def shared(depth):

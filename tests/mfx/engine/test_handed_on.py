@@ -5,6 +5,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from mfx.engine.arithmetic.floating import predict
+from mfx.gamma import Gamma
 from tests.mfx.engine.chains import WIDTH, make_root, make_steps, run
 
 
@@ -28,6 +30,10 @@ def test_a_later_step_reads_the_size_in_both_runs(gamma, arithmetic):
         out.x.sum().backward()
         results.append((out.x.detach(), x.grad))
     assert torch.equal(results[0][0], results[1][0])
-    # fp32, γ = 0.9, 10 steps: eps·γ^−10 in a rebuilt state
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-5, atol=1e-6)
+    found, expected = results[0][1], results[1][1]
+    if arithmetic == "exact" or gamma == 0:
+        assert torch.equal(found, expected)
+    else:  # the error in the first of ten rebuilt states, which a few tanh layers do not enlarge much: ten times
+        rebuilt_to = predict(Gamma.of(gamma), torch.float32, 10).error
+        assert (found - expected).abs().max() <= 10 * rebuilt_to * expected.abs().max()
     assert seen.count((8,)) == 3  # forward and recomputation, and the forward that keeps all

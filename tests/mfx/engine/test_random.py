@@ -112,10 +112,11 @@ def test_inside_a_checkpoint(how, reentrant):
         y.square().sum().backward()
         results.append([x.grad, *(p.grad for p in root.parameters())])
     if reentrant and how["gamma"]:
-        # Its first pass is without gradients, by the plain recurrence: some units in float32's last place in each of 13
-        # steps, which the loss then squares.
+        # Its first pass is without gradients, by the plain recurrence: two roundings to float32 in each step, which are
+        # in the loss's gradient 2y from the start. Steps and the loss do not enlarge that much: ten times.
+        rounded = 2 * DEPTH * torch.finfo(torch.float32).eps
         for found, expected in zip(*results, strict=True):
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
+            assert (found - expected).abs().max() <= 10 * rounded * expected.abs().max()
     else:
         assert all(map(torch.equal, *results))
 

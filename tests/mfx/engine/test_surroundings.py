@@ -9,6 +9,8 @@ import torch
 from torch import nn
 
 from mfx.engine import recomputing
+from mfx.engine.arithmetic.floating import predict
+from mfx.gamma import Gamma
 from mfx_passes.errors import MfxError
 from tests.mfx.engine.chains import WIDTH, block, make_root, make_steps, run
 
@@ -37,6 +39,16 @@ def train(root, how, budget, calls=2, memory=None):
     }
 
 
+CONDITION = 30
+"""By how much an error in a rebuilt state grows on its way to a gradient: BatchNorm divides it by the spread of five
+numbers, and the steps before see it again."""
+
+
+def rebuilt_to(steps):
+    """The error in the first state of a chain that was walked back in float32, relative to it."""
+    return predict(Gamma.of(0.9), torch.float32, steps).error
+
+
 @pytest.mark.parametrize("memory", [None, {}])
 @pytest.mark.parametrize("shared", [False, True])
 def test_dropout_and_batch_norm_leave_what_plain_training_leaves(how, shared, memory):
@@ -49,9 +61,8 @@ def test_dropout_and_batch_norm_leave_what_plain_training_leaves(how, shared, me
     scale = max(g.abs().max().item() for name, g in expected.items() if name.endswith("grad"))
     for name in found:
         if name.endswith("grad") and how["arithmetic"] == "float":
-            # The float walk reads inputs that differ in the last bits, which BatchNorm over five rows amplifies; a bias
-            # before BatchNorm has no gradient but such noise.
-            assert torch.allclose(found[name], expected[name], rtol=1e-3, atol=1e-4 * scale), name
+            # A bias before BatchNorm has no gradient but such noise.
+            assert (found[name] - expected[name]).abs().max() <= CONDITION * rebuilt_to(10) * scale, name
         else:
             assert torch.equal(found[name], expected[name]), name
 
@@ -95,9 +106,12 @@ def test_buffers_changed_in_any_way(how):
     found, expected = train(root, how, 0.0, memory={}), train(other, how, 1.0)
     assert found["blocks.0.replaced"] == 2
     assert len(found["blocks.0.grown"]) == 2
+    scale = max(g.abs().max().item() for name, g in expected.items() if name.endswith("grad"))
     for name in found:
-        assert torch.allclose(found[name].double(), expected[name].double(), rtol=1e-3, atol=1e-4), name
-    assert all(map(torch.equal, root.buffers(), other.buffers())) or how["arithmetic"] == "float"
+        if name.endswith("grad") and how["arithmetic"] == "float":
+            assert (found[name] - expected[name]).abs().max() <= CONDITION * rebuilt_to(9) * scale, name
+        else:
+            assert torch.equal(found[name], expected[name]), name
 
 
 def test_running_statistics_after_a_first_call_that_did_not_move_them(how):
