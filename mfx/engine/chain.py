@@ -220,14 +220,16 @@ def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
         on_tape = bool(call.taps or side) or out.has_sides
         last = tape if is_end and not on_tape else None
         what = f"{call.name}: the stream after step {step.path}"
-        x, v = Update.apply(x, v, y, Link(state, step.kind, gamma, dummy, what, last))
+        x, v = Update.apply(x, v, y, Link(state, step.kind, gamma, call.gamma, index > 0, dummy, what, last))
         out.add(x, side)
         if x.device.type == "cpu" or index == len(call.steps) - 1:
             place = f"chain {call.name}, at or before step {step.path}"
             notice_overflow(place, state.overflowed(), call.memory)
         position = index + 1 - walked.start
-        if tape is not None and index in walked and (on_tape if is_end else position % spacing == 0):
-            tape.store(position, state, what)
+        if tape is not None and is_end and on_tape:
+            tape.store_end(state, what)
+        elif tape is not None and index in walked and not is_end and position % spacing == 0:
+            tape.anchor(position, state, what)
     return out.finish()
 
 

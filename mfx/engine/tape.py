@@ -56,18 +56,19 @@ class _Stored:
 
 
 class Tape:
-    """Consecutive steps of one call, the first and the last of which run again, and the states to walk back from.
+    """Consecutive steps of one call, the first and the last of which run again, and the state to walk back from.
 
     Positions count the steps from the tape's first one. The end state is kept by the autograd node of the tape's last
-    update, which lets go of it as soon as the walk has begun; or here, by ``store(number of steps, ...)``, if gradients
-    may arrive without passing through that node. ``verify`` is told, after a complete walk, whether it ended in the
-    state that the first step started from.
+    update, which lets go of it as soon as the walk has begun; or here, by ``store_end``, if gradients may arrive
+    without passing through that node. At anchors a walk is put right on its way. ``verify`` is told, after a complete
+    walk, whether it ended in the state that the first step started from.
     """
 
     def __init__(self, verify: Callable[[Tensor], None] | None) -> None:
         self.last: weakref.ref[Any] | None = None
         self._steps: list[tuple[Frame | KeptStep, str, Gamma]] = []
-        self._stored: dict[int, _Stored] = {}
+        self._end: _Stored | None = None
+        self._anchors: dict[int, Kept] = {}
         self._walk: _Walk | None = None
         self._rebuilt = Rebuilt()
         self._verify = verify
@@ -81,10 +82,14 @@ class Tape:
         """Take in the next step, which does not run again."""
         self._steps.append((step, kind, gamma))
 
-    def store(self, position: int, state: State, what: str) -> None:
-        """Keep the state after ``position`` steps."""
+    def store_end(self, state: State, what: str) -> None:
+        """Keep the state after all steps."""
         tensors, thaw = state.freeze()
-        self._stored[position] = _Stored(Kept(tensors, what).get, thaw)
+        self._end = _Stored(Kept(tensors, what).get, thaw)
+
+    def anchor(self, position: int, state: State, what: str) -> None:
+        """Have walks come to ``state`` after ``position`` steps."""
+        self._anchors[position] = Kept(state.low_bits(), what)
 
     def begin(self, state: State) -> None:
         """A backward pass has come to the end of the chain, whose state is ``state``."""
@@ -93,7 +98,7 @@ class Tape:
             # This backward pass will itself be differentiated. That one need not come through the last update, which
             # may not even be alive by then.
             tensors, thaw = state.freeze()
-            self._stored[len(self._steps)] = _Stored(lambda: tensors, thaw)
+            self._end = _Stored(lambda: tensors, thaw)
 
     def _rebuild(self, index: int) -> None:
         frame = self._steps[index][0]
@@ -114,30 +119,28 @@ class Tape:
             when_task_ends(partial(_end_walk, weakref.ref(self), walk.task))
 
     def _walk_above(self, index: int) -> _Walk:
-        """The walk of this backward pass if it is above step ``index``, else one from the nearest stored state."""
+        """The walk of this backward pass if it is above step ``index``, else one from the end."""
         task, walk = current_task(), self._walk
-        if walk is not None and (walk.task != task or walk.position <= index):
-            walk = None
-        nearest = min((p for p in self._stored if p > index), default=None)
-        if nearest is not None and (
-            walk is None or nearest == walk.position or (nearest < walk.position and walk.again)
-        ):
-            stored = self._stored[nearest]
-            return _Walk(task, nearest, stored.thaw(stored.tensors()))
-        if walk is not None:
+        if walk is not None and walk.task == task and walk.position > index:
             return walk
+        if self._end is not None:
+            return _Walk(task, len(self._steps), self._end.thaw(self._end.tensors()))
         ctx = self._last_update()
         assert ctx is not None, "the end state is gone while a handle is alive"
         return _Walk(task, len(self._steps), ctx.thaw(ctx.saved_tensors))
 
     def _step_down(self, walk: _Walk) -> None:
         if walk.again is None:
-            walk.again = len(self._steps) in self._stored or self._last_update() is not None
+            walk.again = self._end is not None or self._last_update() is not None
         if walk.again:
             # The graph is being retained, so handles do not die; what they still hold can be rebuilt.
             self._rebuilt.clear()
         state = walk.state
         assert state is not None
+        if (anchor := self._anchors.get(walk.position)) is not None:  # now that the step above has its gradients
+            state.put_right(anchor.get())
+            if not walk.again:
+                del self._anchors[walk.position]
         walk.position -= 1
         frame, kind, gamma = self._steps[walk.position]
         is_first = walk.position == 0

@@ -23,13 +23,15 @@ __all__ = ["Enter", "Link", "Update", "velocity_dummy"]
 class Link(NamedTuple):
     """What an ``Update`` needs beside tensors; ``tape`` if it is the last of its chain and keeps the end state.
 
-    ``dummy`` is one for all of the chain, see ``velocity_dummy``. ``what`` names the stream after the step, for
-    messages.
+    ``dummy`` is one for all of the chain, see ``velocity_dummy``. ``later`` is γ of the steps after this one, and
+    ``follows`` says whether there is one before it. ``what`` names the stream after the step, for messages.
     """
 
     state: State
     kind: str
     gamma: Gamma
+    later: Gamma
+    follows: bool
     dummy: Tensor
     what: str
     tape: Tape | None = None
@@ -45,7 +47,9 @@ class Update(torch.autograd.Function):
     """(x, v, y) → (x + v', v') with v' = γ·v + (1−γ)·f, where f is y, or y − x for a step of kind "map".
 
     The numbers come from the chain's state. What the next branch reads is x' in the stream's dtype; v' is a dummy
-    that takes no memory and exists to carry the velocity's gradient.
+    that takes no memory and exists to carry a gradient on. With g = ∂/∂x' + ∂/∂v' that of v is γ·g, and that of the
+    branch's value is (1−γ)·g. From update to update the second is carried for both, so that they are one tensor; the
+    first is γ/(1−γ) times that.
     """
 
     @staticmethod
@@ -53,6 +57,7 @@ class Update(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, link: Link) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.gamma, ctx.kind, ctx.tape = link.gamma, link.kind, link.tape
+        ctx.later, ctx.follows, ctx.wide = link.later, link.follows, link.dummy.dtype
         ctx.dtypes = x.dtype, link.dummy.dtype if v is None else v.dtype, y.dtype
         x_next = link.state.advance(y, link.kind, link.gamma)
         if link.tape is not None:
@@ -67,19 +72,23 @@ class Update(torch.autograd.Function):
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.tape is not None:
             ctx.tape.begin(ctx.thaw(saved_by(ctx, ctx.what)))
-        if gx is None:
-            g = gv
-        else:
-            g = gx if gv is None else gx + gv
-        if g is None:
-            return None, None, None, None
         x_dtype, v_dtype, y_dtype = ctx.dtypes
-        gamma = ctx.gamma
-        gy = _as(y_dtype, g * gamma.rest) if ctx.needs_input_grad[2] or ctx.kind == "map" else None
-        if ctx.kind == "map" and gy is not None:
+        gamma, later = ctx.gamma, ctx.later
+        if gv is None:
+            if gx is None:
+                return None, None, None, None
+            g = _as(ctx.wide, gx)
+        else:
+            ratio = later.value / later.rest
+            g = gv * ratio if gx is None else torch.add(gx, gv, alpha=ratio)
+        carried = g * gamma.rest
+        gy = _as(y_dtype, carried)
+        if ctx.kind == "map":
             gx = -gy if gx is None else gx - gy
         gx = None if gx is None else _as(x_dtype, gx)
-        return gx, _as(v_dtype, g * gamma.value) if ctx.needs_input_grad[1] else None, gy, None
+        if ctx.needs_input_grad[1]:
+            gv = _as(v_dtype, carried if ctx.follows else g * gamma.value)
+        return gx, gv if ctx.needs_input_grad[1] else None, gy, None
 
 
 def _as(dtype: torch.dtype, g: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class State(ABC):
     @staticmethod
     @abstractmethod
     def anchor_every(gamma: Gamma, dtype: torch.dtype) -> int | None:
-        """How many steps can be walked back before a stored state is needed; None: any number."""
+        """How many steps can be walked back before an anchor is needed; None: any number."""
 
     @staticmethod
     @abstractmethod
@@ -74,6 +74,14 @@ class State(ABC):
     @abstractmethod
     def freeze(self) -> Frozen:
         """This state as tensors; from now on it writes into none of them."""
+
+    def low_bits(self) -> tuple[Tensor, ...]:
+        """An anchor: what makes a state near to this one, as a long walk gives it, this one again; if there are any."""
+        raise NotImplementedError
+
+    def put_right(self, low_bits: tuple[Tensor, ...]) -> None:
+        """Become the state that gave these."""
+        raise NotImplementedError
 
     def mark_start(self) -> None:
         """Walks back will end here, not before the first step: let ``is_start`` recognise this; if ``verifiable``."""
