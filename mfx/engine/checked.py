@@ -24,8 +24,8 @@ class CheckedFrame(Frame):
 
     What is compared is a witness: the last tensor that the branch saves of those that it computed and that are no
     smaller than its input; behind it the second run stops. What came to be beside it, in a part of the branch that it
-    does not depend on, goes unnoticed; what comes after it no gradient reads. Without a witness the branch runs to its
-    end, and its value is compared.
+    does not depend on, goes unnoticed; what comes after it no gradient reads. Without a witness, and with forward
+    hooks, the branch runs to its end, and its value is compared.
     """
 
     def __init__(self, *args: Any, verify: Callable[[Tensor], None]) -> None:
@@ -42,7 +42,7 @@ class CheckedFrame(Frame):
         self._enough = x.numel()
         outputs = super().run(x, values, unpack)
         last, self._last = self._last, None
-        if last is None or last[1]._version != last[2]:
+        if last is None or last[1]._version != last[2] or self._world.has_hooks:
             self._sum = _sum_of_bits(outputs[0])
         else:
             self._witness, witness, _ = last
@@ -56,8 +56,9 @@ class CheckedFrame(Frame):
     @override
     def _pack(self, tensor: Tensor) -> Handle:
         if tensor.requires_grad and tensor.numel() >= self._enough:
-            base = tensor._base
-            if id(tensor if base is None else base) not in self._given:
+            whole = tensor if tensor._base is None else tensor._base
+            # Leaves are parameters: FSDP2's, which are in no place while they are whole, too.
+            if not whole.is_leaf and id(whole) not in self._given:
                 self._last = len(self._packed), tensor, tensor._version
         return super()._pack(tensor)
 
