@@ -18,6 +18,19 @@ _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONL
 _PLAIN_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
+def refuse_nested(model: nn.Module, args: Any, kwargs: Any) -> None:
+    """A chain's states are tensors of one size, which those whose rows differ in size are not.
+
+    Raises:
+        CaptureError: a nested tensor is among the arguments.
+    """
+    if any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in pytree.tree_leaves((args, kwargs))):
+        raise CaptureError(
+            f"{type(model).__name__} is given a nested tensor, whose rows differ in size; the states of a chain are of "
+            "one size. Give it a padded tensor and a mask, or momentumize parts that take ordinary tensors."
+        )
+
+
 def bind(model: nn.Module, signature: inspect.Signature, args: Any, kwargs: Any) -> dict[str, Any]:
     """Arguments by name, defaults filled in.
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from mfx.arguments import refuse_nested
 from mfx.capture import CaptureError, signature_of
 from mfx.entry import Entry
 from mfx.options import Options
@@ -173,6 +174,7 @@ class RewrittenForward(Overlay):
         return entry
 
     def _find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Entry, Run]:
+        refuse_nested(self.net, args, kwargs)
         if self.options.capture == "dynamo":
             return self.dynamo.find(args, kwargs)
         try:
