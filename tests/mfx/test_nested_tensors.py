@@ -45,6 +45,6 @@ def test_a_nested_tensor_inside_of_a_model():
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_a_nested_tensor_given_to_a_net(layout):
     net = mfx.momentumize(Block())
-    with pytest.raises(mfx.MfxError, match="Block is given a nested tensor.* Give it a padded tensor and a mask"):
+    with pytest.raises(mfx.MfxError, match=r"Block is given a nested tensor.* Give it a padded tensor and a mask"):
         net(torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)], layout=layout))
     assert net(torch.randn(1, 3, 4)).shape == (1, 3, 4)

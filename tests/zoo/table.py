@@ -14,7 +14,7 @@ from tests.zoo.row import Row
 
 Cell: TypeAlias = Callable[[Row], Any]
 
-UNSEEN = "it lies in code that is no graph (control flow on values, random decisions in Python), which runs as written"
+UNSEEN = "it lies in code that runs as written (control flow on values or sizes, random decisions, nested tensors)"
 
 
 def markdown(versions: Mapping[str, str], rows: Sequence[Row], pending: Sequence[tuple[str, str]] = ()) -> str:

@@ -220,6 +220,9 @@ def _where(error: Exception) -> str:
     return f"{type(error).__name__} in {file}:{place.lineno}: {_brief(str(error))}"
 
 
+_PACKAGES = re.compile(r"/\S*site-packages/")
+
+
 def _brief(text: str) -> str:
-    line = " ".join(text.split())
+    line = _PACKAGES.sub("", " ".join(text.split()))
     return line if len(line) < 300 else f"{line[:297]}..."
