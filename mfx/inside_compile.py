@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 from mfx import compat_dynamo
@@ -43,9 +44,26 @@ def call(forward: RewrittenForward, args: tuple[Any, ...], kwargs: dict[str, Any
     if torch.compiler.is_exporting() or not forward.is_opaque:
         return _run_outside(forward, args, kwargs)
     arguments = pytree.tree_map(_marked, (args, kwargs))
-    held = [*forward.net.parameters()], [*forward.net.buffers()]
+    held: tuple[list[Any], list[Any]] = [], []
+    _gather(forward.net, *held, set())
     returned = _run(forward.key, forward.net.training, held, arguments)
     return pytree.tree_map(_itself, returned)  # without Plain
+
+
+def _gather(module: nn.Module, parameters: list[Any], buffers: list[Any], seen: set[Any]) -> None:
+    """The parameters and buffers of a module in its own order, each once.
+
+    In the plainest Python: Dynamo looks on, and to follow the generators of `torch.nn.Module.parameters` through a
+    model of many layers takes it a quarter of the time that the model takes to compile.
+    """
+    for tensors, found in ((module._parameters, parameters), (module._buffers, buffers)):
+        for tensor in tensors.values():
+            if tensor is not None and tensor not in seen:
+                seen.add(tensor)
+                found.append(tensor)
+    for child in module._modules.values():
+        if child is not None:
+            _gather(child, parameters, buffers, seen)
 
 
 @compat_dynamo.not_looked_into
