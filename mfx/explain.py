@@ -162,7 +162,7 @@ def _entry(forward: RewrittenForward, args: Any, kwargs: Any) -> Entry:
             return forward.prepare()
         except CaptureError as error:
             raise CaptureError(
-                f"{error} With inputs, mfx.explain(model, *inputs), TorchDynamo is asked as well."
+                f"With inputs, mfx.explain(model, *inputs), TorchDynamo is asked, too. Without: {error}"
             ) from error
 
 

@@ -95,5 +95,5 @@ def _entry(forward: RewrittenForward, args: tuple[Any, ...], kwargs: Mapping[str
         return forward.prepare()
     except CaptureError as error:
         raise CaptureError(
-            f"{error} With inputs, mfx.draw(model, path, *inputs), TorchDynamo is asked as well."
+            f"With inputs, mfx.draw(model, path, *inputs), TorchDynamo is asked, too. Without: {error}"
         ) from error
