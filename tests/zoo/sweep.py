@@ -6,7 +6,7 @@ import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from multiprocessing.connection import Connection
-from multiprocessing.context import ForkServerContext
+from typing import Any
 
 from tests.zoo.catalogue import LIBRARIES, entry
 from tests.zoo.row import Row
@@ -15,20 +15,17 @@ SECONDS = 900
 """How long a model may take."""
 
 
-def sweep(
-    keys: Iterable[tuple[str, str]], jobs: int = 1, work: Callable[[str, str, Connection], None] | None = None
-) -> Iterator[Row]:
+def sweep(keys: Iterable[tuple[str, str]], jobs: int = 1) -> Iterator[Row]:
     """The rows of models, as they come.
 
     Args:
         keys: library and name of each model.
         jobs: how many are judged at a time.
-        work: sends the row of a model, in a process of its own.
     """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.zoo.verdict", *(f"tests.zoo.{library}" for library in LIBRARIES)])
     with ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(_in_process, context, key, work or send_row) for key in keys]
+        futures = [pool.submit(in_process, context, key, send_row) for key in keys]
         for future in as_completed(futures):
             yield future.result()
 
@@ -43,7 +40,14 @@ def send_row(library: str, name: str, to: Connection) -> None:
     to.send(judge(entry(library, name)).to_dict())
 
 
-def _in_process(context: ForkServerContext, key: tuple[str, str], work: Callable[[str, str, Connection], None]) -> Row:
+def in_process(context: Any, key: tuple[str, str], work: Callable[[str, str, Connection], None]) -> Row:
+    """A model's row, or one that says how the process ended which was to send it.
+
+    Args:
+        context: of `multiprocessing`; how processes begin.
+        key: library and name of the model.
+        work: sends the row.
+    """
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=work, args=(*key, sender), daemon=True)
     process.start()
