@@ -106,8 +106,18 @@ class Seen:
         return names
 
 
-def see_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool) -> Seen:
+def see_call(
+    function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool, any_float: bool
+) -> Seen:
     """Have Dynamo look at one call of a bound method, as one graph or not at all.
+
+    Args:
+        function: the method.
+        args: arguments of the call.
+        kwargs: arguments by name.
+        dynamic: whether the graph should hold for other sizes of the tensors.
+        any_float: whether it should then hold for other numbers, too, that Python code reads off attributes and
+            arguments. It reads each of them off a tensor, where a compiler of the graph breaks it.
 
     Raises:
         Exception: whatever Dynamo raises where it has to break the graph.
@@ -117,6 +127,7 @@ def see_call(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *,
 
     config = {
         "assume_static_by_default": not dynamic,
+        "specialize_float": not any_float,
         "automatic_dynamic_shapes": False,  # goes by what other models of the class were called with
         "skip_nnmodule_hook_guards": False,  # a hook that comes later must be seen
         "ignore_logging_functions": set(_logging_methods()),

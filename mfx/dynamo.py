@@ -71,7 +71,9 @@ class Frame:
         return self._seen.callable(select)
 
 
-def capture_call(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool) -> Captured:
+def capture_call(
+    net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool, any_float: bool
+) -> Captured:
     """The graph of one call; nothing is computed.
 
     Args:
@@ -79,6 +81,7 @@ def capture_call(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
         args: arguments of the call.
         kwargs: arguments by name.
         dynamic: whether the graph should hold for other sizes of the tensors, too.
+        any_float: whether it should then hold for other numbers that are no tensors, too.
 
     Raises:
         CaptureError: the model cannot be captured as one graph.
@@ -91,10 +94,10 @@ def capture_call(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     method = forward.__get__(net)
     try:
         try:
-            seen = see_call(method, args, kwargs, dynamic=dynamic)
+            seen = see_call(method, args, kwargs, dynamic=dynamic, any_float=any_float)
         except DYNAMO_ERRORS:
             _set_up(method, args, kwargs)
-            seen = see_call(method, args, kwargs, dynamic=dynamic)
+            seen = see_call(method, args, kwargs, dynamic=dynamic, any_float=any_float)
     except DYNAMO_ERRORS as error:
         reason = f"{type(net).__name__} cannot be captured as one graph: {_said(error)}"
         raise CaptureError(f"{reason}. {_ADVICE}") from error

@@ -132,7 +132,9 @@ class SymbolicRoute:
 class DynamoRoute:
     """Lets Dynamo look at a call of the model, once per set of conditions that Dynamo finds it to depend on.
 
-    The first graph is for the sizes it was captured with; where these change, one for all sizes follows.
+    The first graph is for the sizes it was captured with; where these change, one for all sizes follows. Numbers that
+    are no tensors (attributes, arguments) are part of a graph, until there are so many graphs that one had better be
+    for all of them.
 
     Args:
         owner: whose graphs these are.
@@ -176,7 +178,7 @@ class DynamoRoute:
         net, options = self._owner.net, self._owner.options
         refuse_shards(net)
         with _CAPTURING, compat.outside_of_export(), without_parts(net):
-            captured = capture_call(net, args, kwargs, dynamic=bool(self.entries))
+            captured = capture_call(net, args, kwargs, dynamic=bool(self.entries), any_float=len(self.entries) >= _KEPT)
         if (steps := options.whole_steps(net)) is not None:
             steps.mark(captured.graph)
         entry = make_entry(net, captured, options, {}, {})

@@ -135,3 +135,28 @@ def test_flops_are_counted_from_the_first_call_on():
     # Three products of 2x4 by 4x4 forth, again, and two of as many FLOPs each back; none for the gradient of x.
     assert counts == [2 * 2 * 4 * 4 * (3 + 3 + 2 * 3 - 1)] * 2
     assert len(forward_of(net).all_entries) == 1
+
+
+class Scaled(nn.Module):
+    """Divides by a number that is an attribute, and multiplies by one that is an argument."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fcs = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        self.scale = 0.5
+
+    def forward(self, x, factor=1.0):
+        for fc in self.fcs:
+            x = x + factor * fc(x / self.scale)
+        return x
+
+
+def test_many_numbers_are_one_graph_in_the_end():
+    net = mfx.momentumize(model := Scaled(), gamma=0.0, capture="dynamo")
+    x = torch.randn(2, 4)
+    for number in range(12):
+        assert torch.equal(net(x, number / 8), model(x, number / 8))
+    before = len(mfx.graphs(net))
+    model.scale = net.scale = 0.25
+    assert torch.equal(net(x, 5.5), model(x, 5.5))
+    assert len(mfx.graphs(net)) == before < 12

@@ -523,3 +523,27 @@ def test_threads_leave_the_net_its_own_parameters():
         leave.set()
         done.result()
     assert all(a is b for a, b in zip([*net.parameters(), *net.buffers()], own, strict=True))
+
+
+class Scaled(nn.Module):
+    """Divides by a number that is an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fcs = nn.ModuleList(nn.Linear(5, 5) for _ in range(2))
+        self.scale = 0.5
+
+    def forward(self, x):
+        for fc in self.fcs:
+            x = x + fc(x / self.scale)
+        return x
+
+
+def test_an_attribute_is_a_number_in_every_graph():
+    """Read off a tensor, as Dynamo would have it, it would break the graphs of the branches."""
+    net = mfx.momentumize(model := Scaled(), gamma=0.0, capture="dynamo")
+    compiled = torch.compile(net, backend="aot_eager", fullgraph=True, dynamic=True)
+    for batch in (2, 3):
+        y = compiled(x := torch.randn(batch, 5))
+        y.sum().backward()
+        assert torch.equal(y, model(x))
