@@ -137,7 +137,9 @@ class Frame:
             to_value: whether the branch's value is asked for. If it is not, the run stops as soon as it has saved as
                 many tensors as the first one, as ``torch.utils.checkpoint`` does: what the branch does after that
                 nobody reads. Buffers, flags and generators are put back in either case. Forward hooks may have effects
-                elsewhere (sharding, a user's notes), so a step that has some runs to its end.
+                elsewhere (sharding, a user's notes), so a step that has some runs to its end; and so does one that
+                has random numbers to draw yet: ``rrelu`` fills a tensor with them that autograd has already saved.
+                (No other operation of torch writes into an argument that it saves.)
 
         Returns:
             The branch's value; None if the run stopped before.
@@ -148,7 +150,7 @@ class Frame:
         """
         unfinished = self.live is not None  # autograd is used inside the branch, while it is still running
         stops = not (to_value or unfinished or self._world.has_hooks)
-        again = _Again(self._packed, stops, self._witness)
+        again = _Again(self._packed, self._world.has_drawn_all if stops else None, self._witness)
         rebuilt.note(self._packed)
         values = self._values.get()
         with torch.enable_grad(), self._world.again(), saved_tensors_hooks(again.pack, _as_is):
@@ -215,13 +217,13 @@ class _Again:
 
     Args:
         packed: what the first run saved.
-        stops: whether to end the run after the last of them.
+        stops: whether the run may be ended after the last of them; None: it may not.
         witness: the number of the one that becomes ``seen``.
     """
 
     __slots__ = ("_packed", "_stops", "_task", "_witness", "count", "seen", "stopped", "wrong")
 
-    def __init__(self, packed: list[_Packed], stops: bool, witness: int | None) -> None:
+    def __init__(self, packed: list[_Packed], stops: Callable[[], bool] | None, witness: int | None) -> None:
         self._packed, self._stops, self._witness, self._task = packed, stops, witness, current_task()
         self.count = 0
         self.seen: Tensor | None = None
@@ -244,10 +246,11 @@ class _Again:
                 )
             if (handle := reference()) is not None:
                 handle.tensor = tensor
-        # A backward pass inside the branch is not broken off.
-        if self._stops and self.count == len(self._packed) and self.wrong is None and current_task() == self._task:
-            self.stopped = True
-            raise _Enough
+        if self._stops is not None and self.count == len(self._packed) and self.wrong is None:
+            # A backward pass inside the branch is not broken off.
+            self.stopped = current_task() == self._task and self._stops()
+            if self.stopped:
+                raise _Enough
         # Kept by the second run's own graph too, which dies with the run: a branch may use autograd itself.
         return tensor
 

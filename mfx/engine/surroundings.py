@@ -33,6 +33,10 @@ class RandomClock:
         before, self.now = self.now, self._read()
         return not all(map(torch.equal, before, self.now))
 
+    def is_at(self, states: tuple[Tensor, ...]) -> bool:
+        """Whether the generators are in these states."""
+        return all(map(torch.equal, states, self._read()))
+
     @contextmanager
     def turned_back(self, states: tuple[Tensor, ...]) -> Iterator[None]:
         """The generators start from ``states``; afterwards they are where they were."""
@@ -89,6 +93,7 @@ class Surroundings:
         self._root, self._path = root, path
         self._clock, self._autocast = clock, cast
         self._random: tuple[Tensor, ...] | None = clock.now
+        self._random_after = clock.now
         layout = self._layout = layout_of(memory, key, root, targets, path)
         self._flags = layout.flags
         self._places = layout.places(root)
@@ -110,10 +115,15 @@ class Surroundings:
         """Whether a module that the step reads has forward hooks now; those of all modules only look on."""
         return any(module._forward_hooks for module in self._layout.modules)
 
+    def has_drawn_all(self) -> bool:
+        """Whether a second run has drawn all random numbers that the first one drew."""
+        return self._random is None or self._clock.is_at(self._random_after)
+
     def settle(self) -> None:
         """Forget what the branch turned out not to need."""
         if not self._clock.tick():
             self._random = None
+        self._random_after = self._clock.now
         before = self._layout.changing.get(self._flags, frozenset())
         changed = [
             place

@@ -94,7 +94,14 @@ def ends_in_tanh():
     return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh())
 
 
-@pytest.mark.parametrize("build", [ends_in_dropout, ends_in_norm, ends_in_tanh, lambda: nn.Linear(WIDTH, WIDTH)])
+def ends_in_noise():
+    return nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.RReLU())
+
+
+BUILDS = [ends_in_dropout, ends_in_norm, ends_in_tanh, ends_in_noise, lambda: nn.Linear(WIDTH, WIDTH)]
+
+
+@pytest.mark.parametrize("build", BUILDS)
 def test_gradients_buffers_and_random_numbers(how, build):
     assert_as_kept(how, build)
 

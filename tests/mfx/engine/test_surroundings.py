@@ -235,7 +235,7 @@ def test_captured_tensor_changed_in_place(how):
 def test_second_run_that_saves_other_tensors(how, change):
     def call(f, x):
         if recomputing() and change == "number":
-            return f(x).sin()
+            return f[:2](x).sin()[..., :WIDTH]
         return f(x[:, :] if not recomputing() or change == "number" else x.repeat(2, 1))[:5]
 
     root = make_root(10)
