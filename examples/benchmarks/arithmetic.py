@@ -10,14 +10,11 @@ table take turns, times are medians, and ratios are medians of the ratios in eac
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import mfx
+from examples.benchmarks.command import on_threads, parser_of, write_rows
 from mfx.engine.arithmetic import ARITHMETICS, State
 from mfx.engine.arithmetic.store import DigitStore
 from mfx.gamma import Gamma
@@ -271,29 +269,21 @@ def roofline(shape: tuple[int, int, int], depth: int) -> str:
 
 def main(argv: Sequence[str] | None = None) -> tuple[list[Training], list[Alone], list[Bits]]:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds: under a minute")
-    parser.add_argument("--tiny", action="store_true", help="sizes for a test")
-    parser.add_argument("--device", default="cpu", type=torch.device)
-    parser.add_argument("--threads", type=int, default=1, help="of torch; more than one needs an idle machine")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
-    options = parser.parse_args(argv)
-    torch.set_num_threads(options.threads)
+    options = parser_of(__doc__, quick="fewer rounds", draws=False).parse_args(argv)
     shape, depth, rounds = (4, 197, 384), 12, 15
     gammas, depths = (0.001, 0.01, 0.1, 0.3, 0.5, 0.9, 0.99, 0.9999), (4, 16, 64, 256, 1000, 10000)
     if options.quick:
         rounds = 3
     if options.tiny:
         shape, depth, rounds, gammas, depths = (1, 4, 64), 8, 1, (0.5, 0.9), (16, 256)
-    steps = training(shape, depth, rounds, options.device)
-    recurrences = alone(shape, rounds, options.device)
+    with on_threads(options.threads):
+        steps = training(shape, depth, rounds, options.device)
+        recurrences = alone(shape, rounds, options.device)
     store = [row for gamma in gammas for row in bits(Gamma.of(gamma), depths)]
     print(_tables(steps, recurrences, store))
     print("\n" + _verdict(steps, recurrences))
     print("\n" + roofline(shape, depth))
-    if options.json is not None:
-        rows = {"training": steps, "alone": recurrences, "store": store}
-        options.json.write_text(json.dumps({k: [asdict(r) for r in v] for k, v in rows.items()}, indent=1))
+    write_rows({"training": steps, "alone": recurrences, "store": store}, options.json)
     return steps, recurrences, store
 
 

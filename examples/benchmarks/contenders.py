@@ -13,37 +13,10 @@ from torch._functorch import config as functorch
 from torch.utils.checkpoint import checkpoint
 
 import mfx
+from examples.benchmarks.blocks import Residual
 
 WIDTH = 64
 Forward = Callable[[Tensor], Tensor]
-
-
-class Branch(nn.Module):
-    """What a block adds."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 4 * WIDTH)
-        self.down = nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """f(x), of the shape of x."""
-        return self.down(nn.functional.gelu(self.up(self.norm(x))))
-
-
-class Residual(nn.Module):
-    """A stack of blocks, as anybody would write it."""
-
-    def __init__(self, depth: int) -> None:
-        super().__init__()
-        self.branches = nn.ModuleList(Branch() for _ in range(depth))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The state after the last block."""
-        for branch in self.branches:
-            x = x + branch(x)
-        return x
 
 
 def step(forward: Forward, x: Tensor) -> None:

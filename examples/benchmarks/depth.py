@@ -9,18 +9,17 @@ turns; times are medians, as ratios to plain training at the same depth where th
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from tqdm import tqdm
 
 import mfx
+from examples.benchmarks.blocks import Residual
+from examples.benchmarks.command import on_threads, parser_of, write_rows
 
 WIDTH = 64
 GIB = 2**30
@@ -32,20 +31,6 @@ METHODS: dict[str, Any] = {
     "mfx, exact": {"gamma": 0.9},
 }
 COLOURS = dict(zip(METHODS, ("#444444", "#d9822b", "#8a6d3b", "#2f9e60", "#2563c9"), strict=True))
-
-
-class Block(nn.Module):
-    """A residual block."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(WIDTH)
-        self.up = nn.Linear(WIDTH, 4 * WIDTH)
-        self.down = nn.Linear(4 * WIDTH, WIDTH)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(batch, width) to the same."""
-        return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
 @dataclass(frozen=True)
@@ -64,7 +49,7 @@ class Row:
 def compare(depth: int, batch: int, rounds: int, device: torch.device, *, with_plain: bool) -> list[Row]:
     """All methods at one depth."""
     torch.manual_seed(0)
-    model = nn.Sequential(*(Block() for _ in range(depth))).to(device)
+    model = Residual(depth, WIDTH).to(device)
     x = torch.randn(batch, WIDTH, device=device)
     methods = {name: way for name, way in METHODS.items() if with_plain or name != "plain"}
     found = {row.name: row for row in mfx.profile(model, x, against=methods, repeats=rounds, progress=False).rows}
@@ -149,28 +134,19 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="to 128 blocks, fewer repetitions: under a minute")
-    parser.add_argument("--tiny", action="store_true", help="sizes for a test")
+    parser = parser_of(__doc__, quick="to 128 blocks, fewer repetitions")
     parser.add_argument("--batch", type=int, default=256, help="batch size (default 256)")
     parser.add_argument("--limit", type=float, default=4.0, help="GiB that plain training may take (default 4)")
-    parser.add_argument("--device", default="cpu", type=torch.device)
-    parser.add_argument("--threads", type=int, default=1, help="of torch; more than one needs an idle machine")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, too")
     options = parser.parse_args(argv)
     depths, rounds, batch = [8, 16, 32, 64, 128, 256, 512, 1024], 5, options.batch
     if options.quick:
         depths, rounds = [8, 32, 128], 3
     if options.tiny:
         depths, rounds, batch = [4, 8, 16], 1, 4
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    rows = measure(depths, batch, rounds, options.device, options.limit)
-    torch.set_num_threads(threads)
+    with on_threads(options.threads):
+        rows = measure(depths, batch, rounds, options.device, options.limit)
     print(table(rows))
-    if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    write_rows(rows, options.json)
     if options.plot is not None:
         plot(rows, options.plot)
     return rows

@@ -11,13 +11,11 @@ it is accumulated. Work is that of matrix products. Times are medians, as ratios
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +26,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
-from examples.benchmarks.contenders import WIDTH, Forward, Residual, compiled, eager, step
+from examples.benchmarks.blocks import Residual
+from examples.benchmarks.command import on_threads, parser_of, write_rows
+from examples.benchmarks.contenders import WIDTH, Forward, compiled, eager, step
 from mfx.meter import ActivationMeter
 
 
@@ -130,7 +130,7 @@ def compare(batch: int, depth: int, rounds: int, device: torch.device, *, compil
     """All methods at one size."""
     torch.manual_seed(0)
     torch.compiler.reset()
-    model = Residual(depth).to(device)
+    model = Residual(depth, WIDTH).to(device)
     x = torch.randn(batch, WIDTH, device=device, requires_grad=True)
     parameters = list(model.parameters())
     for parameter in parameters:
@@ -202,16 +202,8 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="two sizes, once, nothing compiled: under a minute")
-    parser.add_argument("--tiny", action="store_true", help="sizes for a test")
-    parser.add_argument("--device", default="cpu", type=torch.device)
-    parser.add_argument("--threads", type=int, default=1, help="of torch; more than one needs an idle machine")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw those of the first size there, too")
+    parser = parser_of(__doc__, quick="two sizes, once, nothing compiled")
     options = parser.parse_args(argv)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
     os.environ.setdefault("KINETO_LOG_LEVEL", "5")  # the profiler's library tells of every start and stop
     sizes = [(batch, depth) for batch in (4096, 256) for depth in (32, 64)]
     rounds = 3
@@ -220,13 +212,12 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     if options.tiny:
         sizes, rounds = [(8, 4)], 1
     rows: list[Row] = []
-    for batch, depth in tqdm(sizes, unit="size"):
-        compiling = (batch, depth) == sizes[0] and not (options.quick or options.tiny)  # minutes
-        rows += compare(batch, depth, rounds, options.device, compiling=compiling)
-    torch.set_num_threads(threads)
+    with on_threads(options.threads):
+        for batch, depth in tqdm(sizes, unit="size"):
+            compiling = (batch, depth) == sizes[0] and not (options.quick or options.tiny)  # minutes
+            rows += compare(batch, depth, rounds, options.device, compiling=compiling)
     print(table(rows))
-    if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    write_rows(rows, options.json)
     if options.plot is not None:
         plot(rows, options.plot)
     return rows

@@ -10,11 +10,8 @@ whose activations fit into 32 GiB, and the ratio to plain training there. The pa
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from torchvision.models import resnet152
 from tqdm import tqdm
 
 import mfx
+from examples.benchmarks.command import on_threads, parser_of, write_rows
 from mfx.meter import ActivationMeter
 
 ROOM = 32 * 2**30
@@ -148,25 +146,17 @@ def table(rows: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="smaller images, depth 302 instead of 1202: under a minute"
-    )
-    parser.add_argument("--tiny", action="store_true", help="sizes for a test")
-    parser.add_argument("--json", type=Path, help="write the rows there")
-    options = parser.parse_args(argv)
+    quick = "smaller images, depth 302 instead of 1202"
+    options = parser_of(__doc__, quick=quick, on_device=False, draws=False).parse_args(argv)
     depth = 20 if options.tiny else 302 if options.quick else 1202
     size = 64 if options.quick else 224
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     rows: list[Row] = []
-    if not options.tiny:
-        rows += compare(f"ResNet-152, {size} px", resnet152, size, (1, 2))
-    rows += compare(f"CIFAR ResNet-{depth}", lambda: CifarResNet(depth), 32, (1, 2))
-    torch.set_num_threads(threads)
+    with on_threads(1):
+        if not options.tiny:
+            rows += compare(f"ResNet-152, {size} px", resnet152, size, (1, 2))
+        rows += compare(f"CIFAR ResNet-{depth}", lambda: CifarResNet(depth), 32, (1, 2))
     print(table(rows))
-    if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
+    write_rows(rows, options.json)
     return rows
 
 

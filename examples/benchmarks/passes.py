@@ -10,7 +10,6 @@ time, least of the repetitions, in turns; the exponent is that of the straight l
 
 from __future__ import annotations
 
-import argparse
 import gc
 import json
 import math
@@ -23,6 +22,7 @@ from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 import mfx
+from examples.benchmarks.command import parser_of
 
 WIDTH = 4
 MAX_RATIO, MAX_EXPONENT = 2.0, 1.15  # what is aimed at: ResNet-152, and stacks
@@ -149,12 +149,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="to 1000 blocks: under a minute")
-    parser.add_argument("--tiny", action="store_true", help="sizes for a test")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, too")
-    options = parser.parse_args(argv)
+    options = parser_of(__doc__, quick="to 1000 blocks", on_device=False).parse_args(argv)
     sizes, names, rounds = [62, 125, 250, 500, 1000, 2000, 4000], ["resnet18", "resnet50", "resnet152"], 3
     if options.quick:
         sizes, rounds = [62, 250, 1000], 2

@@ -10,10 +10,8 @@ not run again what nobody asks for at the end of a block, and keeps a block's in
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mfx
+from examples.benchmarks.command import on_threads, parser_of, write_rows
 
 Built = tuple[nn.Module, dict[str, Any]]
 METHODS: dict[str, Any] = {
@@ -175,16 +174,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="four models, small inputs: about a minute")
-    parser.add_argument("--tiny", action="store_true", help="sizes for a test")
+    parser = parser_of(__doc__, quick="four models, small inputs")
     parser.add_argument("--models", nargs="+", help="only these, by their names in the table")
     parser.add_argument("--batch", type=int, help="batch size (default 2)")
     parser.add_argument("--rounds", type=int, help="steps to take the median of (default 3)")
-    parser.add_argument("--device", default="cpu", type=torch.device)
-    parser.add_argument("--threads", type=int, default=1, help="of torch; more than one needs an idle machine")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
-    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw them there, too")
     options = parser.parse_args(argv)
     models, size, rounds = FULL, Size(options.batch or 2, 224, 256), options.rounds or 3
     if options.quick:
@@ -194,17 +187,14 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     chosen = {name: build for name, build in models.items() if not options.models or name in options.models}
     if not chosen:
         parser.error(f"--models: of {', '.join(models)}")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    rows = [
-        row
-        for name, build in tqdm(chosen.items(), unit="model")
-        for row in measure(name, build, size, rounds, options.device)
-    ]
-    torch.set_num_threads(threads)
+    with on_threads(options.threads):
+        rows = [
+            row
+            for name, build in tqdm(chosen.items(), unit="model")
+            for row in measure(name, build, size, rounds, options.device)
+        ]
     print(table(rows))
-    if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=1))
+    write_rows(rows, options.json)
     if options.plot is not None:
         plot(rows, options.plot)
     return rows

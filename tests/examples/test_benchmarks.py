@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from examples.benchmarks import arithmetic, contenders, depth, memory, overhead, passes, speed
+from examples.benchmarks.blocks import Residual
 from mfx.meter import ActivationMeter
 
 
@@ -15,8 +16,9 @@ def test_the_memory_benchmark_measures_every_method(capsys, tmp_path):
     found = {row.method: row for row in rows}
     assert found["plain"].flops == found["plain"].to_plain == 1
     assert min(row.to_peer for row in rows if "mfx" not in row.method) == 1
-    # A second forward pass on top of a forward and a backward pass, which is twice a forward: 4/3. A third for memcnn.
-    assert found["mfx, exact"].flops == pytest.approx(4 / 3)
+    # Four blocks keep their inputs, as a checkpoint does: a second pass stops before the last of two equal products. A
+    # whole second pass, on top of a forward pass and a backward pass which is twice that, makes 4/3; a third, 5/3.
+    assert found["mfx, exact"].flops == found["checkpoint, every block"].flops == pytest.approx(7 / 6)
     assert all(row.flops == pytest.approx(5 / 3) for row in rows if row.method == "memcnn")
     shares = [found[f"mfx, exact, memory_budget={share}"] for share in (0.75, 0.5, 0.25)]
     assert [row.flops for row in shares] == sorted(row.flops for row in shares)
@@ -28,7 +30,7 @@ def test_the_memory_benchmark_measures_every_method(capsys, tmp_path):
 
 
 def test_the_memory_benchmark_counts_what_the_meter_counts_and_the_flops_of_compiled_code():
-    model, x = contenders.Residual(3), torch.randn(16, contenders.WIDTH, requires_grad=True)
+    model, x = Residual(3, contenders.WIDTH), torch.randn(16, contenders.WIDTH, requires_grad=True)
     for parameter in model.parameters():
         parameter.register_post_accumulate_grad_hook(memory._free)
     after, peak = memory.memory(model, x, [])
@@ -48,7 +50,7 @@ def test_the_memory_benchmark_says_which_package_it_leaves_out(capsys, monkeypat
         raise ModuleNotFoundError("No module named 'peer'")
 
     monkeypatch.setattr(contenders, "PEERS", {"peer": missing})
-    assert contenders.peers(contenders.Residual(2), torch.randn(2, contenders.WIDTH, requires_grad=True)) == {}
+    assert contenders.peers(Residual(2, contenders.WIDTH), torch.randn(2, contenders.WIDTH, requires_grad=True)) == {}
     assert capsys.readouterr().err == "left out: peer: ModuleNotFoundError: No module named 'peer'\n"
 
 
@@ -71,8 +73,8 @@ def test_the_compiled_benchmark_measures_a_method_and_prints_ratios():
 
 def test_the_overhead_benchmark_times_every_method(capsys):
     rows = overhead.main(["--tiny"])
-    assert [row.method for row in rows][:3] == ["plain", "torch.utils.checkpoint", "mfx, exact"]
-    assert all(row.forward > 0 and row.backward > 0 for row in rows)
+    assert [row.method for row in rows][:4] == ["plain", "torch.utils.checkpoint", "recurrence", "mfx, exact"]
+    assert all(row.forward > 0 and row.backward > 0 and row.inference > 0 for row in rows)
     assert capsys.readouterr().out.count("| mfx, float |") == 1
 
 
