@@ -77,6 +77,7 @@ def fresh():
     torch._dynamo.reset()
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # Inductor in torch 2.13
 @sampling.grid(1, dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64], kind=["residual", "map"],
                scale={"float64": 1.0, "int64": 3e3})  # fmt: skip
 def test_inductor(fresh, dtype, kind, scale):
