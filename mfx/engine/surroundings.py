@@ -93,7 +93,7 @@ class Surroundings:
         self._root, self._path = root, path
         self._clock, self._autocast = clock, cast
         self._random: tuple[Tensor, ...] | None = clock.now
-        self._random_after = clock.now
+        self._random_after: tuple[Tensor, ...] = ()
         layout = self._layout = layout_of(memory, key, root, targets, path)
         self._flags = layout.flags
         self._places = layout.places(root)
@@ -121,9 +121,10 @@ class Surroundings:
 
     def settle(self) -> None:
         """Forget what the branch turned out not to need."""
-        if not self._clock.tick():
+        if self._clock.tick():
+            self._random_after = self._clock.now
+        else:
             self._random = None
-        self._random_after = self._clock.now
         before = self._layout.changing.get(self._flags, frozenset())
         changed = [
             place

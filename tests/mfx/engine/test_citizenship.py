@@ -337,6 +337,7 @@ def test_random_states_are_kept_for_branches_that_drew_only(how, monkeypatch):
     monkeypatch.setattr(torch, "get_rng_state", reading)
     y = run(root, steps, x, **how).x
     alive = [index for index, state in enumerate(states) if state() is not None]
-    # One reading before the first step, one after every step; the last is the clock's own.
-    assert alive == [2, 9, DEPTH]
+    # One reading before the first step, one after every step; the last is the clock's own. A step that drew keeps the
+    # states before and after: between two such steps they are one.
+    assert alive == [2, 3, 9, 10, DEPTH]
     y.sum().backward()
