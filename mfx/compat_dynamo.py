@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.module_tracker import ModuleTracker
 
-from mfx.compat import fake_mode, plain_transformer_layers
+from mfx.compat import fake_mode, plain_transformer_layers, unlogged
 
 __all__ = [
     "CHECKPOINT",
@@ -146,9 +146,10 @@ def see_call(
 def _quiet() -> Iterator[None]:
     """Without warnings about what Dynamo does itself: it asks every tensor that it is given for its gradient.
 
-    And inside of torch.export it warns of the side effects that it replays.
+    And inside of torch.export it warns of the side effects that it replays. What fails while it looks is said by its
+    exception.
     """
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), unlogged():
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
         warnings.filterwarnings("ignore", message="While compiling, we found certain side effects happened")
         yield

@@ -1,5 +1,7 @@
 """A graph that Dynamo captured is used again as long as it holds."""
 
+import logging
+
 import pytest
 import torch
 from torch import nn
@@ -149,6 +151,19 @@ class Scaled(nn.Module):
         for fc in self.fcs:
             x = x + factor * fc(x / self.scale)
         return x
+
+
+def test_what_fails_while_dynamo_looks_is_not_logged():
+    log, records = logging.getLogger("torch._subclasses.fake_tensor"), []
+    handler = logging.Handler()
+    handler.emit = records.append
+    log.addHandler(handler)
+    try:
+        with pytest.raises(mfx.MfxError, match="cannot be captured as one graph"):
+            mfx.momentumize(Scaled(), capture="dynamo")(torch.randn(2, 5))
+    finally:
+        log.removeHandler(handler)
+    assert not records
 
 
 def test_many_numbers_are_one_graph_in_the_end():
