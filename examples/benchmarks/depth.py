@@ -138,7 +138,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     parser.add_argument("--batch", type=int, default=256, help="batch size (default 256)")
     parser.add_argument("--limit", type=float, default=4.0, help="GiB that plain training may take (default 4)")
     options = parser.parse_args(argv)
-    depths, rounds, batch = [8, 16, 32, 64, 128, 256, 512, 1024], 5, options.batch
+    depths, rounds, batch = [8, 16, 32, 64, 128, 256, 512, 1024], 3, options.batch
     if options.quick:
         depths, rounds = [8, 32, 128], 3
     if options.tiny:
