@@ -30,10 +30,11 @@ class Handle:
     As autograd lets go of a node, it lets go of the node's handles, and the tensors provided for them go too.
     """
 
-    __slots__ = ("__weakref__", "tensor")
+    __slots__ = ("__weakref__", "tensor", "version")
 
     def __init__(self) -> None:
         self.tensor: Tensor | None = None
+        self.version = 0  # that of the tensor when it was saved
 
 
 class Rebuilt:
@@ -44,13 +45,22 @@ class Rebuilt:
         self._provided: list[list[_Packed]] = []
 
     def provide(self, rebuild: Callable[[], None], handle: Handle) -> Tensor:
-        """The tensor behind ``handle``, after ``rebuild`` if it is not there."""
+        """The tensor behind ``handle``, after ``rebuild`` if it is not there.
+
+        Raises:
+            MfxError: it was changed after it was saved.
+        """
         if (task := current_task()) != self._task:
             self._enter(task)
         if handle.tensor is None:
             rebuild()
         tensor = handle.tensor
         assert tensor is not None, "the second run of a step did not reach what its first had saved"
+        if tensor._version != handle.version:
+            raise MfxError(
+                f"a step changes in place a tensor of shape {tuple(tensor.shape)} that its backward pass needs, as in "
+                "y = x.exp(); y.mul_(2), which is an error without mfx, too. Make the later operation out of place"
+            )
         if self._task == NO_TASK:
             self.clear()
         return tensor
@@ -245,7 +255,7 @@ class _Again:
                     f"{tuple(shape)}, {dtype} in the forward pass"
                 )
             if (handle := reference()) is not None:
-                handle.tensor = tensor
+                handle.tensor, handle.version = tensor, tensor._version
         if self._stops is not None and self.count == len(self._packed) and self.wrong is None:
             # A backward pass inside the branch is not broken off.
             self.stopped = current_task() == self._task and self._stops()

@@ -292,6 +292,19 @@ def test_a_tensor_of_the_stream_modified_in_place(how, what):
         gradients(loss, root, x)
 
 
+def test_a_saved_tensor_changed_in_place_by_its_own_branch(how):
+    def changes(f, x):
+        y = f(x).exp()  # saves y
+        return torch.tanh(y.mul_(2))
+
+    root = make_root(3)
+    x = torch.randn(4, WIDTH, requires_grad=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        changes(root.blocks[0], x).sum().backward()
+    with pytest.raises(MfxError, match="changes in place a tensor of shape \\(4, 6\\) that its backward pass needs"):
+        run(root, make_steps(root, call=changes), x, **how).x.sum().backward()
+
+
 def test_a_shape_that_changes_between_the_runs_names_its_step(how):
     sizes = {"rows": 3}
     root, steps, x = make(call=lambda f, x: f(x[: sizes["rows"]]).mean(0, keepdim=True).expand(3, -1))
