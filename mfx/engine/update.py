@@ -49,7 +49,7 @@ class Update(torch.autograd.Function):
     The numbers come from the chain's state. What the next branch reads is x' in the stream's dtype; v' is a dummy
     that takes no memory and exists to carry a gradient on. With g = ∂/∂x' + ∂/∂v' that of v is γ·g, and that of the
     branch's value is (1−γ)·g. From update to update the second is carried for both, so that they are one tensor; the
-    first is γ/(1−γ) times that.
+    first is γ/(1−γ) times that. At γ = 1, where the second is zero, it is g that is carried.
     """
 
     @staticmethod
@@ -79,16 +79,21 @@ class Update(torch.autograd.Function):
                 return None, None, None, None
             g = _as(ctx.wide, gx)
         else:
-            ratio = later.value / later.rest
+            ratio = later.value / _carried(later)
             g = gv * ratio if gx is None else torch.add(gx, gv, alpha=ratio)
-        carried = g * gamma.rest
-        gy = _as(y_dtype, carried)
+        carried = g * _carried(gamma)
+        gy = _as(y_dtype, carried if gamma.rest else torch.zeros_like(g))
         if ctx.kind == "map":
             gx = -gy if gx is None else gx - gy
         gx = None if gx is None else _as(x_dtype, gx)
         if ctx.needs_input_grad[1]:
             gv = _as(v_dtype, carried if ctx.follows else g * gamma.value)
         return gx, gv if ctx.needs_input_grad[1] else None, gy, None
+
+
+def _carried(gamma: Gamma) -> float:
+    """How much of g is carried from the update of a step with this γ to the one before."""
+    return gamma.rest or 1.0
 
 
 def _as(dtype: torch.dtype, g: Tensor) -> Tensor:
