@@ -38,7 +38,8 @@ class CheckedFrame(Frame):
 
     @override
     def run(self, x: Tensor, values: Sequence[Any], unpack: Callable[[Handle], Tensor]) -> tuple[Any, ...]:
-        self._given = frozenset(map(id, (x, *self.tensors, *tensors_in(values))))
+        given = (x, *self.tensors, *tensors_in(values))
+        self._given = frozenset(id(_whole(tensor)) for tensor in given if tensor is not None)
         self._enough = x.numel()
         outputs = super().run(x, values, unpack)
         last, self._last = self._last, None
@@ -56,7 +57,7 @@ class CheckedFrame(Frame):
     @override
     def _pack(self, tensor: Tensor) -> Handle:
         if tensor.requires_grad and tensor.numel() >= self._enough:
-            whole = tensor if tensor._base is None else tensor._base
+            whole = _whole(tensor)
             # Leaves are parameters: FSDP2's, which are in no place while they are whole, too.
             if not whole.is_leaf and id(whole) not in self._given:
                 self._last = len(self._packed), tensor, tensor._version
@@ -71,6 +72,11 @@ class CheckedFrame(Frame):
             if same.device.type == "cpu" and same:
                 return
             self._verify(same | value.isfinite().all().logical_not_())  # the bits of a NaN are nobody's promise
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    """What a tensor is a view of, or itself."""
+    return tensor if tensor._base is None else tensor._base
 
 
 def _sum_of_bits(y: object) -> Tensor | None:

@@ -226,18 +226,23 @@ def test_other_values_after_the_last_saved_tensor_do_no_harm(how):
     assert all(map(torch.equal, *results))
 
 
-def test_without_a_witness_the_values_are_compared():
-    """Nothing that the branch saves is as large as its input: it runs to its end, and that is looked at."""
+@pytest.mark.parametrize("view", [torch.Tensor.clone, torch.t, lambda x: x[::2]], ids=["none", "t", "slice"])
+def test_without_a_witness_the_values_are_compared(view):
+    """Nothing that the branch computes and saves is as large as its input: it runs to its end, and that is looked at.
+
+    What the branch reads is not computed by it, a view neither.
+    """
+    x = view(data() * 1)
 
     class Low(nn.Module):
         def __init__(self):
             super().__init__()
-            self.down, self.up = nn.Linear(WIDTH, 2), nn.Linear(2, WIDTH)
+            self.down, self.up = nn.Linear(x.shape[-1], 2), nn.Linear(2, x.shape[-1])
 
         def forward(self, x):
             return self.up(self.down(x)) * (1 + recomputing())
 
-    root, x = make_root(DEPTH, Low), data()
+    root = make_root(1, Low)
     with pytest.raises(MfxError, match="did not compute the values of the first"):
         run(root, make_steps(root), x, gamma=0.0).x.sum().backward()
 
