@@ -260,7 +260,7 @@ def test_compiled_and_exported():
         ({"gamma": -0.1}, "gamma must be"),
         ({"gamma": {"*": 0.9}}, "gamma must be"),
         ({"functions": []}, "functions is empty"),
-        ({"functions": 3}, "functions are modules in a list or a Sequential, not a int"),
+        ({"functions": 3}, "functions are modules in a list or a Sequential, not an int"),
         ({"functions": [torch.tanh]}, r"functions\[0\] is a builtin_function_or_method, not a torch.nn.Module"),
         ({"init_speed": True}, "init_speed=True needs a module as init_function"),
         ({"arithmetic": "fixed"}, "arithmetic='fixed'"),
