@@ -11,7 +11,7 @@ import torch
 
 from mfx import compat
 from mfx.arguments import bind, check_signature, key_of, specialize, specialize_defaults
-from mfx.capture import CaptureError, Specialization, capture
+from mfx.capture import Captured, CaptureError, Specialization, capture
 from mfx.entry import Entry, make_entry, steps_of
 from mfx.guard import without_marks
 from mfx.probe import find_with_shapes
@@ -164,6 +164,17 @@ class DynamoRoute:
             self.entries = [entry, *self.entries[: 4 * _KEPT - 1]]
         return entry, partial(entry.call, net, args, kwargs)
 
+    def _captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+        from mfx.dynamo import capture_call  # imports TorchDynamo, which takes a second
+
+        call = partial(capture_call, self._owner.net, args, kwargs)
+        try:
+            return call(dynamic=bool(self.entries), any_float=len(self.entries) >= _KEPT)
+        except CaptureError:
+            if not self.entries:
+                raise
+            return call(dynamic=False, any_float=False)  # what cannot be said for all sizes can be for these
+
     def _fitting(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entry | None:
         for position, entry in enumerate(self.entries):
             frame = entry.captured.frame
@@ -173,12 +184,10 @@ class DynamoRoute:
         return None
 
     def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entry:
-        from mfx.dynamo import capture_call  # imports TorchDynamo, which takes a second
-
         net, options = self._owner.net, self._owner.options
         refuse_shards(net)
         with _CAPTURING, compat.outside_of_export(), without_parts(net):
-            captured = capture_call(net, args, kwargs, dynamic=bool(self.entries), any_float=len(self.entries) >= _KEPT)
+            captured = self._captured(args, kwargs)
         if (steps := options.whole_steps(net)) is not None:
             steps.mark(captured.graph)
         entry = make_entry(net, captured, options, {}, {})

@@ -175,3 +175,27 @@ def test_many_numbers_are_one_graph_in_the_end():
     model.scale = net.scale = 0.25
     assert torch.equal(net(x, 5.5), model(x, 5.5))
     assert len(mfx.graphs(net)) == before < 12
+
+
+class CountsRows(nn.Module):
+    """Asks a tensor how many rows there are: Dynamo knows the answer for these sizes, and not for all sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        if torch.tensor(x.shape[0]).item() > 4:
+            x = 2 * x
+        for block in self.blocks:
+            x = x + torch.tanh(block(x))
+        return x
+
+
+def test_what_holds_for_no_other_size_is_captured_for_each():
+    model = CountsRows()
+    net = mfx.momentumize(model, gamma=0.0)
+    for rows in (3, 5, 7, 3):
+        x = torch.randn(rows, 4)
+        assert torch.equal(net(x), model(x))
+    assert [len(chain.steps) for chain in mfx.explain(net).chains] == [3]
