@@ -24,7 +24,7 @@ class Storage:
         states: bytes per element of the stream that states take (with the store of digits, or with anchors); infinite
             where walking back is impossible.
         inputs: bytes per element that the steps' inputs take.
-        anchors: how many states, half of whose bits are kept, there are beside the end state.
+        anchors: stored states beside the end state.
         error: predicted relative error in a rebuilt state.
     """
 

@@ -89,7 +89,7 @@ class Tape:
 
     def anchor(self, position: int, state: State, what: str) -> None:
         """Have walks come to ``state`` after ``position`` steps."""
-        self._anchors[position] = Kept(state.low_bits(), what)
+        self._anchors[position] = Kept(state.anchor(), what)
 
     def begin(self, state: State) -> None:
         """A backward pass has come to the end of the chain, whose state is ``state``."""

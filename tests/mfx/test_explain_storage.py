@@ -50,7 +50,7 @@ CASES = {
     "bfloat16": (10, 0.9, "exact", torch.bfloat16, "inputs", 10 * 2 + 2),
     "bfloat16, deep": (16, 0.9, "exact", torch.bfloat16, "states", 24 + 2),
     "float": (15, 0.9, "float", torch.float32, "states", 4 + 4),  # the output is the state x
-    "float, one anchor": (30, 0.9, "float", torch.float32, "states", (4 + 4) + (2 + 2)),  # half of the bits
+    "float, one anchor": (30, 0.9, "float", torch.float32, "states", (4 + 4) * 2),
     "gamma = 0": (8, 0.0, "exact", torch.float32, "inputs", (8 - 1) * 4 + 4),  # the first is the caller's
 }
 

@@ -75,12 +75,12 @@ class State(ABC):
     def freeze(self) -> Frozen:
         """This state as tensors; from now on it writes into none of them."""
 
-    def low_bits(self) -> tuple[Tensor, ...]:
-        """An anchor: what makes a state near to this one, as a long walk gives it, this one again; if there are any."""
+    def anchor(self) -> tuple[Tensor, ...]:
+        """What makes a state near to this one, as a long walk gives it, this one again; where anchors are needed."""
         raise NotImplementedError
 
-    def put_right(self, low_bits: tuple[Tensor, ...]) -> None:
-        """Become the state that gave these."""
+    def put_right(self, anchor: tuple[Tensor, ...]) -> None:
+        """Become the state that gave this."""
         raise NotImplementedError
 
     def mark_start(self) -> None:

@@ -13,7 +13,6 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from mfx.engine.arithmetic.base import Frozen, State, wide
-from mfx.engine.arithmetic.lowbits import LowBits
 from mfx.engine.arithmetic.moves import IN_BLOCKS, Moves
 from mfx.gamma import Gamma
 
@@ -29,7 +28,7 @@ class Prediction(NamedTuple):
     """What walking a chain back in floating point comes to.
 
     Attributes:
-        anchors: of how many states (x, v) half of the bits are kept, beside the last state.
+        anchors: how many states (x, v) are kept beside the last one.
         error: in a rebuilt x, relative to the largest element of x.
     """
 
@@ -91,7 +90,7 @@ class FloatState(State):
     @override
     def bytes_kept(gamma: Gamma, dtype: torch.dtype, steps: int) -> float:
         every = FloatState.anchor_every(gamma, dtype) or 1
-        states = 1 + (steps - 1) // every / 2 if every >= 3 else math.inf
+        states = 1 + (steps - 1) // every if every >= 3 else math.inf
         return 2 * wide(dtype).itemsize * states
 
     @override
@@ -128,16 +127,15 @@ class FloatState(State):
         return Frozen((self.x, self._velocity()), partial(_thaw, self.dtype))
 
     @override
-    def low_bits(self) -> tuple[Tensor, ...]:
-        x = LowBits.of(self.x)
-        # However small v is, errors in x have come into it.
-        return (*x, *LowBits.of(self._velocity(), x.scale * _V_TO_X))
+    def anchor(self) -> tuple[Tensor, ...]:
+        # All of it: how far off a walk will be nobody knows. Where a branch rounds to bfloat16, by itself or under
+        # autocast, what it gives for nearly the same x differs in the third digit.
+        return self.freeze().tensors
 
     @override
-    def put_right(self, low_bits: tuple[Tensor, ...]) -> None:
-        x, x_scale, v, v_scale = low_bits
-        self.x = LowBits(x, x_scale).nearest_to(self.x)
-        self.v, self.owns_v = LowBits(v, v_scale).nearest_to(self._velocity()), True
+    def put_right(self, anchor: tuple[Tensor, ...]) -> None:
+        self.x, self.v = anchor
+        self.owns_v = False
 
     def _velocity(self) -> Tensor:
         assert self.v is not None, "before the first step there is nothing to walk back"
