@@ -91,8 +91,8 @@ def _onwards(end: Node, link: Link, index: GraphIndex) -> list[Node]:
 def _owned(skip: Node, out: Node, index: GraphIndex) -> tuple[set[Node], set[Node]]:
     """The nodes between two states, and what was written beside them for nobody else; and which of them ``skip`` feeds.
 
-    That is: what ``out`` needs of what ``skip`` feeds; then checks and prints without readers, and sizes of all these;
-    then whatever is read by all these alone (a position bias made of parameters, a key projected from an encoder's
+    That is: of what ``skip`` feeds, what ``out`` needs, and what is there for its effect, without readers (checks,
+    prints, ``copy_`` into a part of a tensor), with what that needs; then sizes of all these; then whatever is read by all these alone (a position bias made of parameters, a key projected from an encoder's
     output).
     """
     interval = [node for node in index.between(skip, out) if node.op not in ("placeholder", "get_attr", "output")]
@@ -100,11 +100,11 @@ def _owned(skip: Node, out: Node, index: GraphIndex) -> tuple[set[Node], set[Nod
     for node in interval:
         if any(source in fed for source in node.all_input_nodes):
             fed.add(node)
-    needed = {out}
+    needed = {out, *(node for node in fed if not node.users)}
     for node in reversed(interval):
         if node in needed:
             needed.update(node.all_input_nodes)
-    owned = {node for node in interval if node in fed and (node in needed or not node.users)}
+    owned = {node for node in interval if node in fed and node in needed}
     for node in interval:
         if node in index.sizes and owned.issuperset(node.all_input_nodes):
             owned.add(node)
