@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -94,7 +94,7 @@ def _clear_after(this: weakref.ref[Rebuilt], task: int) -> None:
 class Frame:
     """A step as it ran in the forward pass. Knows its place in no tape, so that neither keeps the other alive."""
 
-    _witness: int | None = None  # the number of the saved tensor that a second run is asked for, if any
+    _watched: frozenset[int] = frozenset()  # the numbers of the saved tensors that a second run is asked for
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class Frame:
         """
         unfinished = self.live is not None  # autograd is used inside the branch, while it is still running
         stops = not (to_value or unfinished or self._world.has_hooks)
-        again = _Again(self._packed, self._world.has_drawn_all if stops else None, self._witness)
+        again = _Again(self._packed, self._world.has_drawn_all if stops else None, self._watched)
         rebuilt.note(self._packed)
         values = self._values.get()
         with torch.enable_grad(), self._world.again(), saved_tensors_hooks(again.pack, _as_is):
@@ -178,8 +178,8 @@ class Frame:
         self._compare(again.seen, y)
         return y
 
-    def _compare(self, witness: Tensor | None, y: Tensor | None) -> None:
-        """Look at what a second run gave; the value is missing if it stopped before."""
+    def _compare(self, seen: Mapping[int, Tensor], y: Tensor | None) -> None:
+        """Look at what a second run gave: what it was asked for, and its value, unless it stopped before."""
 
     def _pack(self, tensor: Tensor) -> Handle:
         handle = Handle()
@@ -228,15 +228,15 @@ class _Again:
     Args:
         packed: what the first run saved.
         stops: whether the run may be ended after the last of them; None: it may not.
-        witness: the number of the one that becomes ``seen``.
+        watched: the numbers of those that are kept in ``seen``.
     """
 
-    __slots__ = ("_packed", "_stops", "_task", "_witness", "count", "seen", "stopped", "wrong")
+    __slots__ = ("_packed", "_stops", "_task", "_watched", "count", "seen", "stopped", "wrong")
 
-    def __init__(self, packed: list[_Packed], stops: Callable[[], bool] | None, witness: int | None) -> None:
-        self._packed, self._stops, self._witness, self._task = packed, stops, witness, current_task()
+    def __init__(self, packed: list[_Packed], stops: Callable[[], bool] | None, watched: frozenset[int]) -> None:
+        self._packed, self._stops, self._watched, self._task = packed, stops, watched, current_task()
         self.count = 0
-        self.seen: Tensor | None = None
+        self.seen: dict[int, Tensor] = {}
         self.stopped = False
         self.wrong: str | None = None
 
@@ -245,8 +245,8 @@ class _Again:
             raise _Enough
         index, self.count = self.count, self.count + 1
         tensor = tensor.detach()
-        if index == self._witness:
-            self.seen = tensor
+        if index in self._watched:
+            self.seen[index] = tensor
         if index < len(self._packed) and self.wrong is None:
             reference, shape, dtype = self._packed[index]
             if tensor.dtype is not dtype or tensor.shape != shape:

@@ -247,6 +247,22 @@ def test_without_a_witness_the_values_are_compared(view):
         run(root, make_steps(root), x, gamma=0.0).x.sum().backward()
 
 
+MASKS = {
+    "numbers": lambda x, generator: torch.rand(x.shape, generator=generator),
+    "bool": lambda x, generator: torch.rand(x.shape, generator=generator) > 0.5,
+}
+
+
+@pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+def test_a_mask_drawn_anew_is_noticed(mask, gamma):
+    """It needs no gradient, and is the last thing that is saved: the value is never formed again."""
+    root, x, generator = make_root(DEPTH), data(), torch.Generator().manual_seed(1)
+    steps = make_steps(root, call=lambda f, x: f(x) * mask(x, generator))
+    with pytest.raises(MfxError, match="did not compute the values of the first"):
+        run(root, steps, x, gamma=gamma).x.sum().backward()
+
+
 def test_a_run_that_saves_less_is_noticed(how):
     root, x = make_root(DEPTH), data()
     steps = make_steps(root, call=lambda f, x: f[0](x) if recomputing() else f(x))
