@@ -92,8 +92,8 @@ def _owned(skip: Node, out: Node, index: GraphIndex) -> tuple[set[Node], set[Nod
     """The nodes between two states, and what was written beside them for nobody else; and which of them ``skip`` feeds.
 
     That is: of what ``skip`` feeds, what ``out`` needs, and what is there for its effect, without readers (checks,
-    prints, ``copy_`` into a part of a tensor), with what that needs; then sizes of all these; then whatever is read by all these alone (a position bias made of parameters, a key projected from an encoder's
-    output).
+    prints, ``copy_`` into a part of a tensor), with what that needs; then sizes of all these; then whatever is read by
+    all these alone (a position bias made of parameters, a key projected from an encoder's output).
     """
     interval = [node for node in index.between(skip, out) if node.op not in ("placeholder", "get_attr", "output")]
     fed = {skip}
