@@ -120,7 +120,7 @@ def made(entry: Entry) -> tuple[nn.Module, Call]:
     model = entry.make()
     with torch.no_grad():
         for p in model.parameters():
-            if p.abs().max() < 1e-3:
+            if p.numel() and p.abs().max() < 1e-3:
                 p.normal_(std=0.1)
     torch.manual_seed(1)
     return model.train(), entry.call()
