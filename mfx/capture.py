@@ -6,6 +6,7 @@ import inspect
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -149,6 +150,11 @@ def capture(model: nn.Module, specialization: Specialization, steps: WholeSteps 
             "decide what to compute (layer drop, for example): a graph would repeat this one decision for ever. "
             f"{_ADVICE}"
         )
+    if noted := _with_hooks_of_its_own(model):  # now: a forward may have registered them
+        raise CaptureError(
+            f"{type(model).__name__} has forward hooks of its own on {', '.join(noted)}; its forward may read what "
+            "they note, and a symbolic trace does not run them. Put the wrapper that has the hooks around the net."
+        )
     if steps is not None:
         steps.mark(graph)
     kept = copy_graph(graph)
@@ -168,6 +174,25 @@ class _ValuesRead(TorchFunctionMode):
                 f"for this one value only. {_ADVICE}"
             )
         return func(*args, **(kwargs or {}))
+
+
+def _with_hooks_of_its_own(model: nn.Module) -> list[str]:
+    """The modules that have forward hooks that are methods of the model's modules, or of what these hold."""
+    modules = list(model.modules())
+    owners = {id(module) for module in modules} | {id(held) for module in modules for held in module.__dict__.values()}
+    return [
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if (owner := _owner(hook)) is not None and id(owner) in owners
+    ]
+
+
+def _owner(hook: Any) -> object:
+    """The object whose method a hook is."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return getattr(hook, "__self__", None)
 
 
 def _first_line(error: BaseException) -> str:

@@ -114,6 +114,8 @@ class Entry:
 
     def holds(self) -> bool:
         """Whether the modules the trace walked through are as they were."""
+        if self.captured.frame is not None:
+            return self.in_place()  # attributes are Dynamo's to guard, and the model may set them
         return all(guard.holds() for guard in self.guards)
 
     def in_place(self) -> bool:

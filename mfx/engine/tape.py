@@ -55,6 +55,11 @@ class _Stored:
     thaw: Callable[[tuple[Tensor, ...]], State]
 
 
+def _stored(state: State, what: str) -> _Stored:
+    tensors, thaw = state.freeze()
+    return _Stored(Kept(tensors, what).get, thaw)
+
+
 class Tape:
     """Consecutive steps of one call, the first and the last of which run again, and the state to walk back from.
 
@@ -68,7 +73,7 @@ class Tape:
         self.last: weakref.ref[Any] | None = None
         self._steps: list[tuple[Frame | KeptStep, str, Gamma]] = []
         self._end: _Stored | None = None
-        self._anchors: dict[int, Kept] = {}
+        self._anchors: dict[int, _Stored] = {}
         self._walk: _Walk | None = None
         self._rebuilt = Rebuilt()
         self._verify = verify
@@ -84,12 +89,15 @@ class Tape:
 
     def store_end(self, state: State, what: str) -> None:
         """Keep the state after all steps."""
-        tensors, thaw = state.freeze()
-        self._end = _Stored(Kept(tensors, what).get, thaw)
+        self._end = _stored(state, what)
 
     def anchor(self, position: int, state: State, what: str) -> None:
-        """Have walks come to ``state`` after ``position`` steps."""
-        self._anchors[position] = Kept(state.anchor(), what)
+        """Have walks come to ``state`` after ``position`` steps.
+
+        All of it is kept: how far off a walk will be nobody knows. Where a branch rounds to bfloat16, by itself or
+        under autocast, what it gives for nearly the same x differs in the third digit.
+        """
+        self._anchors[position] = _stored(state, what)
 
     def begin(self, state: State) -> None:
         """A backward pass has come to the end of the chain, whose state is ``state``."""
@@ -135,12 +143,12 @@ class Tape:
         if walk.again:
             # The graph is being retained, so handles do not die; what they still hold can be rebuilt.
             self._rebuilt.clear()
-        state = walk.state
-        assert state is not None
         if (anchor := self._anchors.get(walk.position)) is not None:  # now that the step above has its gradients
-            state.put_right(anchor.get())
+            walk.state = anchor.thaw(anchor.tensors())
             if not walk.again:
                 del self._anchors[walk.position]
+        state = walk.state
+        assert state is not None
         walk.position -= 1
         frame, kind, gamma = self._steps[walk.position]
         is_first = walk.position == 0

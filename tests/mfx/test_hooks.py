@@ -143,3 +143,38 @@ def test_hooks_of_the_model_belong_to_the_net():
     net = mfx.momentumize(model)
     net(inputs())
     assert (net.count, model.count) == (1, 0)
+
+
+class Noting(Stack):
+    """Returns what hooks of its own, which it registers at the first call, have noted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[torch.Tensor] = []
+        self.is_ready = False
+
+    def write_down(self, module, args, output) -> None:
+        self.noted.append(output.detach().clone())
+
+    def forward(self, x):
+        if not self.is_ready:
+            for block in self.blocks:
+                block.mlp.register_forward_hook(self.write_down)
+            self.is_ready = True
+        self.noted.clear()
+        y = super().forward(x)
+        return y, torch.stack(self.noted) if self.noted else None
+
+
+@pytest.mark.parametrize("is_called_before", [False, True])
+def test_a_model_reads_what_its_own_hooks_noted(is_called_before):
+    """A symbolic trace runs no hooks of inner modules, and would find nothing noted for ever."""
+    model, x = Noting(), inputs()
+    if is_called_before:
+        model(x)
+    net = mfx.momentumize(model, gamma=0.0)
+    for _ in range(2):
+        assert all(map(torch.equal, net(x), model(x)))
+    assert mfx.explain(net).chains
+    with pytest.raises(mfx.MfxError, match=r"Noting has forward hooks of its own on blocks\.0\.mlp"):
+        mfx.momentumize(model, capture="symbolic")(x)

@@ -75,14 +75,6 @@ class State(ABC):
     def freeze(self) -> Frozen:
         """This state as tensors; from now on it writes into none of them."""
 
-    def anchor(self) -> tuple[Tensor, ...]:
-        """What makes a state near to this one, as a long walk gives it, this one again; where anchors are needed."""
-        raise NotImplementedError
-
-    def put_right(self, anchor: tuple[Tensor, ...]) -> None:
-        """Become the state that gave this."""
-        raise NotImplementedError
-
     def mark_start(self) -> None:
         """Walks back will end here, not before the first step: let ``is_start`` recognise this; if ``verifiable``."""
         raise NotImplementedError

@@ -126,17 +126,6 @@ class FloatState(State):
         self.owns_v = False
         return Frozen((self.x, self._velocity()), partial(_thaw, self.dtype))
 
-    @override
-    def anchor(self) -> tuple[Tensor, ...]:
-        # All of it: how far off a walk will be nobody knows. Where a branch rounds to bfloat16, by itself or under
-        # autocast, what it gives for nearly the same x differs in the third digit.
-        return self.freeze().tensors
-
-    @override
-    def put_right(self, anchor: tuple[Tensor, ...]) -> None:
-        self.x, self.v = anchor
-        self.owns_v = False
-
     def _velocity(self) -> Tensor:
         assert self.v is not None, "before the first step there is nothing to walk back"
         return self.v

@@ -32,11 +32,11 @@ def worst_error(branch, kind, depth, dtype, gamma):
     for t in range(depth):
         streams.append(state.advance(branch(streams[t], t), kind, gamma))
         if (t + 1) % every == 0 and t + 1 < depth:
-            anchors[t + 1] = state.anchor()
+            anchors[t + 1] = state.freeze()
     worst = 0.0
     for t in reversed(range(depth)):
         if t + 1 in anchors:
-            state.put_right(anchors[t + 1])
+            state = anchors[t + 1].thaw(anchors[t + 1].tensors)
         found = state.retreat_x()
         state.retreat_v(branch(found, t), kind, gamma)
         worst = max(worst, ((found - streams[t]).abs().max() / streams[t].abs().max()).item())
