@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from mfx import compat_dynamo
+from mfx import compat_compiling, compat_dynamo
 from mfx.assembly import Assembly, Scope
 from mfx.capture import Captured, Specialization
 from mfx.compiled_graphs import CompiledGraph, remember
@@ -66,7 +66,7 @@ def momentum(
     checked.check_chains(entry.shape)
     function = Assembly(entry.graph, entry.calls, compiler, rerun_rest=entry.rerun_rest, verify=entry.verify)
     plans = Plans(checked.memory_budget) if checked.plans else None
-    mode = compat_dynamo.mode_of_compiled()
+    mode = compat_compiling.mode_of_compiled()
     holders.tell(lambda net: CompiledGraph(entry, net, checked, mode))
 
     def run(*values: Any) -> Any:
@@ -133,10 +133,10 @@ def _compiler(options: dict[str, Any], mode: str | None) -> Callable[[fx.Graph],
     mode = options.pop("inner_mode", mode)
     if inner == "mfx" or inner is momentum:
         raise MfxError("inner='mfx': the inner backend compiles what mfx has rewritten; use 'inductor' or another one.")
-    if not callable(inner) and inner not in compat_dynamo.backends(hidden=True):
+    if not callable(inner) and inner not in compat_compiling.backends(hidden=True):
         raise MfxError(
             f"inner={inner!r}: no torch.compile backend has this name. There are "
-            f"{', '.join(compat_dynamo.backends())}; or pass a callable."
+            f"{', '.join(compat_compiling.backends())}; or pass a callable."
         )
     if inner == "eager":
         return compile_graph
@@ -177,7 +177,7 @@ def _copy(module: fx.GraphModule) -> fx.GraphModule:
 
 def _refuse_cut_chains(module: fx.GraphModule, entry: Entry) -> None:
     """A graph break inside a chain would set its velocity back to zero: another function."""
-    broken, resumed = compat_dynamo.is_broken_off(module), compat_dynamo.is_resumed()
+    broken, resumed = compat_compiling.is_broken_off(module), compat_compiling.is_resumed()
     for name, call in entry.calls.items():
         node = next(iter(entry.graph.find_nodes(op="call_module", target=name)))
         starts_at_break = resumed and any(source.op == "placeholder" for source in node.all_input_nodes[:1])
@@ -207,7 +207,7 @@ def _onwards(call: fx.Node) -> list[fx.Node]:
 
 def _refuse_the_last_recompilation() -> None:
     """After so many graphs of one function Dynamo runs it as it was written, which is another function."""
-    if compat_dynamo.recompilations_left() < 1:
+    if compat_compiling.recompilations_left() < 1:
         raise MfxError(
             "torch.compile has made as many graphs of this function as it will; at the next one it would run the model "
             "without mfx. Raise torch._dynamo.config.recompile_limit, or compile with dynamic=True."

@@ -1,4 +1,4 @@
-"""Every private of TorchDynamo that mfx leans on (read in torch 2.13 to 2.14)."""
+"""Every private of TorchDynamo that mfx leans on to look at a call, and to read its graph (torch 2.13 to 2.14)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import torch._dynamo
 from torch import Tensor, fx
 from torch._functorch import predispatch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.module_tracker import ModuleTracker
 
@@ -30,14 +29,6 @@ __all__ = [
     "FUSED_LAYER",
     "SET_GRAD",
     "Seen",
-    "backend",
-    "backends",
-    "is_broken_off",
-    "is_looked_at",
-    "is_resumed",
-    "mode_of_compiled",
-    "not_looked_into",
-    "recompilations_left",
     "see_call",
     "sources",
     "with_plain_sizes",
@@ -209,66 +200,6 @@ def sources(graph: fx.Graph) -> list[str]:
 def _source(node: fx.Node) -> str:
     name = getattr(getattr(node, "_dynamo_source", None), "name", "")
     return str(name() if callable(name) else name)
-
-
-def backends(*, hidden: bool = False) -> list[str]:
-    """Names of the torch.compile backends there are; also of those for debugging."""
-    return list(torch._dynamo.list_backends(exclude_tags=()) if hidden else torch._dynamo.list_backends())
-
-
-def is_broken_off(module: fx.GraphModule) -> bool:
-    """Whether Dynamo ended a graph because it could not go on, and not because the function returned."""
-    reason = getattr(module, "compile_subgraph_reason", None)
-    return bool(getattr(reason, "graph_break", False))
-
-
-def is_resumed() -> bool:
-    """Whether the function that Dynamo is compiling is the rest of one, after a graph break."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        code = InstructionTranslator.current_tx().f_code
-    except (AttributeError, IndexError):
-        return False
-    return code.co_name.startswith("torch_dynamo_resume_in_")
-
-
-def mode_of_compiled() -> str:
-    """The mode of the module that Dynamo is compiling, ``"train"`` or ``"eval"``; ``"graph"`` for a function."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    try:
-        module = InstructionTranslator.current_tx().f_locals.get("self")
-    except (AttributeError, IndexError):
-        return "graph"
-    return ("train" if module.training else "eval") if isinstance(module, torch.nn.Module) else "graph"
-
-
-def recompilations_left() -> int:
-    """How many more graphs Dynamo will make of the function that it is compiling."""
-    compile_id = torch._guards.CompileContext.current_compile_id()
-    made = 0 if compile_id is None or compile_id.frame_compile_id is None else compile_id.frame_compile_id
-    return torch._dynamo.config.recompile_limit - made - 1
-
-
-def not_looked_into(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that Dynamo calls on tensors without values, and takes into its graph as it is."""
-    return torch._dynamo.nonstrict_trace(torch._dynamo.disable(function))
-
-
-def is_looked_at(values: Any) -> bool:
-    """Whether these values are a compiler's, and no computation's."""
-    return torch._guards.detect_fake_mode(pytree.tree_leaves(values)) is not None
-
-
-def backend() -> Any:
-    """The backend that the graph is for that is being made."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
-
-    made: Any = InstructionTranslator.current_tx().output.compiler_fn
-    while hasattr(made, "_torchdynamo_orig_backend"):
-        made = made._torchdynamo_orig_backend
-    return made
 
 
 def with_plain_sizes(value: Any) -> Any:

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from mfx import compat_dynamo
+from mfx import compat_compiling
 from mfx.compiler import Compiler
 from mfx.foreseen import is_plain
 from mfx.opaque import run, settle
@@ -66,11 +66,11 @@ def _gather(module: nn.Module, parameters: list[Any], buffers: list[Any], seen: 
             _gather(child, parameters, buffers, seen)
 
 
-@compat_dynamo.not_looked_into
+@compat_compiling.not_looked_into
 def _run(key: str, training: bool, held: tuple[list[Any], list[Any]], arguments: Any) -> Any:
     """Called by compilers with tensors without values, and for real where there is no compiler but Dynamo."""
     forward, (args, kwargs) = forward_by(key), pytree.tree_map(_unmarked, arguments)
-    if not compat_dynamo.is_looked_at(held):
+    if not compat_compiling.is_looked_at(held):
         return pytree.tree_map(_wrapped, forward.run(args, kwargs))
     try:
         return _opaque(forward, args, kwargs, *held)
@@ -95,7 +95,7 @@ def _device(*tensors: list[Any]) -> torch.device:
 
 def _program() -> Program:
     """What compiles the pieces of the net: the backend that compiles the code around it."""
-    backend = compat_dynamo.backend()
+    backend = compat_compiling.backend()
     for known, program in _PROGRAMS:
         if known == backend:
             return program
