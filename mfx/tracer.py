@@ -1,15 +1,13 @@
-"""A symbolic tracer that looks where residual adds may be, and notices what a trace would freeze."""
+"""A symbolic tracer that looks where residual adds may be: in all modules but those that hold none."""
 
 from __future__ import annotations
 
-import dis
 import functools
 import operator
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from types import FrameType
 from typing import Any
 
 import torch
@@ -17,62 +15,11 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 from torch.nn.utils.parametrize import is_parametrized
 
+from mfx.bytecode import parts_asked_for
+from mfx.leaves import LOOKED_INTO, einops_functions, timm_functions, timm_modules
 from mfx.momentum import Momentum
+from mfx.proxies import Value
 from mfx_passes import ModuleCall
-
-# torch.nn is opaque to a tracer, which is right for all but the modules that hold residual adds themselves.
-_LOOKED_INTO = (
-    nn.Sequential,
-    nn.Transformer,
-    nn.TransformerEncoder,
-    nn.TransformerDecoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-)
-_EINOPS_FUNCTIONS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "asnumpy", "parse_shape")
-# What may stand between the parts of ``*value, more`` and their unpacking.
-_WITHIN_LISTS = ("LIST_APPEND", "LIST_TO_TUPLE", "LOAD_", "BINARY_", "CACHE", "EXTENDED_ARG", "CALL_INTRINSIC_1", "NOP")
-_INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
-
-
-class _Honest(fx.Proxy):
-    """A proxy on which ``x += y`` is recorded as what it is: a change of x, not a new value."""
-
-    def __len__(self) -> int:
-        # A TypeError, because list.extend asks too, and takes it for "not known".
-        raise TypeError("the length of a traced value is not known")
-
-    def __bool__(self) -> bool:
-        holds = _asserted(sys._getframe(1))
-        if holds is None:
-            return bool(super().__bool__())
-        condition = self if holds else self.tracer.create_proxy("call_function", operator.not_, (self,), {})
-        self.tracer.create_proxy("call_function", torch._assert, (condition, "an assertion of the model failed"), {})
-        return holds
-
-
-class _Attribute(_Honest, fx.proxy.Attribute):
-    """``x.shape`` and the like."""
-
-
-class _Value(_Honest):
-    """The value of a node."""
-
-    def __getattr__(self, name: str) -> _Attribute:
-        return _Attribute(self, name)
-
-
-def _record_inplace(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
-    function = getattr(operator, name)
-
-    def method(self: fx.Proxy, other: Any) -> fx.Proxy:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    return method
-
-
-for _name in _INPLACE:
-    setattr(_Honest, f"__{_name}__", _record_inplace(_name))
 
 
 class SymbolicTracer(fx.Tracer):
@@ -89,9 +36,9 @@ class SymbolicTracer(fx.Tracer):
     """
 
     def __init__(self, inputs: Sequence[str], constants: Mapping[str, Any], leaves: Collection[nn.Module] = ()) -> None:
-        super().__init__(autowrap_functions=(*_einops_functions(), *_timm_functions(), torch.finfo, torch.iinfo))
+        super().__init__(autowrap_functions=(*einops_functions(), *timm_functions(), torch.finfo, torch.iinfo))
         self._autowrap_search.append(torch)  # which is where torch.finfo is looked up
-        self._timm_modules = _timm_modules()
+        self._timm_modules = timm_modules()
         self._leaves = leaves
         self._opaque: set[str] = set()
         self._inputs = inputs
@@ -126,7 +73,7 @@ class SymbolicTracer(fx.Tracer):
         """Modules of torch.nn and einops are called as they are, unless they may hold residual adds."""
         if m in self._leaves or any(isinstance(child, Momentum) for child in m.children()):
             return True  # the latter runs a chain already
-        if type(m) in _LOOKED_INTO:
+        if type(m) in LOOKED_INTO:
             return False
         if module_qualified_name in self._opaque:
             return True
@@ -185,7 +132,7 @@ class SymbolicTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Stand in for the value of a node."""
-        return _Value(node, self)
+        return Value(node, self)
 
     def create_arg(self, a: Any) -> Any:
         """What a node reads; a mapping of a class of its own is made by the graph, where torch would read a dict."""
@@ -207,27 +154,10 @@ class SymbolicTracer(fx.Tracer):
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over a value whose number of parts is known, or told by the code that unpacks it."""
         count = _count_of_parts(obj.node)
-        indices = _parts_asked_for(sys._getframe(2)) if count is None else range(count)
+        indices = parts_asked_for(sys._getframe(2)) if count is None else range(count)
         if indices is None:
             return super().iter(obj)
         return iter([None if i is None else operator.getitem(obj, i) for i in indices])
-
-
-def _einops_functions() -> tuple[Callable[..., Any], ...]:
-    einops = sys.modules.get("einops")
-    return tuple(getattr(einops, name) for name in _EINOPS_FUNCTIONS if hasattr(einops, name)) if einops else ()
-
-
-def _timm_functions() -> tuple[Callable[..., Any], ...]:
-    """The functions that timm wants called as they are, because they look at sizes."""
-    timm = sys.modules.get("timm.layers")
-    return tuple(f for f in timm.get_notrace_functions() if callable(f)) if timm else ()
-
-
-def _timm_modules() -> frozenset[type[nn.Module]]:
-    """The modules that timm wants called as they are, at least in some of their configurations."""
-    timm = sys.modules.get("timm.layers")
-    return frozenset(timm.get_notrace_modules()) if timm else frozenset()
 
 
 def _is_made_of_fields(mapping: Any) -> bool:
@@ -256,7 +186,7 @@ def _user_stack() -> str:
         if module == "mfx.capture":
             break
         if not module.startswith(
-            ("torch.fx", "torch.nn.modules.module", "torch.overrides", "mfx.tracer", "contextlib")
+            ("torch.fx", "torch.nn.modules.module", "torch.overrides", "mfx.tracer", "mfx.proxies", "contextlib")
         ):
             lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n')
         frame = frame.f_back  # type: ignore[assignment]
@@ -284,65 +214,3 @@ def _length_of_slice(part: slice) -> int | None:
     if stop is None:
         return -start if start < 0 else None
     return max(stop - start, 0) if (start < 0) == (stop < 0) else None
-
-
-def _parts_asked_for(frame: FrameType) -> list[int | None] | None:
-    """Which parts ``a, b, c = *value, more`` or ``*_, h, w = value`` ask for, read off the code that unpacks the value.
-
-    None stands for parts that go into a name that nobody reads.
-    """
-    code = list(dis.get_instructions(frame.f_code))
-    at = _position(frame, code)
-    more = 0
-    if code[at].opname == "LIST_EXTEND":
-        at += 1
-        while code[at].opname.startswith(_WITHIN_LISTS):
-            more += code[at].opname == "LIST_APPEND"
-            at += 1
-    if code[at].opname == "UNPACK_SEQUENCE":
-        return list(range(int(code[at].argval) - more))
-    if code[at].opname == "UNPACK_EX":
-        first, last = code[at].argval & 0xFF, (code[at].argval >> 8) - more
-        if last >= 0 and _is_never_read(first, code[at + 1 :], code):
-            return [*range(first), None, *range(-last, 0)]
-    return None
-
-
-def _is_never_read(position: int, stores: Sequence[dis.Instruction], code: Sequence[dis.Instruction]) -> bool:
-    """Whether the local name that the code stores as number ``position`` is read nowhere."""
-    names: list[str] = []
-    for instruction in stores:
-        if not instruction.opname.startswith("STORE_FAST") or "LOAD" in instruction.opname:
-            break
-        names += [instruction.argval] if isinstance(instruction.argval, str) else instruction.argval
-    if position >= len(names):
-        return False
-    reads = (i.argval for i in code if "LOAD_FAST" in i.opname)
-    return not any(names[position] in ((read,) if isinstance(read, str) else read) for read in reads)
-
-
-def _asserted(frame: FrameType) -> bool | None:
-    """The truth value that an ``assert`` asks for, if that is who asks."""
-    code = list(dis.get_instructions(frame.f_code))
-    at = _position(frame, code)
-    if code[at].opname == "TO_BOOL":
-        at += 1
-    jump = code[at]
-    if "JUMP" not in jump.opname or "_IF_" not in jump.opname or "NONE" in jump.opname:
-        return None
-    wanted = jump.opname.endswith("TRUE")  # what is jumped upon; the other way, execution falls through
-    if _raises_assertion(code[at + 1]):
-        return wanted
-    target = next((i for i in code if i.offset == jump.argval), None)
-    return not wanted if target is not None and _raises_assertion(target) else None
-
-
-def _raises_assertion(instruction: dis.Instruction) -> bool:
-    name = "AssertionError"  # LOAD_COMMON_CONSTANT since Python 3.14
-    return instruction.opname == "LOAD_ASSERTION_ERROR" or (
-        instruction.opname == "LOAD_COMMON_CONSTANT" and name in instruction.argrepr
-    )
-
-
-def _position(frame: FrameType, code: Sequence[dis.Instruction]) -> int:
-    return next(i for i, instruction in enumerate(code) if instruction.offset >= frame.f_lasti)

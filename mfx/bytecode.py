@@ -1,0 +1,72 @@
+"""What running code asks of a value that is traced, read off its bytecode: a truth value, or a number of parts."""
+
+from __future__ import annotations
+
+import dis
+from collections.abc import Sequence
+from types import FrameType
+
+# What may stand between the parts of ``*value, more`` and their unpacking.
+_WITHIN_LISTS = ("LIST_APPEND", "LIST_TO_TUPLE", "LOAD_", "BINARY_", "CACHE", "EXTENDED_ARG", "CALL_INTRINSIC_1", "NOP")
+
+
+def parts_asked_for(frame: FrameType) -> list[int | None] | None:
+    """Which parts ``a, b, c = *value, more`` or ``*_, h, w = value`` ask for, read off the code that unpacks the value.
+
+    None stands for parts that go into a name that nobody reads.
+    """
+    code = list(dis.get_instructions(frame.f_code))
+    at = _position(frame, code)
+    more = 0
+    if code[at].opname == "LIST_EXTEND":
+        at += 1
+        while code[at].opname.startswith(_WITHIN_LISTS):
+            more += code[at].opname == "LIST_APPEND"
+            at += 1
+    if code[at].opname == "UNPACK_SEQUENCE":
+        return list(range(int(code[at].argval) - more))
+    if code[at].opname == "UNPACK_EX":
+        first, last = code[at].argval & 0xFF, (code[at].argval >> 8) - more
+        if last >= 0 and _is_never_read(first, code[at + 1 :], code):
+            return [*range(first), None, *range(-last, 0)]
+    return None
+
+
+def _is_never_read(position: int, stores: Sequence[dis.Instruction], code: Sequence[dis.Instruction]) -> bool:
+    """Whether the local name that the code stores as number ``position`` is read nowhere."""
+    names: list[str] = []
+    for instruction in stores:
+        if not instruction.opname.startswith("STORE_FAST") or "LOAD" in instruction.opname:
+            break
+        names += [instruction.argval] if isinstance(instruction.argval, str) else instruction.argval
+    if position >= len(names):
+        return False
+    reads = (i.argval for i in code if "LOAD_FAST" in i.opname)
+    return not any(names[position] in ((read,) if isinstance(read, str) else read) for read in reads)
+
+
+def asserted(frame: FrameType) -> bool | None:
+    """The truth value that an ``assert`` asks for, if that is who asks."""
+    code = list(dis.get_instructions(frame.f_code))
+    at = _position(frame, code)
+    if code[at].opname == "TO_BOOL":
+        at += 1
+    jump = code[at]
+    if "JUMP" not in jump.opname or "_IF_" not in jump.opname or "NONE" in jump.opname:
+        return None
+    wanted = jump.opname.endswith("TRUE")  # what is jumped upon; the other way, execution falls through
+    if _raises_assertion(code[at + 1]):
+        return wanted
+    target = next((i for i in code if i.offset == jump.argval), None)
+    return not wanted if target is not None and _raises_assertion(target) else None
+
+
+def _raises_assertion(instruction: dis.Instruction) -> bool:
+    name = "AssertionError"  # LOAD_COMMON_CONSTANT since Python 3.14
+    return instruction.opname == "LOAD_ASSERTION_ERROR" or (
+        instruction.opname == "LOAD_COMMON_CONSTANT" and name in instruction.argrepr
+    )
+
+
+def _position(frame: FrameType, code: Sequence[dis.Instruction]) -> int:
+    return next(i for i, instruction in enumerate(code) if instruction.offset >= frame.f_lasti)

@@ -1,0 +1,38 @@
+"""What a symbolic trace calls as it is, and what of torch.nn it walks through."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+# torch.nn is opaque to a tracer, which is right for all but the modules that hold residual adds themselves.
+LOOKED_INTO = (
+    nn.Sequential,
+    nn.Transformer,
+    nn.TransformerEncoder,
+    nn.TransformerDecoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
+_EINOPS_FUNCTIONS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "asnumpy", "parse_shape")
+
+
+def einops_functions() -> tuple[Callable[..., Any], ...]:
+    """The functions of einops, which look at sizes."""
+    einops = sys.modules.get("einops")
+    return tuple(getattr(einops, name) for name in _EINOPS_FUNCTIONS if hasattr(einops, name)) if einops else ()
+
+
+def timm_functions() -> tuple[Callable[..., Any], ...]:
+    """The functions that timm wants called as they are, because they look at sizes."""
+    timm = sys.modules.get("timm.layers")
+    return tuple(f for f in timm.get_notrace_functions() if callable(f)) if timm else ()
+
+
+def timm_modules() -> frozenset[type[nn.Module]]:
+    """The modules that timm wants called as they are, at least in some of their configurations."""
+    timm = sys.modules.get("timm.layers")
+    return frozenset(timm.get_notrace_modules()) if timm else frozenset()
