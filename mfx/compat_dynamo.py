@@ -125,7 +125,14 @@ def see_call(
         "capture_scalar_outputs": True,
         "capture_dynamic_output_shape_ops": True,
     }
-    with _as_seen(), _quiet(), torch._dynamo.config.patch(config), get_metrics_context(), dynamo_timed("mfx"):
+    with (
+        _as_seen(),
+        _quiet(),
+        _own_tensors_may_require_gradients(),
+        torch._dynamo.config.patch(config),
+        get_metrics_context(),
+        dynamo_timed("mfx"),
+    ):
         output = fullgraph_capture(function, tuple(args), dict(kwargs))
         if output.backend_input is None:
             raise RuntimeError("the model computes nothing with tensors")
@@ -144,6 +151,34 @@ def _quiet() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
         warnings.filterwarnings("ignore", message="While compiling, we found certain side effects happened")
         yield
+
+
+@contextmanager
+def _own_tensors_may_require_gradients() -> Iterator[None]:
+    """``tensor.requires_grad = True`` is passed over where the model has made the tensor itself.
+
+    T5 says so for a checkpoint around its layers, Wav2Vec2 for one around its convolutions. No other gradient depends
+    on it. Dynamo breaks the graph there.
+    """
+    from torch._dynamo.variables import builtin
+
+    assigning = getattr(builtin, "SetAttrBuiltinVariable", None)
+    if assigning is None:  # before torch 2.13
+        yield
+        return
+    assign = assigning._call_setattr
+
+    def pass_over(self: Any, tx: Any, tensor: Any, name: Any, value: Any) -> Any:
+        if tensor.is_tensor() and tensor.source is None and _says(name, "requires_grad") and _says(value, True):
+            return value
+        return assign(self, tx, tensor, name, value)
+
+    with patch.object(assigning, "_call_setattr", pass_over):
+        yield
+
+
+def _says(variable: Any, value: Any) -> bool:
+    return variable.is_python_constant() and bool(variable.as_python_constant() == value)
 
 
 def _logging_methods() -> Iterator[Any]:

@@ -1,0 +1,46 @@
+"""A model that says itself which of its tensors need gradients, as T5 and Wav2Vec2 do where they checkpoint layers."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import mfx
+from tests.models.step import assert_bit_equal, train_step
+
+
+class Biased(nn.Module):
+    """Blocks x + f(x)·(bias + 1) that may be checkpointed; the bias is made on the way, or is what the caller gives."""
+
+    def __init__(self, *, checkpoints: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.checkpoints = checkpoints
+
+    def forward(self, x, bias=None):
+        if bias is None:
+            bias = torch.zeros(4)
+        if self.checkpoints:
+            bias.requires_grad = True
+        for layer in self.layers:
+            y = checkpoint(layer, x, use_reentrant=False) if self.checkpoints else layer(x)
+            x = x + torch.tanh(y) * (bias + 1)
+        return x
+
+
+def test_a_tensor_of_its_own_that_is_told_to_require_gradients():
+    torch.manual_seed(0)
+    model, x = Biased(checkpoints=False), torch.randn(2, 4)
+    same = Biased(checkpoints=True)
+    same.load_state_dict(model.state_dict())
+    nets = [mfx.momentumize(each, gamma=0.5, capture="dynamo") for each in (model, same)]
+    expected, found = (train_step(net, (x,)) for net in nets)
+    assert_bit_equal(found, expected)
+    assert [len(chain.steps) for chain in mfx.explain(nets[1]).chains] == [3]
+    assert_bit_equal(train_step(mfx.momentumize(same, gamma=0.0), (x,)), train_step(same, (x,)))
+
+
+def test_the_callers_tensor_is_not_passed_over():
+    net = mfx.momentumize(Biased(checkpoints=True), gamma=0.5, capture="dynamo")
+    with pytest.raises(mfx.MfxError, match="requires_grad"):
+        net(torch.randn(2, 4), torch.zeros(4))
