@@ -17,7 +17,7 @@ from mfx.compiled_graphs import CompiledGraph, remember
 from mfx.compiler import Compiler
 from mfx.dynamo_graph import tidy
 from mfx.entry import Entry, make_entry
-from mfx.net import without_chains
+from mfx.messages import without_chains
 from mfx.options import Options, check_options
 from mfx.passing import Plans, kind_of_call
 from mfx.places import is_held_by_module, place

@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mfx.entry import Entry
+from mfx.graph_names import named_by_mode
 from mfx.options import Options
 from mfx_passes import MfxError
 
@@ -55,11 +56,7 @@ def named_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     Raises:
         MfxError: there is none.
     """
-    modules: dict[str, fx.GraphModule] = {}
-    for graph in found_for(model):
-        count = sum(name.partition("#")[0] == graph.mode for name in modules)
-        modules[f"{graph.mode}#{count + 1}" if count else graph.mode] = graph.entry.graph_module(graph.net)
-    return modules
+    return named_by_mode((graph.mode, graph.entry, graph.net) for graph in found_for(model))
 
 
 def found_for(model: nn.Module) -> list[CompiledGraph]:

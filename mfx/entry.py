@@ -57,6 +57,11 @@ class Entry:
     _functions: dict[Program, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     @property
+    def mode(self) -> str:
+        """The training mode that it is for, ``"train"`` or ``"eval"``."""
+        return "train" if self.training else "eval"
+
+    @property
     def shape(self) -> dict[str, int]:
         """The number of steps of each chain, by name."""
         return {call.chain: len(call.graphs.steps) for call in self.calls.values()}
@@ -85,27 +90,6 @@ class Entry:
         """Paths of the modules that the graph, or a step of its chains, calls as a whole."""
         steps = [step.original for call in self.calls.values() for step in call.graphs.steps]
         return {str(node.target) for graph in (self.graph, *steps) for node in graph.find_nodes(op="call_module")}
-
-    def contradicts(self, other: Entry) -> bool:
-        """Whether the same part of the model has other chains in another graph."""
-        if self.probed != other.probed:
-            return False  # one of them may still lose steps
-        if not (self.changes_function or other.changes_function):
-            return False  # both are the model
-        if self.captured.frame is None and other.captured.frame is None:
-            return self.captured.specialization == other.captured.specialization and self.shape != other.shape
-        return self._misses(other) or other._misses(self)
-
-    def _misses(self, other: Entry) -> bool:
-        """Whether another graph has a chain that this one has not, or not as long, though it computes its steps."""
-        lengths = self.shape
-        for call in other.calls.values():
-            length = lengths.get(call.chain)
-            if length is None and any(map(self.computes, (step.path for step in call.graphs.steps))):
-                return True
-            if length is not None and length != len(call.graphs.steps):
-                return True
-        return False
 
     def computes(self, path: str) -> bool:
         """Whether a module, by its path in the net, has a share in the graph."""

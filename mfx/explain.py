@@ -17,12 +17,14 @@ from mfx.entry import Entry
 from mfx.estimate import Estimate, Subject, estimate, of_entry, of_module
 from mfx.explained_storage import ExplainedStorage, explain_storage
 from mfx.explanation import ChainMemory, ExplainedChain, ExplainedStep, Explanation
+from mfx.messages import described
 from mfx.momentum import Momentum, Stream
 from mfx.momentumize import graphs
 from mfx.momentumnet import MomentumNet, check_state
-from mfx.net import RewrittenForward, described, forward_of, net_of
+from mfx.net import RewrittenForward, forward_of
 from mfx.options import check_options
 from mfx.streams import streams_of
+from mfx.tree import net_of
 from mfx_passes import Findings, MfxError, Rejection, StepGraphs, find_chains
 from mfx_passes.ir import source_line
 from mfx_passes.serialize import copy_graph

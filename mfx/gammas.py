@@ -8,8 +8,9 @@ from itertools import chain
 from torch import fx, nn
 
 from mfx.gamma import Gamma
+from mfx.messages import described
 from mfx.momentum import Momentum
-from mfx.net import RewrittenForward, described, forward_of
+from mfx.net import RewrittenForward, forward_of
 from mfx.options import check_gamma, check_names, look_up
 from mfx_passes import MfxError
 

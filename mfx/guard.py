@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mfx.tree import Extra, Overlay
+from mfx.tree import Extra, Overlay, hook_tables
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 _INTERNAL = frozenset({*nn.Module().__dict__, "forward", "graph", "code", "print_readable"})
@@ -89,7 +89,7 @@ def without_marks(net: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
         Filled at the end: names of the attributes that were set, by module.
     """
     before = {module: dict(module.__dict__) for module in net.modules()}
-    hooks = [(table, set(table)) for module in net.modules() for table in _hook_tables(module)]
+    hooks = [(table, set(table)) for module in net.modules() for table in hook_tables(module)]
     marks: dict[nn.Module, set[str]] = {}
     try:
         yield marks
@@ -107,10 +107,6 @@ def without_marks(net: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
             now.update({name: old[name] for name in changed & old.keys()})
             if changed:
                 marks[module] = changed
-
-
-def _hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 @contextmanager

@@ -17,11 +17,12 @@ from mfx.compat import compiled_model
 from mfx.compiled_graphs import named_graphs
 from mfx.entry import make_momentum
 from mfx.guard import without_marks
-from mfx.net import RewrittenForward, described, forward_of, net_of, without_chains
+from mfx.messages import described, without_chains
+from mfx.net import RewrittenForward, forward_of
 from mfx.options import Options, check_options
 from mfx.parts import install_parts
 from mfx.transform_layers import announce_blocks
-from mfx.tree import M, tree_copy
+from mfx.tree import M, net_of, tree_copy
 from mfx_passes import ChainGraphs, MfxError, MomentumPass
 
 

@@ -11,8 +11,8 @@ from torch.fx import Node, Proxy
 
 from mfx.checkpoints import note_gamma
 from mfx.gamma import Gamma
+from mfx.messages import described
 from mfx.momentum import Momentum
-from mfx.net import described
 from mfx.options import check_options
 from mfx_passes import ChainGraphs, MfxError, StepGraphs
 from mfx_passes.ir import Kind

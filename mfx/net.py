@@ -6,26 +6,26 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from itertools import accumulate
 from types import CodeType
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from mfx.agreement import check_agreement
 from mfx.arguments import refuse_nested
 from mfx.capture import CaptureError, signature_of
 from mfx.entry import Entry
+from mfx.graph_names import named_by_mode
+from mfx.messages import listed, without_chains
 from mfx.options import Options
 from mfx.passing import Plans, kind_of_call
 from mfx.program import Program, compile_graph
 from mfx.routes import DynamoRoute, Run, SymbolicRoute
 from mfx.sharding import is_sharded_somewhere, refuse_containers
+from mfx.side_effects import lost_hooks, lost_marks, of_lost_hooks, of_lost_marks
 from mfx.sites import Site, know
-from mfx.tree import M, Overlay, tree_copy
-from mfx_passes import MfxError
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+from mfx.tree import Overlay, drop_parts
 
 
 class RewrittenForward(Overlay):
@@ -141,11 +141,7 @@ class RewrittenForward(Overlay):
     def adopt(self, entry: Entry) -> None:
         """Note a new graph's chains, and leave the modules that it calls as they are: a call is what it always was."""
         self.known_chains.update(entry.shape)
-        called = entry.called
-        for path, module in self.net.named_modules():
-            forward = module.__dict__.get("forward")
-            if path and isinstance(forward, Overlay) and forward.is_part and not called.isdisjoint(_outer(path)):
-                del module.__dict__["forward"]
+        drop_parts(self.net, entry.called)
 
     def entry_for(self, *args: Any, **kwargs: Any) -> Entry:
         """The rewritten graph that a call with these arguments runs, or would run.
@@ -189,14 +185,7 @@ class RewrittenForward(Overlay):
 
     def check_same_function(self, entry: Entry) -> None:
         """Whatever mode the modules are in, the chains must be the same, or training would train another network."""
-        for other in self.all_entries:
-            if other is not entry and entry.contradicts(other):
-                modes = sorted({_mode(entry), _mode(other)}, reverse=True)
-                raise MfxError(
-                    f"{type(self.net).__name__} has other chains in one call than in another ({' and '.join(modes)} "
-                    f"mode; {entry.shape} and {other.shape}, by number of steps), so the network that is trained would "
-                    "not be the one that is evaluated. Use only= or skip= to leave out what differs."
-                )
+        check_agreement(self.net, entry, self.all_entries)
 
     def _activate(self, entry: Entry) -> None:
         if entry is self.active:
@@ -225,40 +214,20 @@ class RewrittenForward(Overlay):
         if self.in_parts:
             paths = {module: path for path, module in self.net.named_modules()}
             return {f"{paths[part.net]}: {name}": g for part in self.parts() for name, g in part.graphs().items()}
-        modules: dict[str, fx.GraphModule] = {}
-        for entry in self.all_entries:
-            base = _mode(entry)
-            count = sum(name.split("#")[0] == base for name in modules)
-            modules[base if count == 0 else f"{base}#{count + 1}"] = entry.graph_module(self.net)
-        return modules
+        return named_by_mode((entry.mode, entry, self.net) for entry in self.all_entries)
 
     def _mention_hooks(self, entry: Entry) -> None:
-        walked = entry.captured.walked
-        hooked = [path for path in entry.flat if path and path in walked and _has_hooks(walked[path])]
+        hooked = lost_hooks(entry)
         refuse_containers(self.net, hooked, entry.read)
         new = [path for path in hooked if path not in self._warned]
         if new:
             self._warned.update(new)
-            self.warn(
-                f"hooks on {listed(new)} will not run: sums in there are part of a momentum chain, so these modules "
-                "are not called as a whole. Put the hooks on modules inside a branch."
-            )
+            self.warn(of_lost_hooks(new))
 
     def mention_marks(self, entry: Entry) -> None:
         """Warn of attributes that the model's forward sets and the rewritten one does not."""
-        walked = entry.captured.walked
-        flat = {walked[path]: path for path in ("", *entry.flat) if path in walked}
-        lost = [
-            f"{flat[module]}.{name}".strip(".")
-            for module, names in entry.marks.items()
-            if module in flat
-            for name in sorted(names)
-        ]
-        if lost:
-            self.warn(
-                f"{type(self.net).__name__}.forward sets {listed(lost)}, which the rewritten net does not do: these "
-                "modules are not called as a whole. Return such values instead."
-            )
+        if lost := lost_marks(entry):
+            self.warn(of_lost_marks(type(self.net).__name__, lost))
 
     def warn(self, message: str) -> None:
         """Warn, once per message."""
@@ -284,63 +253,7 @@ def forward_of(net: nn.Module) -> RewrittenForward | None:
     return None
 
 
-def net_of(model: M) -> M:
-    """A tree copy of a model that is called the way its class says.
-
-    Raises:
-        MfxError: it is a wrapper, or its forward was compiled or replaced, or it cannot be copied.
-    """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise MfxError("a ScriptModule has no Python code to trace. Momentumize the model before it is scripted.")
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise MfxError(
-            f"{type(model).__name__} wraps a model; momentumize the model inside it. DistributedDataParallel can wrap "
-            "what that returns; DataParallel's replicas cannot run it."
-        )
-    if "forward" in model.__dict__ and not isinstance(model.__dict__["forward"], Overlay):
-        raise MfxError(
-            f"the forward of this {type(model).__name__} has been replaced on the instance (torch.compile, accelerate "
-            "and others do so). Momentumize the model first, and wrap what that returns."
-        )
-    return tree_copy(model)
-
-
-def without_chains(model: nn.Module) -> str:
-    """What to say of a model in which there is nothing to rewrite."""
-    return (
-        f"{type(model).__name__} has no chain of residual adds to rewrite and is returned unchanged. Looked for: two "
-        "or more sums x + f(x) in a row, where the sum is the x of the next one. mfx.explain(model) lists what came "
-        "close."
-    )
-
-
-def described(value: object) -> str:
-    """What was given in a module's place, for messages."""
-    if isinstance(value, type):
-        return f"the class {value.__name__}"
-    name = type(value).__name__
-    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
-
-
-def _outer(path: str) -> list[str]:
-    """``a``, ``a.b`` and ``a.b.c`` for ``a.b.c``."""
-    return list(accumulate(path.split("."), "{}.{}".format))
-
-
 def _unwrapped(forward: Any) -> Iterator[Any]:
     while forward is not None:
         yield forward
         forward = getattr(forward, "__wrapped__", None) or getattr(forward, "__func__", None)
-
-
-def _mode(entry: Entry) -> str:
-    return "train" if entry.training else "eval"
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(module.__dict__[table] for table in _HOOKS)
-
-
-def listed(names: list[str]) -> str:
-    """The first few names."""
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointError
 
-from mfx.net import described
+from mfx.messages import described
 from mfx.profile_state import check_values, untouched
 from mfx.profile_step import Step, parameters_of
 from mfx.profile_variants import Against, Variant, variants_of

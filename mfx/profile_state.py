@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from mfx.net import forward_of, net_of
-from mfx.tree import M, tree_copy
+from mfx.net import forward_of
+from mfx.tree import M, net_of, tree_copy
 from mfx_passes import MfxError
 
 __all__ = ["apart", "as_momentumized", "check_values", "copies", "untouched"]

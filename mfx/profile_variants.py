@@ -11,9 +11,10 @@ from typing import Any, Union
 from torch import fx, nn
 
 from mfx.checkpointed import Checkpointed, blocks_of
+from mfx.messages import listed
 from mfx.momentum import Momentum
 from mfx.momentumize import momentumize
-from mfx.net import forward_of, listed
+from mfx.net import forward_of
 from mfx.profile_state import apart, as_momentumized, copies
 from mfx.units import count
 from mfx_passes import MfxError

@@ -9,9 +9,10 @@ from typing import Any
 from torch import fx, nn
 
 from mfx.gammas import gammas_of
+from mfx.messages import described
 from mfx.momentumize import rewritten
 from mfx.momentumnet import check_flags
-from mfx.net import described, forward_of
+from mfx.net import forward_of
 from mfx.options import Options, check_options
 from mfx.transform_layers import Layer, check_layer
 from mfx.tree import M

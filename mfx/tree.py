@@ -6,9 +6,10 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -16,7 +17,6 @@ from mfx import compat, sharding
 from mfx_passes import MfxError
 
 M = TypeVar("M", bound=nn.Module)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 class Overlay:
@@ -83,6 +83,27 @@ def tree_copy(model: M, tensor: Callable[[Tensor], Tensor] | None = None) -> M:
     return copied
 
 
+def net_of(model: M) -> M:
+    """A tree copy of a model that is called the way its class says.
+
+    Raises:
+        MfxError: it is a wrapper, or its forward was compiled or replaced, or it cannot be copied.
+    """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise MfxError("a ScriptModule has no Python code to trace. Momentumize the model before it is scripted.")
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        raise MfxError(
+            f"{type(model).__name__} wraps a model; momentumize the model inside it. DistributedDataParallel can wrap "
+            "what that returns; DataParallel's replicas cannot run it."
+        )
+    if "forward" in model.__dict__ and not isinstance(model.__dict__["forward"], Overlay):
+        raise MfxError(
+            f"the forward of this {type(model).__name__} has been replaced on the instance (torch.compile, accelerate "
+            "and others do so). Momentumize the model first, and wrap what that returns."
+        )
+    return tree_copy(model)
+
+
 @contextmanager
 def without_parts(net: nn.Module) -> Iterator[None]:
     """Within this context, the parts of a net have the forward of their class, for a capture to go through."""
@@ -98,6 +119,24 @@ def without_parts(net: nn.Module) -> Iterator[None]:
     finally:
         for module, forward in parts.items():
             module.__dict__["forward"] = forward
+
+
+def drop_parts(net: nn.Module, called: set[str]) -> None:
+    """Give the modules at these paths, and those inside of them, the forward of their class for good."""
+    for path, module in net.named_modules():
+        forward = module.__dict__.get("forward")
+        if path and isinstance(forward, Overlay) and forward.is_part and not called.isdisjoint(_outer(path)):
+            del module.__dict__["forward"]
+
+
+def _outer(path: str) -> list[str]:
+    """``a``, ``a.b`` and ``a.b.c`` for ``a.b.c``."""
+    return list(accumulate(path.split("."), "{}.{}".format))
+
+
+def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """A module's own hooks, of all kinds that surround a call of it."""
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def _attributes(model: nn.Module) -> Iterator[Tensor]:
@@ -118,8 +157,8 @@ def _outside_hooks(model: nn.Module) -> Iterator[Any]:
     """Hooks that are somebody else's (a recorder's, a trainer's), who means to hear from the copy too."""
     inside = set(map(id, model.modules()))
     for module in model.modules():
-        for table in _HOOKS:
-            for hook in module.__dict__[table].values():
+        for table in hook_tables(module):
+            for hook in table.values():
                 if not isinstance(hook, partial) and id(getattr(hook, "__self__", None)) not in inside:
                     yield hook
 

@@ -11,7 +11,7 @@ from torch import nn
 
 from mfx.drawing.page import svg_of
 from mfx.drawing.subject import pictures_of
-from mfx.net import described
+from mfx.messages import described
 from mfx_passes import MfxError
 
 __all__ = ["Drawing", "draw"]

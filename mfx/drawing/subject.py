@@ -13,9 +13,10 @@ from mfx.capture import CaptureError
 from mfx.drawing.boxes import Model, Picture, picture_of
 from mfx.entry import Entry
 from mfx.momentum import Momentum, Stream
-from mfx.net import RewrittenForward, forward_of, net_of
+from mfx.net import RewrittenForward, forward_of
 from mfx.options import check_options
 from mfx.streams import streams_of
+from mfx.tree import net_of
 
 __all__ = ["Shown", "pictures_of", "shown_of"]
 
