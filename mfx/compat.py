@@ -25,6 +25,7 @@ __all__ = [
     "current_task",
     "fake_mode",
     "fake_mode_of",
+    "has_modes",
     "is_fake",
     "is_group",
     "is_inductor",
@@ -150,6 +151,11 @@ def keeps_graph() -> bool:
 def fake_mode_of(tensors: Sequence[Tensor]) -> Any:
     """The mode in which tensors without values were made, None if there are none (torch 2.11 to 2.15)."""
     return torch._guards.detect_fake_mode(list(tensors))
+
+
+def has_modes() -> bool:
+    """Whether anybody looks on at operations, in a mode of this thread's (torch 2.11 to 2.15)."""
+    return torch._C._len_torch_dispatch_stack() > 0
 
 
 def without_modes() -> AbstractContextManager[object]:

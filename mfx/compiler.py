@@ -38,7 +38,7 @@ class Compiler:
         self._settings = settings
         self._compiled: dict[Any, Function] = {}
         # Other backends do not fuse what they compile, or nobody knows: then it would be slower.
-        self.moves: Moves = Fused(self) if compat.is_inductor(inner) else IN_BLOCKS
+        self.moves: Moves = Fused(_elementwise) if compat.is_inductor(inner) else IN_BLOCKS
 
     def __call__(self, graph: Graph) -> Function:
         """The function a graph stands for; its first argument is the object that holds what the graph reads by path.
@@ -59,6 +59,12 @@ class Compiler:
             return compiled(None, *inputs, *(_resolve(root, path) for path in paths))
 
         return run
+
+
+def _elementwise(graph: Graph) -> Function:
+    from mfx.compat_inductor import elementwise  # which imports the compiler
+
+    return elementwise(graph)
 
 
 def _with_inputs_only(graph: Graph) -> tuple[list[str], Graph]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["blocks", "can_be_split", "flat"]
+__all__ = ["blocks", "can_be_split", "flat", "is_plain"]
 
 # In elements of eight bytes: of the five tensors in hand most then fit into a second-level cache, and the calls
 # themselves take little of the time. torch gives a thread no less than half of it.
@@ -16,7 +16,12 @@ _BLOCK = 2**16
 
 def can_be_split(t: Tensor) -> bool:
     """Whether ``t`` is ordinary memory of a CPU; anything else is treated in one piece."""
-    return t.device.type == "cpu" and type(t) in (Tensor, torch.nn.Parameter)
+    return t.device.type == "cpu" and is_plain(t)
+
+
+def is_plain(t: Tensor) -> bool:
+    """Whether ``t`` is memory and nothing else: no subclass that stands for several tensors, or for none."""
+    return type(t) in (Tensor, torch.nn.Parameter)
 
 
 def blocks(*tensors: Tensor, scratch: int = 0) -> Iterable[tuple[Tensor, ...]]:

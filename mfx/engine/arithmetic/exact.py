@@ -137,7 +137,7 @@ class ExactState(State):
         if self.mark is not None:
             same = (self._fingerprint() == self.mark).all()
         else:
-            same_v = (V == 0).all() if self.first_v is None else _sum(V) == self.first_v
+            same_v = torch.count_nonzero(V) == 0 if self.first_v is None else _sum(V) == self.first_v
             same = same_v & self.store.is_empty()
         # Poisoned elements are not walked back to where they came from.
         return same if self.guard.poison is None else same | self.guard.poison.any()

@@ -11,14 +11,15 @@ from torch import Tensor
 from torch.fx import Graph, Tracer
 from typing_extensions import override
 
-from mfx.engine.arithmetic.blocks import flat
+from mfx.compat import has_modes
+from mfx.engine.arithmetic.blocks import flat, is_plain
 from mfx.engine.arithmetic.integers import ONE
 from mfx.engine.arithmetic.moves import IN_BLOCKS, Moves
 from mfx.gamma import Gamma
 
 __all__ = ["Fused"]
 
-_WORTH = 2**16  # elements; on fewer of them a CPU is done before a compiled function has been called
+_WORTH = 2**14  # elements; what fewer of them take a CPU is not worth the seconds that a compiler takes
 
 
 class Fused(Moves):
@@ -27,7 +28,8 @@ class Fused(Moves):
     What γ is, and how many elements there are, is no part of a graph, so neither asks for another one.
 
     Args:
-        program: the compiler.
+        program: the compiler. Its functions are called with plain tensors, one-dimensional and of one size, of which
+            they write into some; the last one may be of another size.
     """
 
     def __init__(self, program: Callable[[Graph], Callable[..., Any]]) -> None:
@@ -36,32 +38,39 @@ class Fused(Moves):
 
     @override
     def advance(self, x: Tensor, v: Tensor, top: Tensor, y: Tensor, out: Tensor, kind: str, gamma: Gamma) -> None:
-        if _is_small(x):
+        if not _is_worth_it(x, v, top, y, out):
             return IN_BLOCKS.advance(x, v, top, y, out, kind, gamma)
-        return self._run(partial(_advance, kind), x, v, top, y, out, numbers=_numbers(gamma, x.device))
+        return self._run(_advance, kind, x, v, top, y, out, numbers=_numbers(gamma, x.device))
 
     @override
     def retreat_x(self, x: Tensor, v: Tensor, out: Tensor) -> None:
-        return IN_BLOCKS.retreat_x(x, v, out) if _is_small(x) else self._run(_retreat_x, x, v, out)
+        if not _is_worth_it(x, v, out):
+            return IN_BLOCKS.retreat_x(x, v, out)
+        return self._run(_retreat_x, "", x, v, out)
 
     @override
     def retreat_v(self, x: Tensor, v: Tensor, top: Tensor, y: Tensor, kind: str, gamma: Gamma) -> None:
-        if _is_small(x):
+        if not _is_worth_it(x, v, top, y):
             return IN_BLOCKS.retreat_v(x, v, top, y, kind, gamma)
-        return self._run(partial(_retreat_v, kind), x, v, top, y, numbers=_numbers(gamma, x.device))
+        return self._run(_retreat_v, kind, x, v, top, y, numbers=_numbers(gamma, x.device))
 
-    def _run(self, move: Any, *tensors: Tensor, numbers: Tensor | None = None) -> None:
-        dtypes = tuple(tensor.dtype for tensor in tensors)
-        key = getattr(move, "func", move), getattr(move, "args", ()), dtypes
-        if key not in self._compiled:
-            self._compiled[key] = self._program(_graph(move, dtypes, has_numbers=numbers is not None))
+    def _run(self, move: Any, kind: str, *tensors: Tensor, numbers: Tensor | None = None) -> None:
+        dtypes = tuple([tensor.dtype for tensor in tensors])
+        compiled = self._compiled.get(key := (move, kind, dtypes))
+        if compiled is None:
+            graph = _graph(partial(move, kind, dtypes), len(dtypes), has_numbers=numbers is not None)
+            compiled = self._compiled[key] = self._program(graph)
         with torch.no_grad():
-            parts = [flat(tensor.detach(), tensors[0]) for tensor in tensors]
-            self._compiled[key](None, *parts, *([] if numbers is None else [numbers]))
+            parts = [flat(tensor, tensors[0]) for tensor in tensors]
+            compiled(None, *parts, *([] if numbers is None else [numbers]))
 
 
-def _is_small(x: Tensor) -> bool:
-    return x.device.type == "cpu" and x.numel() < _WORTH
+def _is_worth_it(*tensors: Tensor) -> bool:
+    """Whether there is enough to do, on ordinary memory that nobody looks at operations of."""
+    first = tensors[0]
+    if first.numel() < (_WORTH if first.device.type == "cpu" else 1):
+        return False
+    return all(map(is_plain, tensors)) and not has_modes()
 
 
 @cache
@@ -72,14 +81,14 @@ def _numbers(gamma: Gamma, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def _graph(move: Callable[..., None], dtypes: tuple[torch.dtype, ...], *, has_numbers: bool) -> Graph:
-    """The operations of a move on tensors of these dtypes."""
+def _graph(move: Callable[..., None], count: int, *, has_numbers: bool) -> Graph:
+    """The operations of a move on so many tensors."""
     graph = Graph()
     tracer = Tracer()
     tracer.graph = graph
-    names = [*(f"t{i}" for i in range(len(dtypes))), *(["numbers"] if has_numbers else [])]
+    names = [*(f"t{i}" for i in range(count)), *(["numbers"] if has_numbers else [])]
     inputs = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
-    move(dtypes, *inputs)
+    move(*inputs)
     tracer.create_proxy("output", "output", ((),), {})
     return graph
 
@@ -98,7 +107,7 @@ def _advance(kind: str, dtypes: Any, x: Any, v: Any, top: Any, y: Any, out: Any,
         tensor.copy_(value)
 
 
-def _retreat_x(dtypes: Any, x: Any, v: Any, out: Any) -> None:
+def _retreat_x(kind: str, dtypes: Any, x: Any, v: Any, out: Any) -> None:
     before = x - v
     x.copy_(before)
     out.copy_(_read(before, dtypes[-1]))

@@ -92,7 +92,7 @@ class DigitStore:
 
     def is_empty(self) -> Tensor | bool:
         """Whether every element's integer is zero, as a 0-dim tensor."""
-        return self.top is None or (not self.limbs and (self.top == 0).all())
+        return self.top is None or (not self.limbs and torch.count_nonzero(self.top) == 0)
 
     def _own(self) -> Tensor:
         assert self.top is not None, "nothing was multiplied"

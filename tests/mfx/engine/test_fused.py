@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfx.compiler import Compiler
 from mfx.engine.arithmetic import IN_BLOCKS, ExactState, Fused
@@ -82,6 +83,42 @@ def fresh():
                scale={"float64": 1.0, "int64": 3e3})  # fmt: skip
 def test_inductor(fresh, dtype, kind, scale):
     assert_alike(Compiler("inductor").moves, dtype=dtype, kind=kind, gammas=GAMMAS, scale=scale)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
+def test_one_loop_for_any_size(fresh):
+    fused = Compiler("inductor").moves
+    for count in (2**14 + 1, 2**18 + 3):
+        x, *ys = (torch.randn(count) for _ in range(4))
+        expected, actual = (walk(moves, x, ys, "residual", GAMMAS[:3]) for moves in (IN_BLOCKS, fused))
+        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+class Looking(TorchDispatchMode):
+    """Counts operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("wrong", ["a subclass", "a mode"])
+def test_what_is_not_memory_alone_is_not_fused(wrong):
+    program = Counting()
+    x = torch.randn(SHAPE)
+    if wrong == "a subclass":
+        y = x.as_subclass(type("Marked", (torch.Tensor,), {}))
+        walk(Fused(program), x, [x, y], "residual", GAMMAS[:2])
+        assert program.graphs == 1, "only the way back of x has nothing to do with it"
+    else:
+        with Looking() as mode:
+            walk(Fused(program), x, [x, x], "residual", GAMMAS[:2])
+        assert mode.count
+        assert program.graphs == 0
 
 
 def test_only_inductor_is_known_to_fuse():
