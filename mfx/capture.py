@@ -102,13 +102,6 @@ def signature_of(model: nn.Module) -> inspect.Signature:
     return inspect.signature(type(model).forward.__get__(model))
 
 
-def default_specialization(signature: inspect.Signature) -> Specialization:
-    """Arguments without a default are tensors, the others have their default."""
-    named = {name: p for name, p in signature.parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
-    constants = {name: p.default for name, p in named.items() if p.default is not p.empty}
-    return Specialization(tuple(name for name in named if name not in constants), constants)
-
-
 def capture(model: nn.Module, specialization: Specialization, steps: WholeSteps | None = None) -> Captured:
     """Trace a model symbolically.
 

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from mfx.compat_dynamo import CHECKPOINT, ENTRANCES, EXITS, SET_GRAD, with_plain_sizes
+from mfx.dynamo_sizes import read_sizes_off_inputs
 
 _REPEATED = re.compile(r"@\d+$")
 
@@ -36,7 +36,7 @@ def tidy(
     """
     _inline_checkpoints(module)
     _bind_objects(module)
-    _read_sizes_off_inputs(module.graph)
+    read_sizes_off_inputs(module.graph)
     for node in module.graph.nodes:
         _describe(node, path_of)
     modules = dict(_gather_modules(module))
@@ -56,41 +56,6 @@ def _read_by_path(graph: Graph, paths: Sequence[str | None]) -> None:
         node.replace_all_uses_with(read)
         graph.erase_node(node)
     _inputs_first(graph)
-
-
-def _read_sizes_off_inputs(graph: Graph) -> None:
-    """Sizes that Dynamo knows to be a number, or one of the graph's inputs, are that, whichever tensor was asked.
-
-    Before::
-
-        size = embeddings.size(); length = size[1]; positions = arange(length)
-
-    After::
-
-        positions = arange(s27)
-
-    So what is computed of sizes alone (positions, masks) does not hang on the stream that was asked.
-    """
-    known: dict[Any, Node] = {}
-    for node in list(graph.nodes):
-        value = node.meta.get("example_value")
-        if not isinstance(value, torch.SymInt):
-            continue
-        size = value.node.expr
-        if node.op == "placeholder":
-            known.setdefault(size, node)
-        elif size.is_number or size in known:
-            _replace(node, int(size) if size.is_number else known[size])
-    for node in reversed(graph.find_nodes(op="call_method", target="size")):
-        if not node.users:
-            graph.erase_node(node)
-
-
-def _replace(node: Node, value: Any) -> None:
-    for user in list(node.users):
-        user.args = map_arg(user.args, lambda other: value if other is node else other)
-        user.kwargs = map_arg(user.kwargs, lambda other: value if other is node else other)
-    node.graph.erase_node(node)
 
 
 def _inputs_first(graph: Graph) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mfx.capture import capture, default_specialization, signature_of
+from mfx.arguments import specialize_defaults
+from mfx.capture import capture, signature_of
 from mfx_passes import ChainGraphs, ModuleCall, Rewritten, Selection, StepGraphs, rewrite_graph
 
 ANY = Selection()
@@ -34,7 +35,7 @@ class Traced:
 
 def traced(model: nn.Module, inputs: Sequence[Tensor] = ()) -> Traced:
     """Trace a model; with inputs, every node knows its value's shape and dtype."""
-    captured = capture(model, default_specialization(signature_of(model)))
+    captured = capture(model, specialize_defaults(signature_of(model)))
     graph, calls = captured.copy()
     if inputs:
         _Values(model, graph=graph).run(*inputs)
