@@ -190,10 +190,10 @@ def _run_plain(call: _Call, x: Tensor) -> ChainOutput:
         y, *side = runner.run(index, step, x, call.gamma)
         _check_fits(call, step, x, y)
         gamma = _gamma_at(call, index)
-        f = y - state if step.kind == "map" else y.to(state.dtype)
+        f = y - state if step.kind == "map" else _as(state.dtype, y)
         v = f * gamma.rest if v is None else torch.add(v * gamma.value, f, alpha=gamma.rest)
         state = state + v
-        x = state.to(dtype)
+        x = _as(dtype, state)
         out.add(x, side)
     return out.finish()
 
@@ -209,6 +209,7 @@ def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
     out = _Collector(call.taps)
     dummy = velocity_dummy(x)
     spacing = call.arithmetic.anchor_every(call.gamma, x.dtype) or len(call.steps)
+    on_cpu = x.device.type == "cpu"
     for index, step in enumerate(call.steps):
         gamma = _gamma_at(call, index)
         if state.verifiable and index == walked.start > 0:
@@ -222,9 +223,8 @@ def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
         what = f"{call.name}: the stream after step {step.path}"
         x, v = Update.apply(x, v, y, Link(state, step.kind, gamma, call.gamma, index > 0, dummy, what, last))
         out.add(x, side)
-        if x.device.type == "cpu" or index == len(call.steps) - 1:
-            place = f"chain {call.name}, at or before step {step.path}"
-            notice_overflow(place, state.overflowed(), call.memory)
+        if (on_cpu or index == len(call.steps) - 1) and (overflowed := state.overflowed()) is not None:
+            notice_overflow(f"chain {call.name}, at or before step {step.path}", overflowed, call.memory)
         position = index + 1 - walked.start
         if tape is not None and is_end and on_tape:
             tape.store_end(state, what)
@@ -266,6 +266,10 @@ def _recomputes(call: _Call) -> bool:
 
 def _gamma_at(call: _Call, index: int) -> Gamma:
     return _ZERO if index == 0 and isinstance(call.velocity, str) else call.gamma
+
+
+def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
 
 
 def _check_fits(call: _Call, step: StepFunction, x: Tensor, y: object) -> None:

@@ -18,10 +18,9 @@ _ADVICE = (
 )
 
 
-def notice_overflow(place: str, overflowed: Tensor | None, memory: Memory) -> None:
+def notice_overflow(place: str, overflowed: Tensor, memory: Memory) -> None:
     """Raise an MfxError that names ``place`` if ``overflowed``, the largest value that was too large, is not 0."""
-    if overflowed is not None:
-        _read(overflowed, "raise", lambda largest: _overflow_message(place, largest), memory)
+    _read(overflowed, "raise", lambda largest: _overflow_message(place, largest), memory)
 
 
 def verify_chain(name: str, memory: Memory, action: str, same: Tensor) -> None:

@@ -44,6 +44,7 @@ class Layout:
 
     Attributes:
         changing: labels of the places whose tensors the step changes, by the modules' training flags, once known.
+        has_buffers: whether there is any place that is not a module's parameter.
     """
 
     def __init__(self, root: Any, targets: Sequence[str], step_path: str) -> None:
@@ -60,7 +61,9 @@ class Layout:
                 self._places.extend(self._inside(value, target))
             elif isinstance(value, Tensor):
                 self._loose.append(target)
-        self._tensor_tables = [table for m in self.modules for table in (m._parameters, m._buffers)]
+        # In the order of the places: what the tables hold is what lies there.
+        self._tensor_tables: list[Table] = [table for m in self.modules for table in (m._parameters, m._buffers)]
+        self.has_buffers = bool(self._loose) or not all(place.is_parameter for place in self._places)
         self._names = list(chain.from_iterable(self._tensor_tables))
         self._module_tables = [m._modules for m in self.modules]
         self._children = self._children_now()
@@ -73,9 +76,13 @@ class Layout:
     def holds(self, root: Any) -> bool:
         """Whether the same modules are there, with places of the same names."""
         # In this order: the tables are those of the modules that were found.
+        found, expected = self._values(root), self._targeted
+        if not (all(map(is_, found, expected)) or all(map(_is_still, expected, found))):
+            return False
+        children = self._children_now()
         return (
-            self._are_targeted(self._values(root))
-            and _are(self._children_now(), self._children)
+            len(children) == len(self._children)
+            and all(map(is_, children, self._children))
             and list(chain.from_iterable(self._tensor_tables)) == self._names
         )
 
@@ -87,8 +94,11 @@ class Layout:
         loose = {(id(place.table), place.name): place for place in (_loose(root, path) for path in self._loose)}
         return [*self._places, *(place for key, place in loose.items() if key not in known)]
 
-    def _are_targeted(self, values: Sequence[Any]) -> bool:
-        return _are(values, self._targeted) or all(map(_is_still, self._targeted, values))
+    def tensors(self, places: Sequence[Place]) -> list[Any]:
+        """What lies at ``places`` now, which are those of this layout, as long as it holds."""
+        if self._loose:
+            return [place.table.get(place.name) for place in places]
+        return list(chain.from_iterable(map(dict.values, self._tensor_tables)))  # without a call for each
 
     def _values(self, root: Any) -> Sequence[Any]:
         try:
@@ -158,7 +168,3 @@ def _get_one(get: Callable[[Any], Any], root: Any) -> Sequence[Any]:
 
 def _is_still(module: nn.Module | None, value: Any) -> bool:
     return value is module if module is not None else not isinstance(value, nn.Module)
-
-
-def _are(found: Sequence[Any], expected: Sequence[Any]) -> bool:
-    return len(found) == len(expected) and all(map(is_, found, expected))

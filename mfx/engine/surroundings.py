@@ -26,12 +26,15 @@ class RandomClock:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._is_cuda = device.type == "cuda"
         self.now = self._read()
+        self._words = _words(self.now)
 
     def tick(self) -> bool:
         """Read again; whether anything was drawn since the last time."""
-        before, self.now = self.now, self._read()
-        return not all(map(torch.equal, before, self.now))
+        self.now = self._read()
+        before, self._words = self._words, _words(self.now)
+        return not all(map(torch.equal, before, self._words))
 
     def is_at(self, states: tuple[Tensor, ...]) -> bool:
         """Whether the generators are in these states."""
@@ -49,12 +52,17 @@ class RandomClock:
 
     def _read(self) -> tuple[Tensor, ...]:
         cpu = torch.get_rng_state()
-        return (cpu, torch.cuda.get_rng_state(self._device)) if self._device.type == "cuda" else (cpu,)
+        return (cpu, torch.cuda.get_rng_state(self._device)) if self._is_cuda else (cpu,)
 
     def _write(self, states: tuple[Tensor, ...]) -> None:
         torch.set_rng_state(states[0])
-        if self._device.type == "cuda":
+        if self._is_cuda:
             torch.cuda.set_rng_state(states[1], self._device)
+
+
+def _words(states: tuple[Tensor, ...]) -> list[Tensor]:
+    """The same memory by eight bytes, which compares in a third of the time that it takes byte by byte."""
+    return [state.view(torch.int64) for state in states]
 
 
 class Autocast:
@@ -80,6 +88,8 @@ class Surroundings:
         tensors: the parameters and buffers, before the branch ran.
     """
 
+    _is_known = True  # which of the buffers the branch changes
+
     def __init__(
         self,
         root: Any,
@@ -97,18 +107,23 @@ class Surroundings:
         layout = self._layout = layout_of(memory, key, root, targets, path)
         self._flags = layout.flags
         self._places = layout.places(root)
-        self.tensors = _tensors(self._places)
+        self.tensors = layout.tensors(self._places)
         self._states = _states(self.tensors)
-        self._is_known = self._flags in layout.changing
+        self._buffers: list[tuple[Place, Tensor | None, _State]] = []
+        # Values before the branch runs, of what it changes or may change.
+        self._values: dict[Place, Tensor] = {}
+        self._lost: set[str] = set()
+        if layout.has_buffers:
+            self._copy_buffers()
+
+    def _copy_buffers(self) -> None:
+        known = self._layout.changing.get(self._flags)
+        self._is_known = known is not None
         found = zip(self._places, self.tensors, self._states, strict=True)
         self._buffers = [one for one in found if not one[0].is_parameter]
-        # Values before the branch runs, of what it changes or may change.
-        self._values: dict[Place, Tensor] = {
-            place: tensor.detach().clone()
-            for place, tensor, _ in self._buffers
-            if tensor is not None and (not self._is_known or place.label in layout.changing[self._flags])
-        }
-        self._lost: set[str] = set()
+        for place, tensor, _ in self._buffers:
+            if tensor is not None and (known is None or place.label in known):
+                self._values[place] = tensor.detach().clone()
 
     @property
     def has_hooks(self) -> bool:
@@ -125,6 +140,10 @@ class Surroundings:
             self._random_after = self._clock.now
         else:
             self._random = None
+        if self._buffers:
+            self._settle_buffers()
+
+    def _settle_buffers(self) -> None:
         before = self._layout.changing.get(self._flags, frozenset())
         changed = [
             place
@@ -193,7 +212,7 @@ class Surroundings:
                 f"{self._path}: modules were added, removed or replaced between forward and backward, but the backward "
                 "pass has to run this step a second time; call backward before changing it"
             )
-        tensors = _tensors(self._places)
+        tensors = self._layout.tensors(self._places)
         if all(map(is_, tensors, self.tensors)) and _states(tensors) == self._states:
             return
         for place, now, old, state in zip(self._places, tensors, self.tensors, self._states, strict=True):
@@ -225,11 +244,6 @@ def _all_of(contexts: Sequence[AbstractContextManager[object]]) -> Iterator[None
         for context in contexts:
             stack.enter_context(context)
         yield
-
-
-def _tensors(places: Sequence[Place]) -> list[Any]:
-    """What lies at the places now: ``Place.get`` without a call for each, of which there are many."""
-    return [place.table.get(place.name) for place in places]
 
 
 def _states(tensors: Sequence[Tensor | None]) -> list[_State]:
