@@ -6,7 +6,7 @@ import dis
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.module_tracker import ModuleTracker
 
 from mfx.compat import fake_mode, plain_transformer_layers, unlogged
+from mfx.compat_sizes import remembering
 
 __all__ = [
     "CHECKPOINT",
@@ -98,7 +99,12 @@ class Seen:
 
 
 def see_call(
-    function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool, any_float: bool
+    function: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    history: MutableMapping[Any, Any] | None,
+    any_float: bool,
 ) -> Seen:
     """Have Dynamo look at one call of a bound method, as one graph or not at all.
 
@@ -106,9 +112,10 @@ def see_call(
         function: the method.
         args: arguments of the call.
         kwargs: arguments by name.
-        dynamic: whether the graph should hold for other sizes of the tensors.
-        any_float: whether it should then hold for other numbers, too, that Python code reads off attributes and
-            arguments. It reads each of them off a tensor, where a compiler of the graph breaks it.
+        history: the sizes and integers of earlier calls, to which this call's are added; the graph holds for any value
+            of those that differ. None for a graph for those of this call alone.
+        any_float: whether it should then hold for any value of other numbers that differ, too, that Python code reads
+            off attributes and arguments. It reads each of them off a tensor, where a compiler of the graph breaks it.
 
     Raises:
         Exception: whatever Dynamo raises where it has to break the graph.
@@ -117,9 +124,9 @@ def see_call(
     from torch._dynamo.utils import dynamo_timed, get_metrics_context
 
     config = {
-        "assume_static_by_default": not dynamic,
+        "assume_static_by_default": True,
         "specialize_float": not any_float,
-        "automatic_dynamic_shapes": False,  # goes by what other models of the class were called with
+        "automatic_dynamic_shapes": history is not None,
         "skip_nnmodule_hook_guards": False,  # a hook that comes later must be seen
         "ignore_logging_functions": set(_logging_methods()),
         "capture_scalar_outputs": True,
@@ -129,6 +136,7 @@ def see_call(
         _as_seen(),
         _quiet(),
         _own_tensors_may_require_gradients(),
+        remembering({} if history is None else history),
         torch._dynamo.config.patch(config),
         get_metrics_context(),
         dynamo_timed("mfx"),
@@ -136,7 +144,10 @@ def see_call(
         output = fullgraph_capture(function, tuple(args), dict(kwargs))
         if output.backend_input is None:
             raise RuntimeError("the model computes nothing with tensors")
-        guards = output.graph_capture_output.build_guards(function.__func__.__code__, _hooks())
+        try:
+            guards = output.graph_capture_output.build_guards(function.__func__.__code__, _hooks())
+        except IndexError as error:  # of Dynamo's own, looking for where a size comes from
+            raise RuntimeError("a tensor made in it, nested perhaps, has a size that no argument tells") from error
     return Seen(output, guards.guard_manager)
 
 
@@ -238,8 +249,8 @@ def _source(node: fx.Node) -> str:
 
 
 def with_plain_sizes(value: Any) -> Any:
-    """A fake tensor with the sizes it has in the call that was seen; None for what is no tensor."""
-    if not isinstance(value, Tensor):
+    """A fake tensor with the sizes it has in the call that was seen; None for what is no tensor of one size."""
+    if not isinstance(value, Tensor) or value.is_nested:
         return None
     sizes = [plain for size in value.shape if (plain := _plain(size)) is not None]
     if len(sizes) < value.dim():

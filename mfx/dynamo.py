@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from itertools import chain
 from types import FunctionType
@@ -72,7 +72,12 @@ class Frame:
 
 
 def capture_call(
-    net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, dynamic: bool, any_float: bool
+    net: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    history: MutableMapping[Any, Any] | None,
+    any_float: bool,
 ) -> Captured:
     """The graph of one call; nothing is computed.
 
@@ -80,8 +85,9 @@ def capture_call(
         net: the model, in the training mode that the graph is for.
         args: arguments of the call.
         kwargs: arguments by name.
-        dynamic: whether the graph should hold for other sizes of the tensors, too.
-        any_float: whether it should then hold for other numbers that are no tensors, too.
+        history: what is known of earlier calls, filled in; sizes that differ from theirs are variables of the graph.
+            None for a graph for the sizes of this call alone.
+        any_float: whether other numbers that differ are to be variables, too.
 
     Raises:
         CaptureError: the model cannot be captured as one graph.
@@ -94,10 +100,10 @@ def capture_call(
     method = forward.__get__(net)
     try:
         try:
-            seen = see_call(method, args, kwargs, dynamic=dynamic, any_float=any_float)
+            seen = see_call(method, args, kwargs, history=history, any_float=any_float)
         except DYNAMO_ERRORS:
             _set_up(method, args, kwargs)
-            seen = see_call(method, args, kwargs, dynamic=dynamic, any_float=any_float)
+            seen = see_call(method, args, kwargs, history=history, any_float=any_float)
     except DYNAMO_ERRORS as error:
         reason = f"{type(net).__name__} cannot be captured as one graph: {_said(error)}"
         raise CaptureError(f"{reason}. {_ADVICE}") from error

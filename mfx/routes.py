@@ -132,9 +132,10 @@ class SymbolicRoute:
 class DynamoRoute:
     """Lets Dynamo look at a call of the model, once per set of conditions that Dynamo finds it to depend on.
 
-    The first graph is for the sizes it was captured with; where these change, one for all sizes follows. Numbers that
-    are no tensors (attributes, arguments) are part of a graph, until there are so many graphs that one had better be
-    for all of them.
+    The first graph is for the sizes it was captured with; where one of these changes, a graph follows that is for any
+    value of it. (One for any value of any size, at once, takes Dynamo minutes where a model cuts images into windows.)
+    Numbers that are no tensors (attributes, arguments) are part of a graph, until there are so many graphs that one had
+    better be for any value of those that changed.
 
     Args:
         owner: whose graphs these are.
@@ -143,6 +144,7 @@ class DynamoRoute:
     def __init__(self, owner: RewrittenForward) -> None:
         self._owner = owner
         self.entries: list[Entry] = []
+        self._history: dict[Any, Any] = {}
 
     def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Entry, Run]:
         """The graph that fits a call, and how to run it.
@@ -169,11 +171,11 @@ class DynamoRoute:
 
         call = partial(capture_call, self._owner.net, args, kwargs)
         try:
-            return call(dynamic=bool(self.entries), any_float=len(self.entries) >= _KEPT)
+            return call(history=self._history, any_float=len(self.entries) >= _KEPT)
         except CaptureError:
             if not self.entries:
                 raise
-            return call(dynamic=False, any_float=False)  # what cannot be said for all sizes can be for these
+            return call(history=None, any_float=False)  # what cannot be said for other sizes can be for these
 
     def _fitting(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entry | None:
         for position, entry in enumerate(self.entries):
@@ -195,4 +197,5 @@ class DynamoRoute:
         return entry
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "entries": []}  # what Dynamo saw cannot be pickled, and speaks of these very modules
+        # What Dynamo saw cannot be pickled, and speaks of these very modules.
+        return {**self.__dict__, "entries": [], "_history": {}}

@@ -1,6 +1,7 @@
 """A graph that Dynamo captured is used again as long as it holds."""
 
 import logging
+import re
 
 import pytest
 import torch
@@ -172,30 +173,44 @@ def test_many_numbers_are_one_graph_in_the_end():
     for number in range(12):
         assert torch.equal(net(x, number / 8), model(x, number / 8))
     before = len(mfx.graphs(net))
-    model.scale = net.scale = 0.25
-    assert torch.equal(net(x, 5.5), model(x, 5.5))
-    assert len(mfx.graphs(net)) == before < 12
+    for scale in (0.25, 0.75, 1.25):  # never changed before: one more graph
+        model.scale = net.scale = scale
+        assert torch.equal(net(x, 5.5), model(x, 5.5))
+    assert len(mfx.graphs(net)) == before + 1 < 12
 
 
-class CountsRows(nn.Module):
-    """Asks a tensor how many rows there are: Dynamo knows the answer for these sizes, and not for all sizes."""
-
-    def __init__(self):
-        super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
-
-    def forward(self, x):
-        if torch.tensor(x.shape[0]).item() > 4:
-            x = 2 * x
-        for block in self.blocks:
-            x = x + torch.tanh(block(x))
-        return x
+def rows_and_columns(net):
+    """For each of a net's graphs, the oldest first, the size of its input; None for any."""
+    guards = [str(entry.captured.frame._seen._guards) for entry in forward_of(net).dynamo.entries]
+    return [re.search(r"L\['x'\].*size=\[(.*?), 4\]", text).group(1) for text in guards[::-1]]
 
 
-def test_what_holds_for_no_other_size_is_captured_for_each():
-    model = CountsRows()
-    net = mfx.momentumize(model, gamma=0.0)
-    for rows in (3, 5, 7, 3):
-        x = torch.randn(rows, 4)
+def test_only_what_changed_is_a_variable_of_the_next_graph():
+    model = Part()
+    net = mfx.momentumize(model, gamma=0.0, capture="dynamo")
+
+    def run(rows, columns):
+        x = torch.randn(rows, columns, 4)
         assert torch.equal(net(x), model(x))
-    assert [len(chain.steps) for chain in mfx.explain(net).chains] == [3]
+
+    for rows in (2, 3, 5, 7):
+        run(rows, 6)
+    assert rows_and_columns(net) == ["2, 6", "None, 6"]
+    for columns in (5, 7, 8):
+        run(7, columns)
+    assert rows_and_columns(net) == ["2, 6", "None, 6", "None, None"]
+
+
+def test_another_condition_of_the_same_sizes_makes_none_a_variable():
+    net = mfx.momentumize(Part(), gamma=0.0, capture="dynamo")
+    for double in (False, True):
+        net.to(torch.float64 if double else torch.float32)
+        net(torch.randn(2, 6, 4, dtype=torch.float64 if double else torch.float32))
+    assert rows_and_columns(net) == ["2, 6", "2, 6"]
+
+
+def test_models_of_one_class_know_nothing_of_each_other():
+    for rows in (2, 3):
+        net = mfx.momentumize(Part(), gamma=0.0, capture="dynamo")
+        net(torch.randn(rows, 6, 4))
+        assert rows_and_columns(net) == [f"{rows}, 6"]
