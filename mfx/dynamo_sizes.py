@@ -12,28 +12,37 @@ __all__ = ["read_sizes_off_inputs"]
 
 
 def read_sizes_off_inputs(graph: Graph) -> None:
-    """Sizes that Dynamo knows to be a number, or one of the graph's inputs, are that, whichever tensor was asked.
+    """Sizes that Dynamo knows to be a number, or computed of the graph's inputs, are that, whichever tensor was asked.
 
     Before::
 
-        size = embeddings.size(); length = size[1]; positions = arange(length)
+        embeddings = ...; size = embeddings.size(); length = size[1]; cache.copy_(x); last = -length
 
     After::
 
-        positions = arange(s27)
+        last = -s27; embeddings = ...; cache.copy_(x)
 
-    So what is computed of sizes alone (positions, masks) does not hang on the stream that was asked.
+    So what is computed of sizes alone (positions, masks) does not hang on the stream that was asked, nor does it stand
+    behind an operation that nothing may be moved past: all that is computed of the inputs' sizes alone comes first.
     """
     known: dict[Any, Node] = {}
+    own: set[Node] = set()
+    last: Node | None = None
     for node in list(graph.nodes):
+        if node.op == "placeholder":
+            last = node
         value = node.meta.get("example_value")
         if not isinstance(value, torch.SymInt):
             continue
         size = value.node.expr
         if node.op == "placeholder":
-            known.setdefault(size, node)
+            own.add(known.setdefault(size, node))
         elif size.is_number or size in known:
             _replace(node, int(size) if size.is_number else known[size])
+        elif last is not None and own.issuperset(node.all_input_nodes):
+            last.append(node)
+            last = known[size] = node
+            own.add(node)
     for node in reversed(graph.find_nodes(op="call_method", target="size")):
         if not node.users:
             graph.erase_node(node)
