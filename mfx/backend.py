@@ -6,6 +6,7 @@ import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from types import CodeType
 from typing import Any
 
 from torch import fx, nn
@@ -50,7 +51,7 @@ def momentum(
         MfxError: an option is unknown or wrong, a chain is cut by a graph break, or Dynamo is about to give up
             compiling anew and to run the model as it was.
     """
-    given = dict(options or {})
+    given = _given(options)
     compiler = _compiler(given, mode)
     checked = _checked(given)
     _refuse_the_last_recompilation()
@@ -61,8 +62,8 @@ def momentum(
     entry, positions = _rewrite(module, paths, holder, checked)
     _refuse_fused_layers(entry)
     _refuse_cut_chains(module, entry)
-    if not entry.calls and not calls_a_net(module.graph):
-        warnings.warn(f"mfx: {without_chains(module)}", stacklevel=2)
+    if not entry.calls:
+        _warn_idle(module, given)
     checked.check_chains(entry.shape)
     function = Assembly(entry.graph, entry.calls, compiler, rerun_rest=entry.rerun_rest, verify=entry.verify)
     plans = Plans(checked.memory_budget) if checked.plans else None
@@ -128,6 +129,12 @@ class _Holders:
         return root
 
 
+def _given(options: object) -> dict[str, Any]:
+    if not isinstance(options, Mapping | None):
+        raise MfxError(f"options must be a dictionary such as {{'gamma': 0.9, 'inner': 'eager'}}, not {options!r}.")
+    return dict(options or {})
+
+
 def _compiler(options: dict[str, Any], mode: str | None) -> Callable[[fx.Graph], Callable[..., Any]]:
     inner, inner_options = options.pop("inner", "inductor"), options.pop("inner_options", None)
     mode = options.pop("inner_mode", mode)
@@ -137,6 +144,12 @@ def _compiler(options: dict[str, Any], mode: str | None) -> Callable[[fx.Graph],
         raise MfxError(
             f"inner={inner!r}: no torch.compile backend has this name. There are "
             f"{', '.join(compat_compiling.backends())}; or pass a callable."
+        )
+    if inner_options is not None and not isinstance(inner_options, Mapping):
+        raise MfxError(f"inner_options must be a dictionary, the inner backend's options, not {inner_options!r}.")
+    if inner_options is not None and mode is not None:
+        raise MfxError(
+            f"torch.compile takes a mode or options: give inner_mode={mode!r} or inner_options={inner_options!r}."
         )
     if inner == "eager":
         return compile_graph
@@ -212,3 +225,27 @@ def _refuse_the_last_recompilation() -> None:
             "torch.compile has made as many graphs of this function as it will; at the next one it would run the model "
             "without mfx. Raise torch._dynamo.config.recompile_limit, or compile with dynamic=True."
         )
+
+
+def _warn_idle(module: fx.GraphModule, given: Mapping[str, Any]) -> None:
+    if not calls_a_net(module.graph):
+        warnings.warn(f"mfx: {without_chains(module)}", stacklevel=3)
+    elif given:
+        message = (
+            f"mfx: {', '.join(given)}: no effect, for there are no chains to rewrite beside those of a net that was "
+            "momentumized before, which keeps its own options. Give them to mfx.momentumize."
+        )
+        warnings.warn(message, stacklevel=3)
+
+
+def _warn_given_up(code: CodeType, reason: str) -> None:
+    """The function then runs without mfx: where it holds a chain that is another function than the user asked for."""
+    message = (
+        f"mfx: torch.compile has given up on {code.co_name} ({code.co_filename}:{code.co_firstlineno}) and runs it as "
+        f"it is written, so no residual adds in it are rewritten ({reason}). Compile with fullgraph=True to have this "
+        "as an error that shows the line, or use mfx.momentumize."
+    )
+    warnings.warn(message, stacklevel=2)
+
+
+compat_compiling.when_given_up(momentum, _warn_given_up)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ __all__ = [
     "mode_of_compiled",
     "not_looked_into",
     "recompilations_left",
+    "when_given_up",
 ]
 
 
@@ -36,7 +39,10 @@ def backend() -> Any:
     """The backend that the graph is for that is being made."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
-    made: Any = InstructionTranslator.current_tx().output.compiler_fn
+    return _unwrapped(InstructionTranslator.current_tx().output.compiler_fn)
+
+
+def _unwrapped(made: Any) -> Any:
     while hasattr(made, "_torchdynamo_orig_backend"):
         made = made._torchdynamo_orig_backend
     return made
@@ -80,3 +86,47 @@ def recompilations_left() -> int:
     compile_id = torch._guards.CompileContext.current_compile_id()
     made = 0 if compile_id is None or compile_id.frame_compile_id is None else compile_id.frame_compile_id
     return torch._dynamo.config.recompile_limit - made - 1
+
+
+def when_given_up(backend: Callable[..., Any], tell: Callable[[CodeType, str], None]) -> None:
+    """Have ``tell`` called whenever Dynamo has been through a function for ``backend`` and will run it as it is.
+
+    It is told the function's code and why. Dynamo itself says so in a log that nobody sees.
+    """
+
+    def look(_: object) -> None:
+        error, frame = sys.exc_info()[1], sys._getframe()
+        while error is not None and frame.f_back is not None:
+            frame = frame.f_back
+            values = frame.f_locals
+            if frame.f_code.co_name == "_compile" and "compiler_fn" in values:
+                made = _unwrapped(values["compiler_fn"])
+                if not values.get("one_graph") and _is_soft(error) and getattr(made, "compiler_fn", made) is backend:
+                    tell(values["code"], _reason(error))
+                return
+
+    handler = torch._dynamo.callback.callback_handler
+    handler.end_callbacks = _Lasting(look, handler.end_callbacks)
+
+
+class _Lasting(list[Callable[..., None]]):
+    """Callbacks, of which ``torch.compiler.reset`` takes away all but the first."""
+
+    def __init__(self, first: Callable[..., None], others: Sequence[Callable[..., None]]) -> None:
+        super().__init__([first, *others])
+
+    def clear(self) -> None:
+        del self[1:]
+
+
+def _is_soft(error: BaseException) -> bool:
+    """Whether Dynamo keeps such an error to itself."""
+    return isinstance(error, torch._dynamo.exc.Unsupported | torch._dynamo.exc.UserError)
+
+
+def _reason(error: BaseException) -> str:
+    """What an error says first, and for what reason there was another one before it."""
+    first = str(error).strip().partition("\n")[0]
+    cause = error.__cause__ or error.__context__
+    earlier = "" if cause is None else str(cause).strip().partition("\n")[0]
+    return f"{first}: {earlier}" if earlier and earlier != first else first

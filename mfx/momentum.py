@@ -99,6 +99,11 @@ class Momentum(nn.Module):
         Raises:
             MfxError: the velocity does not fit the state.
         """
+        if x.is_nested:
+            raise MfxError(
+                f"chain {self.chain}: its stream is a nested tensor, whose rows differ in size; a state is of one "
+                "size. Leave the chain out with skip=, or use a padded tensor and a mask."
+            )
         self._check_velocity(x, v0)
         if compat.runs_for_real():
             self.stream = tuple(x.shape), x.dtype

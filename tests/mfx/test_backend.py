@@ -331,6 +331,13 @@ def test_a_compiled_net_is_explained_as_the_net():
     assert list(mfx.graphs(made)) == list(mfx.graphs(net))
 
 
+def test_options_do_not_reach_a_net_inside():
+    net, x = mfx.momentumize(Blocks(), gamma=0.9), torch.randn(4, 5)
+    with pytest.warns(UserWarning, match=r"mfx: gamma: no effect, .* Give them to mfx.momentumize"):
+        out = compiled(net, gamma=0.5)(x)
+    assert torch.equal(out, net(x))
+
+
 def test_code_around_a_net_has_its_chains():
     net, x = mfx.momentumize(Blocks()), torch.randn(2, 5)
 
@@ -361,6 +368,15 @@ class Broken(Blocks):
         return self.head(through(self.blocks[3:], x))
 
 
+class BrokenInLoop(Blocks):
+    def forward(self, x):
+        x = self.embed(x)
+        for block in self.blocks:
+            x = x + block(x)
+            torch._dynamo.graph_break()
+        return self.head(x)
+
+
 class BrokenBefore(Blocks):
     def forward(self, x):
         x = self.embed(x) * 2
@@ -371,6 +387,33 @@ class BrokenBefore(Blocks):
 def test_a_graph_break_inside_a_chain_is_refused():
     with pytest.raises(Exception, match="chain blocks is cut by a graph break"):
         compiled(Broken(), fullgraph=False)(torch.randn(4, 5))
+
+
+@pytest.mark.parametrize("backend", [momentum, "eager"], ids=["mfx", "another"])
+def test_a_function_that_dynamo_gives_up_is_run_without_mfx_but_not_in_silence(backend):
+    model, x = BrokenInLoop(), torch.randn(4, 5)
+    net = torch.compile(model, backend=backend, options={"inner": "eager"} if backend is momentum else None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert torch.equal(net(x), model(x))  # as it is written
+        net(x)
+    said = [str(one.message) for one in caught if str(one.message).startswith("mfx:")]
+    assert len(said) == (backend is momentum)
+    assert all("has given up on forward" in text and __file__ in text and "fullgraph=True" in text for text in said)
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="graph_break"):
+        torch.compile(model, backend=momentum, fullgraph=True)(x)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_nested_tensor():
+    x = torch.nested.nested_tensor([torch.randn(3, 5), torch.randn(2, 5)], layout=torch.jagged)
+    with pytest.raises(mfx.MfxError, match=r"chain blocks: its stream is a nested tensor.* Leave the chain out with"):
+        compiled(Blocks())(x)
+    model = Blocks()
+    with pytest.warns(UserWarning, match="no chain of residual adds"):
+        out = compiled(model, min_steps=100)(x)
+    assert torch.equal(out.values(), model(x).values())
 
 
 def test_a_graph_break_elsewhere_is_none_of_our_business():
@@ -407,6 +450,11 @@ def test_the_recompile_limit_is_an_error():
         ({"inner": "mfx"}, "the inner backend compiles what mfx has rewritten"),
         ({"velocity": nn.Linear(8, 8)}, "velocity modules need the model itself"),
         ({"only": "heads"}, "'heads' in only/skip fits no chain"),
+        ({"capture": "dynamo"}, "options of the backend 'mfx': capture unknown"),
+        (["gamma"], r"options must be a dictionary such as .*, not \['gamma'\]"),
+        ({"inner_options": 3}, "inner_options must be a dictionary, .* not 3"),
+        ({"inner_options": {"max_autotune": False}, "inner_mode": "default"}, "takes a mode or options"),
+        ({"inner_mode": "fast"}, "Unrecognized mode=fast"),
     ],
     ids=str,
 )
