@@ -147,7 +147,8 @@ def see_call(
         try:
             guards = output.graph_capture_output.build_guards(function.__func__.__code__, _hooks())
         except IndexError as error:  # of Dynamo's own, looking for where a size comes from
-            raise RuntimeError("a tensor made in it, nested perhaps, has a size that no argument tells") from error
+            what = "a tensor made in it, nested perhaps, has a size that no argument tells"
+            raise torch._dynamo.exc.TorchDynamoException(what) from error
     return Seen(output, guards.guard_manager)
 
 

@@ -44,26 +44,34 @@ def call(forward: RewrittenForward, args: tuple[Any, ...], kwargs: dict[str, Any
     if torch.compiler.is_exporting() or not forward.is_opaque:
         return _run_outside(forward, args, kwargs)
     arguments = pytree.tree_map(_marked, (args, kwargs))
+    parameters: set[Any] = set()
     held: tuple[list[Any], list[Any]] = [], []
-    _gather(forward.net, *held, set())
+    _gather(forward.net, *held, parameters, set())
+    # A buffer that is a parameter's tensor, too, is the parameter.
+    held = held[0], [buffer for buffer in held[1] if buffer not in parameters]
     returned = _run(forward.key, forward.net.training, held, arguments)
     return pytree.tree_map(_itself, returned)  # without Plain
 
 
-def _gather(module: nn.Module, parameters: list[Any], buffers: list[Any], seen: set[Any]) -> None:
+def _gather(
+    module: nn.Module, parameters: list[Any], buffers: list[Any], seen_parameters: set[Any], seen_buffers: set[Any]
+) -> None:
     """The parameters and buffers of a module in its own order, each once.
 
     In the plainest Python: Dynamo looks on, and to follow the generators of `torch.nn.Module.parameters` through a
     model of many layers takes it a quarter of the time that the model takes to compile.
     """
-    for tensors, found in ((module._parameters, parameters), (module._buffers, buffers)):
+    for tensors, found, seen in (
+        (module._parameters, parameters, seen_parameters),
+        (module._buffers, buffers, seen_buffers),
+    ):
         for tensor in tensors.values():
             if tensor is not None and tensor not in seen:
                 seen.add(tensor)
                 found.append(tensor)
     for child in module._modules.values():
         if child is not None:
-            _gather(child, parameters, buffers, seen)
+            _gather(child, parameters, buffers, seen_parameters, seen_buffers)
 
 
 @compat_compiling.not_looked_into
@@ -76,6 +84,10 @@ def _run(key: str, training: bool, held: tuple[list[Any], list[Any]], arguments:
         return _opaque(forward, args, kwargs, *held)
     except MfxError as error:  # of which Dynamo says nothing
         forward.warn(str(error))
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}".partition("\n")[0]
+        forward.warn(f"{type(forward.net).__name__} raised an error when torch.compile looked at this call. {what}")
         raise
 
 

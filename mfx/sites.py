@@ -219,5 +219,7 @@ def _fixed(value: Any) -> tuple[type, Any]:
 
 
 def held_by(net: nn.Module) -> list[Tensor]:
-    """A net's parameters and buffers, each once."""
-    return [*net.parameters(), *net.buffers()]
+    """A net's parameters, and then its buffers, each tensor once."""
+    parameters = list(net.parameters())
+    known = set(map(id, parameters))
+    return [*parameters, *(buffer for buffer in net.buffers() if id(buffer) not in known)]

@@ -315,6 +315,39 @@ def test_shared_parameters():
     assert_same(found, trained(net, net, x))
 
 
+class Tied(Blocks):
+    """Has a buffer that is the very tensor of a parameter, and comes before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("seen", self.blocks[1].up.weight)
+
+    def forward(self, x):
+        return super().forward(x) + self.seen.sum()
+
+
+def test_a_buffer_that_is_a_parameter():
+    model = Tied()
+    assert next(model.buffers()) is model.blocks[1].up.weight
+    net = mfx.momentumize(model)
+    compiled, x = torch.compile(net, backend="aot_eager", fullgraph=True), torch.randn(4, 5)
+    found = trained(net, compiled, x)
+    torch._dynamo.reset()
+    model.blocks.apply(lambda module: module.reset_running_stats() if isinstance(module, nn.BatchNorm1d) else None)
+    assert_same(found, trained(net, net, x))
+
+
+def test_an_error_of_the_model_itself_is_told():
+    compiled = torch.compile(mfx.momentumize(Blocks()), backend="eager", fullgraph=True)
+    with (
+        pytest.warns(
+            UserWarning, match=r"Blocks raised an error when torch.compile looked at this call. RuntimeError: "
+        ),
+        pytest.raises(torch._dynamo.exc.Unsupported),
+    ):
+        compiled(torch.randn(4, 6))
+
+
 def kept_bytes(call, x):
     """Bytes that a forward pass leaves, by the profiler: while a dispatch mode looks on, Dynamo compiles nothing."""
     call(x).sum().backward()

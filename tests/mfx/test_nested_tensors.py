@@ -41,6 +41,28 @@ def test_a_nested_tensor_inside_of_a_model():
     assert [chain.name for chain in mfx.explain(net).chains] == ["head"]
 
 
+class Packed(nn.Module):
+    """Makes a nested tensor that a graph of Dynamo's could hold, and goes through its chain with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x):
+        return self.block(torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)).values()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_nested_tensor_inside_of_a_graph():
+    torch.manual_seed(0)
+    model, x = Packed(), torch.randn(5, 4)
+    with pytest.warns(UserWarning, match="Packed cannot be captured as one graph"):
+        out = mfx.momentumize(model)(x)
+    assert torch.equal(out, model(x)), "no state has rows of several sizes"
+    with pytest.raises(mfx.MfxError, match="Packed cannot be captured as one graph"):
+        mfx.momentumize(model, capture="dynamo")(x)
+
+
 @pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
 def test_a_nested_tensor_given_to_a_net(layout):
