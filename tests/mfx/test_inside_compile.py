@@ -137,9 +137,10 @@ def test_new_batch_sizes_need_no_new_graphs():
     assert len(around) <= 2  # one for the first size, one for all others
 
 
-def test_gradients_are_those_of_the_masks_that_were_drawn():
-    model = Larger(mfx.momentumize(Blocks(dropout=0.5), verify="raise")).double()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_gradients_are_those_of_the_masks_that_were_drawn(backend):
+    model = Larger(mfx.momentumize(Blocks(2, dropout=0.5), verify="raise")).double()
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
     x, step = torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
 
     def loss(x):
