@@ -179,7 +179,14 @@ SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 16, "depths": [2, 2], "n
 CONVNEXT = {"hidden_sizes": [16, 32], "depths": [2, 3], "num_stages": 2, "image_size": 32}
 OPT = {**BASE, "ffn_dim": 2 * WIDTH, "word_embed_proj_dim": WIDTH}
 BLOOM = {**SHORT, "hidden_size": WIDTH, "pad_token_id": PAD}
-MAMBA = {**SPECIAL, "hidden_size": WIDTH, "num_hidden_layers": DEPTH, "vocab_size": VOCABULARY, "state_size": 4}
+MAMBA = {
+    **SPECIAL,
+    "hidden_size": WIDTH,
+    "num_hidden_layers": DEPTH,
+    "vocab_size": VOCABULARY,
+    "state_size": 4,
+    "residual_in_fp32": False,  # which would round a stream of float64
+}
 DEBERTA = {**BASE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 MIXTRAL = {**GROUPED, "num_local_experts": 4, "output_router_logits": True}
 QWEN_MOE = {
