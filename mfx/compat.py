@@ -33,6 +33,7 @@ __all__ = [
     "keeps_graph",
     "leaves_of",
     "memory_of",
+    "modes",
     "outside_of_export",
     "plain_transformer_layers",
     "runs_for_real",
@@ -73,6 +74,20 @@ def autocast_state(device_type: str) -> AutocastState:
         torch.get_autocast_dtype(device_type),
         torch.is_autocast_enabled(device_type),
         torch.is_autocast_cache_enabled(),
+    )
+
+
+def modes() -> tuple[bool, ...]:
+    """What a model may switch while it runs: gradients, autocast, and which kernels of attention may be taken."""
+    return (
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_autocast_enabled("cuda"),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cuda.mem_efficient_sdp_enabled(),
+        torch.backends.cuda.math_sdp_enabled(),
+        torch.backends.cuda.cudnn_sdp_enabled(),
     )
 
 

@@ -13,6 +13,7 @@ from unittest.mock import patch
 
 import torch
 import torch._dynamo
+import torch.nn.attention
 from torch import Tensor, fx
 from torch._functorch import predispatch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
@@ -28,7 +29,7 @@ __all__ = [
     "ENTRANCES",
     "EXITS",
     "FUSED_LAYER",
-    "SET_GRAD",
+    "SWITCHES",
     "Seen",
     "see_call",
     "sources",
@@ -38,16 +39,18 @@ __all__ = [
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 ENTRANCES = (
     torch.amp.autocast_mode._enter_autocast,
+    torch.autograd.grad_mode._enter_inference_mode,
     predispatch._vmap_increment_nesting,
     torch._C._functorch._grad_increment_nesting,
 )
 EXITS = (
     torch.amp.autocast_mode._exit_autocast,
+    torch.autograd.grad_mode._exit_inference_mode,
     predispatch._vmap_decrement_nesting,
     torch._C._functorch._grad_decrement_nesting,
 )
 
-SET_GRAD = torch._C._set_grad_enabled
+SWITCHES = (torch._C._set_grad_enabled, torch.nn.attention._sdpa_kernel)  # there and back by the same function
 FUSED_LAYER = torch._transformer_encoder_layer_fwd  # what nn.TransformerEncoderLayer is in inference
 
 # The second where a branch of Python's goes by a number that was read from a tensor.

@@ -11,8 +11,9 @@ import torch
 from torch import fx, nn
 from torch.fx import Graph, Node
 
-from mfx.compat_dynamo import CHECKPOINT, ENTRANCES, EXITS, SET_GRAD, with_plain_sizes
+from mfx.compat_dynamo import CHECKPOINT, ENTRANCES, EXITS, SWITCHES, with_plain_sizes
 from mfx.dynamo_sizes import read_sizes_off_inputs
+from mfx.engine.uninterrupted import uninterrupted
 
 _REPEATED = re.compile(r"@\d+$")
 
@@ -149,17 +150,18 @@ def _inline_checkpoints(module: fx.GraphModule) -> None:
 
 
 class OtherMode(nn.Module):
-    """A part of a model that runs in a mode of its own (grad, autocast, `torch.func`), which it enters and leaves."""
+    """A part of a model that runs in a mode of its own (grad, autocast, …), which it enters and leaves."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
         self.body = fx.GraphModule(nn.Module(), graph)
 
     def forward(self, *args: Any) -> Any:
-        """What the part computes; the mode is the caller's again afterwards, come what may."""
+        """What the part computes; the mode is the caller's again afterwards."""
         grad = torch.is_grad_enabled()
         try:
-            return self.body(*args)
+            with uninterrupted():
+                return self.body(*args)
         finally:
             torch.set_grad_enabled(grad)
 
@@ -202,9 +204,9 @@ def _change_of_depth(node: Node, depth: int, inside: list[Node]) -> int:
         return 1
     if node.target in EXITS:
         return -1
-    if node.target is SET_GRAD:
-        switches = [other.args[0] for other in inside if other.target is SET_GRAD]
-        return -1 if len(switches) % 2 else 1
+    if node.target in SWITCHES:
+        earlier = [other for other in inside if other.target is node.target]
+        return -1 if len(earlier) % 2 else 1
     return 0
 
 

@@ -17,6 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from mfx.bytecode import parts_asked_for
 from mfx.leaves import LOOKED_INTO, einops_functions, timm_functions, timm_modules
+from mfx.modes import Modes
 from mfx.momentum import Momentum
 from mfx.proxies import Value
 from mfx_passes import ModuleCall
@@ -52,7 +53,9 @@ class SymbolicTracer(fx.Tracer):
         tensors = (*root.named_parameters(), *root.named_buffers())
         self._tensor_paths = {id(tensor): path for path, tensor in reversed(tensors)}
         self.walked = {"": root}
-        graph = super().trace(root, concrete_args)
+        self._modes = Modes()
+        with self._modes.watched():
+            graph = super().trace(root, concrete_args)
         # What forward is annotated to return says nothing a graph needs, and a string breaks its pickle in torch 2.13.
         graph.output_node().type = None
         return graph
@@ -147,6 +150,7 @@ class SymbolicTracer(fx.Tracer):
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Record a node together with the user's lines that made it (cheaper than torch's own stack traces)."""
+        self._modes.check()
         node = super().create_node(*args, **kwargs)
         node.meta["stack_trace"] = _user_stack()
         return node

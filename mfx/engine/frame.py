@@ -16,6 +16,7 @@ from mfx.compat import NO_TASK, current_task, when_task_ends
 from mfx.engine.keep import Captures, Kept
 from mfx.engine.scope import measure
 from mfx.engine.surroundings import Surroundings
+from mfx.engine.uninterrupted import may_be_ended
 from mfx_passes.errors import MfxError
 
 __all__ = ["Frame", "Handle", "KeptStep", "Rebuilt"]
@@ -257,8 +258,8 @@ class _Again:
             if (handle := reference()) is not None:
                 handle.tensor, handle.version = tensor, tensor._version
         if self._stops is not None and self.count == len(self._packed) and self.wrong is None:
-            # A backward pass inside the branch is not broken off.
-            self.stopped = current_task() == self._task and self._stops()
+            # A backward pass inside the branch is not broken off, nor what has a mode to leave.
+            self.stopped = may_be_ended() and current_task() == self._task and self._stops()
             if self.stopped:
                 raise _Enough
         # Kept by the second run's own graph too, which dies with the run: a branch may use autograd itself.

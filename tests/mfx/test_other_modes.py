@@ -1,0 +1,122 @@
+"""A model that computes parts of itself in a mode of its own: the net does as well, whoever calls it."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.attention
+from torch import nn
+from torch.nn import functional as F
+
+import mfx
+from mfx import compat
+from tests.models.step import assert_bit_equal, train_step
+
+MODES = {
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "no autocast": lambda: torch.autocast("cpu", enabled=False),
+    "no_grad": torch.no_grad,
+    "enable_grad": torch.enable_grad,
+    "set_grad_enabled": lambda: torch.set_grad_enabled(False),
+    "inference_mode": torch.inference_mode,
+    "kernel": lambda: torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
+}
+
+
+class Block(nn.Module):
+    def __init__(self, mode) -> None:
+        super().__init__()
+        self.fc, self.mode = nn.Linear(8, 8), mode
+
+    def forward(self, x):
+        with self.mode():
+            y = self.fc(x)
+            y = F.dropout(F.scaled_dot_product_attention(y, y, y), 0.5, self.training)
+        return x + y.float()
+
+
+class Model(nn.Module):
+    def __init__(self, mode) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(Block(mode) for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x).float()
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def model_of(mode):
+    torch.manual_seed(0)
+    return Model(mode), (torch.randn(2, 3, 8),)
+
+
+@pytest.mark.parametrize("outside", [nullcontext, MODES["autocast"]], ids=["alone", "under autocast"])
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_mode_inside_of_a_branch(mode, outside):
+    model, inputs = model_of(mode)
+    net = mfx.momentumize(model, gamma=0.0)
+    with outside():
+        assert_bit_equal(train_step(net, inputs), train_step(model, inputs))
+        assert [len(chain.steps) for chain in mfx.explain(net).chains] == [3]
+        reversible, kept = (mfx.momentumize(model, gamma=0.9, memory_budget=b) for b in (0.0, 1.0))
+        assert_bit_equal(train_step(reversible, inputs), train_step(kept, inputs))
+
+
+def state() -> tuple:
+    """How deep in autocast we are, and what a model may switch."""
+    depth = torch.autocast_increment_nesting()
+    torch.autocast_decrement_nesting()
+    return depth, compat.modes()
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_second_run_that_stops_early_leaves_no_mode_behind(mode, gamma):
+    before = state()
+    model, inputs = model_of(mode)
+    for net in (mfx.momentumize(model, gamma=gamma), as_backend(model, gamma)):
+        net(*inputs).sum().backward()
+        assert state() == before
+
+
+def as_backend(model, gamma):
+    torch.compiler.reset()
+    return torch.compile(model, backend="mfx", options={"gamma": gamma, "inner": "eager"})
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_as_a_backend(mode):
+    model, inputs = model_of(mode)
+    found, expected = train_step(as_backend(model, 0.0), inputs), train_step(model, inputs)
+    named = {f"_orig_mod.{name}": grad for name, grad in expected.grads.items()}
+    buffers = {f"_orig_mod.{name}": value for name, value in expected.state.items()}
+    assert_bit_equal(found, replace(expected, grads=named, state=buffers))
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_symbolic_trace_says_that_it_would_lose_the_mode(mode):
+    with pytest.raises(mfx.MfxError, match=r"computed in .*test_other_modes.py:\d+"):
+        mfx.momentumize(model_of(mode)[0], capture="symbolic")
+
+
+def test_random_numbers_that_leave_no_trace():
+    model, inputs = model_of(torch.random.fork_rng)
+    net = mfx.momentumize(model, gamma=0.0)
+    with pytest.warns(UserWarning, match="fork_rng|random"):
+        found = train_step(net, inputs)
+    assert_bit_equal(found, train_step(model, inputs))
+
+
+def test_a_mode_in_which_nothing_is_computed_is_none():
+    class Looking(Block):
+        def forward(self, x):
+            with torch.no_grad():
+                width = 2.0 * 4
+            return x + self.fc(x) / width
+
+    model = nn.Sequential(*(Looking(nullcontext) for _ in range(3)))
+    assert [len(chain.steps) for chain in mfx.explain(mfx.momentumize(model, capture="symbolic")).chains] == [3]
