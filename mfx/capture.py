@@ -68,6 +68,7 @@ class Captured:
         modules: modules that the graph calls and the model does not have.
         values: tensors without data by node name, where they are known: shapes, dtypes and devices.
         frame: the call that it was captured from, if Dynamo did; the graph holds under its conditions only.
+        forward_only: whether one of these is that no gradients are recorded.
     """
 
     graph: PortableGraph
@@ -77,6 +78,7 @@ class Captured:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     frame: Frame | None = None
+    forward_only: bool = False
 
     def modules_of(self, net: nn.Module) -> dict[str, nn.Module]:
         """Everything the graph may call, by path."""

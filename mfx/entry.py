@@ -18,7 +18,7 @@ from mfx.program import Program, compile_graph
 from mfx.transform_layers import check_steps
 from mfx.tree import Extra
 from mfx_passes import ChainGraphs, Findings, MfxError, Step, StepGraphs, find_chains, rewrite_graph
-from mfx_passes.ir import enclosing_path
+from mfx_passes.ir import Selection, enclosing_path
 from mfx_passes.momentum_pass import call_name
 from mfx_passes.serialize import PortableGraph
 
@@ -139,7 +139,7 @@ class Entry:
     def findings(self, net: nn.Module, options: Options) -> Findings:
         """What was found in the graph, computed anew."""
         graph, _ = self.captured.copy()
-        return find_chains(graph, self.captured.modules_of(net), with_refused(options, self.refused).selection)
+        return find_chains(graph, self.captured.modules_of(net), _selection(options, self.captured, self.refused))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_functions": {}}
@@ -174,7 +174,7 @@ def make_entry(
         momenta[name] = make_momentum(graphs, options)
         return name, velocity_target(net, graphs.name, options)
 
-    rewritten = rewrite_graph(graph, modules, insert, with_refused(options, refused).selection, calls)
+    rewritten = rewrite_graph(graph, modules, insert, _selection(options, captured, refused), calls)
     if options.layers:
         lengths = {call.chain: len(call.graphs.steps) for call in momenta.values()}
         check_steps(captured.graph, lengths, rewritten.findings.rejections)
@@ -236,6 +236,10 @@ def _velocity_modules(net: nn.Module) -> Extra:
     made = Extra()
     net.add_module("velocity", made)
     return made
+
+
+def _selection(options: Options, captured: Captured, refused: Mapping[str, str]) -> Selection:
+    return replace(with_refused(options, refused).selection, forward_only=captured.forward_only)
 
 
 def with_refused(options: Options, refused: Mapping[str, str]) -> Options:

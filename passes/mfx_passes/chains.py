@@ -43,7 +43,7 @@ def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selec
     if detours := insert_detours(find_runs(adds, index), index):
         index = GraphIndex(graph, modules)
         adds, rejections = _find_adds(index, selection)
-    mutations = Mutations(index, {node for add in adds for node in add.sums})
+    mutations = Mutations(index, {node for add in adds for node in add.sums}, forward_only=selection.forward_only)
     rows: list[list[Step]] = []
     for run in find_runs(adds, index):
         assembled, refused = assemble(run, index)

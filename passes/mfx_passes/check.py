@@ -12,7 +12,7 @@ from torch.fx import Node
 from mfx_passes import sums
 from mfx_passes.index import GraphIndex
 from mfx_passes.ir import Step
-from mfx_passes.mutations import Mutations
+from mfx_passes.mutations import Mutation, Mutations
 
 Check = Callable[[Step, GraphIndex, Mutations], str | None]
 
@@ -29,12 +29,21 @@ def _reads(step: Step) -> list[Node]:
 
 
 def changes_outside_value(step: Step, index: GraphIndex, mutations: Mutations) -> str | None:
-    """A branch that writes into its input or a capture would write again when it is re-run."""
+    """A branch that writes into its input or a capture would write again when it is re-run.
+
+    If it never is, it may write into what nobody else reads, as into the part of a cache that is its own.
+    """
     outside = set(inputs_of(step))
     for mutation in mutations.at(index.sorted(step.nodes - step.add.sums)):
-        if mutation.family & outside:
+        if mutation.family & outside and not (mutations.forward_only and _is_read_by(step, mutation)):
             return f"{mutation.node.name} changes in place a value that the branch is given from outside"
     return None
+
+
+def _is_read_by(step: Step, mutation: Mutation) -> bool:
+    """Whether this step alone reads the memory that is changed in it; the graph may return it."""
+    readers = {user for node in {*mutation.family, mutation.node} for user in node.users if user.op != "output"}
+    return step.skip not in mutation.family and readers <= step.nodes
 
 
 def changed_later(step: Step, index: GraphIndex, mutations: Mutations) -> str | None:

@@ -153,6 +153,7 @@ class Selection:
         skip: chain names or module paths (shell patterns) to leave alone.
         refused: names of sums known not to fit, and why.
         within: module path of the part of a model that the graph is of; chains and steps are named as in the model.
+        forward_only: the graph is never differentiated, so no branch runs again.
         marked: only the steps that `whole_steps.mark_steps` marked; all other residual adds stay as they are.
     """
 
@@ -162,6 +163,7 @@ class Selection:
     refused: Mapping[str, str] = field(default_factory=dict)
     within: str = ""
     marked: bool = False
+    forward_only: bool = False
 
 
 @dataclass(frozen=True, eq=False)

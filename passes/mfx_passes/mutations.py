@@ -27,9 +27,11 @@ class Mutations:
     Args:
         index: the graph.
         sums: residual sums; each has memory of its own, because none is in place any more once it is rewritten.
+        forward_only: the graph is never differentiated, so no operation runs again.
     """
 
-    def __init__(self, index: GraphIndex, sums: Collection[Node] = ()) -> None:
+    def __init__(self, index: GraphIndex, sums: Collection[Node] = (), *, forward_only: bool = False) -> None:
+        self.forward_only = forward_only
         self._index = index
         self._sums = sums
         self._at: dict[Node, Mutation] = {}

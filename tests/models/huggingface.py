@@ -60,6 +60,8 @@ class Family:
         compiles_alike: whether the model computes the same while it is captured. Where transformers asks
             `torch.compiler.is_compiling()` and then computes the same function in another way, only rounding differs.
         dtype: of its parameters.
+        unrolls: whether it loops over the tokens in Python, so that each length needs a graph.
+        hooks_itself: whether transformers puts hooks on it that cannot be pickled.
     """
 
     name: str
@@ -71,6 +73,8 @@ class Family:
     length: int = 10
     compiles_alike: bool = True
     dtype: torch.dtype = torch.float32
+    unrolls: bool = False
+    hooks_itself: bool = False
 
     def build(self, **options: Any) -> nn.Module:
         """The model with random weights."""
@@ -259,8 +263,16 @@ FAMILIES = [
         causal,
         {"model.layers": LAYER},
     ),
-    language_model("mamba", "Mamba", MAMBA, {"backbone.layers": DEPTH}, compiles_alike=False, dtype=torch.float64),
+    language_model(
+        "mamba",
+        "Mamba",
+        MAMBA,
+        {"backbone.layers": DEPTH},
+        compiles_alike=False,
+        dtype=torch.float64,
+        unrolls=True,
+    ),
     # torch's grouped matrix product, which these use, knows no float64
-    decoder("mixtral", "Mixtral", MIXTRAL, compiles_alike=False),
-    decoder("qwen3_moe", "Qwen3Moe", QWEN_MOE, compiles_alike=False),
+    decoder("mixtral", "Mixtral", MIXTRAL, compiles_alike=False, hooks_itself=True),
+    decoder("qwen3_moe", "Qwen3Moe", QWEN_MOE, compiles_alike=False, hooks_itself=True),
 ]

@@ -69,7 +69,9 @@ def numbers(outputs) -> list[torch.Tensor]:
 def cached(cache) -> list[torch.Tensor]:
     if isinstance(cache, transformers.EncoderDecoderCache):
         return cached(cache.self_attention_cache) + cached(cache.cross_attention_cache)
-    return [x for layer in cache.layers for x in (layer.keys, layer.values) if x is not None]
+    names = ("keys", "values", "conv_states", "recurrent_states")
+    values = [getattr(layer, name, None) for layer in cache.layers for name in names]
+    return tensors_in(values)
 
 
 def momentum(model: nn.Module, **options) -> nn.Module:
@@ -190,7 +192,10 @@ def assert_copies(family: Family) -> None:
     model, inputs = family.make(), family.inputs()
     net = momentum(model)
     expected = train(net, inputs)
-    for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+    copies = [copy.deepcopy(net)]
+    if not family.hooks_itself:
+        copies.append(pickle.loads(pickle.dumps(net)))
+    for copied in copies:
         assert not {id(p) for p in copied.parameters()} & {id(p) for p in net.parameters()}
         assert_tied_alike(copied, model)
         assert_bit_equal(train(copied, inputs), expected)
@@ -204,6 +209,8 @@ def assert_saved(family: Family) -> None:
     with tempfile.TemporaryDirectory() as path:
         net.save_pretrained(path)
         loaded = type(model).from_pretrained(path, dtype=model.dtype).train()
+    for name, p in model.named_parameters():  # which transformers does not keep
+        loaded.get_parameter(name).requires_grad_(p.requires_grad)
     assert_tied_alike(loaded, model)
     assert_bit_equal(train(momentum(loaded), inputs), expected)
     other = momentum(family.make())
@@ -375,7 +382,8 @@ def test_twenty_shapes_in_a_row(family):
         if number % 8 == 7:
             assert_equal(family, train(net, inputs), train(model, inputs))
     assert number == 19
-    assert len(mfx.graphs(net)) <= GRAPHS_OF_ANY_SIZE
+    if not family.unrolls:
+        assert len(mfx.graphs(net)) <= GRAPHS_OF_ANY_SIZE
 
 
 def shapes_of(family: Family) -> Iterator[dict]:
