@@ -139,6 +139,7 @@ def see_call(
         _as_seen(),
         _quiet(),
         _own_tensors_may_require_gradients(),
+        _checkpoints_are_calls(),
         remembering({} if history is None else history),
         torch._dynamo.config.patch(config),
         get_metrics_context(),
@@ -189,6 +190,20 @@ def _own_tensors_may_require_gradients() -> Iterator[None]:
         return assign(self, tx, tensor, name, value)
 
     with patch.object(assigning, "_call_setattr", pass_over):
+        yield
+
+
+@contextmanager
+def _checkpoints_are_calls() -> Iterator[None]:
+    """What the model checkpoints itself is called: as a graph of its own it could not note anything outside."""
+    from torch._dynamo.variables.higher_order_ops import CheckpointHigherOrderVariable
+    from torch._higher_order_ops.wrap import TagActivationCheckpoint
+
+    def call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        _, own = TagActivationCheckpoint.divide_kwargs(kwargs)
+        return args[0].call_function(tx, args[1:], own)
+
+    with patch.object(CheckpointHigherOrderVariable, "_call_function", call):
         yield
 
 

@@ -44,3 +44,32 @@ def test_the_callers_tensor_is_not_passed_over():
     net = mfx.momentumize(Biased(checkpoints=True), gamma=0.5, capture="dynamo")
     with pytest.raises(mfx.MfxError, match="requires_grad"):
         net(torch.randn(2, 4), torch.zeros(4))
+
+
+class Noting(nn.Module):
+    """Notes outside of the checkpoint what a layer computes in it, as a mixture of experts its router's logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x, *, checkpoints):
+        notes = []
+
+        def branch(layer, x):
+            y = layer(x)
+            notes.append(y.sum())
+            return torch.tanh(y)
+
+        for layer in self.layers:
+            x = x + (checkpoint(branch, layer, x, use_reentrant=False) if checkpoints else branch(layer, x))
+        return x, torch.stack(notes)
+
+
+def test_what_is_noted_in_a_checkpoint():
+    torch.manual_seed(0)
+    model, x = Noting(), torch.randn(2, 4)
+    net = mfx.momentumize(model, gamma=0.5, capture="dynamo")
+    found, expected = (train_step(net, (x,), {"checkpoints": checkpoints}) for checkpoints in (True, False))
+    assert_bit_equal(found, expected)
+    assert [len(chain.steps) for chain in mfx.explain(net).chains] == [3]
