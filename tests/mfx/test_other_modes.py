@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import mfx
 from mfx import compat
+from mfx.backend import momentum
 from tests.models.step import assert_bit_equal, train_step
 
 MODES = {
@@ -85,7 +86,7 @@ def test_a_second_run_that_stops_early_leaves_no_mode_behind(mode, gamma):
 
 def as_backend(model, gamma):
     torch.compiler.reset()
-    return torch.compile(model, backend="mfx", options={"gamma": gamma, "inner": "eager"})
+    return torch.compile(model, backend=momentum, options={"gamma": gamma, "inner": "eager"})
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
