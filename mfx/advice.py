@@ -37,7 +37,6 @@ _REMEDIES = {
     "changes in place a value": "use the out-of-place operation (y = y.relu() for y.relu_())",
     "changes the stream in place": "use the out-of-place operation, or take the view after it",
     "the sum is in place and gives": "write x = x + f(x) in the place of x += f(x), or cast the branch",
-    "the skip is rounded": "leave the skip in the dtype of the sum",
     "not floating point": "nothing: only floating-point streams have gradients",
     "the step changes the stream from": "let the branch give the stream's own shape and dtype, on its device",
     "is broadcast over the stream": "expand the branch to the stream's shape: x + f(x).expand_as(x)",

@@ -17,6 +17,7 @@ import torch.nn.attention
 from torch import Tensor, fx
 from torch._functorch import predispatch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.module_tracker import ModuleTracker
 
@@ -56,6 +57,7 @@ FUSED_LAYER = torch._transformer_encoder_layer_fwd  # what nn.TransformerEncoder
 # The second where a branch of Python's goes by a number that was read from a tensor.
 DYNAMO_ERRORS = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
 
+_TOLD = "told to require a gradient"
 _LOCK = threading.RLock()
 _LOGGING = ("debug", "info", "warning", "warn", "error", "exception", "critical", "log", "warning_once", "info_once")
 
@@ -148,6 +150,7 @@ def see_call(
         output = fullgraph_capture(function, tuple(args), dict(kwargs))
         if output.backend_input is None:
             raise RuntimeError("the model computes nothing with tensors")
+        _check_gradients_returned(output.backend_input.graph_module.graph)
         try:
             guards = output.graph_capture_output.build_guards(function.__func__.__code__, _hooks())
         except IndexError as error:  # of Dynamo's own, looking for where a size comes from
@@ -171,10 +174,11 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _own_tensors_may_require_gradients() -> Iterator[None]:
-    """``tensor.requires_grad = True`` is passed over where the model has made the tensor itself.
+    """``tensor.requires_grad = True`` is no part of the graph where the model has made the tensor itself.
 
-    T5 says so for a checkpoint around its layers, Wav2Vec2 for one around its convolutions. No other gradient depends
-    on it. Dynamo breaks the graph there.
+    T5 and Wav2Vec2 say so for their checkpoints. Dynamo breaks the graph there.
+    No gradient depends on it but the tensor's own, for which the model would have to ask; and code that looks at
+    what requires a gradient sees that this does. See `_check_gradients_returned` for what remains.
     """
     from torch._dynamo.variables import builtin
 
@@ -186,11 +190,34 @@ def _own_tensors_may_require_gradients() -> Iterator[None]:
 
     def pass_over(self: Any, tx: Any, tensor: Any, name: Any, value: Any) -> Any:
         if tensor.is_tensor() and tensor.source is None and _says(name, "requires_grad") and _says(value, True):
+            node = tensor.as_proxy().node
+            if not tensor.requires_grad:
+                node.meta["example_value"].requires_grad_()
+                node.meta[_TOLD] = tensor.requires_grad = True
             return value
         return assign(self, tx, tensor, name, value)
 
     with patch.object(assigning, "_call_setattr", pass_over):
         yield
+
+
+def _check_gradients_returned(graph: fx.Graph) -> None:
+    """What the graph returns must require gradients as it does in the model, or a caller could tell the difference."""
+    anyway: set[fx.Node] = set()
+    for node in graph.nodes:
+        source = node.op in ("placeholder", "get_attr") or not anyway.isdisjoint(node.all_input_nodes)
+        if source and _requires_grad(node) and _TOLD not in node.meta:
+            anyway.add(node)
+    for node in graph.output_node().all_input_nodes:
+        if _requires_grad(node) and node not in anyway:
+            raise torch._dynamo.exc.TorchDynamoException(
+                f"{node.name} is returned, and requires a gradient only because its requires_grad is set"
+            )
+
+
+def _requires_grad(node: fx.Node) -> bool:
+    values = pytree.tree_leaves(node.meta.get("example_value"))
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
 @contextmanager

@@ -22,6 +22,12 @@ class _Honest(fx.Proxy):
         # A TypeError, because list.extend asks too, and takes it for "not known".
         raise TypeError("the length of a traced value is not known")
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        # What a model notes on a tensor for itself is there while it is traced; what a tensor is would change unseen.
+        if hasattr(torch.Tensor, name):
+            raise TypeError(f"{name} of a traced value is set, which a trace does not record")
+        object.__setattr__(self, name, value)
+
     def __bool__(self) -> bool:
         holds = asserted(sys._getframe(1))
         if holds is None:

@@ -64,7 +64,7 @@ class Layout:
         # In the order of the places: what the tables hold is what lies there.
         self._tensor_tables: list[Table] = [table for m in self.modules for table in (m._parameters, m._buffers)]
         self.has_buffers = bool(self._loose) or not all(place.is_parameter for place in self._places)
-        self._names = list(chain.from_iterable(self._tensor_tables))
+        self._names = list(map(tuple, self._tensor_tables))
         self._module_tables = [m._modules for m in self.modules]
         self._children = self._children_now()
 
@@ -83,7 +83,7 @@ class Layout:
         return (
             len(children) == len(self._children)
             and all(map(is_, children, self._children))
-            and list(chain.from_iterable(self._tensor_tables)) == self._names
+            and list(map(tuple, self._tensor_tables)) == self._names
         )
 
     def places(self, root: Any) -> list[Place]:

@@ -103,15 +103,6 @@ def changes_shape(step: Step, index: GraphIndex, mutations: Mutations) -> str | 
     return None
 
 
-def rounds_skip(step: Step, index: GraphIndex, mutations: Mutations) -> str | None:
-    """A skip that is cast to a narrower dtype on its way is not the state any more."""
-    path, state = step.add.skip_path, _dtype(step.skip)
-    for dtype in map(_dtype, path[: path.index(step.skip)]):
-        if state and dtype and torch.promote_types(state, dtype) != dtype:
-            return f"the skip is rounded on its way, from {_short(state)} to {_short(dtype)}"
-    return None
-
-
 def _broadcast_shape(nodes: Sequence[Node]) -> tuple[int, ...] | None:
     values = [node.meta.get("val") for node in nodes]
     shapes = [tuple(value.shape) for value in values if isinstance(value, torch.Tensor)]
@@ -130,7 +121,7 @@ def _describe(facts: tuple[tuple[int, ...], torch.dtype, torch.device]) -> str:
     return f"{tuple(shape)} {_short(dtype)} on {device}"
 
 
-CHECKS: tuple[Check, ...] = (changes_outside_value, changed_later, tangled, changes_shape, rounds_skip, narrows)
+CHECKS: tuple[Check, ...] = (changes_outside_value, changed_later, tangled, changes_shape, narrows)
 
 
 def refusal(step: Step, index: GraphIndex, mutations: Mutations) -> str | None:

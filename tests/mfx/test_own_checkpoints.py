@@ -73,3 +73,45 @@ def test_what_is_noted_in_a_checkpoint():
     found, expected = (train_step(net, (x,), {"checkpoints": checkpoints}) for checkpoints in (True, False))
     assert_bit_equal(found, expected)
     assert [len(chain.steps) for chain in mfx.explain(net).chains] == [3]
+
+
+class Asking(nn.Module):
+    """Goes by what requires a gradient, or returns it."""
+
+    def __init__(self, *, returns: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.returns = returns
+
+    def forward(self, x):
+        told = x.detach()
+        told.requires_grad = True
+        y = told * 1
+        x = y * 2 if y.requires_grad and told.is_leaf else y
+        for layer in self.layers:
+            x = x + torch.tanh(layer(x))
+        return (x, y) if self.returns else x
+
+
+@pytest.mark.parametrize("returns", [False, True])
+def test_who_asks_what_requires_gradients(returns):
+    torch.manual_seed(0)
+    model, x = Asking(returns=returns), torch.randn(2, 4)
+    net = mfx.momentumize(model, gamma=0.0, capture="dynamo")
+    if returns:
+        with pytest.raises(mfx.MfxError, match="only because its requires_grad is set"):
+            net(x)
+    else:
+        assert_bit_equal(train_step(net, (x,)), train_step(model, (x,)))
+
+
+@pytest.mark.parametrize("attribute", ["requires_grad", "data"])
+def test_a_symbolic_trace_does_not_record_what_is_set(attribute):
+    class Setting(Asking):
+        def forward(self, x):
+            x = x * 1
+            setattr(x, attribute, True if attribute == "requires_grad" else torch.ones(2, 4))
+            return super().forward(x)
+
+    with pytest.raises(mfx.MfxError, match=f"{attribute} of a traced value is set"):
+        mfx.momentumize(Setting(returns=False), capture="symbolic")

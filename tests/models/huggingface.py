@@ -189,7 +189,6 @@ MAMBA = {
     "num_hidden_layers": DEPTH,
     "vocab_size": VOCABULARY,
     "state_size": 4,
-    "residual_in_fp32": False,  # which would round a stream of float64
 }
 DEBERTA = {**BASE, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]}
 MIXTRAL = {**GROUPED, "num_local_experts": 4, "output_router_logits": True}

@@ -206,16 +206,6 @@ class Narrows(Linears):
         return x + self.fs[2](x)
 
 
-@refused({"the skip is rounded on its way, from float32 to bfloat16": 1}, steps=2, shapes=True)
-class RoundedSkip(Linears):
-    """The state is kept in a narrow dtype for the length of a branch, and is not what it was."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.bfloat16().float() + self.fs[0](x)
-        x = x.double().float() + self.fs[1](x)
-        return x + self.fs[2](x)
-
-
 @refused({"the stream is int64, not floating point": 2}, shapes=True)
 class Integers(Linears):
     """A stream of integers."""
