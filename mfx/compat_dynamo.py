@@ -203,13 +203,16 @@ def _own_tensors_may_require_gradients() -> Iterator[None]:
 
 def _check_gradients_returned(graph: fx.Graph) -> None:
     """What the graph returns must require gradients as it does in the model, or a caller could tell the difference."""
+    told: set[fx.Node] = set()  # and what is computed of these
     anyway: set[fx.Node] = set()
     for node in graph.nodes:
+        if _TOLD in node.meta or not told.isdisjoint(node.all_input_nodes):
+            told.add(node)
         source = node.op in ("placeholder", "get_attr") or not anyway.isdisjoint(node.all_input_nodes)
         if source and _requires_grad(node) and _TOLD not in node.meta:
             anyway.add(node)
     for node in graph.output_node().all_input_nodes:
-        if _requires_grad(node) and node not in anyway:
+        if node in told and _requires_grad(node) and node not in anyway:
             raise torch._dynamo.exc.TorchDynamoException(
                 f"{node.name} is returned, and requires a gradient only because its requires_grad is set"
             )

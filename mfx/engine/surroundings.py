@@ -28,13 +28,11 @@ class RandomClock:
         self._device = device
         self._is_cuda = device.type == "cuda"
         self.now = self._read()
-        self._words = _words(self.now)
 
     def tick(self) -> bool:
         """Read again; whether anything was drawn since the last time."""
-        self.now = self._read()
-        before, self._words = self._words, _words(self.now)
-        return not all(map(torch.equal, before, self._words))
+        before, self.now = self.now, self._read()
+        return not all(map(torch.equal, before, self.now))
 
     def is_at(self, states: tuple[Tensor, ...]) -> bool:
         """Whether the generators are in these states."""
@@ -58,11 +56,6 @@ class RandomClock:
         torch.set_rng_state(states[0])
         if self._is_cuda:
             torch.cuda.set_rng_state(states[1], self._device)
-
-
-def _words(states: tuple[Tensor, ...]) -> list[Tensor]:
-    """The same memory by eight bytes, which compares in a third of the time that it takes byte by byte."""
-    return [state.view(torch.int64) for state in states]
 
 
 class Autocast:
