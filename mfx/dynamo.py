@@ -113,12 +113,8 @@ def capture_call(
     inputs = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
     frame = Frame(seen, forward, positions, net.modules())
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
-    kept, specialization, forward_only = (
-        copy_graph(module.graph),
-        Specialization(inputs, {}),
-        not torch.is_grad_enabled(),
-    )
-    return Captured(kept, [], {}, specialization, modules, values, frame, forward_only)
+    specialization, forward_only = Specialization(inputs, {}), not torch.is_grad_enabled()
+    return Captured(copy_graph(module.graph), [], {}, specialization, modules, values, frame, forward_only)
 
 
 def _paths(net: nn.Module, seen: Seen) -> Iterator[str | None]:

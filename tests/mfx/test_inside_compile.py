@@ -305,15 +305,19 @@ def test_a_graph_that_is_kept_can_be_used_again():
     assert_same(torch.autograd.grad(loss, list(net.parameters())), first)
 
 
-def test_shared_parameters():
-    model = Blocks()
-    model.blocks[2].up.weight = model.blocks[0].up.weight
+def assert_compiled_as_eager(model):
     net = mfx.momentumize(model)
     compiled, x = torch.compile(net, backend="aot_eager", fullgraph=True), torch.randn(4, 5)
     found = trained(net, compiled, x)
     torch._dynamo.reset()
     model.blocks.apply(lambda module: module.reset_running_stats() if isinstance(module, nn.BatchNorm1d) else None)
     assert_same(found, trained(net, net, x))
+
+
+def test_shared_parameters():
+    model = Blocks()
+    model.blocks[2].up.weight = model.blocks[0].up.weight
+    assert_compiled_as_eager(model)
 
 
 class Tied(Blocks):
@@ -330,12 +334,7 @@ class Tied(Blocks):
 def test_a_buffer_that_is_a_parameter():
     model = Tied()
     assert next(model.buffers()) is model.blocks[1].up.weight
-    net = mfx.momentumize(model)
-    compiled, x = torch.compile(net, backend="aot_eager", fullgraph=True), torch.randn(4, 5)
-    found = trained(net, compiled, x)
-    torch._dynamo.reset()
-    model.blocks.apply(lambda module: module.reset_running_stats() if isinstance(module, nn.BatchNorm1d) else None)
-    assert_same(found, trained(net, net, x))
+    assert_compiled_as_eager(model)
 
 
 def test_an_error_of_the_model_itself_is_told():

@@ -483,6 +483,30 @@ def test_chains_end_at_a_concatenation():
     )
 
 
+class Rounding(nn.Module):
+    """Keeps its stream in bfloat16 between the blocks, and on the way past a branch."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers[:2]:
+            x = (x + layer(x)).bfloat16().float()
+        for layer in self.layers[2:]:
+            x = x.bfloat16().float() + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("capture", ["symbolic", "dynamo"])
+def test_at_gamma_zero_a_skip_is_rounded_as_in_the_model(capture):
+    torch.manual_seed(0)
+    model, x = Rounding(), torch.randn(2, 8)
+    net = mfx.momentumize(model, gamma=0.0, capture=capture)
+    assert_bit_equal(train_step(net, [x]), train_step(model, [x]))
+    assert sum(len(chain.steps) for chain in mfx.explain(net).chains) == 4
+
+
 class Caching(nn.Module):
     """Fills a tensor part by part, with keys that it returns as well: nothing but an effect leads from keys to sums."""
 

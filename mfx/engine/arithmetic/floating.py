@@ -22,7 +22,7 @@ __all__ = ["FloatState", "Prediction", "predict"]
 # in a parameter's gradient, relative to its norm, depends on the network. In MLPs and transformers of 64 and 128 layers
 # it is 2e-6 at worst, as much as float32 itself is off; 7e-5 in a ResNet-152 stage of 35 steps with SiLU (with 32 steps
 # between anchors 2e-4, and 1e-4 is what is wanted); with its own ReLU 2e-2, for the error moves single numbers across
-# the kink, but float32 itself is off by as much; and 6e-4 in the first layer of a ViT whose class token starts near
+# the kink, but float32 itself is off by as much; and 7e-4 in the first layer of a ViT whose class token starts near
 # zero, beside which the error is large.
 _TOLERANCE = {torch.float32: 6e-6, torch.float64: 1e-10}
 _V_TO_X = 1 / 16
