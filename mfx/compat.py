@@ -34,6 +34,7 @@ __all__ = [
     "leaves_of",
     "memory_of",
     "modes",
+    "modes_left",
     "outside_of_export",
     "plain_transformer_layers",
     "runs_for_real",
@@ -89,6 +90,37 @@ def modes() -> tuple[bool, ...]:
         torch.backends.cuda.math_sdp_enabled(),
         torch.backends.cuda.cudnn_sdp_enabled(),
     )
+
+
+@contextmanager
+def modes_left() -> Iterator[None]:
+    """After the block, modes are what they were, even if it failed before it could leave those that it had entered."""
+    grad, *_, flash, efficient, math, cudnn = modes()
+    depth, states = _autocast_depth(), {kind: autocast_state(kind) for kind in ("cpu", "cuda")}
+    try:
+        yield
+    except BaseException:
+        for _ in range(_autocast_depth() - depth):
+            torch.autocast_decrement_nesting()
+        if not depth:
+            torch.clear_autocast_cache()
+        for kind, (dtype, enabled, caches) in states.items():
+            torch.set_autocast_dtype(kind, dtype)
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_cache_enabled(caches)
+        torch.backends.cuda.enable_flash_sdp(flash)
+        torch.backends.cuda.enable_mem_efficient_sdp(efficient)
+        torch.backends.cuda.enable_math_sdp(math)
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        raise
+    finally:
+        torch.set_grad_enabled(grad)
+
+
+def _autocast_depth() -> int:
+    depth = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    return depth
 
 
 def autocast_as(device_type: str, state: AutocastState) -> AbstractContextManager[object]:

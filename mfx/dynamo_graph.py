@@ -11,6 +11,7 @@ import torch
 from torch import fx, nn
 from torch.fx import Graph, Node
 
+from mfx import compat
 from mfx.compat_dynamo import CHECKPOINT, ENTRANCES, EXITS, SWITCHES, with_plain_sizes
 from mfx.dynamo_sizes import read_sizes_off_inputs
 from mfx.engine.uninterrupted import uninterrupted
@@ -157,13 +158,9 @@ class OtherMode(nn.Module):
         self.body = fx.GraphModule(nn.Module(), graph)
 
     def forward(self, *args: Any) -> Any:
-        """What the part computes; the mode is the caller's again afterwards."""
-        grad = torch.is_grad_enabled()
-        try:
-            with uninterrupted():
-                return self.body(*args)
-        finally:
-            torch.set_grad_enabled(grad)
+        """What the part computes; the mode is the caller's again afterwards, come what may."""
+        with compat.modes_left(), uninterrupted():
+            return self.body(*args)
 
 
 def _fold_modes(graph: Graph) -> Iterator[tuple[str, nn.Module]]:

@@ -121,3 +121,29 @@ def test_a_mode_in_which_nothing_is_computed_is_none():
 
     model = nn.Sequential(*(Looking(nullcontext) for _ in range(3)))
     assert [len(chain.steps) for chain in mfx.explain(mfx.momentumize(model, capture="symbolic")).chains] == [3]
+
+
+class Looking(nn.Module):
+    """Looks numbers up in a mode of its own, which fails for numbers that are not there."""
+
+    def __init__(self, mode) -> None:
+        super().__init__()
+        self.table, self.mode = nn.Embedding(4, 8), mode
+        self.fcs = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x, numbers):
+        for fc in self.fcs:
+            with self.mode():
+                y = fc(x) @ self.table(numbers).T
+            x = x + y.float()
+        return x
+
+
+@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+def test_a_call_that_fails_leaves_no_mode_behind(mode):
+    net, x = mfx.momentumize(Looking(mode)), torch.randn(2, 8)
+    net(x, torch.zeros(8, dtype=torch.int64))
+    before = state()
+    with pytest.raises(IndexError):
+        net(x, torch.full((8,), 4))
+    assert state() == before
