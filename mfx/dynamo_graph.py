@@ -159,8 +159,14 @@ class OtherMode(nn.Module):
 
     def forward(self, *args: Any) -> Any:
         """What the part computes; the mode is the caller's again afterwards, come what may."""
-        with compat.modes_left(), uninterrupted():
+        if not torch.compiler.is_compiling():  # compiled code runs as a whole
+            with compat.modes_left(), uninterrupted():
+                return self.body(*args)
+        grad = torch.is_grad_enabled()
+        try:
             return self.body(*args)
+        finally:
+            torch.set_grad_enabled(grad)
 
 
 def _fold_modes(graph: Graph) -> Iterator[tuple[str, nn.Module]]:

@@ -84,9 +84,40 @@ def test_a_second_run_that_stops_early_leaves_no_mode_behind(mode, gamma):
         assert state() == before
 
 
-def as_backend(model, gamma):
+def as_backend(model, gamma, inner="eager"):
     torch.compiler.reset()
-    return torch.compile(model, backend=momentum, options={"gamma": gamma, "inner": "eager"})
+    return torch.compile(model, backend=momentum, options={"gamma": gamma, "inner": inner})
+
+
+COMPILED = {name: mode for name, mode in MODES.items() if name != "inference_mode"}  # which AOTAutograd does not know
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo asks
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+@pytest.mark.parametrize("name", COMPILED)
+def test_branches_that_are_compiled(name, gamma):
+    mode = COMPILED[name]
+    before = state()
+    model, inputs = model_of(mode)
+    model.eval()  # compiled code may draw other masks
+    net = mfx.momentumize(model, gamma=gamma)
+    output = net(*inputs)
+    expected = output.detach()
+    grads = torch.autograd.grad(output.sum(), list(net.parameters()), allow_unused=True)
+    ways = [lambda: as_backend(model, gamma, "aot_eager")]
+    if name not in ("no_grad", "set_grad_enabled"):  # an MfxError
+        ways.append(lambda: torch.compile(net, backend="aot_eager", fullgraph=True))
+    for compile_it in ways:
+        found = compile_it()(*inputs)
+        # The same operations but for rounding to bfloat16, of a relative 2⁻⁸, which fused casts may leave out.
+        assert torch.allclose(found, expected, rtol=0, atol=2**-8 * float(expected.abs().max()))
+        for a, b in zip(
+            torch.autograd.grad(found.sum(), list(model.parameters()), allow_unused=True), grads, strict=True
+        ):
+            assert (a is None) == (b is None)
+            assert a is None or torch.allclose(a, b, rtol=0, atol=2**-6 * max(float(b.abs().max()), 1.0))
+        assert state() == before
+        torch.compiler.reset()
 
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
