@@ -1,15 +1,14 @@
 """mfx: train deep residual networks without storing their activations."""
 
-from mfx import schedule
-from mfx.drawing import Drawing, draw
+from mfx.api import graphs, momentumize, original, trace
 from mfx.engine import recomputing
-from mfx.explain import Explanation, explain
-from mfx.gammas import set_gamma
-from mfx.momentumize import graphs, momentumize, original, trace
-from mfx.momentumnet import MomentumNet
-from mfx.profile import Profile, profile
+from mfx.momentumnet.momentum_net import MomentumNet
+from mfx.momentumnet.transform import transform_to_momentumnet
+from mfx.net.gammas import set_gamma
+from mfx.reports.drawing import Drawing, draw
+from mfx.reports.explain.explain import Explanation, explain
+from mfx.reports.profile.profile import Profile, profile
 from mfx.schedule import GammaScheduler
-from mfx.transform import transform_to_momentumnet
 from mfx_passes import MfxError
 
 __all__ = [

@@ -2,7 +2,7 @@
 
 import sys
 
-from mfx.command_line import main
+from mfx.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())

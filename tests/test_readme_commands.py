@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from mfx.command_line import main
+from mfx.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

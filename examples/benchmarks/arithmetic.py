@@ -25,8 +25,8 @@ from tqdm import tqdm
 import mfx
 from examples.benchmarks.command import on_threads, parser_of, write_rows
 from mfx.engine.arithmetic import ARITHMETICS, State
-from mfx.engine.arithmetic.store import DigitStore
-from mfx.gamma import Gamma
+from mfx.engine.arithmetic.digit_store import DigitStore
+from mfx.options.gamma import Gamma
 
 GAMMA = 0.9
 # Bytes and dense FLOPs per second that NVIDIA states for an H100 SXM.

@@ -1,11 +1,11 @@
 """The momentum call: chains of residual steps whose backward pass rebuilds its activations."""
 
 from mfx.engine.arithmetic import ARITHMETICS, IN_BLOCKS, Fused, Moves
-from mfx.engine.budget import ChainCost, ChainPlan, NetPlan, StepCost, make_plan
 from mfx.engine.chain import run_chain
+from mfx.engine.memory.plan import ChainCost, ChainPlan, NetPlan, StepCost, make_plan
+from mfx.engine.memory.storage import states_by_end
 from mfx.engine.scope import enclosing_keeps, measure, recomputing
 from mfx.engine.steps import ChainOutput, StepFunction
-from mfx.engine.storage import states_by_end
 
 __all__ = [
     "ARITHMETICS",

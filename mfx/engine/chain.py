@@ -13,20 +13,17 @@ from torch import Tensor
 from mfx.compat import under_transform
 from mfx.engine.arithmetic import ARITHMETICS, IN_BLOCKS, Moves, State
 from mfx.engine.arithmetic.base import wide
-from mfx.engine.budget import ChainPlan, StepCost
 from mfx.engine.flags import notice_overflow, read_pending, verify_chain, verify_step, warn_once
-from mfx.engine.keep import tensors_in
-from mfx.engine.reads import Layout
-from mfx.engine.runners import FromInputs, FromTape, Ordinary, Runner
+from mfx.engine.memory.plan import ChainPlan, StepCost
+from mfx.engine.memory.storage import choose_storage
+from mfx.engine.recompute.layout import Layout
+from mfx.engine.recompute.runners import FromInputs, FromTape, Ordinary, Runner
+from mfx.engine.recompute.saved import tensors_in
 from mfx.engine.scope import enclosing_is_recorded, enclosing_keeps, inside_chain
-from mfx.engine.steps import ChainOutput, StepFunction
-from mfx.engine.storage import choose_storage
-from mfx.engine.surroundings import Memory
+from mfx.engine.steps import ChainOutput, Memory, StepFunction
 from mfx.engine.update import Enter, Link, Update, velocity_dummy
-from mfx.gamma import Gamma
+from mfx.options.gamma import Gamma
 from mfx_passes.errors import MfxError
-
-__all__ = ["run_chain"]
 
 Velocity = Literal["residual"] | Tensor | None
 _ZERO = Gamma(0, 1)

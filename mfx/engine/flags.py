@@ -7,10 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mfx.engine.surroundings import Memory
+from mfx.engine.steps import Memory
 from mfx_passes.errors import MfxError
-
-__all__ = ["notice_overflow", "read_pending", "verify_chain", "verify_step", "warn_once"]
 
 _ADVICE = (
     "Look for nondeterministic operations (torch.use_deterministic_algorithms), for Python state, and for random "

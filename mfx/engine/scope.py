@@ -6,18 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mfx.engine.costs import StepMeasure
-
-__all__ = [
-    "enclosing_is_recorded",
-    "enclosing_keeps",
-    "inside_chain",
-    "inside_kept_step",
-    "inside_recomputation",
-    "measure",
-    "measured_by",
-    "recomputing",
-]
+from mfx.engine.memory.measure import StepMeasure
 
 
 class _Scope(threading.local):

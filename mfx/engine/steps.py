@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["ChainOutput", "StepFunction"]
-
 
 @dataclass(frozen=True)
 class StepFunction:
@@ -41,3 +39,6 @@ class ChainOutput:
     x: Tensor
     taps: tuple[Tensor, ...]
     sides: tuple[tuple[Any, ...], ...]
+
+
+Memory = dict[Any, Any]

@@ -11,13 +11,11 @@ from typing_extensions import override
 
 from mfx.engine.arithmetic import State
 from mfx.engine.arithmetic.base import wide
-from mfx.engine.keep import saved_by
-from mfx.gamma import Gamma
+from mfx.engine.recompute.saved import saved_by
+from mfx.options.gamma import Gamma
 
 if TYPE_CHECKING:
-    from mfx.engine.tape import Tape
-
-__all__ = ["Enter", "Link", "Update", "velocity_dummy"]
+    from mfx.engine.recompute.tape import Tape
 
 
 class Link(NamedTuple):

@@ -12,19 +12,9 @@ Pure graph work: nothing here runs a model or knows about autograd. The road, on
     outline, rewrite   steps cut out as graphs; one momentum call per chain
 """
 
-from mfx_passes.chains import find_chains
 from mfx_passes.errors import MfxError
-from mfx_passes.ir import (
-    Chain,
-    ChainGraphs,
-    Findings,
-    ModuleCall,
-    Rejection,
-    ResidualAdd,
-    Selection,
-    Step,
-    StepGraphs,
-)
+from mfx_passes.find.chains import find_chains
+from mfx_passes.ir import Chain, ChainGraphs, Findings, ModuleCall, Rejection, ResidualAdd, Selection, Step, StepGraphs
 from mfx_passes.momentum_pass import MomentumPass, Rewritten, rewrite_graph
 
 __all__ = [

@@ -9,6 +9,18 @@ from typing import Any, Literal
 
 from torch.fx import Graph, Node
 
+
+def inputs_of(step: Step) -> list[Node]:
+    """What a step reads from outside: its state first, then its captures (parameters and buffers are no captures)."""
+    captures = [node for node in _reads(step) if node is not step.skip and node.op != "get_attr"]
+    return [step.skip, *captures]
+
+
+def _reads(step: Step) -> list[Node]:
+    # In program order: sets of nodes are in no order, and graphs must come out the same every time.
+    return sorted({source for node in step.nodes for source in node.all_input_nodes} - step.nodes)
+
+
 Kind = Literal["residual", "map"]
 
 

@@ -11,13 +11,13 @@ from torch import nn
 from torch.fx import Graph, GraphModule
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from mfx_passes.chains import find_chains
-from mfx_passes.fold import fold_calls
-from mfx_passes.index import GraphIndex
+from mfx_passes.analysis.ancestry import GraphIndex
+from mfx_passes.analysis.mutations import Mutations
+from mfx_passes.analysis.sizes import read_sizes_at_start
+from mfx_passes.find.chains import find_chains
 from mfx_passes.ir import ChainGraphs, Findings, ModuleCall, Selection
-from mfx_passes.mutations import Mutations
-from mfx_passes.rewrite import Insert, rewrite
-from mfx_passes.sizes import read_sizes_at_start
+from mfx_passes.rewrite.fold import fold_calls
+from mfx_passes.rewrite.rewrite import Insert, rewrite
 
 MakeCall = Callable[[ChainGraphs], nn.Module]
 

@@ -3,8 +3,8 @@
 import pytest
 
 import mfx
-from mfx.advice import advise_on_output, advise_on_weights, remedy
-from mfx.explain import branch_weights
+from mfx.reports.explain.advice import advise_on_output, advise_on_weights, remedy
+from mfx.reports.explain.explain import branch_weights
 from tests.mfx.models import Stack
 from tests.passes.harness import rewritten, traced
 from tests.passes.refusals import REFUSALS

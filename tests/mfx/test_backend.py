@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import mfx
-from mfx.backend import momentum
-from mfx.program import compile_graph
+from mfx.compiler.backend import momentum
+from mfx.program.codegen import compile_graph
 
 # Dynamo looks at .grad of whatever it is given, and hides the warning in a way that does not work for errors.
 pytestmark = [

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import mfx
-from mfx.command_line import main
-from mfx.command_line.inputs import made, read_input
-from mfx.command_line.spec import call_arguments
+from mfx.cli import main
+from mfx.cli.inputs import made, read_input
+from mfx.cli.spec import call_arguments
 from tests.mfx.models import Stack
 
 HERE = "tests.mfx.test_command_line"
@@ -257,7 +257,7 @@ def test_a_traceback_for_who_asks(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_help_shows_examples_that_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
-    from mfx.command_line.parser import make_parser
+    from mfx.cli.parser import make_parser
 
     for words in ([], ["explain"], ["profile"], ["draw"], ["report"]):
         with pytest.raises(SystemExit) as leaving:

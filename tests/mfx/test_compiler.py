@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from mfx.compiler import Compiler
+from mfx.program.codegen import Compiler
 
 
 @pytest.fixture(autouse=True)

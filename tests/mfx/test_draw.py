@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 import mfx
-from mfx.drawing.boxes import ChainBox, ModuleBox, Picture, ValueBox
-from mfx.drawing.contract import contract
-from mfx.drawing.page import svg_of
-from mfx.drawing.repeats import repeats
-from mfx.drawing.shapes import shape
-from mfx.drawing.subject import pictures_of
-from mfx.drawing.text import escape
+from mfx.reports.drawing.boxes import ChainBox, ModuleBox, Picture, ValueBox
+from mfx.reports.drawing.groups import contract
+from mfx.reports.drawing.repeats import repeats
+from mfx.reports.drawing.shapes import shape
+from mfx.reports.drawing.subject import pictures_of
+from mfx.reports.drawing.svg import svg_of
+from mfx.reports.markup import escape
 from tests.mfx.models import ConvNet, Masked, Stack, images, inputs
 
 SVG = "{http://www.w3.org/2000/svg}"

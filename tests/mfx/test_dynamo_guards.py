@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import mfx
-from mfx.net import forward_of
+from mfx.net.forward import forward_of
 
 
 class Block(nn.Module):

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 import mfx
-from mfx.net import forward_of
+from mfx.net.forward import forward_of
 
 
 class Scanning(nn.Module):

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 
 import mfx
-from mfx.explain import branch_weights
+from mfx.reports.explain.explain import branch_weights
 from tests.mfx.models import ConvNet, Masked, Stack, images, inputs
 
 

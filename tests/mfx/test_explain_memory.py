@@ -12,8 +12,8 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import mfx
-from mfx.explained_tables import memory_rows
 from mfx.meter import ActivationMeter
+from mfx.reports.explain.tables import memory_rows
 from tests.mfx.models import ConvNet, Stack, images, inputs
 from tests.mfx.test_parts import Branching
 

@@ -11,10 +11,10 @@ from torchvision.models import resnet18
 
 import mfx
 from mfx.engine.arithmetic.floating import predict
-from mfx.explained_storage import explain_storage
-from mfx.gamma import Gamma
 from mfx.meter import ActivationMeter
-from mfx.net import forward_of
+from mfx.net.forward import forward_of
+from mfx.options.gamma import Gamma
+from mfx.reports.explain.storage import explain_storage
 from tests.mfx.models import Stack, inputs
 
 WIDTH, BATCH = 16, 4096

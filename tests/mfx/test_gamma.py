@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given, settings
 
-from mfx.gamma import Gamma
+from mfx.options.gamma import Gamma
 from mfx_passes.errors import MfxError
 
 

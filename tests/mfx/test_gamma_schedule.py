@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import mfx
-from mfx.gamma import Gamma
+from mfx.options.gamma import Gamma
 from mfx.schedule import cosine, linear
 from tests.mfx.models import Stack, inputs, stack_recurrence
 

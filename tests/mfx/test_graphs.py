@@ -8,7 +8,7 @@ import torch
 from torch import fx, nn
 
 import mfx
-from mfx.momentum import Momentum
+from mfx.program.chain_call import Momentum
 from tests.mfx.models import ConvNet, Masked, Stack, assert_reversible, counting, images, inputs
 
 

@@ -17,9 +17,9 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 import mfx
-from mfx import opaque
-from mfx.backend import momentum
-from mfx.run import Run
+from mfx.compiler import ops as opaque
+from mfx.compiler.backend import momentum
+from mfx.compiler.site_run import Run
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import mfx
-from mfx.amount import Amount
 from mfx.meter import ActivationMeter
+from mfx.options.memory_budget import Amount
 
 WIDTH = 16
 STEP = 6 * 5 * WIDTH * 4 * 12  # bytes: no step saves more than twelve times its input

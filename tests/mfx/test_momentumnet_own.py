@@ -16,7 +16,7 @@ from torchvision.models import resnet18, resnet101
 
 from mfx import MfxError, MomentumNet, transform_to_momentumnet
 from mfx.engine.arithmetic.exact import ExactState
-from mfx.gamma import Gamma
+from mfx.options.gamma import Gamma
 
 RESNETS = [resnet18, pytest.param(resnet101, marks=pytest.mark.zoo)]
 LAYERS = ["encoder.layers", "decoder.layers"]

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import mfx
 from mfx import compat
-from mfx.backend import momentum
+from mfx.compiler.backend import momentum
 from tests.models.step import assert_bit_equal, train_step
 
 MODES = {

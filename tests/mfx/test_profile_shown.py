@@ -6,7 +6,7 @@ import sys
 import pytest
 
 import mfx
-from mfx.profiled import Row
+from mfx.reports.profile.rows import Row
 
 GIB = 2**30
 

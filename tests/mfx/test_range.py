@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mfx
-from mfx.engine.arithmetic.range import LIMIT, Guard
+from mfx.engine.arithmetic.bounds import LIMIT, Guard
 from tests.mfx.models import Stack, inputs, recurrence
 
 SHORT, DEEP = 3, 16  # steps' inputs are kept in the short one

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mfx
-from mfx.cuts import NodeCost, RunCost, choose_cuts
+from mfx.engine.memory.cuts import NodeCost, RunCost, choose_cuts
 from mfx.meter import ActivationMeter
 
 

@@ -16,12 +16,13 @@ import pytest
 from torch import Tensor, nn
 
 import mfx
-from mfx.command_line import main
-from mfx.command_line.commands import _source
-from mfx.profiled import Profile, Row
-from mfx.reporting import page_of
-from mfx.reporting.markup import element
-from mfx.reporting.plot import _scale, lines
+from mfx.cli import main
+from mfx.cli.commands import _source
+from mfx.reports.markup import element
+from mfx.reports.page import page_of
+from mfx.reports.page.memory_lines import _scale, lines
+from mfx.reports.profile.result import Profile
+from mfx.reports.profile.rows import Row
 from tests.mfx.models import Stack
 
 HERE = "tests.mfx.test_report"

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mfx.arguments import specialize_defaults
-from mfx.capture import capture, signature_of
+from mfx.capture.arguments import specialize_defaults
+from mfx.capture.captured import signature_of
+from mfx.capture.symbolic.trace import capture
 from mfx_passes import ChainGraphs, ModuleCall, Rewritten, Selection, StepGraphs, rewrite_graph
 
 ANY = Selection()

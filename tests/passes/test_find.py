@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mfx_passes.find import find_adds, find_runs
-from mfx_passes.index import GraphIndex
+from mfx_passes.analysis.ancestry import GraphIndex
+from mfx_passes.find.residual_adds import find_adds, find_runs
 from tests.passes.harness import traced
 
 

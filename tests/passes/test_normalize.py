@@ -3,9 +3,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mfx_passes.index import GraphIndex
-from mfx_passes.mutations import Mutations
-from mfx_passes.normalize import normalize
+from mfx_passes.analysis.ancestry import GraphIndex
+from mfx_passes.analysis.mutations import Mutations
+from mfx_passes.find.normalize import normalize
 from tests.passes.harness import Traced, code_of, traced
 
 

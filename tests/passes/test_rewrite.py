@@ -12,7 +12,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 from mfx_passes import ChainGraphs, MomentumPass, Selection
 from mfx_passes.momentum_pass import call_name
-from mfx_passes.serialize import copy_graph, dump_calls, load_calls
+from mfx_passes.rewrite.portable_graph import copy_graph, dump_calls, load_calls
 from tests.passes.cases import CASES, Plain, Taps, example, make
 from tests.passes.harness import PlainRecurrence, code_of, rewrite_model, rewritten, traced
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import fx
 
-from mfx_passes import sums
-from mfx_passes.sums import Term
+from mfx_passes.ops import sums
+from mfx_passes.ops.sums import Term
 
 G = fx.Graph()
 x, f, g = G.placeholder("x"), G.placeholder("f"), G.placeholder("g")

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from mfx_passes import vocabulary
+from mfx_passes.ops import vocabulary
 
 X = fx.Graph()
 x, y = X.placeholder("x"), X.placeholder("y")

@@ -18,8 +18,8 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 import mfx
-from mfx.momentum import Momentum
-from mfx.net import forward_of
+from mfx.net.forward import forward_of
+from mfx.program.chain_call import Momentum
 from tests.models.step import Outcome, assert_bit_equal, graph_of, is_identity, train_step, weigh
 from tests.oracles import assert_close_grads, chained_adds, residual_adds
 from tests.zoo.entry import Call, Entry

@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from mfx.engine.arithmetic.moves import IN_BLOCKS, Moves
-from mfx.gamma import Gamma
-
-__all__ = ["Frozen", "State", "wide"]
+from mfx.engine.arithmetic.kernels import IN_BLOCKS, Moves
+from mfx.options.gamma import Gamma
 
 
 class Frozen(NamedTuple):

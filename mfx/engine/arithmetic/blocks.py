@@ -7,8 +7,6 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["blocks", "can_be_split", "flat", "is_plain"]
-
 # In elements of eight bytes: of the five tensors in hand most then fit into a second-level cache, and the calls
 # themselves take little of the time. torch gives a thread no less than half of it.
 _BLOCK = 2**16

@@ -11,14 +11,11 @@ from typing_extensions import Self, override
 
 from mfx.engine.arithmetic.base import Frozen, State
 from mfx.engine.arithmetic.blocks import blocks, can_be_split
+from mfx.engine.arithmetic.bounds import Guard, Reach
+from mfx.engine.arithmetic.digit_store import LIMB, DigitStore
 from mfx.engine.arithmetic.integers import ONE, SMALL, nearest
-from mfx.engine.arithmetic.moves import IN_BLOCKS, Moves, increment, read
-from mfx.engine.arithmetic.range import Guard
-from mfx.engine.arithmetic.reach import Reach
-from mfx.engine.arithmetic.store import LIMB, DigitStore
-from mfx.gamma import Gamma
-
-__all__ = ["ExactState"]
+from mfx.engine.arithmetic.kernels import IN_BLOCKS, Moves, increment, read
+from mfx.options.gamma import Gamma
 
 
 class ExactState(State):

@@ -13,10 +13,8 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from mfx.engine.arithmetic.base import Frozen, State, wide
-from mfx.engine.arithmetic.moves import IN_BLOCKS, Moves
-from mfx.gamma import Gamma
-
-__all__ = ["FloatState", "Prediction", "predict"]
+from mfx.engine.arithmetic.kernels import IN_BLOCKS, Moves
+from mfx.options.gamma import Gamma
 
 # The relative error in a rebuilt state that the anchors hold it to: for float32, 25 steps at γ = 0.9. What it comes to
 # in a parameter's gradient, relative to its norm, depends on the network. In MLPs and transformers of 64 and 128 layers

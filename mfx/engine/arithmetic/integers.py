@@ -10,8 +10,6 @@ from functools import cache
 import torch
 from torch import Tensor
 
-__all__ = ["ONE", "SMALL", "as_float", "floor_divide", "nearest"]
-
 ONE = 2.0**40  # 1.0 in fixed point
 SMALL = 2**50
 

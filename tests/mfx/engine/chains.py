@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from mfx.engine import ChainOutput, StepFunction, run_chain
-from mfx.gamma import Gamma
+from mfx.options.gamma import Gamma
 
 WIDTH = 6
 

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 
 from mfx.engine.arithmetic import ExactState, FloatState, blocks
+from mfx.engine.arithmetic.digit_store import DigitStore, divide, multiply
 from mfx.engine.arithmetic.integers import SMALL
-from mfx.engine.arithmetic.store import DigitStore, divide, multiply
-from mfx.gamma import Gamma
+from mfx.options.gamma import Gamma
 
 GAMMAS = (
     st.integers(2, 2**14).flatmap(lambda d: st.tuples(st.integers(1, d - 1), st.just(d))).map(lambda nd: Gamma(*nd))

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from mfx.engine import StepFunction, run_chain
-from mfx.gamma import Gamma
+from mfx.options.gamma import Gamma
 from tests.mfx.engine.chains import WIDTH, error, gradients, make_root, make_steps, recurrence, run, weights_like
 
 ARITHMETICS = ["exact", "float"]

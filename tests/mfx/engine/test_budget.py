@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from mfx.engine import StepFunction
-from mfx.engine.budget import ChainCost, ChainPlan, StepCost, make_plan
+from mfx.engine.memory.plan import ChainCost, ChainPlan, StepCost, make_plan
 from mfx.meter import ActivationMeter
 from mfx_passes import MfxError
 from tests.mfx.engine.chains import block, error, gradients, make_root, make_steps, run, weights_like

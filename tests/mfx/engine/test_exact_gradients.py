@@ -6,7 +6,7 @@ from torch import nn
 
 from mfx.engine import StepFunction
 from mfx.engine.arithmetic import ExactState
-from mfx.gamma import Gamma
+from mfx.options.gamma import Gamma
 from tests.mfx.engine.chains import WIDTH, block, gradients, make_root, make_steps, recurrence, run, weights_like
 
 GAMMAS = [0.001, 0.01, 0.1, 0.3, 0.5, 0.9, 0.99, 0.9999]

@@ -6,7 +6,7 @@ import torch
 
 from mfx.engine import StepFunction, run_chain
 from mfx.engine.arithmetic import ExactState
-from mfx.gamma import Gamma
+from mfx.options.gamma import Gamma
 from tests.sampling import grid
 
 GAMMAS = [1e-3, 0.01, 0.1, 0.3, 0.5, 0.9, 0.99, 0.9999]

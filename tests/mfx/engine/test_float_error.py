@@ -7,7 +7,7 @@ import torch
 
 from mfx.engine.arithmetic import FloatState
 from mfx.engine.arithmetic.floating import predict
-from mfx.gamma import Gamma
+from mfx.options.gamma import Gamma
 
 TOLERANCE = {torch.float32: 6e-6, torch.float64: 1e-10}
 GAMMAS = [1e-3, 0.01, 0.1, 0.3, 0.5, 0.9, 0.99, 0.9999]

@@ -4,10 +4,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mfx.compiler import Compiler
 from mfx.engine.arithmetic import IN_BLOCKS, ExactState, Fused
-from mfx.gamma import Gamma
-from mfx.program import compile_graph
+from mfx.options.gamma import Gamma
+from mfx.program.codegen import Compiler, compile_graph
 from tests import sampling
 
 SHAPE = 5, 2**14 - 1  # large enough to be fused, and no multiple of a vector's width

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from mfx.engine.arithmetic.floating import predict
-from mfx.gamma import Gamma
+from mfx.options.gamma import Gamma
 from tests.mfx.engine.chains import WIDTH, make_root, make_steps, run
 
 

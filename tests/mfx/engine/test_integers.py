@@ -7,8 +7,8 @@ import pytest
 import torch
 from hypothesis import assume, given
 
+from mfx.engine.arithmetic.digit_store import divide, multiply
 from mfx.engine.arithmetic.integers import SMALL, as_float, floor_divide, nearest
-from mfx.engine.arithmetic.store import divide, multiply
 
 DTYPES = [torch.float64, torch.int64]
 small = st.integers(-SMALL + 1, SMALL - 1)

@@ -1,0 +1,167 @@
+"""The one line: from a model to the same model with momentum chains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import fx, nn
+
+from mfx.capture.arguments import check_signature, specialize_defaults
+from mfx.capture.captured import signature_of
+from mfx.capture.symbolic.trace import capture as capture_symbolically
+from mfx.compat import compiled_model
+from mfx.compiler.compiled_graphs import named_graphs
+from mfx.modules.restore import without_marks
+from mfx.modules.tree_copy import M, net_of
+from mfx.net.build import rewritten
+from mfx.net.forward import forward_of
+from mfx.options.options import check_options
+from mfx.program.chain_call import holds_chain
+from mfx.text import described
+from mfx_passes import MfxError
+
+
+def momentumize(
+    model: M,
+    *,
+    gamma: float | Mapping[str, float] = 0.9,
+    velocity: str | nn.Module | Mapping[str, nn.Module] = "zero",
+    arithmetic: str = "exact",
+    memory_budget: float | str = 0.0,
+    recompute: str | None = None,
+    min_steps: int = 2,
+    only: str | Sequence[str] | None = None,
+    skip: str | Sequence[str] | None = None,
+    capture: str = "auto",
+    example_inputs: Any = None,
+    verify: str = "warn",
+) -> M:
+    """The same model with every chain of residual adds x + f(x) turned into reversible momentum steps.
+
+    A chain computes v ← γ·v + (1−γ)·f(x), x ← x + v (Sander, Ablin, Blondel, Peyré, "Momentum Residual Neural
+    Networks", ICML 2021). Its backward pass rebuilds its activations instead of storing them. For γ > 0 this is
+    *another function* of the same weights; at γ = 0 it is the model itself.
+
+    Args:
+        model: any module; it stays as it is. A ``GraphModule`` gives a ``GraphModule``; a momentumized net is rewritten
+            anew, from the function of its class.
+        gamma: momentum, 0 <= γ < 1, for all chains or by chain name (shell patterns allowed).
+        velocity: v before the first step: ``"zero"``; ``"residual"``, such that the first step adds f(x) in full; or a
+            module (or a mapping from chain names, shell patterns allowed, to modules; zero for the others) that
+            computes it from x. These very modules, not copies, live under ``velocity.``, once per chain.
+        arithmetic: ``"exact"``: rebuilt activations are the forward pass's, bit for bit; ``"float"``: within 6e-6
+            relative in float32, less memory in short chains.
+        memory_budget: how much of the chains' activations is kept for the backward pass; the function is the same. 0.0
+            keeps none, 1.0 all (ordinary backpropagation), b in between at most m₀ + b·(m₁ − m₀) bytes, where the
+            one keeps m₀ and the other m₁: those of the steps that save the most FLOPs per byte. Or a number of bytes
+            above 1 for the net, such as ``"24GiB"``. The first call on inputs of new shapes keeps as little as it can,
+            and watches what the steps cost.
+        recompute: ``"all"``: what lies between the chains (stem, projections, head) runs again in the backward pass as
+            well, in pieces, within the same budget; None: autograd keeps what it keeps.
+        min_steps: chains with fewer steps stay as they were.
+        only: chain names or module paths (shell patterns) to rewrite, all others stay as they were.
+        skip: chain names or module paths (shell patterns) to leave as they were.
+        capture: ``"symbolic"``: by symbolic tracing; ``"dynamo"``: by TorchDynamo, which looks at the first call and at
+            later ones that differ in what the graph depends on; ``"auto"``: by the first if it can, else by the second.
+        example_inputs: arguments of a call to capture at once instead of at the first call: one input, a tuple of
+            inputs, or a mapping from argument names to inputs. Nothing is computed with them.
+        verify: ``"warn"``, ``"raise"`` or ``"off"``: what happens when the backward pass in exact arithmetic does not
+            arrive where the forward pass began, because a step did not compute the same values twice.
+
+    Returns:
+        A model of the same class that shares all parameters and buffers with ``model``, with the same ``state_dict``
+        keys. What moves or casts parameters in place, such as ``.to()``, therefore moves those of both. Without any
+        chain, ``model`` itself, and a warning.
+
+    Raises:
+        MfxError: an option is wrong, or the model cannot be captured.
+    """
+    if not isinstance(model, nn.Module):
+        raise MfxError(f"momentumize takes a torch.nn.Module, not {described(model)}.")
+    options = check_options(
+        gamma=gamma,
+        velocity=velocity,
+        arithmetic=arithmetic,
+        memory_budget=memory_budget,
+        recompute=recompute,
+        min_steps=min_steps,
+        only=only,
+        skip=skip,
+        capture=capture,
+        example_inputs=example_inputs,
+        verify=verify,
+    )
+    return rewritten(model, options)
+
+
+def trace(model: nn.Module) -> fx.GraphModule:
+    """A model's forward pass as a graph, by mfx's symbolic tracer.
+
+    Arguments without a default value are the graph's inputs; the others are fixed to their default.
+
+    Args:
+        model: any module that can be traced, in the training mode that the graph is for.
+
+    Raises:
+        MfxError: it cannot be traced, or the trace would hold for one run only.
+    """
+    if not isinstance(model, nn.Module):
+        raise MfxError(f"trace takes a torch.nn.Module, not {described(model)}.")
+    root = net_of(model)
+    signature = signature_of(root)
+    check_signature(root, signature)
+    with without_marks(root):
+        captured = capture_symbolically(root, specialize_defaults(signature), None, holds_chain)
+    return fx.GraphModule(root, captured.graph, class_name=type(model).__name__)
+
+
+@contextmanager
+def original(net: nn.Module) -> Iterator[nn.Module]:
+    """Within this context, a momentumized net computes what it did before it was rewritten, on the same weights.
+
+    Args:
+        net: a momentumized net, or a module that contains some.
+
+    Raises:
+        MfxError: there is no momentumized net in it.
+    """
+    if not isinstance(net, nn.Module):
+        raise MfxError(f"original takes a momentumized net, not {described(net)}.")
+    forwards = [forward for module in net.modules() if (forward := forward_of(module))]
+    if not forwards:
+        raise MfxError(f"{type(net).__name__} has not been momentumized, so there is no other function to go back to.")
+    for forward in forwards:
+        forward.bypassed += 1
+    try:
+        yield net
+    finally:
+        for forward in forwards:
+            forward.bypassed -= 1
+
+
+def graphs(net: nn.Module) -> dict[str, fx.GraphModule]:
+    """The rewritten graphs of a net that were needed so far.
+
+    Args:
+        net: a momentumized net, or what ``torch.compile(model, backend="mfx")`` returned.
+
+    Returns:
+        One module per graph, over the net's own modules: ``"train"``, ``"eval"``, and ``"train#2"`` and so on for other
+        values of arguments that are no tensors, and where parts of the net are in another mode than the rest.
+
+    Raises:
+        MfxError: the net has not been momentumized.
+    """
+    if not isinstance(net, nn.Module):
+        raise MfxError(f"graphs takes a momentumized net, not {described(net)}.")
+    model = compiled_model(net)
+    if model is not None:
+        return named_graphs(model) if forward_of(model) is None else graphs(model)
+    forward = forward_of(net)
+    if forward is not None:
+        return forward.graphs()
+    if isinstance(net, fx.GraphModule):
+        return {"train" if net.training else "eval": net}
+    raise MfxError(f"{type(net).__name__} has not been momentumized; call mfx.momentumize(model) first.")

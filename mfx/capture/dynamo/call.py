@@ -1,0 +1,168 @@
+"""From one call of a model to a graph of it, by TorchDynamo: for what plain Python tracing cannot follow."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import suppress
+from itertools import chain
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mfx import compat
+from mfx.capture.captured import Captured, CaptureError, Specialization
+from mfx.capture.dynamo.graph import tidy
+from mfx.capture.dynamo.sources import is_held_by_module, place
+from mfx.compat.dynamo import DYNAMO_ERRORS, Seen, see_call, sources
+from mfx.modules.overlay import Overlay
+from mfx.modules.restore import restored_if_changed, restored_if_fake
+from mfx_passes.ops.step_markers import called
+from mfx_passes.rewrite.portable_graph import copy_graph
+
+torch.compiler.allow_in_graph(called)
+
+
+_ADVICE = "Rewrite that line, or momentumize a part of the model that does without it."
+
+
+class Frame:
+    """One call of a model's forward as Dynamo saw it: the conditions under which its graph holds, and how to run it.
+
+    The conditions are Dynamo's own guards: shapes, dtypes, values of arguments that are no tensors, attributes and
+    hooks of modules, grad and autocast mode.
+
+    Args:
+        seen: what Dynamo made of the call.
+        forward: the function that was called; its first argument is the model.
+        positions: which of the values that Dynamo hands to its graph are inputs of ours.
+        modules: the modules of the model.
+    """
+
+    def __init__(
+        self, seen: Seen, forward: FunctionType, positions: tuple[int, ...], modules: Iterable[nn.Module]
+    ) -> None:
+        self._seen = seen
+        self._replaced = {id(module) for module in modules if _has_forward(module)}
+        self._forward = forward
+        self._signature = inspect.signature(forward, follow_wrapped=False)
+        self.positions = positions
+
+    def holds(self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """Whether the graph is the one for this call."""
+        if any(_has_forward(module) and id(module) not in self._replaced for module in net.modules()):
+            return False
+        bound = self._signature.bind(net, *args, **kwargs)
+        bound.apply_defaults()
+        names, cells = self._forward.__code__.co_freevars, self._forward.__closure__ or ()
+        closed_over = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
+        return self._seen.holds({**closed_over, **bound.arguments})
+
+    def callable(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
+        """The forward with ``graph_function`` in the place of its tensor work; takes the model, then its arguments.
+
+        Side effects of the original (a cache that is filled, an attribute that is set) happen as they did.
+        """
+
+        def select(*values: Any) -> Any:
+            return graph_function(*(values[position] for position in self.positions))
+
+        return self._seen.callable(select)
+
+
+def capture_call(
+    net: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    history: MutableMapping[Any, Any] | None,
+    any_float: bool,
+) -> Captured:
+    """The graph of one call; nothing is computed.
+
+    Args:
+        net: the model, in the training mode that the graph is for.
+        args: arguments of the call.
+        kwargs: arguments by name.
+        history: what is known of earlier calls, filled in; sizes that differ from theirs are variables of the graph.
+            None for a graph for the sizes of this call alone.
+        any_float: whether other numbers that differ are to be variables, too.
+
+    Raises:
+        CaptureError: the model cannot be captured as one graph.
+    """
+    forward = inspect.unwrap(type(net).forward, stop=lambda function: isinstance(function, FunctionType))
+    if not isinstance(forward, FunctionType):
+        raise CaptureError(
+            f"{type(net).__name__}.forward is a {type(forward).__name__}, not a Python function. {_ADVICE}"
+        )
+    method = forward.__get__(net)
+    try:
+        try:
+            seen = see_call(method, args, kwargs, history=history, any_float=any_float)
+        except DYNAMO_ERRORS:
+            _set_up(method, args, kwargs)
+            seen = see_call(method, args, kwargs, history=history, any_float=any_float)
+    except DYNAMO_ERRORS as error:
+        reason = f"{type(net).__name__} cannot be captured as one graph: {_said(error)}"
+        raise CaptureError(f"{reason}. {_ADVICE}") from error
+    module = seen.graph
+    names = {str(id(inner)): name for name, inner in net.named_modules()}
+    modules, positions = tidy(module, list(_paths(net, seen)), lambda key, source: names.get(key))
+    inputs = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
+    frame = Frame(seen, forward, positions, net.modules())
+    values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
+    specialization, forward_only = Specialization(inputs, {}), not torch.is_grad_enabled()
+    return Captured(copy_graph(module.graph), [], {}, specialization, modules, values, frame, forward_only)
+
+
+def _paths(net: nn.Module, seen: Seen) -> Iterator[str | None]:
+    """The path of each input of the graph that the call reads off the model, and does not replace there."""
+    tensors = dict(chain(net.named_parameters(remove_duplicate=False), net.named_buffers(remove_duplicate=False)))
+    model = f"{inspect.unwrap(type(net).forward).__code__.co_varnames[0]}."  # "self.", by most authors
+    for source, value in zip(sources(seen.graph.graph), seen.inputs, strict=True):
+        path = ".".join(place(source)).removeprefix(model) if is_held_by_module(source) else ""
+        is_read = tensors.get(path) is value and path.rpartition(".")[2] not in seen.replaced_buffers
+        yield path if is_read else None
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Whether somebody gave a module a forward of its own; what stands for mfx there is not looked at."""
+    forward = module.__dict__.get("forward")
+    return forward is not None and not (isinstance(forward, Overlay) and forward.is_part)
+
+
+def _is_plain(value: Any) -> bool:
+    kinds = (Tensor, bool, int, float, str, type(None))
+    return all(isinstance(leaf, kinds) for leaf in pytree.tree_leaves(value))
+
+
+def _set_up(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Have a model do what it does at its first call only (install hooks, fill tables), on tensors without values."""
+    if not all(map(_is_plain, args)):
+        return
+    # Without what may change in the call, a cache for instance.
+    leaves, spec = pytree.tree_flatten((args, {name: value for name, value in kwargs.items() if _is_plain(value)}))
+    net = method.__self__  # type: ignore[attr-defined]
+    with (
+        restored_if_fake(net),
+        compat.fake_mode() as mode,
+        restored_if_changed(),
+        torch.no_grad(),
+        suppress(Exception),
+    ):
+        fake = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
+        fake_args, fake_kwargs = pytree.tree_unflatten(fake, spec)
+        method(*fake_args, **fake_kwargs)
+
+
+def _said(error: Exception) -> str:
+    """What Dynamo complains about, and the line of the model it was looking at."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    what = next((line for line in lines if line.strip()), "no message")
+    _, _, user = str(error).partition("from user code:")
+    frames = [line.strip() for line in user.splitlines() if line.strip().startswith("File ")]
+    return f"{type(error).__name__}: {what.strip()}" + (f" ({frames[-1]})" if frames else "")

@@ -1,0 +1,102 @@
+"""Regions of a captured graph that run in a mode of the model's own, folded into calls."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx import Graph, Node
+
+from mfx import compat
+from mfx.compat.dynamo import ENTRANCES, EXITS, SWITCHES
+from mfx.modules.uninterrupted import uninterrupted
+
+
+class OtherMode(nn.Module):
+    """A part of a model that runs in a mode of its own (grad, autocast, …), which it enters and leaves."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.body = fx.GraphModule(nn.Module(), graph)
+
+    def forward(self, *args: Any) -> Any:
+        """What the part computes; the mode is the caller's again afterwards, come what may."""
+        if not torch.compiler.is_compiling():  # compiled code runs as a whole
+            with compat.modes_left(), uninterrupted():
+                return self.body(*args)
+        grad = torch.is_grad_enabled()
+        try:
+            return self.body(*args)
+        finally:
+            torch.set_grad_enabled(grad)
+
+
+def _fold_modes(graph: Graph) -> Iterator[tuple[str, nn.Module]]:
+    """Make one call of everything between the entrance to and the exit from another mode.
+
+    Before::
+
+        _set_grad_enabled(False); cos = angles.cos(); _set_grad_enabled(True)
+
+    After::
+
+        cos = other_mode_0(angles)
+
+    """
+    for number, part in enumerate(_parts(graph)):
+        name = f"other_mode_{number}"
+        yield name, _fold(graph, part, name)
+
+
+def _parts(graph: Graph) -> list[list[Node]]:
+    """Nodes from an entrance to the exit that belongs to it; for parts within parts, the outermost."""
+    parts: list[list[Node]] = []
+    open_part: list[Node] = []
+    depth = 0
+    for node in graph.nodes:
+        change = _change_of_depth(node, depth, open_part)
+        if depth or change > 0:
+            open_part.append(node)
+        depth += change
+        if depth == 0 and open_part:
+            parts.append(open_part)
+            open_part = []
+    return parts
+
+
+def _change_of_depth(node: Node, depth: int, inside: list[Node]) -> int:
+    if node.target in ENTRANCES:
+        return 1
+    if node.target in EXITS:
+        return -1
+    if node.target in SWITCHES:
+        earlier = [other for other in inside if other.target is node.target]
+        return -1 if len(earlier) % 2 else 1
+    return 0
+
+
+def _fold(graph: Graph, nodes: list[Node], name: str) -> OtherMode:
+    nodes = [node for node in nodes if node.op != "get_attr"]
+    own = set(nodes)
+    inputs = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in own))
+    outputs = [node for node in nodes if any(user not in own for user in node.users)]
+    body = Graph()
+    copies = {source: body.placeholder(source.name) for source in inputs}
+    for node in nodes:
+        copies[node] = body.node_copy(node, copies.__getitem__)
+    body.output(tuple(copies[node] for node in outputs))
+    with graph.inserting_after(nodes[-1]):
+        call = graph.create_node("call_module", name, tuple(inputs))
+    call.meta = {key: nodes[0].meta[key] for key in ("nn_module_stack", "stack_trace") if key in nodes[0].meta}
+    last = call
+    for position, node in enumerate(outputs):
+        with graph.inserting_after(last):
+            last = graph.call_function(operator.getitem, (call, position))
+        last.meta = dict(node.meta)
+        node.replace_all_uses_with(last, delete_user_cb=lambda user: user not in own)
+    for node in reversed(nodes):
+        graph.erase_node(node)
+    return OtherMode(body)

@@ -1,0 +1,53 @@
+"""Sizes in a graph of Dynamo's: read off its inputs, so that they do not hang on the tensor that was asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+
+def read_sizes_off_inputs(graph: Graph) -> None:
+    """Sizes that Dynamo knows to be a number, or computed of the graph's inputs, are that, whichever tensor was asked.
+
+    Before::
+
+        embeddings = ...; size = embeddings.size(); length = size[1]; cache.copy_(x); last = -length
+
+    After::
+
+        last = -s27; embeddings = ...; cache.copy_(x)
+
+    So what is computed of sizes alone (positions, masks) does not hang on the stream that was asked, nor does it stand
+    behind an operation that nothing may be moved past: all that is computed of the inputs' sizes alone comes first.
+    """
+    known: dict[Any, Node] = {}
+    own: set[Node] = set()
+    last: Node | None = None
+    for node in list(graph.nodes):
+        if node.op == "placeholder":
+            last = node
+        value = node.meta.get("example_value")
+        if not isinstance(value, torch.SymInt):
+            continue
+        size = value.node.expr
+        if node.op == "placeholder":
+            own.add(known.setdefault(size, node))
+        elif size.is_number or size in known:
+            _replace(node, int(size) if size.is_number else known[size])
+        elif last is not None and own.issuperset(node.all_input_nodes):
+            last.append(node)
+            last = known[size] = node
+            own.add(node)
+    for node in reversed(graph.find_nodes(op="call_method", target="size")):
+        if not node.users:
+            graph.erase_node(node)
+
+
+def _replace(node: Node, value: Any) -> None:
+    for user in list(node.users):
+        user.args = map_arg(user.args, lambda other: value if other is node else other)
+        user.kwargs = map_arg(user.kwargs, lambda other: value if other is node else other)
+    node.graph.erase_node(node)

@@ -1,0 +1,119 @@
+"""What a trace may have looked at in the modules it walked through: the conditions under which its graph holds."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from types import BuiltinFunctionType, FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from mfx.modules.overlay import Extra, Overlay
+from mfx.modules.restore import _ABSENT
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
+_INTERNAL = frozenset({*nn.Module().__dict__, "forward", "graph", "code", "print_readable"})
+
+
+@dataclass(frozen=True)
+class Guard:
+    """One module as it was when it was walked through.
+
+    Args:
+        module: the module.
+        kind: its class, which a parametrization changes.
+        children: its submodules, in order.
+        training: its training flag.
+        plain: its attributes that are numbers, strings and the like.
+        missing: names of its parameters and buffers that are None.
+        forward: what somebody put before the forward of its class; not looked at for the net itself.
+    """
+
+    module: nn.Module
+    kind: type
+    children: tuple[tuple[str, nn.Module | None], ...]
+    training: bool
+    plain: tuple[tuple[str, Any], ...]
+    missing: frozenset[str]
+    forward: Any
+
+    @classmethod
+    def of(cls, module: nn.Module, marks: Collection[str], *, is_net: bool) -> Guard:
+        """The module as it is now; attributes in ``marks`` may change."""
+        plain = {name: _snapshot(value) for name, value in module.__dict__.items() if name not in _INTERNAL}
+        kept = tuple((name, value) for name, value in plain.items() if value is not _ABSENT and name not in marks)
+        return cls(
+            module,
+            type(module),
+            _children(module),
+            module.training,
+            kept,
+            _missing(module),
+            _ABSENT if is_net else _forward(module),
+        )
+
+    def in_place(self) -> bool:
+        """Whether it has the submodules it had."""
+        return type(self.module) is self.kind and _children(self.module) == self.children
+
+    def holds(self) -> bool:
+        """Whether it is all as it was."""
+        own = self.module.__dict__
+        return (
+            self.module.training == self.training
+            and self.in_place()
+            and all(_snapshot(own.get(name, _ABSENT)) == value for name, value in self.plain)
+            and _missing(self.module) == self.missing
+            and (self.forward is _ABSENT or _forward(self.module) is self.forward)
+        )
+
+
+def guards_of(net: nn.Module, leaves: Collection[str], marks: Mapping[nn.Module, set[str]]) -> list[Guard]:
+    """Guards for every module of a net but those below ``leaves``, which a graph calls as they are."""
+    return [
+        Guard.of(module, marks.get(module, ()), is_net=module is net)
+        for module in _walked(net, "", frozenset(leaves), set())
+    ]
+
+
+def _walked(module: nn.Module, path: str, leaves: frozenset[str], seen: set[int]) -> Iterator[nn.Module]:
+    if path in leaves or id(module) in seen or isinstance(module, Extra):
+        return
+    seen.add(id(module))
+    yield module
+    for name, child in module._modules.items():
+        if child is not None:
+            yield from _walked(child, f"{path}.{name}" if path else name, leaves, seen)
+
+
+def _children(module: nn.Module) -> tuple[tuple[str, nn.Module | None], ...]:
+    return tuple(item for item in module._modules.items() if not isinstance(item[1], Extra))
+
+
+def _missing(module: nn.Module) -> frozenset[str]:
+    return frozenset(name for table in (module._parameters, module._buffers) for name, t in table.items() if t is None)
+
+
+def _forward(module: nn.Module) -> Any:
+    forward = module.__dict__.get("forward")
+    return None if isinstance(forward, Overlay) and forward.is_part else forward
+
+
+def _snapshot(value: Any) -> Any:
+    """A plain value, a function, or a container or an object of these, as something that keeps; else ``_ABSENT``."""
+    if type(value) is dict:
+        values = tuple(map(_snapshot, value.values()))
+        return _ABSENT if any(item is _ABSENT for item in values) else (tuple(value), values)
+    if isinstance(value, FunctionType | BuiltinFunctionType | MethodType):
+        return value
+    if isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, (*_PLAIN, nn.Module, type)):
+        if type(value).__module__.partition(".")[0] in ("torch", "builtins"):
+            return _ABSENT
+        plain = [(name, item) for name, item in vars(value).items() if isinstance(item, _PLAIN)]
+        return type(value), id(value), tuple((name, type(item), item) for name, item in plain)
+    if isinstance(value, list | tuple):
+        items = tuple(map(_snapshot, value))
+        return _ABSENT if any(item is _ABSENT for item in items) else (type(value), items)
+    return (type(value), value) if isinstance(value, _PLAIN) else _ABSENT

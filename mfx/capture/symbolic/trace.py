@@ -1,0 +1,150 @@
+"""Capture a model by symbolic tracing."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+from torch.overrides import TorchFunctionMode
+
+from mfx import compat
+from mfx.capture.named_steps import WholeSteps
+from mfx.capture.symbolic.tracer import SymbolicTracer
+from mfx.modules.random_state import undisturbed
+from mfx.modules.restore import without_replacing
+from mfx_passes import MfxError
+from mfx_passes.rewrite.portable_graph import copy_graph, dump_calls, load_calls
+
+if TYPE_CHECKING:
+    pass
+from mfx.capture.captured import Captured, CaptureError, Specialization
+
+_READS = frozenset(
+    {
+        torch.Tensor.item,
+        torch.Tensor.tolist,
+        torch.Tensor.numpy,
+        torch.Tensor.__bool__,
+        torch.Tensor.__int__,
+        torch.Tensor.__float__,
+        torch.Tensor.__index__,
+    }
+)
+_ADVICE = "Rewrite that line, momentumize the part of the model that can be traced, or leave this model as it is."
+
+
+def capture(
+    model: nn.Module,
+    specialization: Specialization,
+    steps: WholeSteps | None = None,
+    is_leaf: Callable[[nn.Module], bool] = lambda module: False,
+) -> Captured:
+    """Trace a model symbolically.
+
+    Args:
+        model: the model, in the training mode that the graph is for; it is left as it was.
+        specialization: which arguments are tensors, and the values of the others.
+        steps: modules that are steps as a whole.
+        is_leaf: True for other modules that are called as a whole.
+
+    Raises:
+        CaptureError: it cannot be traced, or the trace would hold for this one run only.
+    """
+    tracer = SymbolicTracer(specialization.inputs, specialization.constants, steps.modules if steps else (), is_leaf)
+    attributes = set(model.__dict__)
+    with (
+        without_replacing(model) as replaced,
+        undisturbed(model) as drawn,
+        _ValuesRead(model),
+        compat.plain_transformer_layers(),
+    ):
+        try:
+            graph = tracer.trace(model)
+        except MfxError:
+            raise
+        except Exception as error:
+            for name in set(model.__dict__) - attributes:
+                delattr(model, name)
+            raise CaptureError(
+                f"{type(model).__name__} cannot be traced symbolically: {_first_line(error)} "
+                f"({_user_line(error, model)}). {_ADVICE}"
+            ) from error
+    if replaced:
+        raise CaptureError(
+            f"{type(model).__name__} replaces buffers while it runs ({', '.join(dict.fromkeys(replaced))}), which a "
+            "symbolic trace cannot follow. Change them in place (copy_, mul_, add_)."
+        )
+    if drawn:
+        raise CaptureError(
+            f"{type(model).__name__} draws random numbers ({', '.join(drawn)}) outside of its layers while it runs, to "
+            "decide what to compute (layer drop, for example): a graph would repeat this one decision for ever. "
+            f"{_ADVICE}"
+        )
+    if noted := _with_hooks_of_its_own(model):  # now: a forward may have registered them
+        raise CaptureError(
+            f"{type(model).__name__} has forward hooks of its own on {', '.join(noted)}; its forward may read what "
+            "they note, and a symbolic trace does not run them. Put the wrapper that has the hooks around the net."
+        )
+    if steps is not None:
+        steps.mark(graph)
+    kept = copy_graph(graph)
+    return Captured(kept, load_calls(dump_calls(tracer.calls), kept), tracer.walked, specialization)
+
+
+class _ValuesRead(TorchFunctionMode):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = model
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _READS and not isinstance(args[0], fx.Proxy):
+            where = _user_frame(traceback.extract_stack(), self._model)
+            raise CaptureError(
+                f"{type(self._model).__name__} reads the value of a tensor while it runs ({where}): a graph would hold "
+                f"for this one value only. {_ADVICE}"
+            )
+        return func(*args, **(kwargs or {}))
+
+
+def _with_hooks_of_its_own(model: nn.Module) -> list[str]:
+    """The modules that have forward hooks that are methods of the model's modules, or of what these hold."""
+    modules = list(model.modules())
+    owners = {id(module) for module in modules} | {id(held) for module in modules for held in module.__dict__.values()}
+    return [
+        name or type(model).__name__
+        for name, module in model.named_modules()
+        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        if (owner := _owner(hook)) is not None and id(owner) in owners
+    ]
+
+
+def _owner(hook: Any) -> object:
+    """The object whose method a hook is."""
+    while isinstance(hook, partial):
+        hook = hook.func
+    return getattr(hook, "__self__", None)
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
+
+
+def _user_line(error: BaseException, model: nn.Module) -> str:
+    return _user_frame(traceback.extract_tb(error.__traceback__), model)
+
+
+def _user_frame(frames: traceback.StackSummary, model: nn.Module) -> str:
+    """The innermost line that is neither torch's nor ours."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
+    theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
+    torchs = [
+        frame for frame in frames if "/torch/nn/" in frame.filename and "/modules/module.py" not in frame.filename
+    ]
+    for frame in (theirs or torchs)[-1:]:
+        return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
+    return f"in the forward of {type(model).__name__}"

@@ -1,0 +1,225 @@
+"""A symbolic tracer that looks where residual adds may be: in all modules but those that hold none."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_aggregate
+from torch.nn.utils.parametrize import is_parametrized
+
+from mfx.capture.symbolic.bytecode import parts_asked_for
+from mfx.capture.symbolic.entered_modes import Modes
+from mfx.capture.symbolic.leaf_modules import LOOKED_INTO, einops_functions, timm_functions, timm_modules
+from mfx.capture.symbolic.proxies import Value
+from mfx_passes import ModuleCall
+
+
+class SymbolicTracer(fx.Tracer):
+    """Traces a module with all tensors symbolic, parameters and buffers included.
+
+    Args:
+        inputs: names of the arguments that are tensors.
+        constants: values of the other arguments, by name; the trace holds for these values only.
+        leaves: modules that are called as a whole, whatever they are.
+
+    Attributes:
+        calls: the module calls that were walked through, in the order they ended.
+        walked: path and module of every module that was walked through, the root first.
+    """
+
+    def __init__(
+        self,
+        inputs: Sequence[str],
+        constants: Mapping[str, Any],
+        leaves: Collection[nn.Module] = (),
+        is_leaf: Callable[[nn.Module], bool] = lambda module: False,
+    ) -> None:
+        super().__init__(autowrap_functions=(*einops_functions(), *timm_functions(), torch.finfo, torch.iinfo))
+        self._autowrap_search.append(torch)  # which is where torch.finfo is looked up
+        self._timm_modules = timm_modules()
+        self._leaves, self._is_leaf = leaves, is_leaf
+        self._opaque: set[str] = set()
+        self._inputs = inputs
+        self._constants = constants
+        self.calls: list[ModuleCall] = []
+        self.walked: dict[str, nn.Module] = {}
+
+    def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        """Record the forward pass of ``root``, a module; see `torch.fx.Tracer.trace`."""
+        assert isinstance(root, nn.Module)
+        tensors = (*root.named_parameters(), *root.named_buffers())
+        self._tensor_paths = {id(tensor): path for path, tensor in reversed(tensors)}
+        self.walked = {"": root}
+        self._modes = Modes()
+        with self._modes.watched():
+            graph = super().trace(root, concrete_args)
+        # What forward is annotated to return says nothing a graph needs, and a string breaks its pickle in torch 2.13.
+        graph.output_node().type = None
+        return graph
+
+    def create_args_for_root(
+        self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
+    ) -> tuple[Callable[[], Any], list[Any]]:
+        """A placeholder for every argument but those with a constant value."""
+        placeholders = {name: self.create_proxy("placeholder", name, (), {}) for name in self._inputs}
+
+        def forward() -> Any:
+            return root_fn(self.root, **placeholders, **self._constants)
+
+        # The tracer looks into the globals and annotations of what it calls, so they must be the model's.
+        return functools.wraps(root_fn)(forward), []
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Modules of torch.nn and einops are called as they are, unless they may hold residual adds."""
+        if m in self._leaves or self._is_leaf(m):
+            return True  # the latter runs a chain already
+        if type(m) in LOOKED_INTO:
+            return False
+        if module_qualified_name in self._opaque:
+            return True
+        if is_parametrized(m) and not type(m).__mro__[1].__module__.startswith("torch.nn"):
+            return False  # its class was made by torch.nn, but from one that was not
+        return type(m).__module__.startswith("einops.") or super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Record a call, and for a module that is walked through, which nodes it consists of."""
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        if type(m) in self._timm_modules:
+            return self._walk_if_possible(m, path, args, kwargs)
+        return self._walk(m, path, args, kwargs)
+
+    def _walk(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.walked[path] = m
+        last = next(reversed(self.graph.nodes), None)
+        # Hooks are run when the module is called, not when it is traced: a proxy means nothing to them.
+        output = super().call_module(m, m.forward, args, kwargs)
+        nodes = frozenset(_after(self.graph, last))
+        to_node = _proxies_to_nodes
+        self.calls.append(ModuleCall(path, to_node(args), to_node(kwargs), to_node(output), nodes))
+        return output
+
+    def _walk_if_possible(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Walk through a module whose author thinks that it cannot be traced; if that is so, call it as it is."""
+        attributes = {module: dict(module.__dict__) for module in m.modules()}
+        last = next(reversed(self.graph.nodes), None)
+        calls, walked, stack = len(self.calls), dict(self.walked), self.module_stack.copy()
+        try:
+            return self._walk(m, path, args, kwargs)
+        except Exception:  # whatever its forward says to symbolic values
+            for module, before in attributes.items():
+                module.__dict__.clear()
+                module.__dict__.update(before)
+            for node in reversed(list(_after(self.graph, last))):
+                self.graph.erase_node(node)
+            del self.calls[calls:]
+            self.walked, self.module_stack = walked, stack
+        self._opaque.add(path)
+        return super().call_module(m, m.forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers are symbolic: their values are none of the graph's business."""
+        path = self._tensor_paths.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
+        if path is None:
+            return attr_val
+        known = parameter_proxy_cache.get(path)
+        if known is None or known.node._erased:
+            parameter_proxy_cache[path] = self.create_proxy("get_attr", path, (), {})
+        return parameter_proxy_cache[path]
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        """Stand in for the value of a node."""
+        return Value(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """What a node reads; a mapping of a class of its own is made by the graph, where torch would read a dict."""
+        cls: Any = type(a)
+        if cls is dict or not issubclass(cls, dict):
+            return super().create_arg(a)
+        if cls is OrderedDict:
+            return self.create_proxy("call_function", cls, (list(a.items()),), {}).node
+        if _is_made_of_fields(a):
+            return self.create_proxy("call_function", cls, (), dict(a)).node
+        raise NotImplementedError(f"a {cls.__name__} would become a dict")
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        """Record a node together with the user's lines that made it (cheaper than torch's own stack traces)."""
+        self._modes.check()
+        node = super().create_node(*args, **kwargs)
+        node.meta["stack_trace"] = _user_stack()
+        return node
+
+    def iter(self, obj: fx.Proxy) -> Iterator[Any]:
+        """Iterate over a value whose number of parts is known, or told by the code that unpacks it."""
+        count = _count_of_parts(obj.node)
+        indices = parts_asked_for(sys._getframe(2)) if count is None else range(count)
+        if indices is None:
+            return super().iter(obj)
+        return iter([None if i is None else operator.getitem(obj, i) for i in indices])
+
+
+def _is_made_of_fields(mapping: Any) -> bool:
+    """Whether a mapping is a dataclass, and its keys are names of fields, as in what Hugging Face models return."""
+    keys = set(mapping)
+    return is_dataclass(mapping) and keys <= {field.name for field in fields(mapping)}
+
+
+def _proxies_to_nodes(args: Any) -> Any:
+    return map_aggregate(args, lambda arg: arg.node if isinstance(arg, fx.Proxy) else arg)
+
+
+def _after(graph: fx.Graph, last: fx.Node | None) -> Iterator[fx.Node]:
+    node = next(iter(graph.nodes), None) if last is None else last.next
+    while node is not None and node.op != "root":
+        yield node
+        node = node.next
+
+
+def _user_stack() -> str:
+    """The frames of the user's model, outermost first, in the usual form."""
+    lines = []
+    frame = sys._getframe(2)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module == "mfx.capture.symbolic.trace":
+            break
+        if not module.startswith(
+            ("torch.fx", "torch.nn.modules.module", "torch.overrides", "mfx.capture.symbolic", "contextlib")
+        ):
+            lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n')
+        frame = frame.f_back  # type: ignore[assignment]
+    return "".join(reversed(lines))
+
+
+def _count_of_parts(node: fx.Node) -> int | None:
+    """Into how many parts a node splits its argument, if it says so itself."""
+    if node.target in ("chunk", torch.chunk):
+        count = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
+        return count if isinstance(count, int) else None
+    if node.target in ("split", torch.split, "tensor_split", torch.tensor_split):
+        sizes = node.args[1] if len(node.args) > 1 else node.kwargs.get("split_size_or_sections")
+        return len(sizes) if isinstance(sizes, list | tuple) else None
+    if node.target is operator.getitem and isinstance(node.args[1], slice):
+        return _length_of_slice(node.args[1])
+    return None
+
+
+def _length_of_slice(part: slice) -> int | None:
+    """How long ``values[part]`` is, if nothing is missing: 2 for ``[-2:]``, ``[:2]`` and ``[1:3]``."""
+    start, stop = part.start or 0, part.stop
+    if part.step is not None or not isinstance(start, int) or not isinstance(stop, int | None):
+        return None
+    if stop is None:
+        return -start if start < 0 else None
+    return max(stop - start, 0) if (start < 0) == (stop < 0) else None

@@ -1,0 +1,204 @@
+"""What each command does."""
+
+from __future__ import annotations
+
+import json
+import re
+from argparse import Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.fx import Graph
+
+import mfx
+from mfx.capture.captured import CaptureError
+from mfx.cli.inputs import made
+from mfx.cli.parser import version
+from mfx.cli.spec import build
+from mfx.net.forward import forward_of
+from mfx.reports.drawing.subject import shown_of
+from mfx.reports.page import check_file, page_of, write
+
+_OPTIONS = ("arithmetic", "memory_budget", "recompute", "velocity", "min_steps", "only", "skip", "capture")
+
+
+class UsageError(Exception):
+    """What stands on the command line does not go together."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model, the arguments of a call, and how it is to be rewritten."""
+
+    model: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    options: Mapping[str, Any]
+
+    def rewritten(self) -> nn.Module:
+        """The momentumized net; one that is no one graph was called, so that it is known what it consists of."""
+        net = mfx.momentumize(self.model, **self.options)
+        if (self.args or self.kwargs) and (forward := forward_of(net)) is not None:
+            try:
+                forward.entry_for(*self.args, **self.kwargs)
+            except CaptureError:
+                with torch.no_grad():
+                    net(*self.args, **self.kwargs)
+        return net
+
+    def profile(self, words: Namespace) -> mfx.Profile:
+        """What training steps of the model take."""
+        how = {"against": words.against, "options": self.options, "repeats": words.repeats}
+        return mfx.profile(self.model, *self.args, **how, **self.kwargs)
+
+    def inputs_of(self, net: nn.Module) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        """What to look at a net with: not a net in parts, which has its graphs already."""
+        forward = forward_of(net)
+        return ((), {}) if forward is not None and forward.in_parts else (self.args, self.kwargs)
+
+
+def run(words: Namespace) -> None:
+    """Do what the command line says.
+
+    Raises:
+        MfxError: the model or the request cannot be served.
+        UsageError: the words do not go together.
+    """
+    try:
+        COMMANDS[words.command](words)
+    except CaptureError as error:
+        if words.inputs:
+            raise
+        raise mfx.MfxError(f"{error} On the command line, inputs are given with --input.") from error
+
+
+def _subject(words: Namespace) -> Subject:
+    args, more = words.args
+    first, kwargs = words.kwargs
+    if first:
+        raise UsageError("--kwargs takes arguments by name, as in 'depth=18'; --args takes the others")
+    model = build(words.spec, args, {**more, **kwargs}, words.config, words.device)
+    if words.mode is not None:
+        model.train(words.mode == "train")
+    return Subject(model, *made(words.inputs, words.device), _options(words))
+
+
+def _options(words: Namespace) -> dict[str, Any]:
+    given = {name: value for name in _OPTIONS if (value := getattr(words, name)) is not None}
+    if words.gamma is None:
+        return given
+    unnamed = [gamma for chain, gamma in words.gamma if chain is None]
+    named = {chain: gamma for chain, gamma in words.gamma if chain is not None}
+    if len(unnamed) > 1:
+        raise UsageError("--gamma is given twice for all chains")
+    if not named:
+        return {**given, "gamma": unnamed[0]}
+    return {**given, "gamma": {**named, "*": unnamed[0] if unnamed else 0.9}}
+
+
+def _explain(words: Namespace) -> None:
+    subject = _subject(words)
+    net = subject.rewritten()
+    args, kwargs = subject.inputs_of(net)
+    explanation = mfx.explain(net, *args, **kwargs)
+    print(json.dumps(explanation.to_dict(), indent=2) if words.json else explanation)
+
+
+def _profile(words: Namespace) -> None:
+    _check_measuring(words)
+    if words.device == "meta":
+        raise UsageError("profile computes, which needs values: --device cpu or cuda, not meta")
+    subject = _subject(words)
+    profile = subject.profile(words)
+    if words.output is not None:
+        profile.plot(words.output)
+    print(json.dumps(profile.to_dict(), indent=2) if words.json else profile)
+
+
+def _draw(words: Namespace) -> None:
+    subject = _subject(words)
+    net = subject.rewritten()
+    args, kwargs = subject.inputs_of(net)
+    mfx.draw(net, words.output, *args, **kwargs)
+    print(words.output)
+
+
+def _report(words: Namespace) -> None:
+    file = check_file(words.output)
+    _check_repeats(words)
+    subject = _subject(words)
+    net = subject.rewritten()
+    args, kwargs = subject.inputs_of(net)
+    profile, why_not = _measured(words, subject)
+    page = page_of(
+        mfx.explain(net, *args, **kwargs),
+        mfx.draw(net, None, *args, **kwargs),
+        profile=profile,
+        why_no_profile=why_not,
+        code=_code(net, args, kwargs),
+        facts={"model": words.spec, "inputs": _described(subject), "versions": version()},
+    )
+    write(file, page)
+    print(file)
+
+
+def _measured(words: Namespace, subject: Subject) -> tuple[mfx.Profile | None, str]:
+    """A profile, or why there is none."""
+    if not words.inputs:
+        return None, "no inputs were given (--input)."
+    if words.device == "meta":
+        return None, "the model is on the meta device, without values."
+    try:
+        return subject.profile(words), ""
+    except mfx.MfxError as error:
+        return None, str(error)
+
+
+def _code(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    found = []
+    for shown in shown_of(net, args, kwargs):
+        where = f"{shown.title}: " if shown.title else ""
+        before, _ = shown.entry.captured.copy()
+        found.append((f"{where}before: as captured", _source(before)))
+        if shown.entry.calls:
+            found.append((f"{where}after: rewritten", _source(shown.entry.graph)))
+    return found
+
+
+def _source(graph: Graph) -> str:
+    """A graph as code, without the deletions that it is run with."""
+    return re.sub(r";  [\w, =]+ = None$", "", graph.python_code("self").src, flags=re.MULTILINE)
+
+
+def _described(subject: Subject) -> str:
+    given = [*((None, value) for value in subject.args), *subject.kwargs.items()]
+    words = [f"{name}={_one(value)}" if name else _one(value) for name, value in given]
+    return ", ".join(words) or "none"
+
+
+def _one(value: Any) -> str:
+    if not isinstance(value, torch.Tensor):
+        return repr(value)
+    return f"{str(value.dtype).removeprefix('torch.')} {'×'.join(map(str, value.shape)) or 'scalar'}"
+
+
+def _check_measuring(words: Namespace) -> None:
+    if not words.inputs:
+        raise UsageError(f"{words.command} calls the model: say with what, as in --input 8,3,224,224")
+    _check_repeats(words)
+
+
+def _check_repeats(words: Namespace) -> None:
+    if words.repeats < 1:
+        raise UsageError(f"--repeats {words.repeats}: at least 1")
+
+
+COMMANDS: Mapping[str, Callable[[Namespace], None]] = {
+    "explain": _explain,
+    "profile": _profile,
+    "draw": _draw,
+    "report": _report,
+}

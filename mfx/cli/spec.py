@@ -1,0 +1,184 @@
+"""From ``package.module:callable`` to a model."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import inspect
+import json
+import pkgutil
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from mfx_passes import MfxError
+
+
+def build(spec: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: Any, device: str) -> nn.Module:
+    """The model that a callable makes.
+
+    Args:
+        spec: ``package.module:callable``; a module that is there already does as well.
+        args: its arguments.
+        kwargs: those by name.
+        config: None, or what ``callable.config_class`` (of Hugging Face models) is made of, the first argument then.
+        device: where parameters are made.
+
+    Raises:
+        MfxError: it is not there, it fails, or makes no module.
+    """
+    found = find(spec)
+    if isinstance(found, nn.Module):
+        return found.to(device)
+    if not callable(found):
+        raise MfxError(f"{spec} is {_described(found)}; a SPEC names what is called for a model: a class, a function.")
+    with _on(device):
+        if config is not None:
+            args = (_config(spec, found, config), *args)
+        model = _called(spec, found, args, kwargs)
+    if not isinstance(model, nn.Module):
+        raise MfxError(f"{spec} made {_described(model)}, not a torch.nn.Module.")
+    return model.to(device)
+
+
+def find(spec: str) -> Any:
+    """What a SPEC names.
+
+    Raises:
+        MfxError: it is not there; says what was looked for and what is called nearly the same.
+    """
+    module_name, colon, path = spec.partition(":")
+    if not (colon and path and module_name):
+        guess = ":".join(spec.strip(":").rsplit(".", 1)) if "." in spec else "torchvision.models:resnet18"
+        raise MfxError(f"{spec!r} is no package.module:callable. Did you mean {guess}?")
+    found: Any = _module(module_name)
+    where = module_name
+    for name in path.split("."):
+        if not hasattr(found, name):
+            raise MfxError(f"there is no {name!r} in {where}{_close(name, dir(found))}.")
+        found, where = getattr(found, name), f"{where}{':' if where == module_name else '.'}{name}"
+    return found
+
+
+def call_arguments(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments as they stand between the parentheses of a call, or a JSON object of named ones.
+
+    >>> call_arguments("3, 'a', depth=[1, 2]")
+    ((3, 'a'), {'depth': [1, 2]})
+    >>> call_arguments('{"weights": null, "depth": 3}')
+    ((), {'weights': None, 'depth': 3})
+
+    Raises:
+        ValueError: they are not that; says why.
+    """
+    if text.lstrip().startswith("{"):
+        try:
+            return (), dict(json.loads(text))
+        except ValueError:
+            pass  # a dictionary as Python writes it, perhaps
+    try:
+        call = ast.parse(f"f({text})", mode="eval").body
+        if text.lstrip().startswith("{") and isinstance(call, ast.Call) and len(call.args) == 1 and not call.keywords:
+            return (), dict(ast.literal_eval(call.args[0]))
+        if (
+            not isinstance(call, ast.Call)
+            or not isinstance(call.func, ast.Name)
+            or None in [k.arg for k in call.keywords]
+        ):
+            raise ValueError("no plain arguments")
+        values = tuple(ast.literal_eval(value) for value in call.args)
+        return values, {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in call.keywords}
+    except (ValueError, SyntaxError, TypeError) as error:
+        raise ValueError(
+            f"{text!r} cannot be read as Python literals, as in \"3, 'relu', depth=18\", nor as a JSON object"
+        ) from error
+
+
+def read_config(text: str) -> dict[str, Any]:
+    """A JSON object, or the JSON file that holds it.
+
+    Raises:
+        ValueError: it is neither; says why.
+    """
+    try:
+        if not text.lstrip().startswith("{"):
+            text = Path(text).read_text(encoding="utf-8")
+        return dict(json.loads(text))
+    except OSError as error:
+        raise ValueError(f"{text!r} is no JSON object, and no file that can be read: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"not a JSON object: {error}") from error
+
+
+def _module(name: str) -> ModuleType:
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.insert(0, here)  # as python -m does
+    try:
+        return import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise MfxError(f"{name} cannot be imported: {error}. Install what it needs.") from error
+        raise MfxError(f"there is no module {error.name!r}{_close_module(error.name)}.") from error
+    except Exception as error:
+        raise MfxError(f"{name} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def _close_module(name: str) -> str:
+    parent, _, last = name.rpartition(".")
+    path = getattr(sys.modules.get(parent), "__path__", ()) if parent else None
+    if parent and not path:
+        return f": {parent} is a module, not a package"
+    return _close(last, (module.name for module in pkgutil.iter_modules(path)))
+
+
+def _close(name: str, names: Iterable[str]) -> str:
+    known = sorted({other for other in names if not other.startswith("_")})
+    lower = {other.lower(): other for other in known}
+    close = [lower[found] for found in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.6)]
+    return f"; there is {', '.join(close)}" if close else ""
+
+
+def _config(spec: str, found: Any, values: Mapping[str, Any]) -> Any:
+    kind = getattr(found, "config_class", None)
+    if kind is None:
+        raise MfxError(
+            f"--config is for classes with a config_class, as models of Hugging Face transformers; {spec} has none. "
+            "Use --kwargs."
+        )
+    return _called(f"the configuration {kind.__name__}", kind, (), values)
+
+
+def _called(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError as error:
+        raise MfxError(f"{name} takes other arguments: {error}. {_signature(function)}") from error
+    except ValueError:
+        pass  # it does not say what it takes
+    try:
+        return function(*args, **kwargs)
+    except Exception as error:
+        raise MfxError(f"{name} failed: {type(error).__name__}: {error}") from error
+
+
+def _signature(function: Callable[..., Any]) -> str:
+    text = str(inspect.signature(function))
+    return f"It takes {text if len(text) < 400 else text[:400] + '…'}; give them with --args and --kwargs."
+
+
+def _on(device: str) -> torch.device:
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise MfxError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def _described(value: object) -> str:
+    return f"a {type(value).__name__}"

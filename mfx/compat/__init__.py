@@ -1,0 +1,60 @@
+"""Every torch private that mfx leans on, by subject, with the versions it was read in."""
+
+from mfx.compat.autograd import (
+    NO_TASK,
+    OPAQUE_TAGS,
+    above_autograd,
+    current_task,
+    keeps_graph,
+    leaves_of,
+    memory_of,
+    when_task_ends,
+)
+from mfx.compat.compiled import compiled_model, is_inductor
+from mfx.compat.fake_tensors import fake_mode, fake_mode_of, is_fake, runs_for_real, unlogged
+from mfx.compat.fsdp import class_before_sharding, is_group, is_sharded, shards_of, share_shards
+from mfx.compat.modes import (
+    AutocastState,
+    autocast_as,
+    autocast_state,
+    has_modes,
+    modes,
+    modes_left,
+    outside_of_export,
+    under_transform,
+    without_modes,
+)
+from mfx.compat.transformer import plain_transformer_layers
+
+__all__ = [
+    "NO_TASK",
+    "OPAQUE_TAGS",
+    "AutocastState",
+    "above_autograd",
+    "autocast_as",
+    "autocast_state",
+    "class_before_sharding",
+    "compiled_model",
+    "current_task",
+    "fake_mode",
+    "fake_mode_of",
+    "has_modes",
+    "is_fake",
+    "is_group",
+    "is_inductor",
+    "is_sharded",
+    "keeps_graph",
+    "leaves_of",
+    "memory_of",
+    "modes",
+    "modes_left",
+    "outside_of_export",
+    "plain_transformer_layers",
+    "runs_for_real",
+    "shards_of",
+    "share_shards",
+    "under_transform",
+    "unlogged",
+    "when_task_ends",
+    "without_modes",
+]

@@ -1,0 +1,60 @@
+"""Every torch private that mfx leans on, with the version it was read in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+NO_TASK = -1
+
+# Of an operation that draws random numbers, and looks at memory that only the CPU knows of.
+OPAQUE_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
+
+
+def current_task() -> int:
+    """A number for the backward pass that this thread is in, ``NO_TASK`` outside one (torch 2.11 to 2.15)."""
+    return torch._C._current_graph_task_id()
+
+
+def when_task_ends(callback: Callable[[], None]) -> None:
+    """Have ``callback`` called when the backward pass that this thread is in has ended (torch 2.11 to 2.15)."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+def above_autograd() -> AbstractContextManager[object]:
+    """A context in which operations are recorded by autograd, also inside an operation (torch 2.11 to 2.15)."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
+        excluded = excluded.remove(key)
+    return torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded)
+
+
+def memory_of(storage: torch.UntypedStorage) -> int:
+    """A number that tells a storage from all others alive, also where it holds nothing (torch 2.11 to 2.15)."""
+    return int(storage._cdata)
+
+
+def keeps_graph() -> bool:
+    """Whether the backward pass that this thread is in was told to keep its graph (torch 2.11 to 2.15)."""
+    return current_task() == NO_TASK or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def leaves_of(tensors: Sequence[Tensor]) -> set[int]:
+    """Identities of the leaves of the autograd graph that tensors are computed from (torch 2.11 to 2.15)."""
+    nodes = {tensor.grad_fn for tensor in tensors}
+    leaves = {id(tensor) for tensor in tensors if tensor.grad_fn is None}
+    waiting = list(nodes)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if hasattr(node, "variable"):
+            leaves.add(id(node.variable))
+        for following, _ in node.next_functions:
+            if following not in nodes:
+                nodes.add(following)
+                waiting.append(following)
+    return leaves

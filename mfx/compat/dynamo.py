@@ -1,0 +1,315 @@
+"""Every private of TorchDynamo that mfx leans on to look at a call, and to read its graph (torch 2.13 to 2.14)."""
+
+from __future__ import annotations
+
+import dis
+import logging
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+from unittest.mock import patch
+
+import torch
+import torch._dynamo
+import torch.nn.attention
+from torch import Tensor, fx
+from torch._dynamo import pgo
+from torch._functorch import predispatch
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils.module_tracker import ModuleTracker
+
+from mfx.compat import fake_mode, plain_transformer_layers, unlogged
+
+CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
+ENTRANCES = (
+    torch.amp.autocast_mode._enter_autocast,
+    torch.autograd.grad_mode._enter_inference_mode,
+    predispatch._vmap_increment_nesting,
+    torch._C._functorch._grad_increment_nesting,
+)
+EXITS = (
+    torch.amp.autocast_mode._exit_autocast,
+    torch.autograd.grad_mode._exit_inference_mode,
+    predispatch._vmap_decrement_nesting,
+    torch._C._functorch._grad_decrement_nesting,
+)
+
+SWITCHES = (torch._C._set_grad_enabled, torch.nn.attention._sdpa_kernel)  # there and back by the same function
+FUSED_LAYER = torch._transformer_encoder_layer_fwd  # what nn.TransformerEncoderLayer is in inference
+
+# The second where a branch of Python's goes by a number that was read from a tensor.
+DYNAMO_ERRORS = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
+
+_TOLD = "told to require a gradient"
+_LOCK = threading.RLock()
+_LOGGING = ("debug", "info", "warning", "warn", "error", "exception", "critical", "log", "warning_once", "info_once")
+
+
+class Seen:
+    """What Dynamo made of one call.
+
+    Attributes:
+        graph: the tensor work of the call.
+        inputs: the values of the graph's inputs in that call.
+    """
+
+    def __init__(self, output: Any, guards: Any) -> None:
+        self._output = output
+        self._guards = guards
+        self.graph: fx.GraphModule = output.backend_input.graph_module
+        self.inputs: Sequence[Any] = output.backend_input.example_inputs
+
+    def holds(self, variables: Mapping[str, Any]) -> bool:
+        """Whether Dynamo's guards hold for these local variables of the function."""
+        with _as_seen():
+            return bool(self._guards.check(dict(variables)))
+
+    def callable(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function that was called, with ``graph_function`` in the place of the graph."""
+        return self._output.forward_callable(  # type: ignore[no-any-return]
+            compiled_fn=graph_function, extra_globals=self._output.graph_capture_output.f_globals
+        )
+
+    @property
+    def replaced_buffers(self) -> set[str]:
+        """Names of buffers that the call replaces by others: ``module._buffers.update({name: …})`` in Dynamo's code."""
+        names: set[str] = set()
+        before, last, reading = "", "", False
+        for instruction in dis.get_instructions(self._output.graph_capture_output.bytecode):
+            before, last = last, str(instruction.argval)
+            if (before, last) == ("_buffers", "update"):
+                reading = True
+            elif instruction.opname == "BUILD_MAP":
+                reading = False
+            elif reading and instruction.opname == "LOAD_CONST" and isinstance(instruction.argval, str):
+                names.add(instruction.argval)
+        return names
+
+
+def see_call(
+    function: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    *,
+    history: MutableMapping[Any, Any] | None,
+    any_float: bool,
+) -> Seen:
+    """Have Dynamo look at one call of a bound method, as one graph or not at all.
+
+    Args:
+        function: the method.
+        args: arguments of the call.
+        kwargs: arguments by name.
+        history: the sizes and integers of earlier calls, to which this call's are added; the graph holds for any value
+            of those that differ. None for a graph for those of this call alone.
+        any_float: whether it should then hold for any value of other numbers that differ, too, that Python code reads
+            off attributes and arguments. It reads each of them off a tensor, where a compiler of the graph breaks it.
+
+    Raises:
+        Exception: whatever Dynamo raises where it has to break the graph.
+    """
+    from torch._dynamo.convert_frame import fullgraph_capture
+    from torch._dynamo.utils import dynamo_timed, get_metrics_context
+
+    config = {
+        "assume_static_by_default": True,
+        "specialize_float": not any_float,
+        "automatic_dynamic_shapes": history is not None,
+        "skip_nnmodule_hook_guards": False,  # a hook that comes later must be seen
+        "ignore_logging_functions": set(_logging_methods()),
+        "capture_scalar_outputs": True,
+        "capture_dynamic_output_shape_ops": True,
+    }
+    with (
+        _as_seen(),
+        _quiet(),
+        _own_tensors_may_require_gradients(),
+        _checkpoints_are_calls(),
+        remembering({} if history is None else history),
+        torch._dynamo.config.patch(config),
+        get_metrics_context(),
+        dynamo_timed("mfx"),
+    ):
+        output = fullgraph_capture(function, tuple(args), dict(kwargs))
+        if output.backend_input is None:
+            raise RuntimeError("the model computes nothing with tensors")
+        _check_gradients_returned(output.backend_input.graph_module.graph)
+        try:
+            guards = output.graph_capture_output.build_guards(function.__func__.__code__, _hooks())
+        except IndexError as error:  # of Dynamo's own, looking for where a size comes from
+            what = "a tensor made in it, nested perhaps, has a size that no argument tells"
+            raise torch._dynamo.exc.TorchDynamoException(what) from error
+    return Seen(output, guards.guard_manager)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without warnings about what Dynamo does itself: it asks every tensor that it is given for its gradient.
+
+    And inside of torch.export it warns of the side effects that it replays. What fails while it looks is said by its
+    exception.
+    """
+    with warnings.catch_warnings(), unlogged():
+        warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
+        warnings.filterwarnings("ignore", message="While compiling, we found certain side effects happened")
+        yield
+
+
+@contextmanager
+def _own_tensors_may_require_gradients() -> Iterator[None]:
+    """``tensor.requires_grad = True`` is no part of the graph where the model has made the tensor itself.
+
+    T5 and Wav2Vec2 say so for their checkpoints. Dynamo breaks the graph there.
+    No gradient depends on it but the tensor's own, for which the model would have to ask; and code that looks at
+    what requires a gradient sees that this does. See `_check_gradients_returned` for what remains.
+    """
+    from torch._dynamo.variables import builtin
+
+    assigning = getattr(builtin, "SetAttrBuiltinVariable", None)
+    if assigning is None:  # before torch 2.13
+        yield
+        return
+    assign = assigning._call_setattr
+
+    def pass_over(self: Any, tx: Any, tensor: Any, name: Any, value: Any) -> Any:
+        if tensor.is_tensor() and tensor.source is None and _says(name, "requires_grad") and _says(value, True):
+            node = tensor.as_proxy().node
+            if not tensor.requires_grad:
+                node.meta["example_value"].requires_grad_()
+                node.meta[_TOLD] = tensor.requires_grad = True
+            return value
+        return assign(self, tx, tensor, name, value)
+
+    with patch.object(assigning, "_call_setattr", pass_over):
+        yield
+
+
+def _check_gradients_returned(graph: fx.Graph) -> None:
+    """What the graph returns must require gradients as it does in the model, or a caller could tell the difference."""
+    told: set[fx.Node] = set()  # and what is computed of these
+    anyway: set[fx.Node] = set()
+    for node in graph.nodes:
+        if _TOLD in node.meta or not told.isdisjoint(node.all_input_nodes):
+            told.add(node)
+        source = node.op in ("placeholder", "get_attr") or not anyway.isdisjoint(node.all_input_nodes)
+        if source and _requires_grad(node) and _TOLD not in node.meta:
+            anyway.add(node)
+    for node in graph.output_node().all_input_nodes:
+        if node in told and _requires_grad(node) and node not in anyway:
+            raise torch._dynamo.exc.TorchDynamoException(
+                f"{node.name} is returned, and requires a gradient only because its requires_grad is set"
+            )
+
+
+def _requires_grad(node: fx.Node) -> bool:
+    values = pytree.tree_leaves(node.meta.get("example_value"))
+    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
+
+
+@contextmanager
+def _checkpoints_are_calls() -> Iterator[None]:
+    """What the model checkpoints itself is called: as a graph of its own it could not note anything outside."""
+    from torch._dynamo.variables.higher_order_ops import CheckpointHigherOrderVariable
+    from torch._higher_order_ops.wrap import TagActivationCheckpoint
+
+    def call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
+        _, own = TagActivationCheckpoint.divide_kwargs(kwargs)
+        return args[0].call_function(tx, args[1:], own)
+
+    with patch.object(CheckpointHigherOrderVariable, "_call_function", call):
+        yield
+
+
+def _says(variable: Any, value: Any) -> bool:
+    return variable.is_python_constant() and bool(variable.as_python_constant() == value)
+
+
+def _logging_methods() -> Iterator[Any]:
+    return (getattr(logging.Logger, name) for name in _LOGGING if hasattr(logging.Logger, name))
+
+
+def _hooks() -> Any:
+    from torch._dynamo.hooks import Hooks
+
+    return Hooks(guard_filter_fn=lambda guards: [not _is_about_forward(guard) for guard in guards])
+
+
+def _is_about_forward(guard: Any) -> bool:
+    """Whether a guard wants a module to be without a ``forward`` of its own: a part of a net may get one from us."""
+    if guard.guard_type != "NOT_PRESENT_IN_GENERIC_DICT":
+        return False
+    attribute: str = guard.orig_guard.create_fn.keywords["attr"]  # its printed form names it in some versions only
+    return attribute == "forward"
+
+
+@contextmanager
+def _as_seen() -> Iterator[None]:
+    """`nn.Transformer` decides nothing by looking at values or for want of gradients; nobody watches.
+
+    A dispatch mode of the user's (a counter of FLOPs or bytes) is no condition of a graph, nor are the hooks by which
+    `torch.utils.flop_counter` follows modules; and a capture's operations without values are not for them to see.
+    """
+    from torch.nn.modules import module
+
+    with (
+        _LOCK,  # what is patched belongs to all threads
+        plain_transformer_layers(),
+        _without_trackers(module._global_forward_pre_hooks),
+        _without_trackers(module._global_forward_hooks),
+        _disable_current_modes(),
+    ):
+        yield
+
+
+def _without_trackers(hooks: dict[int, Any]) -> AbstractContextManager[Any]:
+    if not hooks:
+        return nullcontext()
+    others = {
+        key: hook for key, hook in hooks.items() if not isinstance(getattr(hook, "__self__", None), ModuleTracker)
+    }
+    return patch.dict(hooks, others, clear=True)
+
+
+def sources(graph: fx.Graph) -> list[str]:
+    """Where in the caller's world each input of a graph comes from, as Dynamo writes it; "" for sizes."""
+    return [_source(node) for node in graph.find_nodes(op="placeholder")]
+
+
+def _source(node: fx.Node) -> str:
+    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    return str(name() if callable(name) else name)
+
+
+def with_plain_sizes(value: Any) -> Any:
+    """A fake tensor with the sizes it has in the call that was seen; None for what is no tensor of one size."""
+    if not isinstance(value, Tensor) or value.is_nested:
+        return None
+    sizes = [plain for size in value.shape if (plain := _plain(size)) is not None]
+    if len(sizes) < value.dim():
+        return None
+    with fake_mode():
+        return torch.empty(sizes, dtype=value.dtype, device=value.device)
+
+
+def _plain(size: Any) -> int | None:
+    if isinstance(size, int):
+        return size
+    hint = size.node.hint
+    return None if hint is None else int(hint)
+
+
+@contextmanager
+def remembering(history: MutableMapping[Any, Any]) -> Iterator[None]:
+    """Dynamo knows of these earlier calls and of no others, and adds what it looks at.
+
+    Its own memory is of a function, so of all models of a class alike.
+    """
+    states = defaultdict(pgo.CodeState, history)
+    with patch.object(pgo, "_CODE_STATE", states):
+        yield
+    history.update(states)

@@ -1,0 +1,250 @@
+"""The torch.compile backend "mfx": Dynamo's graph with its chains rewritten, compiled by another backend."""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from types import CodeType
+from typing import Any
+
+from torch import fx, nn
+
+from mfx.capture.captured import Captured, Specialization
+from mfx.capture.dynamo.graph import tidy
+from mfx.capture.dynamo.sources import is_held_by_module, place
+from mfx.compat import compiling as compat_compiling
+from mfx.compat import dynamo as compat_dynamo
+from mfx.compiler.call_site import calls_a_net
+from mfx.compiler.compiled_graphs import CompiledGraph, remember
+from mfx.options.options import Options, check_options
+from mfx.program.assembly import Assembly
+from mfx.program.codegen import Compiler, compile_graph
+from mfx.program.memory_plans import Plans, kind_of_call
+from mfx.program.rewritten import Entry, make_entry
+from mfx.program.scope import Scope
+from mfx.text import without_chains
+from mfx_passes import MfxError
+from mfx_passes.rewrite.portable_graph import copy_graph
+
+_HOLDERS_KEPT = 8
+_OPTIONS = ("gamma", "velocity", "arithmetic", "memory_budget", "recompute", "min_steps", "only", "skip", "verify")
+
+
+def momentum(
+    module: fx.GraphModule, inputs: Sequence[Any], *, mode: str | None = None, options: Mapping[str, Any] | None = None
+) -> Callable[..., Any]:
+    """Compile a graph after its chains have been rewritten: ``torch.compile(model, backend="mfx", options={...})``.
+
+    Args:
+        module: Dynamo's graph.
+        inputs: the values of its inputs.
+        mode: the inner backend's; see `torch.compile`, which takes no mode beside options: there it is ``inner_mode``.
+        options: options of `mfx.momentumize` by name; ``inner``, the backend that compiles what is rewritten, the
+            steps' branches and what lies around the chains: ``"inductor"`` (default), ``"eager"``, ``"aot_eager"`` or
+            any other, by name or as a callable; and ``inner_mode`` or ``inner_options``, `torch.compile`'s ``mode`` and
+            ``options`` for that one.
+
+    Raises:
+        MfxError: an option is unknown or wrong, a chain is cut by a graph break, or Dynamo is about to give up
+            compiling anew and to run the model as it was.
+    """
+    given = _given(options)
+    compiler = _compiler(given, mode)
+    checked = _checked(given)
+    _refuse_the_last_recompilation()
+    sources = compat_dynamo.sources(module.graph)
+    paths = [".".join(place(source)) if is_held_by_module(source) else None for source in sources]
+    holders = _Holders(paths)
+    holder = holders.of(inputs)
+    entry, positions = _rewrite(module, paths, holder, checked)
+    _refuse_fused_layers(entry)
+    _refuse_cut_chains(module, entry)
+    if not entry.calls:
+        _warn_idle(module, given)
+    checked.check_chains(entry.shape)
+    function = Assembly(entry.graph, entry.calls, compiler, rerun_rest=entry.rerun_rest, verify=entry.verify)
+    plans = Plans(checked.memory_budget) if checked.plans else None
+    mode = compat_compiling.mode_of_compiled()
+    holders.tell(lambda net: CompiledGraph(entry, net, checked, mode))
+
+    def run(*values: Any) -> Any:
+        holder = Scope(holders.of(values), entry.captured.modules)
+        taken = [values[position] for position in positions]
+        with nullcontext() if plans is None else plans.passing(kind_of_call(taken)):
+            return function(holder, *taken)
+
+    return run
+
+
+class _Holders:
+    """Trees of modules that hold the parameters and buffers of a call under their paths.
+
+    Dynamo runs one graph for all models of a class, so each set of tensors has its own tree; a backward pass that is
+    still to come reads that of its forward pass.
+    """
+
+    def __init__(self, paths: Sequence[str | None]) -> None:
+        self._paths = [(position, path) for position, path in enumerate(paths) if path is not None]
+        self._made: dict[tuple[int, ...], nn.Module] = {}
+        self._graphs: dict[nn.Module, CompiledGraph] = {}
+        self._describe: Callable[[nn.Module], CompiledGraph] | None = None
+
+    def tell(self, describe: Callable[[nn.Module], CompiledGraph]) -> None:
+        """Let the graph be found by the tensors of these trees, and of those that will be made."""
+        self._describe = describe
+        for net in self._made.values():
+            self._remember(net)
+
+    def _remember(self, net: nn.Module) -> None:
+        if self._describe is not None:
+            self._graphs[net] = self._describe(net)
+            remember(self._graphs[net])
+
+    def of(self, values: Sequence[Any]) -> nn.Module:
+        """The tree for these inputs of the graph."""
+        key = tuple(id(values[position]) for position, _ in self._paths)
+        if key not in self._made:
+            self._made[key] = self._make(values)
+            self._remember(self._made[key])
+            while len(self._made) > _HOLDERS_KEPT:
+                self._graphs.pop(self._made.pop(next(iter(self._made))), None)
+        return self._made[key]
+
+    def _make(self, values: Sequence[Any]) -> nn.Module:
+        root = nn.Module()
+        for position, path in self._paths:
+            *outer, name = path.split(".")
+            module, tensor = root, values[position]
+            for part in outer:
+                if part not in module._modules:
+                    module.add_module(part, nn.Module())
+                module = getattr(module, part)
+            if isinstance(tensor, nn.Parameter):
+                module.register_parameter(name, tensor)
+            else:
+                module.register_buffer(name, tensor)
+        return root
+
+
+def _given(options: object) -> dict[str, Any]:
+    if not isinstance(options, Mapping | None):
+        raise MfxError(f"options must be a dictionary such as {{'gamma': 0.9, 'inner': 'eager'}}, not {options!r}.")
+    return dict(options or {})
+
+
+def _compiler(options: dict[str, Any], mode: str | None) -> Callable[[fx.Graph], Callable[..., Any]]:
+    inner, inner_options = options.pop("inner", "inductor"), options.pop("inner_options", None)
+    mode = options.pop("inner_mode", mode)
+    if inner == "mfx" or inner is momentum:
+        raise MfxError("inner='mfx': the inner backend compiles what mfx has rewritten; use 'inductor' or another one.")
+    if not callable(inner) and inner not in compat_compiling.backends(hidden=True):
+        raise MfxError(
+            f"inner={inner!r}: no torch.compile backend has this name. There are "
+            f"{', '.join(compat_compiling.backends())}; or pass a callable."
+        )
+    if inner_options is not None and not isinstance(inner_options, Mapping):
+        raise MfxError(f"inner_options must be a dictionary, the inner backend's options, not {inner_options!r}.")
+    if inner_options is not None and mode is not None:
+        raise MfxError(
+            f"torch.compile takes a mode or options: give inner_mode={mode!r} or inner_options={inner_options!r}."
+        )
+    if inner == "eager":
+        return compile_graph
+    settings = {"mode": mode, "options": inner_options}
+    return Compiler(inner, **{name: value for name, value in settings.items() if value is not None})
+
+
+def _checked(options: dict[str, Any]) -> Options:
+    unknown = sorted(set(options) - set(_OPTIONS))
+    if unknown:
+        raise MfxError(
+            f"options of the backend 'mfx': {', '.join(unknown)} unknown. There are inner, inner_mode, "
+            f"inner_options, {', '.join(_OPTIONS)}."
+        )
+    checked = check_options(**options)
+    if not isinstance(checked.velocity, str):
+        raise MfxError("velocity modules need the model itself: use mfx.momentumize, or velocity='zero' or 'residual'.")
+    return checked
+
+
+def _rewrite(
+    module: fx.GraphModule, paths: Sequence[str | None], holder: nn.Module, options: Options
+) -> tuple[Entry, tuple[int, ...]]:
+    """The rewritten graph, and which of the inputs it takes."""
+    module = _copy(module)  # Dynamo goes on to read its own
+    modules, positions = tidy(module, paths, lambda key, source: ".".join(place(source)))
+    values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
+    names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
+    captured = Captured(copy_graph(module.graph), [], {}, Specialization(names, {}), modules, values)
+    return make_entry(holder, captured, options, {}, {}), positions
+
+
+def _copy(module: fx.GraphModule) -> fx.GraphModule:
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)
+
+
+def _refuse_cut_chains(module: fx.GraphModule, entry: Entry) -> None:
+    """A graph break inside a chain would set its velocity back to zero: another function."""
+    broken, resumed = compat_compiling.is_broken_off(module), compat_compiling.is_resumed()
+    for name, call in entry.calls.items():
+        node = next(iter(entry.graph.find_nodes(op="call_module", target=name)))
+        starts_at_break = resumed and any(source.op == "placeholder" for source in node.all_input_nodes[:1])
+        ends_at_break = broken and any(user.op == "output" for user in _onwards(node))
+        if starts_at_break or ends_at_break:
+            raise MfxError(
+                f"the chain {call.chain} is cut by a graph break of torch.compile, where its velocity would be lost. "
+                "Compile with fullgraph=True to see what breaks the graph, or use mfx.momentumize."
+            )
+
+
+def _refuse_fused_layers(entry: Entry) -> None:
+    """The fused kernel for inference is one operation, in which no residual add can be found."""
+    if entry.captured.graph.find_nodes(op="call_function", target=compat_dynamo.FUSED_LAYER):
+        raise MfxError(
+            "nn.TransformerEncoderLayer runs as one fused operation without gradients, so its residual adds cannot be "
+            "found, and the network would be another one than in training. Call "
+            "torch.backends.mha.set_fastpath_enabled(False) first, or use mfx.momentumize."
+        )
+
+
+def _onwards(call: fx.Node) -> list[fx.Node]:
+    """Who reads the end state of a chain, directly or as the first of several values."""
+    firsts = [user for user in call.users if user.target is operator.getitem and user.args[1] == 0]
+    return [user for node in (call, *firsts) for user in node.users]
+
+
+def _refuse_the_last_recompilation() -> None:
+    """After so many graphs of one function Dynamo runs it as it was written, which is another function."""
+    if compat_compiling.recompilations_left() < 1:
+        raise MfxError(
+            "torch.compile has made as many graphs of this function as it will; at the next one it would run the model "
+            "without mfx. Raise torch._dynamo.config.recompile_limit, or compile with dynamic=True."
+        )
+
+
+def _warn_idle(module: fx.GraphModule, given: Mapping[str, Any]) -> None:
+    if not calls_a_net(module.graph):
+        warnings.warn(f"mfx: {without_chains(module)}", stacklevel=3)
+    elif given:
+        message = (
+            f"mfx: {', '.join(given)}: no effect, for there are no chains to rewrite beside those of a net that was "
+            "momentumized before, which keeps its own options. Give them to mfx.momentumize."
+        )
+        warnings.warn(message, stacklevel=3)
+
+
+def _warn_given_up(code: CodeType, reason: str) -> None:
+    """The function then runs without mfx: where it holds a chain that is another function than the user asked for."""
+    message = (
+        f"mfx: torch.compile has given up on {code.co_name} ({code.co_filename}:{code.co_firstlineno}) and runs it as "
+        f"it is written, so no residual adds in it are rewritten ({reason}). Compile with fullgraph=True to have this "
+        "as an error that shows the line, or use mfx.momentumize."
+    )
+    warnings.warn(message, stacklevel=2)
+
+
+compat_compiling.when_given_up(momentum, _warn_given_up)

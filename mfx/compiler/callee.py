@@ -1,0 +1,28 @@
+"""What compiled code knows of the net that it calls."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from torch import nn
+
+
+class Callee(Protocol):
+    """A net's forward, as seen by code that torch.compile compiles."""
+
+    net: nn.Module
+    key: str
+    lock: Any
+    sites: list[Any]
+    bypassed: int
+
+    @property
+    def is_opaque(self) -> bool:
+        """True if compiled code may call the net as one operation."""
+
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: Any = ...) -> Any:
+        """Run the net by functions that ``program`` makes of graphs."""
+
+    def warn(self, message: str) -> None:
+        """Warn, once per message."""

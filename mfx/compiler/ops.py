@@ -1,0 +1,96 @@
+"""A net's forward and backward pass as operations that no compiler looks into.
+
+Let into the recomputation, a compiler would change it without a word: other dropout masks, statistics counted twice.
+So ``mfx::run`` runs the net as it runs without a compiler, with an autograd graph of its own, and gives a token by
+which ``mfx::run_backward`` finds that graph. Buffers are changed by ``mfx::settle``, the one of the three that says so.
+"""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfx import compat
+from mfx.compiler.call_site import site_of
+from mfx.compiler.site_run import Run
+
+_RUNS: dict[int, Run] = {}  # those whose backward pass may still come, by token
+_NUMBERS = itertools.count()
+
+
+@torch.library.custom_op("mfx::run", mutates_args=(), tags=compat.OPAQUE_TAGS)
+def run(site: str, inputs: Sequence[Tensor], held: Sequence[Tensor], *, device: torch.device) -> list[Tensor]:
+    """Run a net.
+
+    Args:
+        site: key of the `mfx.sites.Site`.
+        inputs: the tensors of the net's arguments.
+        held: its parameters and buffers.
+        device: where random numbers are drawn, for `torch.utils.checkpoint` to look at.
+
+    Returns:
+        The tensors of its result, and the token of the run.
+    """
+    made = Run(site_of(site), inputs, held)
+    results = made.forward()
+    number = next(_NUMBERS)
+    token = torch.tensor(number)
+    _RUNS[number] = made
+    weakref.finalize(token, _RUNS.pop, number, None)  # whoever may ask for the backward pass holds the token
+    return [*results, token]
+
+
+@run.register_fake
+def _(site: str, inputs: Sequence[Tensor], held: Sequence[Tensor], *, device: torch.device) -> list[Tensor]:
+    return [*site_of(site).foresee(inputs, held), torch.empty((), dtype=torch.int64)]
+
+
+@torch.library.custom_op("mfx::settle", mutates_args=("buffers",))
+def settle(token: Tensor, buffers: Sequence[Tensor]) -> None:
+    """Give a net's buffers the values that a run has left in its own."""
+    _RUNS[int(token)].settle(buffers)
+
+
+@settle.register_fake
+def _(token: Tensor, buffers: Sequence[Tensor]) -> None:
+    pass
+
+
+@torch.library.custom_op("mfx::run_backward", mutates_args=(), tags=compat.OPAQUE_TAGS)
+def run_backward(token: Tensor, gradients: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    """The gradients of what the run of this token depends on, tensors like ``like``."""
+    number = int(token)
+    keep = compat.keeps_graph()
+    made = _RUNS[number] if keep else _RUNS.pop(number)
+    return made.backward(gradients, like, keep=keep)
+
+
+@run_backward.register_fake
+def _(token: Tensor, gradients: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(tensor) for tensor in like]
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: list[Tensor]) -> None:
+    key, given, held = inputs
+    ctx.site, ctx.counts = site_of(key), (len(given), len(held))
+    leaves = [*given, *held]
+    ctx.save_for_backward(output[-1], *(leaves[position] for position in ctx.site.foreseen.used))
+    differentiable = {id(output[at]) for at in ctx.site.foreseen.differentiable}
+    ctx.mark_non_differentiable(*(tensor for tensor in output if id(tensor) not in differentiable))
+
+
+def _backward(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Any, ...]:
+    token, *like = ctx.saved_tensors
+    site, (given, held) = ctx.site, ctx.counts
+    wanted = [gradients[position] for position in site.foreseen.differentiable]
+    found = dict(zip(site.foreseen.used, torch.ops.mfx.run_backward(token, wanted, like), strict=True))
+    every = [found.get(position) for position in range(given + held)]
+    return None, every[:given], every[given:]
+
+
+run.register_autograd(_backward, setup_context=_remember)

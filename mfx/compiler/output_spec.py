@@ -1,0 +1,137 @@
+"""What is known of a call of a net before it runs, and compared with when it has run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mfx import compat
+from mfx_passes import MfxError
+
+
+@dataclass(frozen=True)
+class Given:
+    """A tensor that a net returns as it was given: the ``position``-th of its arguments, parameters and buffers."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Result:
+    """The ``position``-th of the tensors that a net makes."""
+
+    position: int
+
+
+@dataclass(frozen=True)
+class Foreseen:
+    """What compiled code has to know of a call.
+
+    Attributes:
+        leaves: type and value of what the net returns, with `Result` and `Given` for tensors.
+        spec: the structure they are in.
+        kinds: of each result: dtype, device, and sizes, with None for those that are open.
+        used: positions of the given tensors that the results depend on, of those that require a gradient.
+        differentiable: positions of the results that require a gradient.
+    """
+
+    leaves: tuple[tuple[type, Any], ...]
+    spec: Any
+    kinds: tuple[tuple[torch.dtype, torch.device, tuple[int | None, ...]], ...]
+    used: tuple[int, ...]
+    differentiable: tuple[int, ...]
+
+    def difference(self, real: Foreseen) -> str | None:
+        """What a call did that code which expects this one would get wrong, as a sentence about the net."""
+        if (self.leaves, self.spec) != (real.leaves, real.spec):
+            return f"returned {real.structure}, where {self.structure} was foreseen"
+        for expected, found in zip(self.kinds, real.kinds, strict=True):
+            if expected[:2] != found[:2] or not _fit(expected[2], found[2]):
+                return f"returned a tensor of {_described(found)}, where {_described(expected)} was foreseen"
+        if not {*real.used} <= {*self.used} or not {*real.differentiable} <= {*self.differentiable}:
+            return "returned what depends on other parameters or inputs than was foreseen"
+        return None
+
+    @property
+    def sizes(self) -> list[list[int]] | None:
+        """The sizes of all results; None if some are open."""
+        found = [[size for size in sizes if size is not None] for _, _, sizes in self.kinds]
+        return found if all(None not in sizes for _, _, sizes in self.kinds) else None
+
+    @property
+    def structure(self) -> Any:
+        """What the net returns, with `Result` and `Given` for tensors."""
+        return pytree.tree_unflatten([value for _, value in self.leaves], self.spec)
+
+
+def foreseen_of(net: nn.Module, returned: Any, given: Sequence[Tensor]) -> tuple[Foreseen, list[Tensor]]:
+    """What is to be known of a call, and the tensors that it made.
+
+    Args:
+        net: the net, for messages.
+        returned: what it returned.
+        given: its arguments, parameters and buffers, as leaves of the autograd graph.
+
+    Raises:
+        MfxError: it returned something that is neither a tensor nor a plain value, or depends on a tensor that
+            requires a gradient and is not among the given ones.
+    """
+    values, spec = pytree.tree_flatten(returned)
+    places: dict[int, Result | Given] = {id(tensor): Given(at) for at, tensor in enumerate(given)}
+    results: list[Tensor] = []
+    leaves = []
+    for value in values:
+        if isinstance(value, Tensor) and id(value) not in places:
+            places[id(value)] = Result(len(results))
+            results.append(value)
+        leaf = places[id(value)] if isinstance(value, Tensor) else _plain(net, value)
+        leaves.append((type(leaf), leaf))
+    differentiable = tuple(at for at, result in enumerate(results) if result.requires_grad)
+    reached = compat.leaves_of([results[at] for at in differentiable])
+    wanted = {id(tensor): at for at, tensor in enumerate(given) if tensor.requires_grad}
+    if reached - wanted.keys():
+        raise MfxError(
+            f"{type(net).__name__} reads a tensor that requires a gradient and is neither an argument nor a parameter, "
+            "so code that torch.compile compiled would give it none. Make it an nn.Parameter of the model or an "
+            "argument."
+        )
+    used = tuple(sorted(wanted[key] for key in reached))
+    kinds = tuple((result.dtype, result.device, tuple(map(_size, result.shape))) for result in results)
+    return Foreseen(tuple(leaves), spec, kinds, used, differentiable), results
+
+
+def is_plain(value: object) -> bool:
+    """Whether a value that is no tensor may come out of a graph."""
+    return value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device)
+
+
+def _plain(net: nn.Module, value: Any) -> Any:
+    if isinstance(value, torch.SymInt):
+        return int(value)
+    if is_plain(value):
+        return value
+    raise MfxError(
+        f"{type(net).__name__} returns a {type(value).__name__}, which cannot come out of a graph that torch.compile "
+        "makes. Have it return tensors and plain values (of a Hugging Face model: pass use_cache=False), or compile "
+        "without fullgraph=True."
+    )
+
+
+def _size(size: Any) -> int | None:
+    return size if isinstance(size, int) else None
+
+
+def _fit(sizes: tuple[int | None, ...], others: tuple[int | None, ...]) -> bool:
+    return len(sizes) == len(others) and all(
+        a is None or b is None or a == b for a, b in zip(sizes, others, strict=True)
+    )
+
+
+def _described(kind: tuple[torch.dtype, torch.device, tuple[int | None, ...]]) -> str:
+    dtype, device, sizes = kind
+    return f"{dtype} on {device} of shape ({', '.join('?' if size is None else str(size) for size in sizes)})"

@@ -1,0 +1,154 @@
+"""The moves of exact arithmetic as one function each, for a compiler that makes one loop of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, Tracer
+from typing_extensions import override
+
+from mfx.compat import has_modes
+from mfx.engine.arithmetic.blocks import flat, is_plain
+from mfx.engine.arithmetic.integers import ONE
+from mfx.engine.arithmetic.kernels import IN_BLOCKS, Moves
+from mfx.options.gamma import Gamma
+
+_WORTH = 2**14  # elements; what fewer of them take a CPU is not worth the seconds that a compiler takes
+
+
+class Fused(Moves):
+    """By functions that a compiler has made of graphs.
+
+    What γ is, and how many elements there are, is no part of a graph, so neither asks for another one.
+
+    Args:
+        program: the compiler. Its functions are called with plain tensors, one-dimensional and of one size, of which
+            they write into some; the last one may be of another size.
+    """
+
+    def __init__(self, program: Callable[[Graph], Callable[..., Any]]) -> None:
+        self._program = program
+        self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
+
+    @override
+    def advance(self, x: Tensor, v: Tensor, top: Tensor, y: Tensor, out: Tensor, kind: str, gamma: Gamma) -> None:
+        if not _is_worth_it(x, v, top, y, out):
+            return IN_BLOCKS.advance(x, v, top, y, out, kind, gamma)
+        return self._run(_advance, kind, x, v, top, y, out, numbers=_numbers(gamma, x.device))
+
+    @override
+    def retreat_x(self, x: Tensor, v: Tensor, out: Tensor) -> None:
+        if not _is_worth_it(x, v, out):
+            return IN_BLOCKS.retreat_x(x, v, out)
+        return self._run(_retreat_x, "", x, v, out)
+
+    @override
+    def retreat_v(self, x: Tensor, v: Tensor, top: Tensor, y: Tensor, kind: str, gamma: Gamma) -> None:
+        if not _is_worth_it(x, v, top, y):
+            return IN_BLOCKS.retreat_v(x, v, top, y, kind, gamma)
+        return self._run(_retreat_v, kind, x, v, top, y, numbers=_numbers(gamma, x.device))
+
+    def _run(self, move: Any, kind: str, *tensors: Tensor, numbers: Tensor | None = None) -> None:
+        dtypes = tuple([tensor.dtype for tensor in tensors])
+        compiled = self._compiled.get(key := (move, kind, dtypes))
+        if compiled is None:
+            graph = _graph(partial(move, kind, dtypes), len(dtypes), has_numbers=numbers is not None)
+            compiled = self._compiled[key] = self._program(graph)
+        with torch.no_grad():
+            parts = [flat(tensor, tensors[0]) for tensor in tensors]
+            compiled(None, *parts, *([] if numbers is None else [numbers]))
+
+
+def _is_worth_it(*tensors: Tensor) -> bool:
+    """Whether there is enough to do, on ordinary memory that nobody looks at operations of."""
+    first = tensors[0]
+    if first.numel() < (_WORTH if first.device.type == "cpu" else 1):
+        return False
+    return all(map(is_plain, tensors)) and not has_modes()
+
+
+@cache
+def _numbers(gamma: Gamma, device: torch.device) -> Tensor:
+    """What a move needs to know of γ = n/d: (1−γ), n, d, and of both what `_floor_divide` needs."""
+    n, d = gamma.numerator, gamma.denominator
+    values = gamma.rest, n, 1 / n, (1 - n) / (2 * n), d, 1 / d, (1 - d) / (2 * d)
+    return torch.tensor(values, dtype=torch.float64, device=device)
+
+
+def _graph(move: Callable[..., None], count: int, *, has_numbers: bool) -> Graph:
+    """The operations of a move on so many tensors."""
+    graph = Graph()
+    tracer = Tracer()
+    tracer.graph = graph
+    names = [*(f"t{i}" for i in range(count)), *(["numbers"] if has_numbers else [])]
+    inputs = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
+    move(*inputs)
+    tracer.create_proxy("output", "output", ((),), {})
+    return graph
+
+
+# What follows sees proxies. Formulas as in `kernels`, `digit_store` and `integers`; the dtypes are those of the
+# tensors.
+
+
+def _advance(kind: str, dtypes: Any, x: Any, v: Any, top: Any, y: Any, out: Any, numbers: Any) -> None:
+    (dtype, *_), out_dtype = dtypes, dtypes[-1]
+    rest, n, d = numbers[0], _Divisor(numbers, 1, dtype), _Divisor(numbers, 4, dtype)
+    v_next, top_next = _scaled(v, top, n, d)
+    v_next = v_next + _increment(y, x, kind, rest, dtype)
+    x_next = x + v_next
+    for tensor, value in ((v, v_next), (top, top_next), (x, x_next), (out, _read(x_next, out_dtype))):
+        tensor.copy_(value)
+
+
+def _retreat_x(kind: str, dtypes: Any, x: Any, v: Any, out: Any) -> None:
+    before = x - v
+    x.copy_(before)
+    out.copy_(_read(before, dtypes[-1]))
+
+
+def _retreat_v(kind: str, dtypes: Any, x: Any, v: Any, top: Any, y: Any, numbers: Any) -> None:
+    dtype = dtypes[0]
+    rest, n, d = numbers[0], _Divisor(numbers, 1, dtype), _Divisor(numbers, 4, dtype)
+    before, top_before = _scaled(v - _increment(y, x, kind, rest, dtype), top, d, n)
+    v.copy_(before)
+    top.copy_(top_before)
+
+
+def _scaled(v: Any, top: Any, n: _Divisor, d: _Divisor) -> tuple[Any, Any]:
+    """V·n/d and the top after that."""
+    q = d.floor_divide(v)
+    w = v + (top - q) * d.value
+    t = n.floor_divide(w)
+    return w + (q - t) * n.value, t
+
+
+class _Divisor:
+    """A number to divide integers by, which stands in ``numbers`` with what that takes."""
+
+    def __init__(self, numbers: Any, at: int, dtype: torch.dtype) -> None:
+        self.value = numbers[at] if dtype == torch.float64 else numbers[at].to(torch.int64)
+        self._inverse, self._half, self._dtype = numbers[at + 1], numbers[at + 2], dtype
+
+    def floor_divide(self, a: Any) -> Any:
+        if self._dtype == torch.int64:
+            return torch.div(a, self.value, rounding_mode="floor")
+        return torch.round(a * self._inverse + self._half)
+
+
+def _increment(y: Any, x: Any, kind: str, rest: Any, dtype: torch.dtype) -> Any:
+    y = y.to(torch.float64)
+    if kind == "residual":
+        return torch.round(y * (rest * ONE)).to(dtype)
+    f = torch.round(y * ONE).to(dtype) - x
+    return torch.round(f.to(torch.float64) * rest).to(dtype)
+
+
+def _read(x: Any, dtype: torch.dtype) -> Any:
+    value = x.to(torch.float64) * (1 / ONE)
+    # As a CPU does where there is no conversion from float64.
+    return value.to(torch.float32).to(dtype) if dtype.itemsize < 4 else value.to(dtype)

@@ -1,0 +1,99 @@
+"""What a step costs: the bytes that it saves for the backward pass and the work that it does, seen in its first run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mfx.compat import memory_of
+from mfx.engine.memory.plan import StepCost
+
+_Storages = dict[int, tuple[Any, int]]
+
+
+class StepMeasure(TorchDispatchMode):
+    """Counts the FLOPs done while it is active, and the memory of the tensors that it is told of.
+
+    Memory counts by storage, each once. Until the measure is dropped the storages stay alive, so that no two of them
+    can have the same address.
+
+    Args:
+        ignored: tensors whose memory does not count: parameters, buffers, captures.
+    """
+
+    def __init__(self, ignored: Iterable[Tensor | None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        from torch.utils.flop_counter import flop_registry
+
+        self.flops = 0
+        self._flops_to_last_saved = 0
+        self._formulas = flop_registry
+        self._ignored = {key for tensor in ignored if tensor is not None for key in storages(tensor)}
+        self._saved: _Storages = {}
+        self._group: dict[int, int] = {}
+        self._held: list[Any] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        formula = self._formulas.get(func.overloadpacket)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+    def saw(self, tensor: Tensor) -> None:
+        """A tensor was saved for the backward pass."""
+        self._flops_to_last_saved = self.flops
+        for key, found in storages(tensor).items():
+            if key not in self._ignored:
+                self._saved[key] = found
+                self._group[key] = found[1]
+
+    def begin_group(self) -> None:
+        """What is saved from now on is a group of its own."""
+        self._group = {}
+
+    def group(self) -> dict[int, int]:
+        """The sizes of what was saved since, by address; one and the same memory may be in several groups."""
+        return self._group
+
+    def hold(self, tensors: Iterable[Tensor]) -> dict[int, int]:
+        """Keep the memory of tensors alive as that of saved ones is; its sizes by address, if it counts."""
+        found = {key: value for tensor in tensors for key, value in storages(tensor).items()}
+        self._held += found.values()
+        return {key: size for key, (_, size) in found.items() if key not in self._ignored}
+
+    def cost(self, x: Tensor, y: object, *, shared: bool) -> StepCost:
+        """What the step that was run came to.
+
+        Args:
+            x: its input.
+            y: its value.
+            shared: the value is the next step's input, which counts there; a second run need not come to it.
+        """
+        inputs = storages(x)
+        values = storages(y) if isinstance(y, Tensor) else {}
+        reads = _size({key: found for key, found in inputs.items() if key in self._saved})
+        left_out = {*inputs, *(values if shared else ())}
+        saved = _size({key: found for key, found in self._saved.items() if key not in left_out})
+        value = 0 if shared else _size({k: v for k, v in values.items() if k not in self._saved and k not in inputs})
+        flops = self._flops_to_last_saved if shared else self.flops
+        return StepCost(saved, reads, _size(inputs), value, flops)
+
+
+def storages(tensor: Tensor) -> _Storages:
+    """The storage of a tensor and its size, by address; for tensors without one, the tensor itself."""
+    try:
+        storage = tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return {id(tensor): (tensor, tensor.numel() * tensor.element_size())}
+    return {memory_of(storage): (storage, storage.nbytes())}
+
+
+def _size(storages: _Storages) -> int:
+    return sum(size for _, size in storages.values())

@@ -1,0 +1,207 @@
+"""Which steps keep their activations under a budget of bytes: a pure function of what the steps cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """What the first run of one step came to.
+
+    Attributes:
+        saved: bytes that autograd saves in it, beside its input, parameters, buffers and captures.
+        reads: bytes of its input if autograd saves that, else 0.
+        input: bytes of its input.
+        value: bytes of its branch's value if autograd does not save that, else 0.
+        flops: of a second run, by torch's formulas.
+    """
+
+    saved: int
+    reads: int
+    input: int
+    value: int
+    flops: int
+
+
+@dataclass(frozen=True)
+class ChainCost:
+    """What one chain costs.
+
+    Attributes:
+        steps: what its steps cost.
+        states: bytes kept to walk back over the steps before the t-th, for t = 0 … T; None where inputs are kept in any
+            case (γ = 0, and what lies between the chains).
+    """
+
+    steps: tuple[StepCost, ...]
+    states: tuple[float, ...] | None
+
+
+@dataclass(frozen=True)
+class ChainPlan:
+    """What one call of a chain does: steps in ``kept`` keep their activations, the others run again.
+
+    ``from_inputs``: the others keep their inputs; else states are walked back to them, from the last of them to the
+    first. A kept step in between keeps its branch's value, without which there is no way past it.
+    """
+
+    kept: frozenset[int]
+    from_inputs: bool
+
+    def walked(self, steps: int) -> range:
+        """The steps from the first that runs again to the last."""
+        again = [step for step in range(steps) if step not in self.kept]
+        return range(again[0], again[-1] + 1) if again else range(0)
+
+
+@dataclass(frozen=True)
+class NetPlan:
+    """What all chains of a net do, and what that takes.
+
+    Attributes:
+        chains: in the order of their costs.
+        kept: bytes kept between forward and backward.
+        minimum: bytes kept if nothing that could run again keeps its activations.
+        maximum: bytes that ordinary backpropagation keeps.
+    """
+
+    chains: tuple[ChainPlan, ...]
+    kept: float
+    minimum: float
+    maximum: float
+
+
+def make_plan(costs: Sequence[ChainCost], *, fraction: float | None = None, limit: float = 0.0) -> NetPlan:
+    """Keep the activations of those steps that give the most FLOPs per byte, as many as the budget allows.
+
+    Steps are taken one by one, always the one that at that moment saves the most FLOPs for each byte more; which one
+    does not depend on the budget, so a larger budget keeps what a smaller one keeps. What a step adds is what autograd
+    saves in it, and the value of its branch, if the walk back has to pass it. So of steps that are alike the last ones
+    are kept first: the walk starts before them, and their activations are gone when the first step runs again.
+
+    Args:
+        costs: of all chains of a net.
+        fraction: b between 0 and 1: keep at most m₀ + b·(m₁ − m₀) bytes, where m₀ is the minimum and m₁ the maximum.
+        limit: the number of bytes, where no fraction is given. A limit below the minimum gives the minimum.
+    """
+    fillings = [_Filling(cost) for cost in costs]
+    maximum = sum(filling.all_kept() for filling in fillings)
+    total = minimum = sum(filling.bytes() for filling in fillings)
+    order: list[int] = []  # whose turn it was, to keep the next step in its own order
+    totals = [total]
+    for number, change in _one_by_one(fillings):
+        order.append(number)
+        totals.append(totals[-1] + change)
+    if fraction is not None:
+        limit = minimum + fraction * max(0.0, maximum - minimum)
+    slack = 1e-9 * max(map(abs, (limit, maximum, minimum)))  # what the sums of floats may be off
+    count = max((n for n, total in enumerate(totals) if total <= limit + slack), default=0)
+    taken = [order[:count].count(number) for number in range(len(fillings))]
+    plans = tuple(filling.plan_after(n) for filling, n in zip(fillings, taken, strict=True))
+    return NetPlan(plans, totals[count], minimum, maximum)
+
+
+def _one_by_one(fillings: Sequence[_Filling]) -> Iterator[tuple[int, float]]:
+    """Which filling keeps one step more, and how many bytes that changes, until all steps are kept."""
+    best = [filling.best() for filling in fillings]
+    while any(choice is not None for choice in best):
+        # Of equals the later chain: what is kept last is gone first.
+        _, number, step = max((choice[0], n, choice[1]) for n, choice in enumerate(best) if choice is not None)
+        yield number, fillings[number].keep(step)
+        best[number] = fillings[number].best()
+
+
+@dataclass(frozen=True)
+class _Sums:
+    """How a chain stands with some of its steps kept; ``first`` to ``end`` is what a walk back passes."""
+
+    first: int
+    end: int
+    saved: int = 0
+    values: int = 0
+    inputs: int = 0
+
+
+class _Filling:
+    """One chain while more and more of its steps are kept."""
+
+    def __init__(self, cost: ChainCost) -> None:
+        self._cost = cost
+        self._steps = steps = cost.steps
+        self._kept: set[int] = set()
+        self._history: list[tuple[int, bool]] = []
+        self._all_inputs = sum(step.input for step in steps)
+        self._sums = self._start = _Sums(0, len(steps), inputs=self._all_inputs)
+        self._sorted = sorted(range(len(steps)), key=lambda i: (_ratio(steps[i].flops, self._alone(steps[i])), i))
+
+    def bytes(self) -> float:
+        """Bytes kept as things stand."""
+        return self._bytes(self._sums)
+
+    def all_kept(self) -> float:
+        """Bytes kept by ordinary backpropagation."""
+        always = self._cost.states is None
+        return sum(step.saved + (step.input if always else step.reads) for step in self._steps)
+
+    def best(self) -> tuple[float, int] | None:
+        """The step to keep next, and the FLOPs it saves per byte; None if all are kept."""
+        while self._sorted and self._sorted[-1] in self._kept:
+            self._sorted.pop()
+        if not self._sorted:
+            return None
+        now, found = self.bytes(), None
+        for i in dict.fromkeys((self._sums.end - 1, self._sums.first, self._sorted[-1])):
+            ratio = _ratio(self._steps[i].flops, self._bytes(self._with(i)) - now)
+            if found is None or ratio > found[0]:
+                found = ratio, i
+        return found
+
+    def keep(self, i: int) -> float:
+        """Keep a step; how many bytes that changes."""
+        before, self._sums = self.bytes(), self._with(i)
+        self._kept.add(i)
+        self._history.append((i, self._keeps_inputs(self._sums)))
+        return self.bytes() - before
+
+    def plan_after(self, count: int) -> ChainPlan:
+        """What the chain does with the first so many of the steps that were kept."""
+        kept = frozenset(i for i, _ in self._history[:count])
+        from_inputs = self._history[count - 1][1] if count else self._keeps_inputs(self._start)
+        return ChainPlan(kept, from_inputs)
+
+    def _alone(self, step: StepCost) -> int:
+        return step.saved + (0 if self._cost.states is None else step.reads + step.value)
+
+    def _with(self, i: int) -> _Sums:
+        """The sums with one more step kept."""
+        step, sums, kept = self._steps[i], self._sums, self._kept
+        first, end, values = sums.first, sums.end, sums.values + step.value
+        while first < end and (first == i or first in kept):
+            values -= self._steps[first].value
+            first += 1
+        while end > first and (end - 1 == i or end - 1 in kept):
+            end -= 1
+            values -= self._steps[end].value
+        reads = 0 if self._cost.states is None else step.reads
+        return _Sums(first, end, sums.saved + step.saved + reads, values, sums.inputs - step.input)
+
+    def _bytes(self, sums: _Sums) -> float:
+        return sums.saved + min(self._inputs(sums), self._states(sums))
+
+    def _keeps_inputs(self, sums: _Sums) -> bool:
+        return self._inputs(sums) <= self._states(sums)
+
+    def _inputs(self, sums: _Sums) -> float:
+        return self._all_inputs if self._cost.states is None else sums.inputs
+
+    def _states(self, sums: _Sums) -> float:
+        if self._cost.states is None:
+            return math.inf
+        return self._cost.states[sums.end] + sums.values if sums.first < sums.end else 0.0
+
+
+def _ratio(flops: int, size: float) -> float:
+    return math.inf if size <= 0 else flops / size

@@ -1,0 +1,70 @@
+"""What a chain keeps between forward and backward, decided by what it costs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from mfx.engine.arithmetic import State
+from mfx.engine.arithmetic.floating import predict
+from mfx.options.gamma import Gamma
+
+
+@dataclass(frozen=True)
+class Storage:
+    """How one chain can walk back, what that takes, and what it does.
+
+    Attributes:
+        policy: ``"states"``: states that are walked back; ``"inputs"``: the input of every step; ``"activations"``: all
+            that autograd saves, nothing is recomputed.
+        states: bytes per element of the stream that states take (with the store of digits, or with anchors); infinite
+            where walking back is impossible.
+        inputs: bytes per element that the steps' inputs take.
+        anchors: stored states beside the end state.
+        error: predicted relative error in a rebuilt state.
+    """
+
+    policy: str
+    states: float
+    inputs: float
+    anchors: int
+    error: float
+
+
+def choose_storage(
+    arithmetic: type[State], gamma: Gamma, dtype: torch.dtype, steps: int, memory_budget: float
+) -> Storage:
+    """What a chain of so many steps keeps: whichever takes less. The function is the same.
+
+    Arithmetic that needs no anchors makes no error.
+
+    Args:
+        arithmetic: the chain's.
+        gamma: γ.
+        dtype: of the stream.
+        steps: T.
+        memory_budget: 1.0 to keep all.
+    """
+    inputs = float(dtype.itemsize * steps)
+    if gamma.is_zero:
+        return Storage("inputs" if memory_budget < 1 else "activations", math.inf, inputs, 0, 0.0)
+    states = arithmetic.bytes_kept(gamma, dtype, steps)
+    if memory_budget >= 1:
+        return Storage("activations", states, inputs, 0, 0.0)
+    if states >= inputs:
+        return Storage("inputs", states, inputs, 0, 0.0)
+    every = arithmetic.anchor_every(gamma, dtype)
+    if every is None:
+        return Storage("states", states, inputs, 0, 0.0)
+    return Storage("states", states, inputs, *predict(gamma, dtype, steps))
+
+
+def states_by_end(
+    arithmetic: type[State], gamma: Gamma, dtype: torch.dtype, elements: int, steps: int
+) -> tuple[float, ...] | None:
+    """Bytes of the states that a walk back from after step t needs, for t = 0 … ``steps``; None where there is none."""
+    if gamma.is_zero:
+        return None
+    return (0.0, *(elements * arithmetic.bytes_kept(gamma, dtype, end) for end in range(1, steps + 1)))

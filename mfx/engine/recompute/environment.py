@@ -1,0 +1,251 @@
+"""What a branch depends on beside its arguments, as it was in the forward pass: recorded, checked, put back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mfx.compat import autocast_as, autocast_state, is_sharded
+from mfx.engine.recompute.layout import Place, layout_of
+from mfx.engine.scope import inside_recomputation
+from mfx.engine.steps import Memory
+from mfx_passes.errors import MfxError
+
+_State = tuple[int, bool] | None  # of a tensor: its version, and whether it requires a gradient
+
+
+class RandomClock:
+    """The states of the random generators that code on ``device`` draws from, read once per step."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._is_cuda = device.type == "cuda"
+        self.now = self._read()
+
+    def tick(self) -> bool:
+        """Read again; whether anything was drawn since the last time."""
+        before, self.now = self.now, self._read()
+        return not all(map(torch.equal, before, self.now))
+
+    def is_at(self, states: tuple[Tensor, ...]) -> bool:
+        """Whether the generators are in these states."""
+        return all(map(torch.equal, states, self._read()))
+
+    @contextmanager
+    def turned_back(self, states: tuple[Tensor, ...]) -> Iterator[None]:
+        """The generators start from ``states``; afterwards they are where they were."""
+        real = self._read()
+        try:
+            self._write(states)
+            yield
+        finally:
+            self._write(real)
+
+    def _read(self) -> tuple[Tensor, ...]:
+        cpu = torch.get_rng_state()
+        return (cpu, torch.cuda.get_rng_state(self._device)) if self._is_cuda else (cpu,)
+
+    def _write(self, states: tuple[Tensor, ...]) -> None:
+        torch.set_rng_state(states[0])
+        if self._is_cuda:
+            torch.cuda.set_rng_state(states[1], self._device)
+
+
+class Autocast:
+    """The autocast state of the forward pass, for ``device`` and the CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        kinds = sorted({"cpu", device.type})
+        self._states = {kind: autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
+
+    def contexts(self) -> list[AbstractContextManager[object]]:
+        """What brings that state back, where it is another one now."""
+        return [autocast_as(kind, state) for kind, state in self._states.items() if autocast_state(kind) != state]
+
+
+class Surroundings:
+    """One step's surroundings in one forward pass.
+
+    Made just before the branch runs; ``settle`` follows just after. ``memory`` remembers what lies where, and for each
+    set of training flags which tensors the branch changes. That is found out at the first call, by version and also by
+    value: BatchNorm's kernel changes the running statistics without raising their version.
+
+    Attributes:
+        tensors: the parameters and buffers, before the branch ran.
+    """
+
+    _is_known = True  # which of the buffers the branch changes
+
+    def __init__(
+        self,
+        root: Any,
+        targets: tuple[str, ...],
+        path: str,
+        key: Any,
+        memory: Memory,
+        clock: RandomClock,
+        cast: Autocast,
+    ) -> None:
+        self._root, self._path = root, path
+        self._clock, self._autocast = clock, cast
+        self._random: tuple[Tensor, ...] | None = clock.now
+        self._random_after: tuple[Tensor, ...] = ()
+        layout = self._layout = layout_of(memory, key, root, targets, path)
+        self._flags = layout.flags
+        self._places = layout.places(root)
+        self.tensors = layout.tensors(self._places)
+        self._states = _states(self.tensors)
+        self._buffers: list[tuple[Place, Tensor | None, _State]] = []
+        # Values before the branch runs, of what it changes or may change.
+        self._values: dict[Place, Tensor] = {}
+        self._lost: set[str] = set()
+        if layout.has_buffers:
+            self._copy_buffers()
+
+    def _copy_buffers(self) -> None:
+        known = self._layout.changing.get(self._flags)
+        self._is_known = known is not None
+        found = zip(self._places, self.tensors, self._states, strict=True)
+        self._buffers = [one for one in found if not one[0].is_parameter]
+        for place, tensor, _ in self._buffers:
+            if tensor is not None and (known is None or place.label in known):
+                self._values[place] = tensor.detach().clone()
+
+    @property
+    def has_hooks(self) -> bool:
+        """Whether a module that the step reads has forward hooks now; those of all modules only look on."""
+        return any(module._forward_hooks for module in self._layout.modules)
+
+    def has_drawn_all(self) -> bool:
+        """Whether a second run has drawn all random numbers that the first one drew."""
+        return self._random is None or self._clock.is_at(self._random_after)
+
+    def settle(self) -> None:
+        """Forget what the branch turned out not to need."""
+        if self._clock.tick():
+            self._random_after = self._clock.now
+        else:
+            self._random = None
+        if self._buffers:
+            self._settle_buffers()
+
+    def _settle_buffers(self) -> None:
+        before = self._layout.changing.get(self._flags, frozenset())
+        changed = [
+            place
+            for place, tensor, state in self._buffers
+            if place.label not in before and self._is_changed(place, tensor, state)
+        ]
+        if changed or not self._is_known:
+            # What changes one buffer of a module may change the others, if only with other inputs.
+            tables = {id(place.table) for place in changed}
+            labels = (place.label for place, _, _ in self._buffers if id(place.table) in tables)
+            self._layout.changing[self._flags] = known = before.union(labels)
+            self._values = {place: value for place, value in self._values.items() if place.label in known}
+
+    def _is_changed(self, place: Place, tensor: Tensor | None, state: _State) -> bool:
+        if tensor is None:
+            return False
+        if place.get() is not tensor:
+            self._values.setdefault(place, tensor.detach())
+            return True
+        if _state(tensor) == state:
+            return not self._is_known and not torch.equal(tensor, self._values[place])
+        if place not in self._values:
+            self._lost.add(place.label)
+        return True
+
+    def again(self) -> AbstractContextManager[object]:
+        """Run as in the forward pass; afterwards everything is put back, buffers untouched.
+
+        Raises:
+            MfxError: if a parameter or buffer is another one, or has been modified, since the forward pass.
+        """
+        self._check()
+        contexts = self._contexts()
+        return _all_of([inside_recomputation(), *contexts]) if contexts else inside_recomputation()  # as a rule
+
+    def _contexts(self) -> list[AbstractContextManager[object]]:
+        """What has to be put back, of what is no longer as it was in the forward pass."""
+        contexts = self._autocast.contexts()
+        if self._random is not None:
+            contexts.append(self._clock.turned_back(self._random))
+        if self._values or self._flags != self._layout.flags:
+            contexts.append(self._put_back())
+        return contexts
+
+    @contextmanager
+    def _put_back(self) -> Iterator[None]:
+        flags, tensors = self._layout.flags, [(place, place.get()) for place in self._values]
+        try:
+            self._set_flags(self._flags)
+            for place, value in self._values.items():
+                place.put(value.clone())  # the branch will write into it, and may be run again
+            yield
+        finally:
+            for place, tensor in tensors:
+                place.put(tensor)
+            self._set_flags(flags)
+
+    def _set_flags(self, flags: tuple[bool, ...]) -> None:
+        for module, training in zip(self._layout.modules, flags, strict=True):
+            if module.training != training:
+                module.training = training
+
+    def _check(self) -> None:
+        if not self._layout.holds(self._root):
+            raise MfxError(
+                f"{self._path}: modules were added, removed or replaced between forward and backward, but the backward "
+                "pass has to run this step a second time; call backward before changing it"
+            )
+        tensors = self._layout.tensors(self._places)
+        if all(map(is_, tensors, self.tensors)) and _states(tensors) == self._states:
+            return
+        for place, now, old, state in zip(self._places, tensors, self.tensors, self._states, strict=True):
+            if now is old and _state(now) == state:
+                continue
+            if place in self._values:
+                continue
+            if is_sharded(now) or is_sharded(old):
+                continue  # FSDP2 holds shards outside a module's forward, and whole parameters inside
+            if place.label in self._lost:
+                raise MfxError(
+                    f"{self._path}: this step wrote into {place.label}, which it had not done in earlier calls, so the "
+                    "value that it read is gone. From the next call on it is kept"
+                )
+            if now is old and state is not None and now._version == state[0]:
+                raise MfxError(self._complaint(place.label, "frozen or unfrozen"))
+            raise MfxError(self._complaint(place.label, "changed"))
+
+    def _complaint(self, label: str, what: str) -> str:
+        return (
+            f"{self._path}: {label} was {what} between forward and backward, but the backward pass has to run this "
+            "step a second time; call backward before changing it"
+        )
+
+
+@contextmanager
+def _all_of(contexts: Sequence[AbstractContextManager[object]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
+
+
+def _states(tensors: Sequence[Tensor | None]) -> list[_State]:
+    try:
+        return [None if tensor is None else (tensor._version, tensor.requires_grad) for tensor in tensors]
+    except RuntimeError:
+        return [_state(tensor) for tensor in tensors]
+
+
+def _state(tensor: Tensor | None) -> _State:
+    """What tells that a tensor was modified, frozen or unfrozen; tensors of inference mode have no version."""
+    if tensor is None:
+        return None
+    return 0 if tensor.is_inference() else tensor._version, tensor.requires_grad

@@ -1,0 +1,114 @@
+"""A model's layers turned into momentum nets: the function of the momentumnet package."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any
+
+from torch import fx, nn
+
+from mfx.capture.named_steps import check_layer
+from mfx.modules.tree_copy import M
+from mfx.momentumnet.momentum_net import check_flags
+from mfx.net.build import rewritten
+from mfx.net.forward import forward_of
+from mfx.net.gammas import gammas_of
+from mfx.options.options import Layer, Options, check_options
+from mfx.text import described
+from mfx_passes import MfxError, Selection
+
+
+def transform_to_momentumnet(
+    model: M,
+    sub_layers: str | Iterable[str] | None = None,
+    gamma: float = 0.9,
+    use_backprop: bool = False,
+    is_residual: bool = False,
+    keep_first_layer: bool = True,
+    *,
+    arithmetic: str = "exact",
+    verify: str = "warn",
+) -> M:
+    """The same model with whole layers turned into momentum nets, as the momentumnet package does it.
+
+    Without ``sub_layers`` this is `mfx.momentumize`: chains of residual adds are found in the graph of the model. With
+    them, every module in such a layer is one step, whatever it does inside: the modules B of a layer compute
+    v ← γ·v + (1−γ)·(B(x) − x), x ← x + v, from v = 0 on, one momentum net a layer.
+
+    Args:
+        model: a model that can be traced symbolically; it stays as it is. With ``sub_layers``, also a net that this
+            function returned: its layers stay momentum nets, at their γ.
+        sub_layers: paths of ``Sequential`` or ``ModuleList`` layers, such as ``"encoder.layers"``, whose modules are
+            called one after the other, each on the state that the one before gave and on whatever else.
+        gamma: momentum, 0 <= γ < 1.
+        use_backprop: True for ordinary backpropagation, which keeps all activations. The function is the same.
+        is_residual: whether a module is the branch f of a step x + f(x), not the whole step. A sum that the model
+            writes around f is part of the step; where there is none, f is added to x nevertheless.
+        keep_first_layer: with ``sub_layers``, leave the first module of each layer as it is; it may change the shape.
+        arithmetic: ``"exact"`` or ``"float"``; see `mfx.momentumize`.
+        verify: ``"warn"``, ``"raise"`` or ``"off"``; see `mfx.momentumize`.
+
+    Returns:
+        A model of the same class that shares all parameters and buffers with ``model``, with the same ``state_dict``
+        keys.
+
+    Raises:
+        MfxError: an argument is wrong; the model has no such layer, or cannot be traced; the modules of a layer are no
+            chain, or change the state's shape.
+    """
+    if not isinstance(model, nn.Module):
+        raise MfxError(f"transform_to_momentumnet takes a torch.nn.Module, not {described(model)}.")
+    check_flags(use_backprop=use_backprop, is_residual=is_residual, keep_first_layer=keep_first_layer)
+    budget = 1.0 if use_backprop else 0.0
+    options = check_options(gamma=gamma, memory_budget=budget, arithmetic=arithmetic, verify=verify, capture="auto")
+    if sub_layers is None:
+        if is_residual:
+            raise MfxError(
+                "is_residual=True is about the modules in sub_layers; name them, or leave is_residual False."
+            )
+        return rewritten(model, options)
+    paths = _paths(sub_layers)
+    if isinstance(model, fx.GraphModule):
+        raise MfxError("sub_layers name modules of a model, and a GraphModule is a graph already; transform the model.")
+    for path in paths:
+        check_layer(model, path)
+    layers = tuple(Layer(path, keep_first_layer, is_residual) for path in paths)
+    options = replace(options, layers=layers, selection=Selection(min_steps=1, marked=True))
+    return rewritten(model, _with_earlier(model, options))
+
+
+def _paths(sub_layers: Any) -> tuple[str, ...]:
+    if not isinstance(sub_layers, Iterable):
+        raise MfxError(f"sub_layers={sub_layers!r}: must be the path of a layer, such as 'encoder.layers', or several.")
+    paths = (sub_layers,) if isinstance(sub_layers, str) else tuple(sub_layers)
+    if not paths:
+        raise MfxError("sub_layers is empty, so nothing would be transformed; leave it out to have chains looked for.")
+    if doubles := sorted({str(path) for path in paths if paths.count(path) > 1}):
+        raise MfxError(f"sub_layers names {', '.join(doubles)} twice.")
+    return paths
+
+
+def _with_earlier(model: nn.Module, options: Options) -> Options:
+    """The options, with the layers that were transformed before and their γ."""
+    forward = forward_of(model)
+    if forward is None:
+        return options
+    before = forward.options
+    if not before.layers:
+        raise MfxError(
+            f"this {type(model).__name__} has been momentumized: its chains were found by themselves. Transform the "
+            "model that it was made from."
+        )
+    again = [layer.path for layer in options.layers if layer.path in {old.path for old in before.layers}]
+    if again:
+        raise MfxError(f"{', '.join(again)}: transformed before. Use mfx.set_gamma to set another gamma.")
+    for name in ("memory_budget", "arithmetic", "verify"):
+        if getattr(before, name) != getattr(options, name):
+            raise MfxError(
+                "a net has one use_backprop, arithmetic and verify for all its layers, and earlier layers of this one "
+                "were transformed with others. Transform all layers in the same way."
+            )
+    gamma: Any = options.gamma
+    gammas = {chain: old.value for chain, old in gammas_of(model).items()}
+    return replace(options, layers=(*before.layers, *options.layers), gamma={**gammas, "*": gamma})

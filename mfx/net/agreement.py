@@ -1,0 +1,48 @@
+"""Whatever mode a net is in, its chains must be the same, or training would train another network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from mfx.program.rewritten import Entry
+from mfx_passes import MfxError
+
+
+def check_agreement(net: nn.Module, entry: Entry, others: Iterable[Entry]) -> None:
+    """Compare a net's graph with its others.
+
+    Raises:
+        MfxError: the same part of the model has other chains in one of them.
+    """
+    for other in others:
+        if other is not entry and _contradict(entry, other):
+            modes = sorted({entry.mode, other.mode}, reverse=True)
+            raise MfxError(
+                f"{type(net).__name__} has other chains in one call than in another ({' and '.join(modes)} "
+                f"mode; {entry.shape} and {other.shape}, by number of steps), so the network that is trained would "
+                "not be the one that is evaluated. Use only= or skip= to leave out what differs."
+            )
+
+
+def _contradict(one: Entry, other: Entry) -> bool:
+    if one.probed != other.probed:
+        return False  # one of them may still lose steps
+    if not (one.changes_function or other.changes_function):
+        return False  # both are the model
+    if one.captured.frame is None and other.captured.frame is None:
+        return one.captured.specialization == other.captured.specialization and one.shape != other.shape
+    return _misses(one, other) or _misses(other, one)
+
+
+def _misses(entry: Entry, other: Entry) -> bool:
+    """Whether another graph has a chain that this one has not, or not as long, though it computes its steps."""
+    lengths = entry.shape
+    for call in other.calls.values():
+        length = lengths.get(call.chain)
+        if length is None and any(map(entry.computes, (step.path for step in call.graphs.steps))):
+            return True
+        if length is not None and length != len(call.graphs.steps):
+            return True
+    return False

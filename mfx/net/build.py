@@ -1,0 +1,66 @@
+"""Build a momentumized net from a model and checked options."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import fx, nn
+
+from mfx.capture.captured import CaptureError
+from mfx.capture.named_steps import announce_blocks
+from mfx.modules.tree_copy import M, net_of, tree_copy
+from mfx.net.forward import RewrittenForward
+from mfx.net.state_dict import note_gamma
+from mfx.net.submodules import install_parts
+from mfx.options.options import Options
+from mfx.program.rewritten import make_momentum
+from mfx.text import without_chains
+from mfx_passes import ChainGraphs, MfxError, MomentumPass
+
+
+def rewritten(model: M, options: Options) -> M:
+    """A model rewritten as checked options say; see `momentumize`."""
+    if isinstance(model, fx.GraphModule):
+        module = tree_copy(model)
+        if not _rewrite_graph_module(module, options):
+            return _unchanged(model)
+        note_gamma(module)
+        return module
+    net = net_of(model)
+    announce_blocks(net, options.layers)
+    forward = RewrittenForward(net, options)
+    install_parts(forward)
+    try:
+        if not forward.prepare().calls:
+            return _unchanged(model)
+    except CaptureError:
+        if options.capture == "symbolic" or options.example_inputs is not None:
+            raise  # else a call will show
+    net.__dict__["forward"] = forward
+    note_gamma(net)
+    return net
+
+
+def _rewrite_graph_module(net: fx.GraphModule, options: Options) -> bool:
+    if options.memory_budget.share is None or options.recompute is not None:
+        raise MfxError(
+            "a number of bytes and recompute='all' are for a net as a whole and need the model itself; a GraphModule "
+            "takes a memory_budget from 0 to 1, which then holds for each chain."
+        )
+    if not isinstance(options.velocity, str):
+        raise MfxError("velocity modules need the model itself; a GraphModule takes velocity='zero' or 'residual'.")
+
+    chains: list[str] = []
+
+    def make_call(graphs: ChainGraphs) -> nn.Module:
+        chains.append(graphs.name)
+        return make_momentum(graphs, options)
+
+    MomentumPass(make_call, options.selection)(net)
+    options.check_chains(chains)
+    return bool(chains)
+
+
+def _unchanged(model: M) -> M:
+    warnings.warn(f"mfx: {without_chains(model)}", stacklevel=4)
+    return model

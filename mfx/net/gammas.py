@@ -1,0 +1,92 @@
+"""γ of a net's chains: read, and set to something else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from itertools import chain
+
+from torch import fx, nn
+
+from mfx.net.forward import RewrittenForward, forward_of
+from mfx.options.gamma import Gamma
+from mfx.options.options import check_gamma, check_names, look_up
+from mfx.program.chain_call import Momentum
+from mfx.text import described
+from mfx_passes import MfxError
+
+
+def set_gamma(net: nn.Module, gamma: float | Mapping[str, float]) -> None:
+    """Set the momentum of a net's chains from the next call on, without capturing or compiling anything anew.
+
+    Every graph of the net follows, also those that will be captured later. A call that is under way keeps its γ until
+    its backward pass is done, so gradients are always those of the function that ran.
+
+    Args:
+        net: a momentumized net, or a module that contains some: then all of them.
+        gamma: 0 <= γ < 1, for all chains or by chain name (shell patterns allowed; a name goes before a pattern).
+            Chains that a mapping says nothing about keep theirs. 1 is for `mfx.MomentumNet` alone.
+
+    Raises:
+        MfxError: a γ is out of range, no chain has such a name, or there is no momentumized net. Nothing is changed.
+    """
+    if not isinstance(net, nn.Module):
+        raise MfxError(f"set_gamma takes a momentumized net, not {described(net)}.")
+    forwards = [forward for module in net.modules() if (forward := forward_of(module))]
+    calls = [module for module in net.modules() if isinstance(module, Momentum)]
+    if not forwards and not calls:
+        raise MfxError(
+            f"{type(net).__name__} has not been momentumized, so it has no gamma to set; call "
+            "mfx.momentumize(model) first."
+        )
+    only_of_functions = not forwards and not any(isinstance(module, fx.GraphModule) for module in net.modules())
+    check_gamma(gamma, or_one=only_of_functions)
+    if names := {call.chain for call in calls}.union(*map(_chains, forwards)):  # none before the first capture
+        check_names("gamma", gamma, names)
+    all_calls = [*calls, *chain.from_iterable(map(_calls, forwards))]
+    before = [forward.options for forward in forwards], [call.gamma for call in all_calls]
+    for forward in forwards:
+        forward.options = forward.options.with_gamma(gamma, _chains(forward))
+    for call in all_calls:
+        value = look_up(gamma, call.chain) if isinstance(gamma, Mapping) else gamma
+        call.gamma = call.gamma if value is None else Gamma.of(value, or_one=only_of_functions)
+    try:
+        for forward in forwards:  # graphs that differ in their chains were the same function at gamma = 0
+            for entry in forward.all_entries:
+                forward.check_same_function(entry)
+    except MfxError:
+        for forward, options in zip(forwards, before[0], strict=True):
+            forward.options = options
+        for call, old in zip(all_calls, before[1], strict=True):
+            call.gamma = old
+        raise
+
+
+def gammas_of(module: nn.Module) -> dict[str, Gamma]:
+    """The momentum of each chain of a momentumized net; empty for any other module."""
+    forward = forward_of(module)
+    if forward is None:
+        return {call.chain: call.gamma for call in module.children() if isinstance(call, Momentum)}
+    if forward.in_parts:
+        return {name: gamma for part in forward.parts() for name, gamma in gammas_of(part.net).items()}
+    if calls := _calls(forward):
+        return {call.chain: call.gamma for call in calls}
+    return {name: forward.options.gamma_of(name) for name in sorted(forward.known_chains)}
+
+
+def gammas_to_be(module: nn.Module, chains: Iterable[str]) -> dict[str, Gamma]:
+    """The momentum of each chain of a net; before the first capture, what chains of these names would get."""
+    forward, known_gammas = forward_of(module), gammas_of(module)
+    if forward is None or known_gammas:
+        return known_gammas
+    options = forward.options
+    known = options.gamma if isinstance(options.gamma, Mapping) else None
+    return {name: options.gamma_of(name) for name in chains if known is None or look_up(known, name) is not None}
+
+
+def _calls(forward: RewrittenForward) -> list[Momentum]:
+    active = [] if forward.active is None else [forward.active]
+    return [call for entry in (*forward.all_entries, *active) for call in entry.calls.values()]
+
+
+def _chains(forward: RewrittenForward) -> set[str]:
+    return {call.chain for call in _calls(forward)}

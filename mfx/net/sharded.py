@@ -1,0 +1,56 @@
+"""Nets whose parameters ``torch.distributed.fsdp.fully_shard`` spreads over processes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from mfx import compat
+from mfx_passes import MfxError
+
+
+def is_sharded_somewhere(net: nn.Module) -> bool:
+    """Whether ``fully_shard`` was applied to the net or to a module in it."""
+    return any(compat.shards_of(module) is not None for module in net.modules())
+
+
+def refuse_shards(net: nn.Module) -> None:
+    """Refuse sharded modules in a net whose graphs read parameters without calling the modules that have them.
+
+    Raises:
+        MfxError: there is one.
+    """
+    for path, module in net.named_modules():
+        if compat.shards_of(module) is not None and path:
+            raise MfxError(
+                f"{path} is sharded by fully_shard, which gathers its parameters when it is called; but "
+                f"{type(net).__name__} has to be captured by TorchDynamo, whose graphs read parameters without calling "
+                "modules. Shard the net as a whole, or use a model that symbolic tracing can follow."
+            )
+
+
+def refuse_containers(net: nn.Module, containers: Sequence[str], read: Sequence[str]) -> None:
+    """Refuse sharded modules that are not called as a whole, whose parameters therefore nobody would gather.
+
+    Args:
+        net: a momentumized net.
+        containers: paths of modules that are not called as a whole.
+        read: paths of what the steps of its chains read.
+
+    Raises:
+        MfxError: one of them is sharded.
+    """
+    for path in containers:
+        if compat.shards_of(net.get_submodule(path)) is not None:
+            inside = [target for target in read if target.startswith(f"{path}.") and _has_parameters(net, target)]
+            raise MfxError(
+                f"fully_shard was applied to {path}, which spans several steps of a momentum chain and is not called "
+                "as a whole, so nothing would gather its parameters. Apply it to what the steps call instead: "
+                f"{', '.join(dict.fromkeys(inside)) or 'modules inside one branch'}."
+            )
+
+
+def _has_parameters(net: nn.Module, path: str) -> bool:
+    modules = dict(net.named_modules())
+    return path in modules and any(True for _ in modules[path].parameters())

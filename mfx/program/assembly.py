@@ -1,0 +1,55 @@
+"""A rewritten graph as a function: its momentum calls, and what lies between them, put together."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+from torch.fx import Graph
+
+from mfx.program.between_chains import Rest
+from mfx.program.codegen import Program, compile_graph
+from mfx.program.scope import Scope
+from mfx.program.segments import cut
+
+
+class Assembly:
+    """The function of a rewritten graph.
+
+    Args:
+        graph: the rewritten graph.
+        calls: its momentum calls by name.
+        program: what makes functions of graphs: of those of the steps, and of what lies between the chains.
+        rerun_rest: whether what lies between the chains runs again in the backward pass, as the steps do.
+        verify: see `Rest`.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        calls: Mapping[str, Callable[..., Any]],
+        program: Program,
+        *,
+        rerun_rest: bool = False,
+        verify: str = "warn",
+    ) -> None:
+        self._segments: dict[str, Callable[..., Any]] = {}
+        if rerun_rest:
+            graph, self._segments = cut(graph, partial(Rest, program=program, verify=verify))
+        elif program is not compile_graph:
+            graph, self._segments = cut(graph, program)
+        if program is not compile_graph:
+            calls = {name: partial(call, program=program) for name, call in calls.items()}
+        self._function = compile_graph(graph)
+        self._calls = calls
+
+    def __call__(self, holder: Any, *inputs: Any) -> Any:
+        """Run the graph.
+
+        Args:
+            holder: object under whose attributes the graph finds modules and tensors.
+            *inputs: the inputs of the graph.
+        """
+        segments = {name: partial(segment, holder) for name, segment in self._segments.items()}
+        return self._function(Scope(holder, {**self._calls, **segments}), *inputs)

@@ -1,0 +1,200 @@
+"""The module that runs a chain: one in the place of each chain in a rewritten graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfx import compat
+from mfx.engine import ARITHMETICS, IN_BLOCKS, StepFunction, run_chain, states_by_end
+from mfx.options.gamma import Gamma
+from mfx.options.memory_budget import Amount
+from mfx.program.codegen import Compiler, Program, compile_graph
+from mfx.program.memory_plans import Plans, Share, share_of
+from mfx_passes import ChainGraphs, MfxError
+
+Stream = tuple[tuple[int, ...], torch.dtype]
+
+
+class Momentum(nn.Module):
+    """One chain of residual steps, run as momentum steps.
+
+    It holds no parameters and no modules: those its steps use are handed to it at every call.
+
+    Args:
+        graphs: the steps.
+        gamma: the momentum; may be set to another at any time, calls that are under way keep theirs.
+        velocity: ``"zero"``, ``"residual"``, or ``"module"`` (v₀ is an argument of the call).
+        arithmetic: ``"exact"`` or ``"float"``.
+        memory_budget: 0.0 keeps no activations, 1.0 keeps all; what is in between, or a number of bytes, holds for all
+            chains of a net together.
+        plans: whether the net makes a plan of what is kept.
+        verify: ``"warn"``, ``"raise"`` or ``"off"``: what happens if a recomputation was not reproducible.
+    """
+
+    def __init__(
+        self,
+        graphs: ChainGraphs,
+        *,
+        gamma: Gamma,
+        velocity: str = "zero",
+        arithmetic: str = "exact",
+        memory_budget: Amount | float = 0.0,
+        plans: bool = False,
+        verify: str = "warn",
+    ) -> None:
+        super().__init__()
+        self.graphs = graphs
+        self.gamma = gamma
+        self.velocity = velocity
+        self.arithmetic = arithmetic
+        self.budget = Amount.of(memory_budget)
+        self.plans = Plans(self.budget) if plans else None
+        self.verify = verify
+        self.stream: Stream | None = None  # what the last call ran on
+        self.program: Program = compile_graph
+        self._steps: dict[Program, tuple[StepFunction, ...]] = {}
+        self._memory: dict[Any, Any] = {}
+
+    @property
+    def chain(self) -> str:
+        """Name of the chain."""
+        return self.graphs.name
+
+    @property
+    def memory_budget(self) -> float:
+        """1.0 if all activations are kept, else 0.0."""
+        return 1.0 if self.budget.share == 1.0 else 0.0
+
+    def forward(
+        self,
+        x: Tensor,
+        captures: Sequence[Any],
+        roots: Mapping[str, Any],
+        v0: Tensor | None = None,
+        *,
+        gamma: Gamma | None = None,
+        program: Program | None = None,
+    ) -> Tensor | tuple[Any, ...]:
+        """Run the chain.
+
+        Args:
+            x: the state before the first step.
+            captures: what else the steps read.
+            roots: the attributes of the model that the steps reach into.
+            v0: the velocity before the first step, if a module computes it.
+            gamma: the momentum of this call, if it is not to be the module's present one.
+            program: what makes functions of the steps' graphs, if not what the module has for that.
+
+        Returns:
+            The end state; or a tuple of it, the taps and the side outputs, if there are any.
+
+        Raises:
+            MfxError: the velocity does not fit the state.
+        """
+        if x.is_nested:
+            raise MfxError(
+                f"chain {self.chain}: its stream is a nested tensor, whose rows differ in size; a state is of one "
+                "size. Leave the chain out with skip=, or use a padded tensor and a mask."
+            )
+        self._check_velocity(x, v0)
+        if compat.runs_for_real():
+            self.stream = tuple(x.shape), x.dtype
+        gamma = self.gamma if gamma is None else gamma
+        with self._share(x, gamma) as share:
+            return self._run(x, captures, roots, v0, gamma, program, share)
+
+    def _run(
+        self,
+        x: Tensor,
+        captures: Sequence[Any],
+        roots: Mapping[str, Any],
+        v0: Tensor | None,
+        gamma: Gamma,
+        program: Program | None,
+        share: Share | None,
+    ) -> Tensor | tuple[Any, ...]:
+        result = run_chain(
+            self.chain,
+            self._steps_by(program or self.program),
+            x,
+            tuple(captures),
+            SimpleNamespace(**{name: _as_it_is_now(root, program) for name, root in roots.items()}),
+            gamma=gamma,
+            velocity="residual" if self.velocity == "residual" else v0,
+            arithmetic=self.arithmetic,
+            memory_budget=share.plan if share is not None and share.plan is not None else self.memory_budget,
+            taps=self.graphs.taps,
+            memory=self._memory,
+            verify=self.verify,
+            costs=None if share is None else share.costs,
+            moves=program.moves if isinstance(program, Compiler) else IN_BLOCKS,
+        )
+        outputs = (result.x, *result.taps, *(value for side in result.sides for value in side))
+        return outputs if len(outputs) > 1 else result.x
+
+    @contextmanager
+    def _share(self, x: Tensor, gamma: Gamma) -> Iterator[Share | None]:
+        """The chain's share of the net's budget; of its own, where it is called alone."""
+        if self.plans is None or not all(type(size) is int for size in x.shape):
+            yield None
+            return
+        call = self.chain, gamma, self.arithmetic, tuple(x.shape), x.dtype, x.requires_grad
+        with self.plans.passing(call):
+            states = states_by_end(ARITHMETICS[self.arithmetic], gamma, x.dtype, x.numel(), len(self.graphs.steps))
+            yield share_of(call, states)
+
+    def _check_velocity(self, x: Tensor, v0: Any) -> None:
+        if v0 is None:
+            return
+        fits = isinstance(v0, Tensor) and v0.shape == x.shape and v0.device == x.device and v0.is_floating_point()
+        if not fits:
+            got = f"{tuple(v0.shape)} {v0.dtype} on {v0.device}" if isinstance(v0, Tensor) else f"a {type(v0).__name__}"
+            raise MfxError(
+                f"the velocity module of the chain {self.chain} gave {got}; the state it starts from is "
+                f"{tuple(x.shape)} {x.dtype} on {x.device}. Let it return a floating-point tensor of that shape, on "
+                "that device."
+            )
+
+    @property
+    def steps(self) -> tuple[StepFunction, ...]:
+        """The steps as functions."""
+        return self._steps_by(self.program)
+
+    def _steps_by(self, program: Program) -> tuple[StepFunction, ...]:
+        if program not in self._steps:
+            self._steps[program] = tuple(
+                StepFunction(
+                    path=step.path or f"number {number} of {len(self.graphs.steps)}",
+                    kind=step.kind,
+                    branch=program(step.branch),
+                    original=program(step.original),
+                    captures=step.captures,
+                    targets=step.targets,
+                )
+                for number, step in enumerate(self.graphs.steps, 1)
+            )
+        return self._steps[program]
+
+    def extra_repr(self) -> str:
+        """What ``print(net)`` shows."""
+        return f"{self.chain}: {len(self.graphs.steps)} steps, gamma={self.gamma.value:g}, {self.arithmetic}"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "program": compile_graph, "_steps": {}, "_memory": {}}
+
+
+def _as_it_is_now(root: Any, program: Program | None) -> Any:
+    """A chain inside a branch keeps its γ for the branch's second run, whatever it is set to in between."""
+    return partial(root, gamma=root.gamma, program=program) if isinstance(root, Momentum) else root
+
+
+def holds_chain(module: nn.Module) -> bool:
+    """Whether a module runs a chain already, so that a trace calls it as it is."""
+    return any(isinstance(child, Momentum) for child in module.children())

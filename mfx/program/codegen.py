@@ -1,0 +1,127 @@
+"""Step graphs compiled by a torch.compile backend, each structure once."""
+
+from __future__ import annotations
+
+import linecache
+import re
+from collections.abc import Callable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_aggregate, map_arg
+
+from mfx import compat
+from mfx.engine import IN_BLOCKS, Fused, Moves
+from mfx_passes.ir import is_momentum_call
+from mfx_passes.rewrite.portable_graph import PortableGraph
+
+Function = Callable[..., Any]
+_NODE = re.compile(r"\bProxy\(\w+\)")
+
+
+class Compiler:
+    """Turns graphs into compiled functions; graphs that differ in nothing but names share one.
+
+    Args:
+        inner: name of a torch.compile backend, or one.
+        **settings: further arguments of `torch.compile`.
+
+    Attributes:
+        moves: how the states of chains move whose branches it compiles.
+    """
+
+    def __init__(self, inner: Any, **settings: Any) -> None:
+        self._inner = inner
+        self._settings = settings
+        self._compiled: dict[Any, Function] = {}
+        # Other backends do not fuse what they compile, or nobody knows: then it would be slower.
+        self.moves: Moves = Fused(_elementwise) if compat.is_inductor(inner) else IN_BLOCKS
+
+    def __call__(self, graph: Graph) -> Function:
+        """The function a graph stands for; its first argument is the object that holds what the graph reads by path.
+
+        What is read or called by path is handed to the compiled function, so that blocks of one structure share it, and
+        a module that is replaced is another one for it.
+        """
+        if any(map(is_momentum_call, graph.find_nodes(op="call_module"))):
+            return compile_graph(graph)  # a chain inside of a branch; what lies in its own branches is compiled
+        paths, shared = _with_inputs_only(graph)
+        source = shared.python_code("self")
+        key = source.src, tuple(sorted((name, id(value)) for name, value in source.globals.items()))
+        if key not in self._compiled:
+            self._compiled[key] = torch.compile(compile_graph(shared), backend=self._inner, **self._settings)
+        compiled = self._compiled[key]
+
+        def run(root: Any, *inputs: Any) -> Any:
+            return compiled(None, *inputs, *(_resolve(root, path) for path in paths))
+
+        return run
+
+
+def _elementwise(graph: Graph) -> Function:
+    from mfx.compat.inductor import elementwise  # which imports the compiler
+
+    return elementwise(graph)
+
+
+def _with_inputs_only(graph: Graph) -> tuple[list[str], Graph]:
+    """The paths a graph reads or calls, and a graph that gets what is there as inputs, with nodes named by number."""
+    shared = PortableGraph()
+    copies: dict[Node, Node] = {}
+    read: dict[str, Node] = {}
+    for node in graph.find_nodes(op="placeholder"):
+        copies[node] = shared.placeholder(f"a{len(copies)}")
+    for node in graph.find_nodes(op="get_attr"):
+        path = str(node.target)
+        if path not in read:
+            read[path] = shared.placeholder(f"p{len(read)}")
+        copies[node] = read[path]
+    for node in graph.nodes:
+        if node in copies:
+            continue
+        if node.op == "call_module":
+            path = str(node.target)
+            if path not in read:
+                read[path] = shared.placeholder(f"p{len(read)}")
+        args = map_aggregate(map_arg(node.args, copies.__getitem__), _without_numbers)
+        kwargs = map_aggregate(map_arg(node.kwargs, copies.__getitem__), _without_numbers)
+        op, target = node.op, node.target
+        if op == "call_module":
+            op, target, args = "call_function", _call, (read[str(node.target)], *args)
+        copies[node] = shared.create_node(op, target, args, kwargs, name=f"n{len(copies)}")
+    return list(read), shared
+
+
+def _without_numbers(value: Any) -> Any:
+    """A message that a trace wrote names nodes by number, which would tell apart what is alike."""
+    return _NODE.sub("Proxy", value) if isinstance(value, str) else value
+
+
+def _call(module: Any, *args: Any, **kwargs: Any) -> Any:
+    return module(*args, **kwargs)
+
+
+def _resolve(root: Any, path: str) -> Any:
+    for name in path.split("."):
+        root = getattr(root, name)
+    return root
+
+
+Program = Callable[[Graph], Callable[..., Any]]  # what makes a function of a graph
+
+
+def compile_graph(graph: Graph) -> Callable[..., Any]:
+    """The function a graph stands for; its first argument is the object that holds the modules the graph calls.
+
+    The modules are looked up at every call, so replacing one takes effect.
+    """
+    code = graph.python_code("self")
+    filename = f"<mfx graph {abs(hash(code.src))}>"
+    linecache.cache[filename] = (len(code.src), None, code.src.splitlines(keepends=True), filename)
+    namespace = dict(code.globals)
+    exec(compile(code.src, filename, "exec"), namespace)  # what torch.fx does for a GraphModule
+    function = namespace["forward"]
+    assert isinstance(function, FunctionType)
+    return function

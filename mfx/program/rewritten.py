@@ -1,0 +1,238 @@
+"""One captured and rewritten graph of a net, with the conditions under which it holds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+from torch import fx, nn
+
+from mfx.capture.captured import Captured
+from mfx.capture.guards import Guard, guards_of
+from mfx.capture.named_steps import check_steps
+from mfx.options.options import Options
+from mfx.program.assembly import Assembly
+from mfx.program.chain_call import Momentum
+from mfx.program.codegen import Program, compile_graph
+from mfx.program.scope import Scope
+from mfx.program.velocity import velocity_target
+from mfx_passes import ChainGraphs, Findings, Step, StepGraphs, find_chains, rewrite_graph
+from mfx_passes.ir import Selection, enclosing_path
+from mfx_passes.momentum_pass import call_name
+from mfx_passes.rewrite.portable_graph import PortableGraph
+
+
+@dataclass(eq=False)
+class Entry:
+    """A rewritten graph.
+
+    Args:
+        captured: the graph as the model wrote it.
+        graph: the rewritten graph.
+        calls: the momentum calls of the graph, by the name the graph calls them.
+        flat: paths of modules whose own ``forward`` does not run, because their nodes belong to several steps.
+        refused: sums that turned out not to fit once shapes were known, and why.
+        training: the training mode of the net it was made in.
+        guards: when it holds.
+        marks: attributes that the model's forward pass sets itself, by module.
+        within: path in the net of the part that the graph is of.
+        probed: whether shapes were looked at.
+        rerun_rest: whether what lies between the chains runs again in the backward pass, too.
+        verify: what happens if that was not reproducible.
+    """
+
+    captured: Captured
+    graph: PortableGraph
+    calls: dict[str, Momentum]
+    flat: tuple[str, ...]
+    refused: dict[str, str]
+    training: bool
+    guards: list[Guard]
+    marks: Mapping[nn.Module, set[str]]
+    within: str = ""
+    probed: bool = False
+    rerun_rest: bool = False
+    verify: str = "warn"
+    _functions: dict[Program, Callable[..., Any]] = field(default_factory=dict, repr=False)
+
+    @property
+    def mode(self) -> str:
+        """The training mode that it is for, ``"train"`` or ``"eval"``."""
+        return "train" if self.training else "eval"
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The number of steps of each chain, by name."""
+        return {call.chain: len(call.graphs.steps) for call in self.calls.values()}
+
+    @property
+    def read(self) -> tuple[str, ...]:
+        """Paths of what the steps of the chains read."""
+        return tuple(target for call in self.calls.values() for step in call.graphs.steps for target in step.targets)
+
+    @property
+    def sums(self) -> dict[str, list[str]]:
+        """For each chain, the paths in the net of the modules whose forwards add up its steps."""
+        return {call.chain: [self._place_of_sum(step) for step in call.graphs.steps] for call in self.calls.values()}
+
+    def _place_of_sum(self, step: StepGraphs) -> str:
+        (output,) = step.original.find_nodes(op="output")
+        return ".".join(filter(None, (self.within, enclosing_path(output.args[0][0]))))
+
+    @property
+    def changes_function(self) -> bool:
+        """Whether one of its chains computes something else than the model did."""
+        return not all(call.gamma.is_zero for call in self.calls.values())
+
+    @property
+    def called(self) -> set[str]:
+        """Paths of the modules that the graph, or a step of its chains, calls as a whole."""
+        steps = [step.original for call in self.calls.values() for step in call.graphs.steps]
+        return {str(node.target) for graph in (self.graph, *steps) for node in graph.find_nodes(op="call_module")}
+
+    def computes(self, path: str) -> bool:
+        """Whether a module, by its path in the net, has a share in the graph."""
+        paths = {".".join(filter(None, (self.within, enclosing_path(node)))) for node in self.captured.graph.nodes}
+        return any(f"{inner}.".startswith(f"{path}.") for inner in paths)
+
+    def holds(self) -> bool:
+        """Whether the modules the trace walked through are as they were."""
+        if self.captured.frame is not None:
+            return self.in_place()  # attributes are Dynamo's to guard, and the model may set them
+        return all(guard.holds() for guard in self.guards)
+
+    def in_place(self) -> bool:
+        """Whether these modules are still there, in whatever training mode."""
+        return all(guard.in_place() for guard in self.guards)
+
+    def run(self, net: nn.Module, inputs: Mapping[str, Any], program: Program = compile_graph) -> Any:
+        """Run the rewritten graph on the modules of ``net``, by functions that ``program`` makes."""
+        if program not in self._functions:
+            self._functions[program] = self._assemble(net, program)
+        return self._functions[program](*(inputs[name] for name in self.captured.specialization.inputs))
+
+    def call(
+        self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: Program = compile_graph
+    ) -> Any:
+        """Make the call that the graph was captured from, with other tensors; for graphs that have a frame."""
+        if program not in self._functions:
+            assert self.captured.frame is not None
+            self._functions[program] = self.captured.frame.callable(self._assemble(net, program))
+        return self._functions[program](net, *args, **kwargs)
+
+    def _assemble(self, net: nn.Module, program: Program) -> Callable[..., Any]:
+        assembly = Assembly(self.graph, self.calls, program, rerun_rest=self.rerun_rest, verify=self.verify)
+        return partial(assembly, Scope(net, self.captured.modules))
+
+    def graph_module(self, net: nn.Module) -> fx.GraphModule:
+        """The rewritten graph as a module of its own, over the modules of ``net``."""
+        root = nn.Module()
+        root.__dict__.update(
+            {key: value for key, value in net.__dict__.items() if key not in ("forward", "graph", "code")}
+        )
+        root._modules = {**net._modules, **self.captured.modules, **self.calls}
+        module = fx.GraphModule(root, self.graph.__deepcopy__(), class_name=type(net).__name__)
+        module.training = self.training  # not train(): the modules in it are the net's
+        return module
+
+    def findings(self, net: nn.Module, options: Options) -> Findings:
+        """What was found in the graph, computed anew."""
+        graph, _ = self.captured.copy()
+        return find_chains(graph, self.captured.modules_of(net), _selection(options, self.captured, self.refused))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_functions": {}}
+
+
+def make_entry(
+    net: nn.Module,
+    captured: Captured,
+    options: Options,
+    refused: Mapping[str, str],
+    marks: Mapping[nn.Module, set[str]],
+) -> Entry:
+    """Rewrite a captured graph.
+
+    Args:
+        net: the tree copy it was captured from.
+        captured: the graph.
+        options: how to rewrite it.
+        refused: sums to leave alone, and why.
+        marks: attributes that the forward pass sets itself, by module.
+
+    Raises:
+        MfxError: see `mfx_passes.rewrite_graph`.
+    """
+    graph, calls = captured.copy()
+    modules = captured.modules_of(net)
+    momenta: dict[str, Momentum] = {}
+    taken = {*dir(net), *captured.modules}
+
+    def insert(graphs: ChainGraphs) -> tuple[str, str | None]:
+        name = call_name(graphs.name, {*taken, *momenta})
+        momenta[name] = make_momentum(graphs, options)
+        return name, velocity_target(net, graphs.name, options)
+
+    rewritten = rewrite_graph(graph, modules, insert, _selection(options, captured, refused), calls)
+    if options.layers:
+        lengths = {call.chain: len(call.graphs.steps) for call in momenta.values()}
+        check_steps(captured.graph, lengths, rewritten.findings.rejections)
+    flat = tuple(sorted({call.target for call in rewritten.flat}))
+    leaves = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
+    guards = guards_of(net, leaves, marks)
+    return Entry(
+        captured,
+        graph,
+        momenta,
+        flat,
+        dict(refused),
+        net.training,
+        guards,
+        marks,
+        options.selection.within,
+        rerun_rest=options.plans and options.recompute == "all",
+        verify=options.verify,
+    )
+
+
+def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:
+    """The module that runs a chain as the options say."""
+    velocity = options.velocity_of(graphs.name)
+    return Momentum(
+        graphs,
+        gamma=options.gamma_of(graphs.name),
+        velocity=velocity if isinstance(velocity, str) else "module",
+        arithmetic=options.arithmetic,
+        memory_budget=options.memory_budget,
+        plans=options.plans,
+        verify=options.verify,
+    )
+
+
+def _selection(options: Options, captured: Captured, refused: Mapping[str, str]) -> Selection:
+    return replace(with_refused(options, refused).selection, forward_only=captured.forward_only)
+
+
+def with_refused(options: Options, refused: Mapping[str, str]) -> Options:
+    """The same options, with some sums left out."""
+    return replace(options, selection=replace(options.selection, refused=dict(refused))) if refused else options
+
+
+def steps_of(findings: Findings) -> dict[str, Step]:
+    """All steps of all chains by the name of the sum they end in."""
+    return {step.add.node.name: step for chain in findings.chains for step in chain.steps}
+
+
+def named_by_mode(graphs: Iterable[tuple[str, Entry, nn.Module]]) -> dict[str, fx.GraphModule]:
+    """Graphs as modules, named after the mode they are for; ``train#2`` for the second one of a mode.
+
+    Args:
+        graphs: the mode of each, the graph, and the modules that it runs on.
+    """
+    modules: dict[str, fx.GraphModule] = {}
+    for mode, entry, net in graphs:
+        count = sum(name.partition("#")[0] == mode for name in modules)
+        modules[f"{mode}#{count + 1}" if count else mode] = entry.graph_module(net)
+    return modules

@@ -1,0 +1,95 @@
+"""A rewritten graph as segments between its momentum calls, each compiled on its own."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Collection, Sequence
+from typing import Any, TypeVar
+
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from mfx_passes.ir import is_momentum_call
+from mfx_passes.rewrite.portable_graph import PortableGraph
+
+T = TypeVar("T")
+
+
+def cut(
+    graph: Graph, compiled: Callable[[Graph], T], runs: Sequence[Sequence[Node]] | None = None
+) -> tuple[Graph, dict[str, T]]:
+    """Put one call in the place of all nodes between two momentum calls.
+
+    Before::
+
+        h = embed(x); y = momentum_blocks(h); z = norm(y); return head(z)
+
+    After::
+
+        h = segment_0(x); y = momentum_blocks(h); return segment_1(y)
+
+    Args:
+        graph: the rewritten graph; it is left as it is.
+        compiled: makes a function of ``(root, *inputs)`` of a segment's graph.
+        runs: the nodes of each segment, where that is not what lies between two momentum calls.
+
+    Returns:
+        The short graph, and its segments by name: functions of ``(root, *inputs)``, where the root holds what the graph
+        reads by path. The short graph calls them without it.
+    """
+    short = PortableGraph()
+    copies: dict[Node, Any] = {}
+    segments: dict[str, T] = {}
+
+    def copy(node: Node) -> Any:
+        if node not in copies:
+            assert node.op == "get_attr"
+            copies[node] = short.node_copy(node)
+        return copies[node]
+
+    for kind, nodes in _runs(graph) if runs is None else _around(graph, runs):
+        if kind == "segment":
+            name = f"segment_{len(segments)}"
+            body, inputs, outputs = _body(nodes)
+            segments[name] = compiled(body)
+            call = short.create_node("call_module", name, tuple(map(copy, inputs)))
+            for position, node in enumerate(outputs):
+                copies[node] = short.call_function(operator.getitem, (call, position))
+            continue
+        for node in nodes:
+            copies[node] = short.node_copy(node, copy)
+    return short, segments
+
+
+def _runs(graph: Graph) -> list[tuple[str, Sequence[Node]]]:
+    runs: list[tuple[str, list[Node]]] = []
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            continue  # read where it is needed
+        kind = "node" if node.op in ("placeholder", "output") or is_momentum_call(node) else "segment"
+        if runs and runs[-1][0] == kind:
+            runs[-1][1].append(node)
+        else:
+            runs.append((kind, [node]))
+    return [*runs]
+
+
+def _around(graph: Graph, runs: Sequence[Sequence[Node]]) -> list[tuple[str, Sequence[Node]]]:
+    """All of a graph in order, where all that is computed is in one of the runs."""
+    inputs, outputs = graph.find_nodes(op="placeholder"), graph.find_nodes(op="output")
+    return [("node", inputs), *(("segment", run) for run in runs), ("node", outputs)]
+
+
+def _body(nodes: Collection[Node]) -> tuple[Graph, list[Node], list[Node]]:
+    """Nodes as a graph of their own, what it takes and what it gives."""
+    own = set(nodes)
+    sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in own)
+    inputs = [source for source in sources if source.op != "get_attr"]
+    outputs = [node for node in nodes if any(user not in own for user in node.users)]
+    body = PortableGraph()
+    copies = {source: body.placeholder(source.name) for source in inputs}
+    copies.update((source, body.node_copy(source)) for source in sources if source.op == "get_attr")
+    for node in nodes:
+        copies[node] = body.node_copy(node, copies.__getitem__)
+    body.output(tuple(map_arg(tuple(outputs), copies.__getitem__)))
+    return body, inputs, outputs

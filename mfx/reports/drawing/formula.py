@@ -1,0 +1,182 @@
+"""What one step computes, in a line: ``x + mlp(norm2(x))``."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.fx import Graph, Node
+
+from mfx.program.chain_call import Momentum
+from mfx.reports.drawing.groups import Group, contract
+from mfx_passes import StepGraphs
+from mfx_passes.ir import enclosing_path
+
+_LONGEST = 110  # characters of a formula; longer ones become a list of names
+_NAMES = 8  # in that list
+_INFIX = {
+    **dict.fromkeys((operator.add, operator.iadd, torch.add, "add", "add_"), " + "),
+    **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), " − "),
+    **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), "·"),
+}
+_MOVES = frozenset(
+    {
+        "getitem",
+        "reshape",
+        "view",
+        "permute",
+        "transpose",
+        "contiguous",
+        "flatten",
+        "unflatten",
+        "chunk",
+        "split",
+        "unbind",
+        "squeeze",
+        "unsqueeze",
+        "to",
+        "float",
+        "type_as",
+        "clone",
+        "expand",
+        "expand_as",
+        "movedim",
+        "swapaxes",
+        "t",
+        "detach",
+        "view_as",
+        "tensor_split",
+        "setitem",
+    }
+)
+
+
+def formula(step: StepGraphs, path: str, modules: Mapping[str, nn.Module]) -> str:
+    """A step's new state as an expression in x; modules by their path below the step's own.
+
+    Operations that only move values are left out; "…" stands for what the step reads beside x. What is too long for a
+    line becomes a list of names.
+
+    Args:
+        step: the step's graphs.
+        path: of the step's module.
+        modules: the modules that they call, by path.
+    """
+    groups = contract(step.branch, lambda node: _key(node, path), hide=_is_hidden)
+    names = {group: _name(group, modules) for group in groups}
+    try:
+        value = _expression(step.branch, names)
+    except _TooLongError:
+        shown = [name for name in dict.fromkeys(names.values()) if name and name not in _MOVES]
+        value = f"f(x) with {' · '.join(shown[:_NAMES])}{' …' if len(shown) > _NAMES else ''}"
+    return f"x + {value}" if step.kind == "residual" else value
+
+
+def classes(step: StepGraphs, path: str, modules: Mapping[str, nn.Module]) -> str:
+    """What is behind the names in a formula: the classes of the modules, in order.
+
+    Args:
+        step: the step's graphs.
+        path: of the step's module.
+        modules: the modules that they call, by path.
+    """
+    found = []
+    for node in step.branch.nodes:
+        module = modules.get(enclosing_path(node))
+        if node.op not in ("placeholder", "output", "get_attr") and module is not None:
+            name = shown_path(_below(enclosing_path(node), path)) or "the step"
+            found.append(f"{name}: {type(module).__name__}")
+    return ", ".join(dict.fromkeys(found))
+
+
+def shown_path(path: str) -> str:
+    """A module path with indices as indices.
+
+    >>> shown_path("encoder.layer.0.attention")
+    'encoder.layer[0].attention'
+    >>> shown_path("0.1.fc")
+    '[0][1].fc'
+    """
+    return re.sub(r"(?:^|\.)(\d+)(?=\.|$)", r"[\1]", path)
+
+
+def op_name(node: Node, modules: Mapping[str, nn.Module]) -> str:
+    """The name of what a node calls: a module's class, a function's or method's name."""
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        return module.chain if isinstance(module, Momentum) else type(module).__name__ if module else str(node.target)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
+    return str(name).strip("_")
+
+
+def is_parameter(node: Node) -> bool:
+    """Whether a graph's input is a parameter or buffer of the model (graphs captured by TorchDynamo have such)."""
+    return (
+        node.op == "placeholder" and re.match(r"[lL]_self_+(modules|parameters|buffers)_", str(node.target)) is not None
+    )
+
+
+class _TooLongError(Exception):
+    pass
+
+
+def _is_hidden(node: Node) -> bool:
+    return is_parameter(node) or node.op == "output"
+
+
+def _below(path: str, base: str) -> str:
+    return path[len(base) + 1 :] if base and path.startswith(f"{base}.") else "" if path == base else path
+
+
+def _key(node: Node, base: str) -> str | None:
+    """The child of the step's module, or with an index the item in it, whose forward the node is part of."""
+    if node.op in ("placeholder", "output"):
+        return None
+    atoms = _below(enclosing_path(node), base).split(".")
+    if atoms == [""]:
+        return None
+    depth = next((i for i, atom in enumerate(atoms) if not atom.isdigit()), len(atoms) - 1) + 1
+    while depth < len(atoms) and atoms[depth].isdigit():
+        depth += 1
+    return ".".join(atoms[:depth])
+
+
+def _name(group: Group, modules: Mapping[str, nn.Module]) -> str:
+    if group.first.op == "placeholder":
+        return ""
+    return shown_path(group.key or op_name(group.first, modules))
+
+
+def _expression(graph: Graph, names: Mapping[Group, str]) -> str:
+    x = next(iter(graph.nodes))
+    (output,) = graph.find_nodes(op="output")
+    value = output.args[0]
+    end = value[0] if isinstance(value, tuple | list) else value
+    texts: dict[Group, str] = {}
+    for group, name in names.items():
+        if group.first.op == "placeholder":
+            texts[group] = "x" if group.first is x else "…"
+            continue
+        texts[group] = _call(group, [texts[source] for source in group.inputs], name)
+        if len(texts[group]) > _LONGEST:
+            raise _TooLongError
+    return next((texts[group] for group in names if end in group.nodes), "x")
+
+
+def _call(group: Group, read: list[str], name: str) -> str:
+    arguments = [text for text in dict.fromkeys(read) if text != "…"] + ["…"] * ("…" in read)
+    single = group.first if group.key is None else None
+    if single is not None and single.op != "call_module":
+        infix = _INFIX.get(single.target)
+        if infix and len(arguments) > 1:
+            return infix.join(_bracketed(text) if infix == "·" else text for text in arguments)
+        if (name in _MOVES or infix) and len(arguments) == 1:
+            return arguments[0]
+    return f"{name}({', '.join(arguments)})"
+
+
+def _bracketed(text: str) -> str:
+    return f"({text})" if " + " in text or " − " in text else text

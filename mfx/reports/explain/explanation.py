@@ -1,0 +1,93 @@
+"""What mfx found in a model, what it left alone and why, and what that takes: as objects and as data."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from mfx.reports.explain.advice import PRETRAINED, advise_on_output, remedy
+from mfx.reports.explain.data import ExplainedChain
+from mfx.reports.explain.estimate import Estimate
+from mfx_passes import Rejection
+
+
+@dataclass(frozen=True, eq=False)
+class Explanation:
+    """The chains of a model, the residual adds that are in none, and what a training step takes.
+
+    ``str()`` is at most 100 columns wide; notebooks show tables.
+
+    Attributes:
+        model: the name of its class.
+        chains: what is, or would be, rewritten.
+        rejections: residual adds that stay as they are, with reasons.
+        graphs: the rewritten graphs.
+        flat: modules whose own ``forward`` and hooks do not run, because their operations belong to several steps.
+        estimate: what a training step takes with mfx and without, predicted; None without inputs.
+        unpredicted: why there is no ``estimate`` although there were inputs.
+    """
+
+    model: str
+    chains: tuple[ExplainedChain, ...]
+    rejections: tuple[Rejection, ...]
+    graphs: Mapping[str, fx.GraphModule]
+    flat: tuple[str, ...]
+    estimate: Estimate | None = None
+    unpredicted: str = ""
+
+    @property
+    def advice(self) -> tuple[str, ...]:
+        """What could be done about chains and outputs; what could be done about rejections is said with these."""
+        advice = [f"{chain.name}: {chain.advice}" for chain in self.chains if chain.advice]
+        advice += [PRETRAINED] if advice else []
+        return (*advice, *(() if self.estimate is None else advise_on_output(self.estimate.held)))
+
+    def __str__(self) -> str:
+        from mfx.reports.explain.terminal import text
+
+        return text(self)
+
+    def _repr_html_(self) -> str:
+        from mfx.reports.explain.notebook import page
+
+        return page(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the graphs, as plain data, which ``json.dumps`` takes.
+
+        Returns:
+            ``model``; ``chains``, each with ``name``, ``gamma``, ``arithmetic``, ``weights``, ``advice``, ``storage``
+            (the attributes of `ExplainedStorage`, and ``kept``), ``memory`` (``plain`` and ``kept`` in bytes,
+            ``recomputed`` in FLOP) and ``steps`` (``path``, ``kind``, ``branch``, ``captures``, ``sides``, ``source``);
+            ``rejections``, each with ``node``, ``path``, ``source``, ``reason`` and ``remedy``; ``flat``; ``totals``:
+            ``plain`` and ``momentum``, each with ``kept`` and ``peak`` in bytes and ``flops``; ``held``: bytes by key
+            of the output; ``advice``; ``unpredicted``. ``storage``, ``memory`` and ``totals`` are None where unknown.
+        """
+        return {
+            "model": self.model,
+            "chains": [chain.to_dict() for chain in self.chains],
+            "rejections": [
+                {
+                    "node": rejection.node.name,
+                    "path": rejection.path,
+                    "source": rejection.source,
+                    "reason": rejection.reason,
+                    "remedy": remedy(rejection.reason),
+                }
+                for rejection in self.rejections
+            ],
+            "flat": list(self.flat),
+            "totals": self._totals(),
+            "held": {} if self.estimate is None else dict(self.estimate.held),
+            "advice": list(self.advice),
+            "unpredicted": self.unpredicted,
+        }
+
+    def _totals(self) -> dict[str, Any] | None:
+        if self.estimate is None:
+            return None
+        both = {"plain": self.estimate.plain, "momentum": self.estimate.momentum}
+        return {name: {"kept": use.kept, "peak": use.peak, "flops": use.flops} for name, use in both.items()}

@@ -1,0 +1,146 @@
+"""A training step on tensors without values: what it would keep, its peak, and its work."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import Graph
+from typing_extensions import override
+
+from mfx.engine.memory.flops import flops_of
+from mfx.engine.scope import recomputing
+from mfx.meter import StorageLedger, storages
+from mfx.options.gamma import Gamma
+from mfx.options.memory_budget import Amount
+from mfx.program.chain_call import Momentum
+from mfx.program.codegen import Program, compile_graph
+from mfx.program.memory_plans import Plans
+
+_CPU = torch.device("cpu")
+
+# What the momentum call asks of values, and the answer in a step in which nothing is wrong.
+_QUESTIONS = {
+    torch.ops.aten._local_scalar_dense.default: 0,  # the largest of these values; whether two runs differ
+    torch.ops.aten.equal.default: True,  # of a buffer, or of a generator's state, before and after
+}
+
+
+class Observer(StorageLedger):
+    """Sees every operation on tensors without values: the bytes they would take, and the floating-point operations.
+
+    What the momentum call asks of values (is one out of range, are two tensors the same) is answered as in a step in
+    which nothing is wrong. A model that asks is not answered.
+
+    Args:
+        excluded: parameters and buffers; they never count, nor do their gradients.
+
+    Attributes:
+        flops: floating-point operations so far.
+        recomputed: those of second runs, by chain; a chain inside another's branch counts for both.
+    """
+
+    def __init__(self, excluded: Sequence[Tensor]) -> None:
+        super().__init__(excluded, (), timeline=False)
+        self.flops = 0
+        self.recomputed: dict[str, int] = defaultdict(int)
+        self._chains: tuple[str, ...] = ()
+        self._in_call = False  # in a momentum call, and not in one of its branches
+        self._homes: dict[int, tuple[str, ...]] = {}
+
+    def live_in(self, chain: str) -> int:
+        """Bytes alive that came to be in the calls of a chain."""
+        return sum(size for key, (_, size) in self._born.items() if chain in self._homes[key])
+
+    @contextmanager
+    def calling(self, chain: str) -> Iterator[None]:
+        """Within this context, a chain is run."""
+        before, self._chains = self._chains, (*self._chains, chain)
+        try:
+            with self.in_call(True):
+                yield
+        finally:
+            self._chains = before
+
+    @contextmanager
+    def in_call(self, value: bool) -> Iterator[None]:
+        """Within this context, questions about values come from momentum calls, or not."""
+        before, self._in_call = self._in_call, value
+        try:
+            yield
+        finally:
+            self._in_call = before
+
+    def step(self, chain: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A step's function, whose work is noted as the chain's if it runs a second time."""
+
+        def run(*args: Any) -> Any:
+            before = self._chains
+            if recomputing() and chain not in before:  # in the backward pass nobody is in the chain's call
+                self._chains = (*before, chain)
+            try:
+                with self.in_call(False):
+                    return function(*args)
+            finally:
+                self._chains = before
+
+        return run
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.ops.prim.device.default:
+            return func(*args)
+        if self._in_call and func in _QUESTIONS:
+            return _QUESTIONS[func]
+        kwargs = kwargs or {}
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": _CPU}  # whatever device the graph was captured on
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        flops = flops_of(func, args, kwargs, result)
+        self.flops += flops
+        for chain in self._chains if flops and recomputing() else ():
+            self.recomputed[chain] += flops
+        return result
+
+    @override
+    def _storages(self, leaves: Any) -> Iterator[torch.UntypedStorage]:
+        return storages(leaves)
+
+    @override
+    def _enter(self, key: int, storage: torch.UntypedStorage) -> None:
+        if key not in self._born:
+            self._homes[key] = self._chains
+        super()._enter(key, storage)
+
+
+class Rehearsed(Momentum):
+    """A chain's call that an observer watches.
+
+    Args:
+        call: the call.
+        observer: who watches.
+        plain: run what the user wrote and keep what ordinary backpropagation keeps.
+        plans: what the rehearsal has learned for a memory budget, if it is not all or nothing; not the net's own.
+    """
+
+    def __init__(self, call: Momentum, observer: Observer, *, plain: bool, plans: Plans | None = None) -> None:
+        self.__dict__.update(call.__getstate__())  # as a copy that shares nothing that changes
+        self.plans = plans if call.plans is not None else None
+        if plain:
+            self.gamma, self.budget = Gamma(0, 1), Amount.of(1.0)
+        self.program = self._watched
+        self.observer = observer
+
+    def _watched(self, graph: Graph) -> Callable[..., Any]:
+        return self.observer.step(self.chain, compile_graph(graph))
+
+    @override
+    def forward(self, *args: Any, program: Program | None = None, **kwargs: Any) -> Any:
+        with self.observer.calling(self.chain):
+            return super().forward(*args, **kwargs)

@@ -1,0 +1,71 @@
+"""What a chain keeps between forward and backward, and why: for `mfx.explain`."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mfx.engine.arithmetic import ARITHMETICS
+from mfx.engine.memory.storage import choose_storage
+from mfx.program.chain_call import Momentum
+from mfx.text import count, size
+
+_STATES = {"exact": "integer states and a store of digits", "float": "states"}
+
+
+@dataclass(frozen=True)
+class ExplainedStorage:
+    """What one call of a chain keeps for its backward pass, of its stream.
+
+    Attributes:
+        shape: of the stream.
+        dtype: of the stream.
+        policy: ``"states"`` that are walked back, ``"inputs"`` of all steps, or ``"activations"``, as ordinary
+            backpropagation does.
+        states: bytes that states take, with the store of digits or with anchors; None where they cannot be walked back.
+        inputs: bytes that the steps' inputs take.
+        anchors: how many states beside the end state are among those states.
+        error: predicted relative error in a rebuilt state; 0 if it is the forward pass's, bit for bit.
+        reason: why this policy.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    policy: str
+    states: int | None
+    inputs: int
+    anchors: int
+    error: float
+    reason: str
+
+    @property
+    def kept(self) -> int | None:
+        """Bytes kept; None where that is not for the chain to say (``"activations"``)."""
+        return {"states": self.states, "inputs": self.inputs}.get(self.policy)
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        dtype = str(self.dtype).removeprefix("torch.")
+        return {**self.__dict__, "shape": list(self.shape), "dtype": dtype, "kept": self.kept}
+
+
+def explain_storage(call: Momentum, shape: tuple[int, ...], dtype: torch.dtype) -> ExplainedStorage:
+    """What a call of a chain on a stream of this shape and dtype keeps, decided as the call itself decides."""
+    steps, elements = len(call.graphs.steps), math.prod(shape)
+    found = choose_storage(ARITHMETICS[call.arithmetic], call.gamma, dtype, steps, call.memory_budget)
+    states = None if math.isinf(found.states) else round(found.states * elements)
+    inputs = round(found.inputs * elements)
+    if found.policy == "activations":
+        reason = "memory_budget=1.0: kept as in ordinary backpropagation"
+    elif call.gamma.is_zero:
+        reason = f"gamma = 0: nothing can be walked back, the inputs of {steps} steps take {size(inputs)}"
+    else:
+        kind = _STATES[call.arithmetic] + (f" with {count(found.anchors, 'anchor')}" if found.anchors else "")
+        takes = "an anchor every other step or so" if states is None else size(states)
+        reason = f"{kind}: {takes}; inputs of {steps} steps: {size(inputs)}"
+    if call.budget.is_partial:
+        reason += f"; as far as memory_budget={call.budget} goes, steps keep their activations instead"
+    return ExplainedStorage(tuple(shape), dtype, found.policy, states, inputs, found.anchors, found.error, reason)

@@ -1,0 +1,129 @@
+"""The contents of what an explanation shows, as rows of text: for the terminal and for notebooks."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from mfx.reports.explain.advice import remedy
+from mfx.text import amount, count, ratio, size
+
+if TYPE_CHECKING:
+    from mfx.reports.explain.data import ExplainedChain
+    from mfx.reports.explain.explanation import Explanation
+
+
+CHAINS = ("chain", "steps", "kind", "gamma", "arithmetic", "weights of the branches", "state")
+MEMORY = ("alive between forward and backward", "plain", "mfx", "", "recomputed")
+
+
+@dataclass(frozen=True)
+class RejectedGroup:
+    """Residual adds that stay as they are for the same reason: ``places`` has one line for each."""
+
+    reason: str
+    remedy: str
+    places: tuple[str, ...]
+
+
+def headline(explanation: Explanation) -> str:
+    """What was found, in one line."""
+    chains, left = explanation.chains, len(explanation.rejections)
+    steps = sum(len(chain.steps) for chain in chains)
+    return (
+        f"{explanation.model}: {count(len(chains), 'chain')} of {count(steps, 'step')}, "
+        f"{count(left, 'residual add')} left as they are"
+    )
+
+
+def chain_rows(explanation: Explanation) -> list[tuple[str, ...]]:
+    """One row per chain, under ``CHAINS``."""
+    return [
+        (
+            chain.name,
+            str(len(chain.steps)),
+            chain.kind,
+            f"{chain.gamma:g}",
+            chain.arithmetic,
+            _weights(chain.weights),
+            _state(chain),
+        )
+        for chain in explanation.chains
+    ]
+
+
+def memory_rows(explanation: Explanation) -> list[tuple[str, ...]]:
+    """What a training step takes, under ``MEMORY``: by chain, then all of it, then the peak."""
+    if explanation.estimate is None:
+        return []
+    plain, momentum = explanation.estimate.plain, explanation.estimate.momentum
+    rows = [
+        _bytes(chain.name, chain.memory.plain, chain.memory.kept, amount(chain.memory.recomputed, "FLOP"))
+        for chain in explanation.chains
+        if chain.memory is not None
+    ]
+    extra = momentum.flops - plain.flops
+    share = f" (+{extra / plain.flops:.0%})" if plain.flops else ""
+    rows.append(_bytes("all of the model", plain.kept, momentum.kept, f"{amount(extra, 'FLOP')}{share}"))
+    rows.append(_bytes("peak, in the backward pass", plain.peak, momentum.peak, ""))
+    return rows
+
+
+def policies(explanation: Explanation) -> list[tuple[str, str]]:
+    """For each chain with known shapes: what it keeps of its stream, and why."""
+    rows = []
+    for chain in explanation.chains:
+        if (storage := chain.storage) is not None:
+            error = f"; relative error in a rebuilt state {storage.error:.0e}" if storage.error else ""
+            rows.append((chain.name, f"{storage.policy} ({storage.reason}{error})"))
+    return rows
+
+
+def sources(chain: ExplainedChain) -> str:
+    """Where the steps of a chain lie, first and last, and the lines that add them up."""
+    paths = [step.path or "the model" for step in chain.steps]
+    lines = list(dict.fromkeys(short_place(step.source) for step in chain.steps if step.source))
+    more = f" and {len(lines) - 2} more" if len(lines) > 2 else ""
+    where = f" ({', '.join(lines[:2])}{more})" if lines else ""
+    return f"{' … '.join(dict.fromkeys((paths[0], paths[-1])))}{where}"
+
+
+def short_place(source: str) -> str:
+    """``file:line`` without the way to the installed packages or to the working directory.
+
+    >>> short_place("/usr/lib/python3/site-packages/timm/models/vit.py:7")
+    'timm/models/vit.py:7'
+    """
+    return source.rpartition("site-packages/")[2].removeprefix(f"{os.getcwd()}{os.sep}")
+
+
+def groups(explanation: Explanation) -> list[RejectedGroup]:
+    """The rejections, by reason."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for rejection in explanation.rejections:
+        place = ", ".join(filter(None, (rejection.path, short_place(rejection.source))))
+        found[rejection.reason].append(f"{rejection.node.name}{f' ({place})' if place else ''}")
+    return [RejectedGroup(reason, remedy(reason), tuple(places)) for reason, places in found.items()]
+
+
+def _bytes(name: str, plain: int, kept: int, recomputed: str) -> tuple[str, ...]:
+    return name, size(plain), size(kept), ratio(kept, plain), recomputed
+
+
+def _weights(weights: Sequence[float]) -> str:
+    if len(weights) <= 4:
+        return _numbers(weights)
+    return f"{_numbers(weights[:2])} ... {_numbers(weights[-2:])}"
+
+
+def _numbers(weights: Iterable[float]) -> str:
+    return " ".join(f"{weight:.2f}" for weight in weights)
+
+
+def _state(chain: ExplainedChain) -> str:
+    if chain.storage is None:
+        return ""
+    return f"{'×'.join(map(str, chain.storage.shape))} {str(chain.storage.dtype).removeprefix('torch.')}"

@@ -1,0 +1,83 @@
+"""``torch.utils.checkpoint`` around the blocks of a model, for comparison."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from mfx.program.chain_call import Momentum
+from mfx_passes import StepGraphs
+
+
+class Checkpointed:
+    """A model with ``torch.utils.checkpoint`` (non-reentrant) around some of its modules.
+
+    Args:
+        net: the model; these modules' ``forward`` is replaced on the instance.
+        paths: of the modules.
+
+    Attributes:
+        called: paths of those that were called, in the order of their first call. Others a model may go past, and call
+            what is inside.
+    """
+
+    def __init__(self, net: nn.Module, paths: Iterable[str]) -> None:
+        self.net = net
+        self.called: dict[str, None] = {}
+        for path in paths:
+            module = net.get_submodule(path)
+            module.forward = self._checkpointing(path, module.forward)
+
+    def _checkpointing(self, path: str, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.called[path] = None
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+        return run
+
+
+def blocks_of(net: nn.Module, calls: Iterable[tuple[str, Momentum]]) -> tuple[str, ...]:
+    """The modules that one would checkpoint to train a model's chains: its blocks.
+
+    A block is the smallest module with one or more whole branches of a chain in it, but not with all of them: a
+    ``Bottleneck`` of a ResNet, an ``EncoderBlock`` of a ViT. Where the branches have no such module, because the code
+    of the blocks stands in a loop around them, it is the modules that they call.
+
+    Args:
+        net: the model.
+        calls: its chains' calls, each with the path of the module in which its steps look up what they call.
+
+    Returns:
+        Paths of modules, none of them inside another.
+    """
+    found: dict[str, None] = {}
+    for prefix, call in calls:
+        for step in call.graphs.steps:
+            targets = [_joined(prefix, target) for target in step.targets]
+            found.update(dict.fromkeys([step.path] if _is_block(step.path, call.graphs.steps) else targets))
+    callable_ones = [path for path in found if _is_called(net, path)]
+    return tuple(path for path in callable_ones if not any(_is_inside(path, other) for other in callable_ones))
+
+
+def _is_block(path: str, steps: Sequence[StepGraphs]) -> bool:
+    inside = sum(step.path == path or _is_inside(step.path, path) for step in steps)
+    return path != "" and (inside < len(steps) or inside == 1)
+
+
+def _is_inside(path: str, other: str) -> bool:
+    return path.startswith(f"{other}.")
+
+
+def _is_called(net: nn.Module, path: str) -> bool:
+    """Whether there is a module, and it computes something: a ``ModuleList`` does not."""
+    module: Any = net
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return isinstance(module, nn.Module) and type(module).forward is not nn.Module.forward
+
+
+def _joined(prefix: str, path: str) -> str:
+    return f"{prefix}.{path}".strip(".")

@@ -1,0 +1,148 @@
+"""Floating-point operations of what runs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mfx.engine.memory.flops import flops_of
+from mfx.meter import ActivationMeter
+from mfx.reports.profile.rows import Row
+from mfx.reports.profile.untouched import copies
+from mfx.reports.profile.variants import Variant
+from mfx_passes import MfxError
+
+
+class FlopCount(TorchDispatchMode):
+    """Counts the floating-point operations of what runs inside of it.
+
+    Unlike torch's own counter it does not follow modules, whose hooks a step that runs twice would confuse.
+
+    Attributes:
+        total: operations so far, a multiplication and an addition counted as two.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.total = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.total += flops_of(func, args, kwargs or {}, result)
+        return result
+
+
+Loss = Callable[[Any], Tensor]
+_POINTS = 1000  # that a timeline has at most
+
+
+class Step:
+    """A training step of a model on given inputs: forward, loss, backward.
+
+    Args:
+        args: the model's arguments.
+        kwargs: those by name.
+        loss: from the model's output to a scalar; None for the default.
+        device: where it is measured.
+    """
+
+    def __init__(self, args: Any, kwargs: Any, loss: Loss | None, device: torch.device) -> None:
+        self._inputs = args, kwargs
+        self._loss = loss
+        self._device = device
+
+    def run(self, variant: Variant) -> None:
+        """Make a step.
+
+        Raises:
+            MfxError: there is nothing to differentiate.
+        """
+        args, kwargs = copies(*self._inputs)
+        self._value(variant, args, kwargs).backward()
+
+    def seconds(self, variant: Variant) -> float:
+        """Make a step, and take the time."""
+        args, kwargs = copies(*self._inputs)
+        self._synchronize()
+        start = time.perf_counter()
+        self._value(variant, args, kwargs).backward()
+        self._synchronize()
+        return time.perf_counter() - start
+
+    def measured(self, variant: Variant, parameters: Sequence[Tensor]) -> Row:
+        """Make a step, and count bytes and operations; the time is not taken."""
+        args, kwargs = copies(*self._inputs)
+        inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        with ActivationMeter([*parameters, *inputs], timeline=True, device=self._device) as meter, FlopCount() as flops:
+            value = self._value(variant, args, kwargs)
+            kept, forward = meter.live, len(meter.timeline)
+            value.backward()
+        line = meter.timeline
+        return Row(
+            variant.name,
+            kept,
+            meter.peak,
+            0.0,
+            flops.total,
+            _thinned(line),
+            forward / max(len(line), 1),
+            variant.note(),
+        )
+
+    def _value(self, variant: Variant, args: Any, kwargs: Any) -> Tensor:
+        output = variant.run(*args, **kwargs)
+        value = _default_loss(output) if self._loss is None else self._loss(output)
+        if not isinstance(value, Tensor) or value.numel() != 1:
+            got = (
+                f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+            )
+            raise MfxError(f"the loss of the variant {variant.name!r} is {got}; let loss= return a scalar tensor.")
+        if not value.requires_grad:
+            raise MfxError(
+                f"the loss of the variant {variant.name!r} depends on nothing that requires a gradient, so there is no "
+                "backward pass to profile. Let some parameters or inputs require one."
+            )
+        return value
+
+    def _synchronize(self) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+
+
+def _default_loss(output: Any) -> Tensor:
+    """What the output calls its loss, as Hugging Face's do, else the sum of all of it that has a gradient."""
+    named = getattr(output, "loss", None)
+    if isinstance(named, Tensor):
+        return named
+    leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if not leaves:
+        raise MfxError(
+            f"no floating-point tensor was found in the model's output, which is a {type(output).__name__}. Give "
+            "loss=, a function from the output to a scalar."
+        )
+    parts = [leaf.sum() for leaf in leaves if leaf.requires_grad] or [leaves[0].sum()]
+    return torch.stack([part.to(parts[0]) for part in parts]).sum() if len(parts) > 1 else parts[0]
+
+
+def _thinned(live: Sequence[int]) -> tuple[tuple[float, int], ...]:
+    """From (0, 0) on, the bytes after each operation; of many operations in a row, those after the worst."""
+    count = len(live)
+    points = min(count, _POINTS)
+    runs = (range(number * count // points, (number + 1) * count // points) for number in range(points))
+    worst = (max(run, key=live.__getitem__) for run in runs)
+    return ((0.0, 0), *(((at + 1) / count, live[at]) for at in worst))
+
+
+def parameters_of(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers, each once."""
+    tensors = chain.from_iterable(chain(module.parameters(), module.buffers()) for module in modules)
+    return list({id(tensor): tensor for tensor in tensors}.values())

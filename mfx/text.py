@@ -1,0 +1,80 @@
+"""Words that messages to the user have in common."""
+
+from __future__ import annotations
+
+from torch import nn
+
+
+def described(value: object) -> str:
+    """What was given in a module's place, for messages."""
+    if isinstance(value, type):
+        return f"the class {value.__name__}"
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'AEIOaeio' else 'a'} {name}"
+
+
+def listed(names: list[str]) -> str:
+    """The first few names."""
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def without_chains(model: nn.Module) -> str:
+    """What to say of a model in which there is nothing to rewrite."""
+    return (
+        f"{type(model).__name__} has no chain of residual adds to rewrite and is returned unchanged. Looked for: two "
+        "or more sums x + f(x) in a row, where the sum is the x of the next one. mfx.explain(model) lists what came "
+        "close."
+    )
+
+
+def size(number: float) -> str:
+    """Bytes.
+
+    >>> size(512), size(1536), size(3 * 2**40)
+    ('512 B', '1.5 KiB', '3.0 TiB')
+    """
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if round(number, 1) < 1024:
+            return f"{number:.{0 if unit == 'B' else 1}f} {unit}"
+        number /= 1024
+    return f"{number:.1f} TiB"
+
+
+def amount(number: float, unit: str) -> str:
+    """A number of something there are many of, by powers of ten.
+
+    >>> amount(1234567, "FLOP"), amount(17, "FLOP")
+    ('1.23 MFLOP', '17 FLOP')
+    """
+    prefixes = ("", "k", "M", "G", "T", "P")
+    power = 0
+    while number >= 999.5 and power < len(prefixes) - 1:
+        number, power = number / 1000, power + 1
+    return f"{number:.3g} {prefixes[power]}{unit}"
+
+
+def count(number: int, noun: str) -> str:
+    """How many of something.
+
+    >>> count(1, "step"), count(3, "step")
+    ('1 step', '3 steps')
+    """
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """Time.
+
+    >>> duration(0.05), duration(2.5)
+    ('50.0 ms', '2.50 s')
+    """
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{seconds * 1e3:.1f} ms"
+
+
+def ratio(value: float, first: float) -> str:
+    """How many times as much, ``"–"`` if there is nothing to compare with.
+
+    >>> ratio(3, 4), ratio(3, 0)
+    ('0.75×', '–')
+    """
+    return f"{value / first:.2f}×" if first else "–"

@@ -1,0 +1,151 @@
+"""From a graph to its chains: find, check, cut where needed, nest and name. Reads the graph, never rewrites it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from itertools import groupby
+
+from torch import nn
+from torch.fx import Graph, Node
+
+from mfx_passes.analysis.ancestry import GraphIndex
+from mfx_passes.analysis.mutations import Mutations
+from mfx_passes.errors import MfxError
+from mfx_passes.find.normalize import normalize
+from mfx_passes.find.relayout import insert_detours, remove_unused
+from mfx_passes.find.residual_adds import find_adds, find_runs
+from mfx_passes.find.split import cut
+from mfx_passes.find.steps import assemble
+from mfx_passes.ir import Chain, Findings, Rejection, ResidualAdd, Selection, Step, common_path, is_momentum_call
+from mfx_passes.named_steps import is_mark
+
+
+def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selection = Selection()) -> Findings:  # noqa: B008
+    """All chains of residual steps in a graph, outermost first, and why the other residual adds are in none.
+
+    In-place operations are untangled in the graph (see `normalize`), and states in another layout than the rest of
+    their chain are put back (see `relayout`); apart from that it is left as it was.
+
+    Args:
+        graph: the graph of a whole forward pass.
+        modules: the modules its ``call_module`` nodes call, by dotted path.
+        selection: which residual adds may be rewritten.
+
+    Raises:
+        MfxError: a pattern of ``only`` or ``skip`` fits nothing.
+    """
+    index = GraphIndex(graph, modules)
+    if normalize(index):
+        index = GraphIndex(graph, modules)
+    adds, rejections = _find_adds(index, selection)
+    if detours := insert_detours(find_runs(adds, index), index):
+        index = GraphIndex(graph, modules)
+        adds, rejections = _find_adds(index, selection)
+    mutations = Mutations(index, {node for add in adds for node in add.sums}, forward_only=selection.forward_only)
+    rows: list[list[Step]] = []
+    for run in find_runs(adds, index):
+        assembled, refused = assemble(run, index)
+        rejections += refused
+        for row in assembled:
+            kept, refused = cut(row, index, mutations, selection.refused)
+            rows += kept
+            rejections += refused
+    for step in (step for row in rows for step in row):
+        step.path = ".".join(filter(None, (selection.within, step.path)))
+    chains = [Chain(row) for row in _long_enough(rows, selection.min_steps, rejections)]
+    chains = _nest(chains, rejections)
+    _name(chains)
+    _check_patterns(chains, selection, graph)
+    chains = _select(chains, selection, rejections)
+    reread = remove_unused(detours, chains, graph)
+    return Findings(chains, sorted(rejections, key=lambda rejection: index.position[rejection.node]), reread)
+
+
+def _find_adds(index: GraphIndex, selection: Selection) -> tuple[list[ResidualAdd], list[Rejection]]:
+    adds, rejections = find_adds(index)
+    if selection.marked:
+        others = [add.node for add in adds if not is_mark(add.node)]
+        rejections += [Rejection(node, "it lies in none of the sub layers that were asked for") for node in others]
+        adds = [add for add in adds if is_mark(add.node)]
+    return adds, rejections
+
+
+def _long_enough(rows: Iterable[list[Step]], min_steps: int, rejections: list[Rejection]) -> list[list[Step]]:
+    kept = []
+    for row in rows:
+        if len(row) >= min_steps:
+            kept.append(row)
+            continue
+        steps = "a single residual step" if len(row) == 1 else f"a chain of {len(row)} steps"
+        rejections += [Rejection(step.add.node, f"{steps}; chains have at least {min_steps}") for step in row]
+    return kept
+
+
+def _nest(chains: list[Chain], rejections: list[Rejection]) -> list[Chain]:
+    """Order chains outermost first, and refuse those that lie partly inside a step of another one."""
+    owner: dict[Node, Step] = {}
+    nested = []
+    for chain in sorted(chains, key=lambda chain: -len(chain.nodes)):
+        if len({id(owner.get(node)) for node in chain.nodes}) > 1:
+            reason = "the chain lies partly inside a step of another chain"
+            rejections += [Rejection(step.add.node, reason) for step in chain.steps]
+            continue
+        nested.append(chain)
+        owner.update((node, step) for step in chain.steps for node in step.nodes)
+    return nested
+
+
+def _name(chains: Sequence[Chain]) -> None:
+    """The longest common module path of the steps; ``#2`` and so on where that is not unique."""
+    taken = {chain.name for chain in chains}
+    counts: Counter[str] = Counter()
+    for chain in sorted(chains, key=lambda chain: chain.start):
+        base = common_path(step.path for step in chain.steps) or "root"
+        while not chain.name:
+            counts[base] += 1
+            name = base if counts[base] == 1 else f"{base}#{counts[base]}"
+            chain.name = name if name not in taken else ""
+
+
+def _select(chains: list[Chain], selection: Selection, rejections: list[Rejection]) -> list[Chain]:
+    """Apply ``only`` and ``skip``; a chain that loses a step in its middle becomes two."""
+    selected = []
+    for chain in chains:
+        wanted = [_wanted(chain, step, selection) for step in chain.steps]
+        if all(wanted):
+            selected.append(chain)
+            continue
+        left_out = [step for step, keep in zip(chain.steps, wanted, strict=True) if not keep]
+        rejections += [Rejection(step.add.node, "left out by only/skip") for step in left_out]
+        rows = [
+            [step for step, _ in group]
+            for keep, group in groupby(zip(chain.steps, wanted, strict=True), key=lambda pair: pair[1])
+            if keep
+        ]
+        selected += [Chain(row) for row in _long_enough(rows, selection.min_steps, rejections)]
+    _name(selected)
+    return selected
+
+
+def _check_patterns(chains: Sequence[Chain], selection: Selection, graph: Graph) -> None:
+    known = {chain.name for chain in chains} | {step.path for chain in chains for step in chain.steps}
+    if selection.within or any(map(is_momentum_call, graph.nodes)):  # it may mean one elsewhere, or one of these
+        return
+    for pattern in (*(selection.only or ()), *selection.skip):
+        if not any(_fits(name, pattern) for name in known):
+            names = ", ".join(sorted(chain.name for chain in chains)) or "none"
+            raise MfxError(f"{pattern!r} in only/skip fits no chain and no module path of a step. Chains: {names}.")
+
+
+def _wanted(chain: Chain, step: Step, selection: Selection) -> bool:
+    def named(pattern: str) -> bool:
+        return fnmatchcase(chain.name, pattern) or _fits(step.path, pattern)
+
+    return (selection.only is None or any(map(named, selection.only))) and not any(map(named, selection.skip))
+
+
+def _fits(path: str, pattern: str) -> bool:
+    """A pattern names a module with everything inside it."""
+    return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")

@@ -1,0 +1,198 @@
+"""A layout kept over several sums: every state in it is put back, so that the chain can go on before and after.
+
+A window attention cuts the stream into windows once, for two sums. With P for the cutting and Q for what undoes it:
+
+Before::
+
+    windows = P(x)
+    add = windows + attn(windows)
+    add_1 = add + mlp(add)
+    out = Q(add_1)
+
+After::
+
+    windows = P(x)
+    add = windows + attn(windows)
+    state = P⁻¹(add)                 # laid out as x and out are
+    again = P(state)                 # add once more
+    add_1 = again + mlp(again)
+    out = Q(add_1)
+
+P⁻¹ is made from P, operation by operation and with the shapes met on the way: ``again`` is ``add``, whatever Q may be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise, zip_longest
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from mfx_passes.analysis.ancestry import GraphIndex
+from mfx_passes.find.residual_adds import Link, Run
+from mfx_passes.find.steps import restored, starts_before_relayout
+from mfx_passes.ir import Chain
+from mfx_passes.ops import vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class Span:
+    """Sums between a rearrangement of the stream and what undoes it.
+
+    Args:
+        way: the state before it was rearranged, and step by step until the first sum reads it.
+        ends: the rearranged states, one after each sum.
+        out: the last state, put back.
+    """
+
+    way: tuple[Node, ...]
+    ends: tuple[Node, ...]
+    out: Node
+
+
+@dataclass(frozen=True, eq=False)
+class Detour:
+    """What was inserted behind a state, first P⁻¹, then P."""
+
+    state: Node
+    nodes: tuple[Node, ...]
+
+    def remove(self, graph: Graph) -> None:
+        """Leave the graph as it was."""
+        self.nodes[-1].replace_all_uses_with(self.state)
+        for node in reversed(self.nodes):
+            graph.erase_node(node)
+
+
+def insert_detours(runs: Sequence[Run], index: GraphIndex) -> list[Detour]:
+    """Put the states of every span back and rearrange them again, where that joins the span to other steps.
+
+    Returns:
+        What was inserted; the index is stale if that is anything.
+    """
+    detours: list[Detour] = []
+    for run in runs:
+        for span in _spans(run, index):
+            detours += _insert_all(span, index)
+    return detours
+
+
+def remove_unused(detours: Iterable[Detour], chains: Sequence[Chain], graph: Graph) -> dict[Node, Node]:
+    """Take out what turned out to be part of no chain; of the others, the states and what is read in their place."""
+    used = {node for chain in chains for node in (chain.start, *chain.nodes)}
+    kept = {}
+    for detour in reversed(list(detours)):  # a later one may ask for shapes on the way of an earlier one
+        if used.isdisjoint(detour.nodes):
+            detour.remove(graph)
+        else:
+            kept[detour.state] = detour.nodes[-1]
+    return kept
+
+
+def _spans(run: Run, index: GraphIndex) -> Iterator[Span]:
+    """The spans of a run that have steps before or behind them; states outside of spans are all laid out alike."""
+    links, i = run.links, 0
+    bases = starts_before_relayout(links[0], index)
+    while i < len(links):
+        span = next((span for base in bases if (span := _span(i, base, links, index))), None)
+        count = len(span.ends) if span else 1
+        if span and count < len(links):
+            yield span
+        i += count
+        bases = [span.out if span else _end(links[i - 1])]
+
+
+def _span(i: int, base: Node, links: Sequence[Link], index: GraphIndex) -> Span | None:
+    path = links[i].add.skip_path
+    moved = _moved(path[: path.index(base)], index)
+    if not moved:
+        return None
+    ends: list[Node] = []
+    for link, following in zip_longest(links[i:], links[i + 1 :]):
+        ends.append(_end(link))
+        if (out := restored(ends[-1], moved, link, index)) is not None:
+            return Span(path[path.index(base) :: -1], tuple(ends), out)
+        if following is None or _moved(_between(link, following), index):
+            return None
+    return None
+
+
+def _end(link: Link) -> Node:
+    return link.tail[-1] if link.tail else link.add.node
+
+
+def _between(link: Link, after: Link) -> tuple[Node, ...]:
+    path = after.add.skip_path
+    return path[: path.index(_end(link))]
+
+
+def _moved(path: Sequence[Node], index: GraphIndex) -> list[tuple[object, ...] | None]:
+    return [kind for node in reversed(path) if (kind := index.layout(node)) != vocabulary.NEUTRAL]
+
+
+def _insert_all(span: Span, index: GraphIndex) -> Iterator[Detour]:
+    way: Sequence[Node] = span.way
+    for state in span.ends[:-1]:
+        detour, way = _insert(state, way, index)
+        yield detour
+
+
+def _insert(state: Node, way: Sequence[Node], index: GraphIndex) -> tuple[Detour, list[Node]]:
+    """A detour behind a state, and its way from the state that was put back to what reads the same again."""
+    readers = list(state.users)
+    writer = _Writer(index.graph, state)
+    value = state
+    for before, node in reversed(list(pairwise(way))):
+        value = _undo(node, before, value, writer, index)
+    again = [value]
+    for node in way[1:]:
+        again.append(writer.copy(node, {vocabulary.preserved(node): again[-1]}))
+    for reader in readers:
+        reader.replace_input_with(state, again[-1])
+    return Detour(state, tuple(writer.nodes)), again
+
+
+def _undo(node: Node, before: Node, value: Node, writer: _Writer, index: GraphIndex) -> Node:
+    """The value that ``node`` made ``value`` of, given the value that it was made of the first time."""
+    kind: Any = index.layout(node)
+    if kind == vocabulary.NEUTRAL:
+        return value
+    if kind == vocabulary.RESHAPE:
+        shape = writer.write("call_function", getattr, (before, "shape"), node, before)
+        return writer.write("call_method", "reshape", (value, shape), node, before)
+    name, *dims = kind
+    if name == "permute":
+        dims = sorted(range(len(dims)), key=lambda i: dims[i] % len(dims))
+    return writer.write("call_method", name, (value, *dims), node, before)
+
+
+class _Writer:
+    """Writes nodes behind a node, one behind the other."""
+
+    def __init__(self, graph: Graph, behind: Node) -> None:
+        self._graph = graph
+        self._last = behind
+        self.nodes: list[Node] = []
+
+    def write(self, op: str, target: Any, args: tuple[Any, ...], described_by: Node, shaped_like: Node) -> Node:
+        """A new node, whose value has the shape of another one's, or is that shape."""
+        with self._graph.inserting_after(self._last):
+            node = self._graph.create_node(op, target, args)
+        node.meta = {key: value for key, value in described_by.meta.items() if key != "val"}
+        if "val" in shaped_like.meta:
+            value = shaped_like.meta["val"]
+            node.meta["val"] = value.shape if target is getattr else value
+        return self._appended(node)
+
+    def copy(self, node: Node, replaced: dict[Node, Node]) -> Node:
+        """A copy that reads other nodes."""
+        lookup: Callable[[Node], Node] = lambda source: replaced.get(source, source)  # noqa: E731
+        with self._graph.inserting_after(self._last):
+            return self._appended(self._graph.node_copy(node, lookup))
+
+    def _appended(self, node: Node) -> Node:
+        self._last = node
+        self.nodes.append(node)
+        return node

@@ -1,0 +1,159 @@
+"""Find residual adds and string them into chains, by looking at who is computed from whom."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+from torch.fx import Node
+
+from mfx_passes.analysis.ancestry import GraphIndex
+from mfx_passes.ir import Kind, Rejection, ResidualAdd
+from mfx_passes.ops import sums, vocabulary
+
+
+@dataclass(frozen=True, eq=False)
+class Link:
+    """A residual add whose state (``out``, at the end of ``tail``) is the skip of ``next``; the last has no next."""
+
+    add: ResidualAdd
+    tail: tuple[Node, ...] = ()
+    next: ResidualAdd | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Residual adds in a row, all of one kind, before any side condition was looked at."""
+
+    links: tuple[Link, ...]
+    kind: Kind
+
+
+def find_adds(index: GraphIndex) -> tuple[list[ResidualAdd], list[Rejection]]:
+    """All residual adds of a graph, in program order, and the sums that only look like one."""
+    adds: list[ResidualAdd] = []
+    rejections: list[Rejection] = []
+    absorbed: set[Node] = set()
+    for node in reversed(index.nodes):  # a sum takes the sums inside it along, so the outermost comes first
+        if node in absorbed or node in index.sizes or sums.terms(node) is None:
+            continue
+        add = _residual_add(node, index)
+        if isinstance(add, ResidualAdd):
+            absorbed |= add.sums
+            adds.append(add)
+        elif add is not None:
+            rejections.append(add)
+    return adds[::-1], rejections[::-1]
+
+
+def _residual_add(node: Node, index: GraphIndex) -> ResidualAdd | Rejection | None:
+    addends = list(sums.terms(node) or ())
+    owned = {node}
+    while True:
+        for term in addends:
+            if (found := _as_skip(term, addends, index)) is not None:
+                path, bases = found
+                if term.node is None:
+                    return Rejection(node, "the skip is scaled or subtracted, so the sum is not x + f(x)")
+                branch = tuple(factor for other in addends if other is not term for factor in other.factors)
+                return ResidualAdd(node, frozenset(owned), path, bases, branch)
+        inner = next((t.node for t in addends if _is_inner_sum(t.node, owned)), None)
+        if inner is None:
+            return _merge_of_branches(node, index)
+        owned.add(inner)
+        addends = [x for t in addends for x in ((sums.terms(inner) or ()) if t.node is inner else (t,))]
+
+
+def _as_skip(term: sums.Term, addends: list[sums.Term], index: GraphIndex) -> tuple[tuple[Node, ...], ...] | None:
+    """The skip path of a term, and where on it a step may begin, if all other terms are computed from there."""
+    if len(term.factors) != 1:
+        return None
+    path = index.skip_path(term.factors[0])
+    others = [other for other in addends if other is not term]
+    for i, base in enumerate(path):
+        if base.op == "get_attr" or any(other.node is base for other in others):  # x + x is no step
+            return None
+        if all(any(index.is_ancestor(base, factor) for factor in other.factors) for other in others):
+            return path, path[i:]
+    return None
+
+
+def _is_inner_sum(node: Node | None, owned: set[Node]) -> bool:
+    return node is not None and sums.terms(node) is not None and set(node.users) <= owned
+
+
+def _merge_of_branches(node: Node, index: GraphIndex) -> Rejection | None:
+    factors = [factor for term in sums.terms(node) or () for factor in term.factors]
+    if len(factors) == 2 and index.share_computed_ancestor(*factors):
+        return Rejection(
+            node,
+            "both sides of the sum are computed (a projection shortcut, or two branches merging): there is no state "
+            "that is carried on unchanged",
+        )
+    return None
+
+
+def find_runs(adds: list[ResidualAdd], index: GraphIndex) -> list[Run]:
+    """String residual adds together: the value one ends in is the skip of the next."""
+    starting: dict[Node, list[ResidualAdd]] = defaultdict(list)
+    for add in adds:
+        for base in add.bases:
+            starting[base].append(add)
+    links = {add.node: _link(add, starting, index) for add in adds}
+    follows = {link.next.node for link in links.values() if link.next}
+    runs: list[Run] = []
+    for add in adds:
+        if add.node not in follows:
+            runs += _split_by_kind(_follow(links[add.node], links), index)
+    return runs
+
+
+def _link(add: ResidualAdd, starting: dict[Node, list[ResidualAdd]], index: GraphIndex) -> Link:
+    """Straight on, if the sum itself is a skip; else along its tail. Of several next sums, the outermost."""
+    if following := starting.get(add.node):
+        return Link(add, (), following[-1])
+    tail: list[Node] = []
+    for node in _tail(add.node, index):
+        tail.append(node)
+        if following := starting.get(node):
+            return Link(add, tuple(tail), following[-1])
+    return Link(add)
+
+
+def _tail(node: Node, index: GraphIndex) -> list[Node]:
+    """The single path of tail operations that begins at a node."""
+    tail: list[Node] = []
+    while (reader := index.only_reader(node)) is not None and vocabulary.is_tail(reader, index.modules):
+        tail.append(node := reader)
+    return tail
+
+
+def _follow(link: Link, links: dict[Node, Link]) -> list[Link]:
+    row = [link]
+    while row[-1].next is not None:
+        row.append(links[row[-1].next.node])
+    return row
+
+
+def _split_by_kind(row: list[Link], index: GraphIndex) -> list[Run]:
+    """Cut a row wherever links with a tail meet links without one, or with another one."""
+    runs: list[Run] = []
+    first = 0
+    for i, link in enumerate(row):
+        if link.next is None or (i > first and _signature(link, index) != _signature(row[first], index)):
+            runs.append(_close(row[first : i + 1], index))
+            first = i + 1
+    return runs
+
+
+def _signature(link: Link, index: GraphIndex) -> tuple[object, ...]:
+    return tuple(vocabulary.signature(node, index.modules) for node in link.tail)
+
+
+def _close(row: list[Link], index: GraphIndex) -> Run:
+    """End a run: its last step takes the tail that its predecessors have, if it is there, and no other."""
+    wanted = _signature(row[0], index) if len(row) > 1 else ()
+    last = row[-1]
+    tail = tuple(_tail(last.add.node, index)[: len(wanted)])
+    ended = Link(last.add, tail) if _signature(Link(last.add, tail), index) == wanted else Link(last.add)
+    return Run((*row[:-1], ended), "map" if wanted else "residual")

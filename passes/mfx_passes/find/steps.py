@@ -1,0 +1,114 @@
+"""From runs of residual adds to steps: where each one starts and ends, and which nodes it owns."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from torch.fx import Node
+
+from mfx_passes.analysis.ancestry import GraphIndex
+from mfx_passes.find.residual_adds import Link, Run
+from mfx_passes.ir import Rejection, Step, common_path, enclosing_path
+from mfx_passes.ops import vocabulary
+from mfx_passes.ops.step_markers import mapped
+
+
+def assemble(run: Run, index: GraphIndex) -> tuple[list[list[Step]], list[Rejection]]:
+    """Rows of consecutive steps; a row ends where the stream's layout changes for good."""
+    rows: list[list[Step]] = [[]]
+    rejections: list[Rejection] = []
+    for link in run.links:
+        step = _step(link, rows[-1][-1].out, run, index) if rows[-1] else _first_step(link, run, index)
+        if step is None and rows[-1]:
+            rows.append([])
+            step = _first_step(link, run, index)
+        if step is None:
+            rejections.append(
+                Rejection(link.add.node, "the skip is rearranged on its way and not put back after the sum")
+            )
+            rows.append([])
+        else:
+            rows[-1].append(step)
+    return [row for row in rows if row], rejections
+
+
+def _first_step(link: Link, run: Run, index: GraphIndex) -> Step | None:
+    """A step that no other one precedes begins before a rearrangement of the skip if that is undone after the sum."""
+    starts = (*starts_before_relayout(link, index), link.add.bases[0])
+    return next((step for start in starts if (step := _step(link, start, run, index))), None)
+
+
+def starts_before_relayout(link: Link, index: GraphIndex) -> list[Node]:
+    """The values on the skip's way that a rearrangement follows, the earliest one first."""
+    path = link.add.skip_path
+    return [base for above, base in pairwise(path) if _moves(above, index) and base in link.add.bases][::-1]
+
+
+def _moves(node: Node, index: GraphIndex) -> bool:
+    return index.layout(node) not in (None, vocabulary.NEUTRAL)
+
+
+def _step(link: Link, skip: Node, run: Run, index: GraphIndex) -> Step | None:
+    path = link.add.skip_path
+    entry = [index.layout(node) for node in path[: path.index(skip)]]
+    end = link.tail[-1] if link.tail else link.add.node
+    moved = [kind for kind in entry[::-1] if kind != vocabulary.NEUTRAL]
+    out = restored(end, moved, link, index) if moved else end
+    if out is None:
+        return None
+    nodes, fed = _owned(skip, out, index)
+    kind = "map" if moved or link.add.node.target is mapped else run.kind
+    branch = fed - link.add.sums - set(link.tail) - index.sizes - set(path) - set(index.skip_path(out))
+    return Step(link.add, skip, path[0], out, nodes, kind, common_path(map(enclosing_path, branch)))
+
+
+def restored(end: Node, moved: list[tuple[object, ...] | None], link: Link, index: GraphIndex) -> Node | None:
+    """The node after ``end`` at which every rearrangement of the skip has been undone, last one first."""
+    pending = list(moved)
+    for node in _onwards(end, link, index):
+        kind = index.layout(node)
+        if kind == vocabulary.NEUTRAL:
+            continue
+        if kind is None or not vocabulary.undoes(kind, pending[-1] or ()):
+            return None
+        pending.pop()
+        if not pending:
+            return node
+    return None
+
+
+def _onwards(end: Node, link: Link, index: GraphIndex) -> list[Node]:
+    """Value-preserving operations from a state towards the next step's skip, or along a single path."""
+    if link.next is not None:
+        path = link.next.skip_path
+        return list(path[: path.index(end)][::-1])
+    onwards: list[Node] = []
+    while (reader := index.only_reader(end)) is not None and index.layout(reader) is not None:
+        onwards.append(end := reader)
+    return onwards
+
+
+def _owned(skip: Node, out: Node, index: GraphIndex) -> tuple[set[Node], set[Node]]:
+    """The nodes between two states, and what was written beside them for nobody else; and which of them ``skip`` feeds.
+
+    That is: of what ``skip`` feeds, what ``out`` needs, and what is there for its effect, without readers (checks,
+    prints, ``copy_`` into a part of a tensor), with what that needs; then sizes of all these; then whatever is read by
+    all these alone (a position bias made of parameters, a key projected from an encoder's output).
+    """
+    interval = [node for node in index.between(skip, out) if node.op not in ("placeholder", "get_attr", "output")]
+    fed = {skip}
+    for node in interval:
+        if any(source in fed for source in node.all_input_nodes):
+            fed.add(node)
+    needed = {out, *(node for node in fed if not node.users)}
+    for node in reversed(interval):
+        if node in needed:
+            needed.update(node.all_input_nodes)
+    owned = {node for node in interval if node in fed and node in needed}
+    for node in interval:
+        if node in index.sizes and owned.issuperset(node.all_input_nodes):
+            owned.add(node)
+    for node in reversed(interval):
+        if node.users and owned.issuperset(node.users):
+            owned.add(node)
+    return owned, owned & fed

@@ -1,0 +1,94 @@
+"""One spelling for a residual sum: whatever a model writes, a list of signed, scaled terms."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import Node
+
+from mfx_passes.ops import step_markers as marks
+
+
+@dataclass(frozen=True)
+class Term:
+    """``scale`` times the product of ``factors``."""
+
+    factors: tuple[Node, ...]
+    scale: float = 1
+
+    @property
+    def node(self) -> Node | None:
+        """The node itself, if the term is nothing but a node."""
+        return self.factors[0] if len(self.factors) == 1 and self.scale == 1 else None
+
+
+def terms(node: Node) -> tuple[Term, ...] | None:
+    """The two or more terms a node adds up; None if it is not a sum of tensors-to-be."""
+    if "out" in node.kwargs:
+        return None
+    spelling = _SPELLINGS.get((node.op, node.target))
+    return spelling(node) if spelling else None
+
+
+def _plain(sign: int) -> Callable[[Node], tuple[Term, ...] | None]:
+    def spelling(node: Node) -> tuple[Term, ...] | None:
+        first, second = _argument(node, 0, "input"), _argument(node, 1, "other")
+        alpha = node.kwargs.get("alpha", 1)
+        if not (isinstance(first, Node) and isinstance(second, Node) and isinstance(alpha, int | float)):
+            return None
+        return Term((first,)), Term((second,), sign * alpha)
+
+    return spelling
+
+
+def _addcmul(node: Node) -> tuple[Term, ...] | None:
+    first, a, b = (_argument(node, i, name) for i, name in enumerate(("input", "tensor1", "tensor2")))
+    value = node.kwargs.get("value", 1)
+    if not (isinstance(first, Node) and isinstance(a, Node) and isinstance(b, Node) and isinstance(value, int | float)):
+        return None
+    return Term((first,)), Term((a, b), value)
+
+
+def _argument(node: Node, position: int, name: str) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+_ADD, _SUB = _plain(1), _plain(-1)
+_SPELLINGS: dict[tuple[str, Any], Callable[[Node], tuple[Term, ...] | None]] = {
+    ("call_function", operator.add): _ADD,
+    ("call_function", operator.iadd): _ADD,
+    ("call_function", torch.add): _ADD,
+    ("call_method", "add"): _ADD,
+    ("call_method", "add_"): _ADD,
+    ("call_method", "__add__"): _ADD,
+    ("call_method", "__iadd__"): _ADD,
+    ("call_function", operator.sub): _SUB,
+    ("call_function", operator.isub): _SUB,
+    ("call_function", torch.sub): _SUB,
+    ("call_function", torch.subtract): _SUB,
+    ("call_method", "sub"): _SUB,
+    ("call_method", "sub_"): _SUB,
+    ("call_function", torch.addcmul): _addcmul,
+    ("call_method", "addcmul"): _addcmul,
+    ("call_method", "addcmul_"): _addcmul,
+    ("call_function", marks.added): _ADD,
+    ("call_function", marks.mapped): _ADD,
+}
+
+_OUT_OF_PLACE: dict[tuple[str, Any], Any] = {
+    ("call_function", operator.iadd): operator.add,
+    ("call_function", operator.isub): operator.sub,
+    ("call_method", "add_"): "add",
+    ("call_method", "__iadd__"): "add",
+    ("call_method", "sub_"): "sub",
+    ("call_method", "addcmul_"): "addcmul",
+}
+
+
+def out_of_place(node: Node) -> Any:
+    """The target of a sum that leaves its operands alone: ``operator.add`` for ``operator.iadd`` and so on."""
+    return _OUT_OF_PLACE.get((node.op, node.target), node.target)

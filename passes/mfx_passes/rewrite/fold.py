@@ -1,0 +1,208 @@
+"""Nodes that make up a whole module call become that call again.
+
+A traced graph is flat: hooks on the attention module of a block would not fire, and replacing it would do nothing.
+Whatever lies within one branch (or outside all chains) can be called as the module it came from.
+
+Before::
+
+    fc1 = self.blocks.0.mlp.fc1(norm)
+    gelu = torch._C._nn.gelu(fc1)
+    fc2 = self.blocks.0.mlp.fc2(gelu)
+
+After::
+
+    blocks_0_mlp = self.blocks.0.mlp(norm)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+from torch.fx.node import map_arg
+
+from mfx_passes.analysis.mutations import Mutations
+from mfx_passes.ir import Chain, Findings, ModuleCall, Step, inputs_of
+from mfx_passes.ops.vocabulary import returns_operand
+
+_PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+def fold_calls(graph: Graph, calls: Sequence[ModuleCall], findings: Findings, mutations: Mutations) -> list[ModuleCall]:
+    """Fold every call that can be folded, the outermost first; the chains are brought up to date.
+
+    Returns:
+        The calls that were not folded: their modules' own ``forward`` and hooks do not run.
+    """
+    folder = _Folder(graph, findings, mutations)
+    # A call that does nothing but call another has the same nodes, and the shorter path.
+    outermost_first = sorted(calls, key=lambda call: (-len(call.nodes), call.target.count(".")))
+    flat = [call for call in outermost_first if not folder.fold(call)]
+    folder.update(findings.chains)
+    return flat
+
+
+class _Folder:
+    def __init__(self, graph: Graph, findings: Findings, mutations: Mutations) -> None:
+        self._graph = graph
+        self._mutations = mutations
+        self._reread = findings.reread
+        self._steps: dict[Node, list[Step]] = {}  # innermost last
+        self._single: set[Node] = set()  # what no module call may swallow: sums that become part of the momentum call
+        self._replaced: dict[Node, Node] = {}
+        self._gone: set[Node] = set()
+        self._items: list[Node] = []
+        for step in (step for chain in findings.chains for step in chain.steps):
+            for node in step.nodes:
+                self._steps.setdefault(node, []).append(step)
+            if step.kind == "residual":
+                self._single |= step.add.sums
+
+    def fold(self, call: ModuleCall) -> bool:
+        """Fold one call; True also if it lies in one that is folded already."""
+        nodes = {node for node in call.nodes if node.op != "get_attr"}
+        if not nodes or nodes & self._gone:
+            return True
+        first = min(nodes)
+        call = self._in_present_terms(call, first, nodes)
+        if not self._may_fold(call, nodes):
+            return False
+        with self._graph.inserting_before(first):
+            folded = self._graph.call_module(call.target, self._current(call.args), self._current(call.kwargs))
+        folded.meta = _meta(first, call)
+        self._replace(call.output, folded, nodes, self._steps.get(first, []))
+        for node in sorted(nodes, reverse=True):
+            self._graph.erase_node(node)
+        self._gone |= nodes
+        return True
+
+    def _in_present_terms(self, call: ModuleCall, first: Node, nodes: set[Node]) -> ModuleCall:
+        """The call with the values that its arguments and its output had, where these were changed in place before."""
+
+        def at_start(node: Node) -> Node:
+            node = self._changed(node, lambda mutator: mutator < first)
+            return self._reread[node] if node in self._reread and self._reread[node] < first else node
+
+        def at_end(node: Node) -> Node:
+            return self._changed(node, lambda mutator: mutator < first or mutator in nodes)
+
+        return replace(
+            call,
+            args=map_arg(call.args, at_start),
+            kwargs=map_arg(call.kwargs, at_start),
+            output=map_arg(call.output, at_end),
+        )
+
+    def _changed(self, node: Node, when: Callable[[Node], bool]) -> Node:
+        """The in-place operation that stands for the value of a node after it was changed."""
+        for mutation in self._mutations.touching([node]):
+            if mutation.operand is node and returns_operand(mutation.node) and when(mutation.node):
+                return self._changed(mutation.node, when)
+        return node
+
+    def _current(self, args: Any) -> Any:
+        return map_arg(args, lambda node: self._replaced.get(node, node))
+
+    def _may_fold(self, call: ModuleCall, nodes: set[Node]) -> bool:
+        holders = {tuple(map(id, self._steps.get(node, ()))) for node in nodes}
+        if len(holders) > 1 or nodes & self._single:
+            return False
+        inputs = {self._replaced.get(node, node) for node in _nodes_in([call.args, call.kwargs])}
+        read = {source for node in nodes for source in node.all_input_nodes if source.op != "get_attr"} - nodes
+        returned = set(_nodes_in(call.output))
+        return (
+            read <= inputs
+            and all(self._may_read(node, nodes) for node in inputs - read)
+            and all(node in returned or nodes.issuperset(node.users) for node in nodes)
+            and _is_plain([call.args, call.kwargs, call.output])
+            and all(_is_own(mutation.family, nodes) for mutation in self._mutations.at(nodes))
+        )
+
+    def _may_read(self, unread: Node, nodes: set[Node]) -> bool:
+        """An argument that the module does nothing with must not become a capture that nobody checked."""
+        holders = self._steps.get(next(iter(nodes)), ())
+        return all(unread in step.nodes or unread in inputs_of(step) for step in holders)
+
+    def _replace(self, output: Any, value: Node, nodes: set[Node], steps: list[Step]) -> None:
+        """Let readers of the call's output, a node or a structure of them, read it from ``value``."""
+        for step in steps:
+            step.nodes -= nodes
+            step.nodes.add(value)
+        if isinstance(output, Node):
+            if output in nodes:
+                output.replace_all_uses_with(value)
+                self._replaced[output] = value
+                if "val" in output.meta:
+                    value.meta["val"] = output.meta["val"]
+            return
+        for key, part in _items(output):
+            if any(node in nodes for node in _nodes_in(part)):
+                with self._graph.inserting_after(value):
+                    item = self._graph.call_function(operator.getitem, (value, key))
+                item.meta = dict(value.meta)
+                self._items.append(item)
+                self._replace(part, item, nodes, steps)
+
+    def update(self, chains: Sequence[Chain]) -> None:
+        """Point the steps to what replaced their nodes, and drop the parts of outputs that nobody reads."""
+        unread = self._erase_unread_items()
+        for step in (step for chain in chains for step in chain.steps):
+            step.skip = self._replaced.get(step.skip, step.skip)
+            step.term = self._replaced.get(step.term, step.term)
+            step.out = self._replaced.get(step.out, step.out)
+            step.nodes -= unread
+
+    def _erase_unread_items(self) -> set[Node]:
+        unread = set()
+        for item in reversed(self._items):
+            if not item.users:
+                self._graph.erase_node(item)
+                unread.add(item)
+        return unread
+
+
+def _is_own(family: Iterable[Node], nodes: set[Node]) -> bool:
+    """Whether an in-place operation changes nothing but values made in a call, and buffers."""
+    return all(node in nodes or node.op == "get_attr" for node in family)
+
+
+def _meta(first: Node, call: ModuleCall) -> dict[str, Any]:
+    meta: dict[str, Any] = {key: first.meta[key] for key in ("stack_trace", "custom") if key in first.meta}
+    stack = first.meta.get("nn_module_stack")
+    if stack:
+        meta["nn_module_stack"] = _up_to(stack, call.target)
+    return meta
+
+
+def _up_to(stack: Any, target: str) -> Any:
+    kept = type(stack)()
+    for key, value in stack.items():
+        kept[key] = value
+        if value[0] == target:
+            break
+    return kept
+
+
+def _nodes_in(args: Any) -> list[Node]:
+    found: list[Node] = []
+    map_arg(args, found.append)
+    return found
+
+
+def _items(output: Any) -> Iterator[tuple[Any, Any]]:
+    if isinstance(output, dict):
+        return iter(output.items())
+    return iter(enumerate(output)) if isinstance(output, list | tuple) else iter(())
+
+
+def _is_plain(args: Any) -> bool:
+    """Whether a call with these arguments can be written into a graph."""
+    if isinstance(args, dict):
+        return all(isinstance(key, _PLAIN) for key in args) and _is_plain(list(args.values()))
+    if isinstance(args, list) or type(args) is tuple:
+        return all(map(_is_plain, args))
+    return isinstance(args, (Node, *_PLAIN))

@@ -1,0 +1,118 @@
+"""Cut the steps of a chain out of their graph: each becomes a small graph with explicit inputs."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+from torch.fx import Graph, Node
+
+from mfx_passes.ir import Chain, ChainGraphs, Step, StepGraphs, inputs_of
+from mfx_passes.ops import sums
+from mfx_passes.rewrite.portable_graph import PortableGraph
+
+
+def outline(chain: Chain) -> tuple[ChainGraphs, list[Node], list[list[Node]]]:
+    """The graphs of a chain, the nodes it captures, and for each step the nodes that others read (its side outputs)."""
+    inside = chain.nodes
+    read = dict.fromkeys(node for step in chain.steps for node in inputs_of(step)[1:])
+    captures = [node for node in read if node not in inside]
+    sides = [side_outputs(step) for step in chain.steps]
+    position = {node: i for i, node in enumerate([*captures, *(node for side in sides for node in side)])}
+    steps = tuple(_outline_step(step, position, side) for step, side in zip(chain.steps, sides, strict=True))
+    return ChainGraphs(chain.name, steps, _taps(chain)), captures, sides
+
+
+def side_outputs(step: Step) -> list[Node]:
+    """Values inside a step that somebody outside reads."""
+    return [node for node in sorted(step.nodes) if node is not step.out and not step.nodes.issuperset(node.users)]
+
+
+def _taps(chain: Chain) -> tuple[int, ...]:
+    """Numbers of the states that somebody else than the next step reads."""
+    following = zip(chain.steps, chain.steps[1:], strict=False)
+    return tuple(t for t, (step, after) in enumerate(following, 1) if set(step.out.users) - step.nodes - after.nodes)
+
+
+def _outline_step(step: Step, captures: dict[Node, int], sides: Sequence[Node]) -> StepGraphs:
+    inputs = inputs_of(step)
+    original = _graph_of(step, inputs, sides, without_skip=False)
+    branch = original if step.kind == "map" else _graph_of(step, inputs, sides, without_skip=True)
+    targets = [str(node.target) for node in original.nodes if node.op in ("call_module", "get_attr")]
+    return StepGraphs(
+        path=step.path,
+        kind=step.kind,
+        branch=branch,
+        original=original,
+        captures=tuple(captures[node] for node in inputs[1:]),
+        targets=tuple(dict.fromkeys(targets)),
+        sides=tuple(node.name for node in sides),
+    )
+
+
+def _graph_of(step: Step, inputs: Sequence[Node], sides: Sequence[Node], *, without_skip: bool) -> Graph:
+    """The step as a graph of its own; without the skip, what it adds to the skip."""
+    graph = PortableGraph()
+    names = _argument_names(inputs)
+    env = {node: graph.placeholder(name) for node, name in zip(inputs, names, strict=True)}
+    for node, copied in env.items():
+        copied.meta = dict(node.meta)
+
+    def value(node: Node) -> Node:
+        if node not in env:  # only parameters and buffers are neither inputs nor inside
+            env[node] = graph.node_copy(node)
+        return env[node]
+
+    for node in sorted(step.nodes):
+        if without_skip and node in step.add.sums:
+            env[node] = _rest_of_sum(node, step.term, graph, value)
+        else:
+            env[node] = graph.node_copy(node, value)
+            if node in step.add.sums:
+                env[node].target = sums.out_of_place(node)
+    graph.output(tuple(env[node] for node in (step.out, *sides)))
+    _erase_unread_skip(step, env, graph)
+    graph.lint()
+    return graph
+
+
+def _argument_names(inputs: Sequence[Node]) -> list[str]:
+    """``x`` for the state, and for captures their own names, which may be ``x`` too."""
+    taken = {node.name for node in inputs}
+    names = ["x"]
+    for node in inputs[1:]:
+        name = node.name
+        while name == "x" or (name != node.name and name in taken):
+            name += "_"
+        names.append(name)
+    return names
+
+
+def _rest_of_sum(node: Node, skip: Node, graph: Graph, value) -> Node:  # type: ignore[no-untyped-def]
+    """A sum without its skip; a sum in which the skip is not a term itself stays a sum."""
+    terms = sums.terms(node) or ()
+    rest = [term for term in terms if term.node is not skip]
+    if len(rest) == len(terms):
+        copied = graph.node_copy(node, value)
+        copied.target = sums.out_of_place(node)
+        return copied
+    (term,) = rest
+    product = value(term.factors[0])
+    for factor in term.factors[1:]:
+        product = _inherit(graph.call_function(operator.mul, (product, value(factor))), node)
+    if term.scale == -1:
+        return _inherit(graph.call_function(operator.neg, (product,)), node)
+    return product if term.scale == 1 else _inherit(graph.call_function(operator.mul, (product, term.scale)), node)
+
+
+def _inherit(new: Node, old: Node) -> Node:
+    new.meta = dict(old.meta)
+    return new
+
+
+def _erase_unread_skip(step: Step, env: dict[Node, Node], graph: Graph) -> None:
+    """Value-preserving operations that only the dropped skip went through."""
+    for node in step.add.skip_path:
+        copied = env.get(node)
+        if node in step.nodes and copied is not None and not copied.users:
+            graph.erase_node(copied)

@@ -1,0 +1,222 @@
+"""Put one momentum call in the place of each chain. The only pass that changes what a graph computes."""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Collection, Sequence
+from itertools import pairwise
+from typing import Any
+
+from torch.fx import Graph, Node
+
+from mfx_passes.ir import Chain, ChainGraphs, Step, mark_momentum_call
+from mfx_passes.ops import vocabulary
+from mfx_passes.ops.vocabulary import Modules, reads_size_only
+from mfx_passes.rewrite.outline import outline
+
+Insert = Callable[[ChainGraphs], tuple[str, str | None]]
+
+
+"""Keeps a chain's graphs and returns the name of the module that will run them, a ``call_module`` target.
+
+That module is called with ``(x, captures, roots)``: the state, a tuple of captures, and the attributes of the model
+that the steps reach into, by name. It returns the end state, or a tuple of it, the taps and the side outputs. The other
+name is that of a module that computes the initial velocity from the state, handed over as a fourth argument, or None.
+"""
+
+
+def rewrite(graph: Graph, chains: Sequence[Chain], modules: Modules, insert: Insert) -> None:
+    """Replace chains, the innermost first, by momentum calls.
+
+    Before::
+
+        add = self.blocks.0.fc(x) + x
+        add_1 = self.blocks.1.fc(add) + add
+
+    After::
+
+        blocks = self.blocks
+        momentum_blocks = self.momentum_blocks(x, (), {"blocks": blocks})
+
+    Args:
+        graph: the graph, changed in place.
+        chains: its chains, outermost first.
+        modules: the modules its nodes call.
+        insert: takes each chain's graphs and names the module that runs them.
+    """
+    rewriter = _Rewriter(graph, chains, modules, insert)
+    for chain in reversed(chains):
+        rewriter.rewrite(chain)
+    for node in reversed(graph.find_nodes(op="get_attr")):
+        if not node.users:
+            graph.erase_node(node)
+    graph.lint()
+
+
+class _Rewriter:
+    """Rewrites chain after chain and keeps the steps that are still to come up to date."""
+
+    def __init__(self, graph: Graph, chains: Sequence[Chain], modules: Modules, insert: Insert) -> None:
+        self._graph = graph
+        self._modules = modules
+        self._insert = insert
+        self._replaced: dict[Node, Node] = {}
+        self._around: defaultdict[Node, list[Step]] = defaultdict(list)
+        for step in (step for chain in chains for step in chain.steps):
+            for node in step.nodes:
+                self._around[node].append(step)
+
+    def rewrite(self, chain: Chain) -> None:
+        for step in chain.steps:
+            step.skip = self._replaced.get(step.skip, step.skip)
+            step.term = self._replaced.get(step.term, step.term)
+        self._serve_early_readers(chain)
+        graphs, captures, sides = outline(chain)
+        inside = chain.nodes
+        anchor, late = _place(chain, inside, captures)
+        call, added = _insert_call(self._graph, graphs, chain, captures, anchor, self._insert)
+        states = [chain.steps[t - 1].out for t in graphs.taps]
+        outputs = [chain.steps[-1].out, *states, *(node for side in sides for node in side)]
+        values = _unpack(self._graph, call, outputs)
+        _move_behind(values[-1], late)
+        self._read_instead(outputs, values, inside)
+        for node in sorted(inside, reverse=True):
+            self._graph.erase_node(node)
+        read = [value for value in values if value.users]
+        for value in set(values) - set(read) - {call}:
+            self._graph.erase_node(value)
+        self._update(inside, {*added, *read})
+
+    def _serve_early_readers(self, chain: Chain) -> None:
+        """Who reads a state before the next step does gets a view of it that this step makes first.
+
+        It will run behind the whole chain, but its gradient arrives at the view's place: gradients of a state are
+        summed in the order they always were.
+        """
+        for step, after in pairwise(chain.steps):
+            readers = list(step.out.users)
+            first = min(node for node in readers if node in after.nodes)
+            early = [node for node in readers if node < first and node not in step.nodes]
+            if not early:
+                continue
+            with self._graph.inserting_before(first):
+                view = self._graph.call_method("view_as", (step.out, step.out))
+            view.meta = dict(step.out.meta)
+            for node in early:
+                node.replace_input_with(step.out, view)
+            self._around[view] = self._around[first]
+            for owner in self._around[view]:
+                owner.nodes.add(view)
+
+    def _read_instead(self, outputs: Sequence[Node], values: Sequence[Node], inside: Collection[Node]) -> None:
+        for old, new in zip(outputs, values, strict=True):
+            for user in [user for user in old.users if user not in inside]:
+                user.replace_input_with(old, new)
+            _protect(self._graph, new, self._modules)
+            self._replaced[old] = new
+
+    def _update(self, gone: set[Node], added: set[Node]) -> None:
+        """Tell the steps around a rewritten chain what stands in its place."""
+        around = [step for step in self._around[next(iter(gone))] if gone <= step.nodes]
+        for step in around:
+            step.nodes -= gone
+            step.nodes |= added
+        for node in added:
+            self._around[node] = around
+
+
+def _move_behind(last: Node, late: Sequence[Node]) -> None:
+    for node in late:
+        last.append(node)
+        last = node
+
+
+def _place(chain: Chain, inside: set[Node], captures: Sequence[Node]) -> tuple[Node, list[Node]]:
+    """The node to put the momentum call behind, and who must move behind the call.
+
+    Where the chain first reads its start, if possible: gradients are summed in the order of the forward pass.
+    """
+    readers = [node for node in chain.start.users if node in inside and node.users and not reads_size_only(node)]
+    for first in (min(readers, default=min(inside)), min(inside)):
+        anchor = max((first.prev, *captures))
+        late = _late_readers(inside, anchor)
+        if not late:
+            break
+    return anchor, late
+
+
+def _late_readers(inside: Collection[Node], anchor: Node) -> list[Node]:
+    """Nodes that stand before the momentum call's place but read what it computes."""
+    fed = set(inside)
+    late = []
+    for node in _through(min(inside), anchor):
+        if node not in fed and any(source in fed for source in node.all_input_nodes):
+            fed.add(node)
+            late.append(node)
+    return late
+
+
+def _through(first: Node, last: Node) -> list[Node]:
+    nodes = []
+    while first < last or first is last:
+        nodes.append(first)
+        first = first.next
+        if first.op == "root":
+            break
+    return nodes
+
+
+def _insert_call(
+    graph: Graph, graphs: ChainGraphs, chain: Chain, captures: Sequence[Node], anchor: Node, insert: Insert
+) -> tuple[Node, list[Node]]:
+    """The call, and the nodes that fetch the attributes of the model it reaches into."""
+    while anchor.op == "placeholder" and anchor.next.op == "placeholder":
+        anchor = anchor.next
+    added: list[Node] = []
+    roots: dict[str, Node] = {}
+    for name in dict.fromkeys(target.split(".")[0] for step in graphs.steps for target in step.targets):
+        with graph.inserting_after(anchor):
+            anchor = graph.get_attr(name)
+        roots[name] = anchor
+    target, velocity = insert(graphs)
+    args: tuple[Any, ...] = (chain.start, tuple(captures), roots)
+    if velocity is not None:
+        with graph.inserting_after(anchor):
+            anchor = graph.call_module(velocity, (chain.start,))
+        added.append(anchor)
+        args = (*args, anchor)
+    with graph.inserting_after(anchor):
+        call = graph.call_module(target, args)
+    last = chain.steps[-1].out
+    call.meta = {key: last.meta[key] for key in ("stack_trace", "nn_module_stack", "custom") if key in last.meta}
+    mark_momentum_call(call, chain.name)
+    return call, [*added, call]
+
+
+def _unpack(graph: Graph, call: Node, outputs: Sequence[Node]) -> list[Node]:
+    if len(outputs) == 1:
+        call.meta.update(_value_of(outputs[0]))
+        return [call]
+    values: list[Node] = []
+    for i, output in enumerate(outputs):
+        with graph.inserting_after(values[-1] if values else call):
+            values.append(graph.call_function(operator.getitem, (call, i)))
+        values[-1].meta = dict(output.meta)
+    return values
+
+
+def _value_of(node: Node) -> dict[str, object]:
+    return {"val": node.meta["val"]} if "val" in node.meta else {}
+
+
+def _protect(graph: Graph, value: Node, modules: Modules) -> None:
+    """Who changes a state in place gets a copy of it: the backward pass starts from the states."""
+    for user in list(value.users):
+        if vocabulary.mutated_operand(user, modules) is value:
+            with graph.inserting_before(user):
+                copied = graph.call_method("clone", (value,))
+            copied.meta = dict(value.meta)
+            user.replace_input_with(value, copied)
+        elif vocabulary.may_alias(user, modules) and vocabulary.preserved(user) is value:
+            _protect(graph, user, modules)
