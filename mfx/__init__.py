@@ -6,8 +6,10 @@ from mfx.momentumnet.momentum_net import MomentumNet
 from mfx.momentumnet.transform import transform_to_momentumnet
 from mfx.net.gammas import set_gamma
 from mfx.reports.drawing import Drawing, draw
-from mfx.reports.explain.explain import Explanation, explain
-from mfx.reports.profile.profile import Profile, profile
+from mfx.reports.explain.explain import explain
+from mfx.reports.explain.explanation import Explanation
+from mfx.reports.profile.profile import profile
+from mfx.reports.profile.result import Profile
 from mfx.schedule import GammaScheduler
 from mfx_passes import MfxError
 

@@ -13,7 +13,7 @@ from mfx.capture.captured import signature_of
 from mfx.capture.symbolic.trace import capture as capture_symbolically
 from mfx.compat import compiled_model
 from mfx.compiler.compiled_graphs import named_graphs
-from mfx.modules.restore import without_marks
+from mfx.modules.restore import attributes_restored
 from mfx.modules.tree_copy import M, net_of
 from mfx.net.build import rewritten
 from mfx.net.forward import forward_of
@@ -112,7 +112,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     root = net_of(model)
     signature = signature_of(root)
     check_signature(root, signature)
-    with without_marks(root):
+    with attributes_restored(root):
         captured = capture_symbolically(root, specialize_defaults(signature), None, holds_chain)
     return fx.GraphModule(root, captured.graph, class_name=type(model).__name__)
 

@@ -13,7 +13,7 @@ from mfx_passes import MfxError, ModuleCall
 from mfx_passes.rewrite.portable_graph import PortableGraph, copy_graph, dump_calls, load_calls
 
 if TYPE_CHECKING:
-    Frame = Any
+    GuardedCall = Any
 
 
 class CaptureError(MfxError):
@@ -54,7 +54,7 @@ class Captured:
     specialization: Specialization
     modules: dict[str, nn.Module] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-    frame: Frame | None = None
+    frame: GuardedCall | None = None
     forward_only: bool = False
 
     def modules_of(self, net: nn.Module) -> dict[str, nn.Module]:

@@ -18,7 +18,7 @@ _INTERNAL = frozenset({*nn.Module().__dict__, "forward", "graph", "code", "print
 
 
 @dataclass(frozen=True)
-class Guard:
+class ModuleGuard:
     """One module as it was when it was walked through.
 
     Args:
@@ -40,7 +40,7 @@ class Guard:
     forward: Any
 
     @classmethod
-    def of(cls, module: nn.Module, marks: Collection[str], *, is_net: bool) -> Guard:
+    def of(cls, module: nn.Module, marks: Collection[str], *, is_net: bool) -> ModuleGuard:
         """The module as it is now; attributes in ``marks`` may change."""
         plain = {name: _snapshot(value) for name, value in module.__dict__.items() if name not in _INTERNAL}
         kept = tuple((name, value) for name, value in plain.items() if value is not _ABSENT and name not in marks)
@@ -70,10 +70,10 @@ class Guard:
         )
 
 
-def guards_of(net: nn.Module, leaves: Collection[str], marks: Mapping[nn.Module, set[str]]) -> list[Guard]:
+def guards_of(net: nn.Module, leaves: Collection[str], marks: Mapping[nn.Module, set[str]]) -> list[ModuleGuard]:
     """Guards for every module of a net but those below ``leaves``, which a graph calls as they are."""
     return [
-        Guard.of(module, marks.get(module, ()), is_net=module is net)
+        ModuleGuard.of(module, marks.get(module, ()), is_net=module is net)
         for module in _walked(net, "", frozenset(leaves), set())
     ]
 

@@ -12,7 +12,7 @@ from torch.fx import Graph
 from mfx.modules.overlay import Overlay
 from mfx.options.options import Layer, Options
 from mfx_passes import MfxError, Rejection
-from mfx_passes.named_steps import Row, is_mark, is_start, mark_steps, note_calls
+from mfx_passes.named_steps import NamedSteps, is_mark, is_start, mark_steps, note_calls
 from mfx_passes.ops.step_markers import called
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList)
@@ -47,7 +47,7 @@ def announce_blocks(net: nn.Module, layers: Sequence[Layer]) -> None:
             module.__dict__["forward"] = Block(module, path)
 
 
-class WholeSteps:
+class NamedStepModules:
     """The modules of some layers, in a model that is about to be captured: each a step, and called as a whole.
 
     Args:
@@ -62,7 +62,7 @@ class WholeSteps:
         found = [(layer, _container(root, layer.path[len(self._within) :])) for layer in here]
         paths = {module: path for path, module in reversed(list(root.named_modules()))}
         self._rows = [
-            Row(layer.path, tuple(paths[block] for block in blocks), int(layer.keep_first), layer.is_residual)
+            NamedSteps(layer.path, tuple(paths[block] for block in blocks), int(layer.keep_first), layer.is_residual)
             for layer, blocks in found
             if len(blocks)
         ]
@@ -91,9 +91,9 @@ class WholeSteps:
         mark_steps(graph, [row for row in self._rows if row not in missing])
 
 
-def named_steps_of(net: nn.Module, options: Options) -> WholeSteps | None:
+def named_steps_of(net: nn.Module, options: Options) -> NamedStepModules | None:
     """The modules of a net, or of a part of one, that are steps as a whole; None if none were named."""
-    return WholeSteps(net, options.layers, options.selection.within) if options.layers else None
+    return NamedStepModules(net, options.layers, options.selection.within) if options.layers else None
 
 
 def check_steps(graph: Graph, steps: Mapping[str, int], rejections: Collection[Rejection]) -> None:

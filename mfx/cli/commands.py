@@ -30,7 +30,7 @@ class UsageError(Exception):
 
 
 @dataclass(frozen=True)
-class Subject:
+class CommandSubject:
     """The model, the arguments of a call, and how it is to be rewritten."""
 
     model: nn.Module
@@ -57,7 +57,7 @@ class Subject:
     def inputs_of(self, net: nn.Module) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
         """What to look at a net with: not a net in parts, which has its graphs already."""
         forward = forward_of(net)
-        return ((), {}) if forward is not None and forward.in_parts else (self.args, self.kwargs)
+        return ((), {}) if forward is not None and forward.per_module else (self.args, self.kwargs)
 
 
 def run(words: Namespace) -> None:
@@ -75,7 +75,7 @@ def run(words: Namespace) -> None:
         raise mfx.MfxError(f"{error} On the command line, inputs are given with --input.") from error
 
 
-def _subject(words: Namespace) -> Subject:
+def _subject(words: Namespace) -> CommandSubject:
     args, more = words.args
     first, kwargs = words.kwargs
     if first:
@@ -83,7 +83,7 @@ def _subject(words: Namespace) -> Subject:
     model = build(words.spec, args, {**more, **kwargs}, words.config, words.device)
     if words.mode is not None:
         model.train(words.mode == "train")
-    return Subject(model, *made(words.inputs, words.device), _options(words))
+    return CommandSubject(model, *made(words.inputs, words.device), _options(words))
 
 
 def _options(words: Namespace) -> dict[str, Any]:
@@ -145,7 +145,7 @@ def _report(words: Namespace) -> None:
     print(file)
 
 
-def _measured(words: Namespace, subject: Subject) -> tuple[mfx.Profile | None, str]:
+def _measured(words: Namespace, subject: CommandSubject) -> tuple[mfx.Profile | None, str]:
     """A profile, or why there is none."""
     if not words.inputs:
         return None, "no inputs were given (--input)."
@@ -173,7 +173,7 @@ def _source(graph: Graph) -> str:
     return re.sub(r";  [\w, =]+ = None$", "", graph.python_code("self").src, flags=re.MULTILINE)
 
 
-def _described(subject: Subject) -> str:
+def _described(subject: CommandSubject) -> str:
     given = [*((None, value) for value in subject.args), *subject.kwargs.items()]
     words = [f"{name}={_one(value)}" if name else _one(value) for name, value in given]
     return ", ".join(words) or "none"

@@ -26,7 +26,7 @@ def elementwise(graph: Graph) -> Callable[..., None]:
         graph: its inputs are tensors of one size, but for the last if that is of another one.
 
     Returns:
-        A function of None (see `mfx.program.Program`) and the inputs.
+        A function of None (see `mfx.program.GraphCompiler`) and the inputs.
     """
     made: dict[tuple[torch.device, bool, int], Callable[[list[Tensor]], Any]] = {}
 

@@ -20,9 +20,9 @@ from mfx.compiler.call_site import calls_a_net
 from mfx.compiler.compiled_graphs import CompiledGraph, remember
 from mfx.options.options import Options, check_options
 from mfx.program.assembly import Assembly
-from mfx.program.codegen import Compiler, compile_graph
-from mfx.program.memory_plans import Plans, kind_of_call
-from mfx.program.rewritten import Entry, make_entry
+from mfx.program.codegen import BackendCompiler, to_function
+from mfx.program.memory_plans import NetPlans, call_key
+from mfx.program.rewritten import RewrittenGraph, rewrite_captured
 from mfx.program.scope import Scope
 from mfx.text import without_chains
 from mfx_passes import MfxError
@@ -65,14 +65,14 @@ def momentum(
         _warn_idle(module, given)
     checked.check_chains(entry.shape)
     function = Assembly(entry.graph, entry.calls, compiler, rerun_rest=entry.rerun_rest, verify=entry.verify)
-    plans = Plans(checked.memory_budget) if checked.plans else None
+    plans = NetPlans(checked.memory_budget) if checked.plans else None
     mode = compat_compiling.mode_of_compiled()
     holders.tell(lambda net: CompiledGraph(entry, net, checked, mode))
 
     def run(*values: Any) -> Any:
         holder = Scope(holders.of(values), entry.captured.modules)
         taken = [values[position] for position in positions]
-        with nullcontext() if plans is None else plans.passing(kind_of_call(taken)):
+        with nullcontext() if plans is None else plans.forward_pass(call_key(taken)):
             return function(holder, *taken)
 
     return run
@@ -151,9 +151,9 @@ def _compiler(options: dict[str, Any], mode: str | None) -> Callable[[fx.Graph],
             f"torch.compile takes a mode or options: give inner_mode={mode!r} or inner_options={inner_options!r}."
         )
     if inner == "eager":
-        return compile_graph
+        return to_function
     settings = {"mode": mode, "options": inner_options}
-    return Compiler(inner, **{name: value for name, value in settings.items() if value is not None})
+    return BackendCompiler(inner, **{name: value for name, value in settings.items() if value is not None})
 
 
 def _checked(options: dict[str, Any]) -> Options:
@@ -171,14 +171,14 @@ def _checked(options: dict[str, Any]) -> Options:
 
 def _rewrite(
     module: fx.GraphModule, paths: Sequence[str | None], holder: nn.Module, options: Options
-) -> tuple[Entry, tuple[int, ...]]:
+) -> tuple[RewrittenGraph, tuple[int, ...]]:
     """The rewritten graph, and which of the inputs it takes."""
     module = _copy(module)  # Dynamo goes on to read its own
     modules, positions = tidy(module, paths, lambda key, source: ".".join(place(source)))
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
     names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
     captured = Captured(copy_graph(module.graph), [], {}, Specialization(names, {}), modules, values)
-    return make_entry(holder, captured, options, {}, {}), positions
+    return rewrite_captured(holder, captured, options, {}, {}), positions
 
 
 def _copy(module: fx.GraphModule) -> fx.GraphModule:
@@ -187,7 +187,7 @@ def _copy(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def _refuse_cut_chains(module: fx.GraphModule, entry: Entry) -> None:
+def _refuse_cut_chains(module: fx.GraphModule, entry: RewrittenGraph) -> None:
     """A graph break inside a chain would set its velocity back to zero: another function."""
     broken, resumed = compat_compiling.is_broken_off(module), compat_compiling.is_resumed()
     for name, call in entry.calls.items():
@@ -201,7 +201,7 @@ def _refuse_cut_chains(module: fx.GraphModule, entry: Entry) -> None:
             )
 
 
-def _refuse_fused_layers(entry: Entry) -> None:
+def _refuse_fused_layers(entry: RewrittenGraph) -> None:
     """The fused kernel for inference is one operation, in which no residual add can be found."""
     if entry.captured.graph.find_nodes(op="call_function", target=compat_dynamo.FUSED_LAYER):
         raise MfxError(

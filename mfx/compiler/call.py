@@ -12,15 +12,15 @@ from mfx.compat import compiling as compat_compiling
 from mfx.compiler.call_site import forward_by, site_for
 from mfx.compiler.ops import run, settle
 from mfx.compiler.output_spec import is_plain
-from mfx.program.codegen import Compiler
+from mfx.program.codegen import BackendCompiler
 from mfx_passes import MfxError
 
 if TYPE_CHECKING:
     from mfx.compiler.callee import Callee
-    from mfx.program.codegen import Program
+    from mfx.program.codegen import GraphCompiler
 from torch import Tensor
 
-_PROGRAMS: list[tuple[Any, Program]] = []  # with their backends, which can be compared but not hashed
+_PROGRAMS: list[tuple[Any, GraphCompiler]] = []  # with their backends, which can be compared but not hashed
 _NONE = "mfx: None"  # which cannot be handed to code that Dynamo does not look into
 
 
@@ -42,7 +42,7 @@ def call(forward: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return type(forward.net).forward(forward.net, *args, **kwargs)
     if torch.compiler.is_exporting() or not forward.is_opaque:
         return _run_outside(forward, args, kwargs)
-    arguments = pytree.tree_map(_marked, (args, kwargs))
+    arguments = pytree.tree_map(encode_none, (args, kwargs))
     parameters: set[Any] = set()
     held: tuple[list[Any], list[Any]] = [], []
     _gather(forward.net, *held, parameters, set())
@@ -104,13 +104,13 @@ def _device(*tensors: list[Any]) -> torch.device:
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
-def _program() -> Program:
+def _program() -> GraphCompiler:
     """What compiles the pieces of the net: the backend that compiles the code around it."""
     backend = compat_compiling.backend()
     for known, program in _PROGRAMS:
         if known == backend:
             return program
-    _PROGRAMS.append((backend, Compiler(backend)))
+    _PROGRAMS.append((backend, BackendCompiler(backend)))
     return _PROGRAMS[-1][1]
 
 
@@ -122,7 +122,8 @@ def _run_outside(forward: Callee, args: tuple[Any, ...], kwargs: dict[str, Any])
     return forward.run(args, kwargs)
 
 
-def _marked(leaf: Any) -> Any:
+def encode_none(leaf: Any) -> Any:
+    """Replace None by a mark that an opaque operation takes."""
     return _NONE if leaf is None else leaf
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mfx import compat
-from mfx.compiler.output_spec import Foreseen, Given, Result, foreseen_of
+from mfx.compiler.output_spec import Foreseen, FromInput, Produced, foreseen_of
 from mfx.modules.overlay import Extra
 from mfx.modules.random_state import undisturbed
 from mfx.modules.tree_copy import tree_copy
@@ -22,11 +22,11 @@ from mfx_passes import MfxError
 
 if TYPE_CHECKING:
     from mfx.compiler.callee import Callee
-    from mfx.program.codegen import Program
+    from mfx.program.codegen import GraphCompiler
 
 
 _FORWARDS: weakref.WeakValueDictionary[str, Callee] = weakref.WeakValueDictionary()
-_SITES: weakref.WeakValueDictionary[str, Site] = weakref.WeakValueDictionary()
+_SITES: weakref.WeakValueDictionary[str, CallSite] = weakref.WeakValueDictionary()
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Call:
     requires: tuple[bool, ...]
     grad: bool
     autocast: Mapping[str, compat.AutocastState]
-    program: Program
+    program: GraphCompiler
 
     def arguments(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``(args, kwargs)`` with these tensors in them."""
@@ -68,7 +68,7 @@ class Call:
 
 
 @dataclass(eq=False)
-class Site:
+class CallSite:
     """One way to call a net.
 
     Attributes:
@@ -87,13 +87,13 @@ class Site:
         """What the net returns, with these tensors in it."""
 
         def put(leaf: Any) -> Any:
-            if isinstance(leaf, Result):
+            if isinstance(leaf, Produced):
                 return results[leaf.position]
-            return given[leaf.position] if isinstance(leaf, Given) else leaf
+            return given[leaf.position] if isinstance(leaf, FromInput) else leaf
 
         return pytree.tree_map(put, self.foreseen.structure)
 
-    def foresee(self, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> list[Tensor]:
+    def infer(self, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> list[Tensor]:
         """Tensors like the net's results.
 
         Raises:
@@ -140,14 +140,14 @@ def calls_a_net(graph: fx.Graph) -> bool:
     return any(isinstance(argument, str) and argument in _FORWARDS for argument in arguments)
 
 
-def site_of(key: str) -> Site:
+def site_of(key: str) -> CallSite:
     """The site of that key."""
     return _SITES[key]
 
 
 def site_for(
-    forward: Callee, args: Any, kwargs: Any, held: Sequence[Tensor], program: Program
-) -> tuple[Site, list[Tensor]]:
+    forward: Callee, args: Any, kwargs: Any, held: Sequence[Tensor], program: GraphCompiler
+) -> tuple[CallSite, list[Tensor]]:
     """The site of a call, and the tensors of its arguments.
 
     Args:
@@ -169,7 +169,7 @@ def site_for(
     foreseen, _ = _foresee(forward, call, inputs, held)
     site = next((site for site in forward.sites if (site.call, site.foreseen) == (call, foreseen)), None)
     if site is None:
-        site = Site(forward, call, foreseen)
+        site = CallSite(forward, call, foreseen)
         forward.sites.append(site)
         _SITES[site.key] = site
     return site, inputs

@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mfx.options.options import Options
-from mfx.program.rewritten import Entry, named_by_mode
+from mfx.program.rewritten import RewrittenGraph, named_by_mode
 from mfx_passes import MfxError
 
 
@@ -25,7 +25,7 @@ class CompiledGraph:
         mode: ``"train"`` or ``"eval"``, as the compiled module was; ``"graph"`` if a function was compiled.
     """
 
-    entry: Entry
+    entry: RewrittenGraph
     net: nn.Module
     options: Options
     mode: str

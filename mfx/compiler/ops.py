@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mfx import compat
 from mfx.compiler.call_site import site_of
-from mfx.compiler.site_run import Run
+from mfx.compiler.site_run import SiteRun
 
-_RUNS: dict[int, Run] = {}  # those whose backward pass may still come, by token
+_RUNS: dict[int, SiteRun] = {}  # those whose backward pass may still come, by token
 _NUMBERS = itertools.count()
 
 
@@ -28,7 +28,7 @@ def run(site: str, inputs: Sequence[Tensor], held: Sequence[Tensor], *, device: 
     """Run a net.
 
     Args:
-        site: key of the `mfx.sites.Site`.
+        site: key of the `mfx.sites.CallSite`.
         inputs: the tensors of the net's arguments.
         held: its parameters and buffers.
         device: where random numbers are drawn, for `torch.utils.checkpoint` to look at.
@@ -36,7 +36,7 @@ def run(site: str, inputs: Sequence[Tensor], held: Sequence[Tensor], *, device: 
     Returns:
         The tensors of its result, and the token of the run.
     """
-    made = Run(site_of(site), inputs, held)
+    made = SiteRun(site_of(site), inputs, held)
     results = made.forward()
     number = next(_NUMBERS)
     token = torch.tensor(number)
@@ -47,7 +47,7 @@ def run(site: str, inputs: Sequence[Tensor], held: Sequence[Tensor], *, device: 
 
 @run.register_fake
 def _(site: str, inputs: Sequence[Tensor], held: Sequence[Tensor], *, device: torch.device) -> list[Tensor]:
-    return [*site_of(site).foresee(inputs, held), torch.empty((), dtype=torch.int64)]
+    return [*site_of(site).infer(inputs, held), torch.empty((), dtype=torch.int64)]
 
 
 @torch.library.custom_op("mfx::settle", mutates_args=("buffers",))

@@ -15,14 +15,14 @@ from mfx_passes import MfxError
 
 
 @dataclass(frozen=True)
-class Given:
+class FromInput:
     """A tensor that a net returns as it was given: the ``position``-th of its arguments, parameters and buffers."""
 
     position: int
 
 
 @dataclass(frozen=True)
-class Result:
+class Produced:
     """The ``position``-th of the tensors that a net makes."""
 
     position: int
@@ -33,7 +33,7 @@ class Foreseen:
     """What compiled code has to know of a call.
 
     Attributes:
-        leaves: type and value of what the net returns, with `Result` and `Given` for tensors.
+        leaves: type and value of what the net returns, with `Produced` and `FromInput` for tensors.
         spec: the structure they are in.
         kinds: of each result: dtype, device, and sizes, with None for those that are open.
         used: positions of the given tensors that the results depend on, of those that require a gradient.
@@ -65,7 +65,7 @@ class Foreseen:
 
     @property
     def structure(self) -> Any:
-        """What the net returns, with `Result` and `Given` for tensors."""
+        """What the net returns, with `Produced` and `FromInput` for tensors."""
         return pytree.tree_unflatten([value for _, value in self.leaves], self.spec)
 
 
@@ -82,12 +82,12 @@ def foreseen_of(net: nn.Module, returned: Any, given: Sequence[Tensor]) -> tuple
             requires a gradient and is not among the given ones.
     """
     values, spec = pytree.tree_flatten(returned)
-    places: dict[int, Result | Given] = {id(tensor): Given(at) for at, tensor in enumerate(given)}
+    places: dict[int, Produced | FromInput] = {id(tensor): FromInput(at) for at, tensor in enumerate(given)}
     results: list[Tensor] = []
     leaves = []
     for value in values:
         if isinstance(value, Tensor) and id(value) not in places:
-            places[id(value)] = Result(len(results))
+            places[id(value)] = Produced(len(results))
             results.append(value)
         leaf = places[id(value)] if isinstance(value, Tensor) else _plain(net, value)
         leaves.append((type(leaf), leaf))

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mfx import compat
-from mfx.compiler.call_site import Site
+from mfx.compiler.call_site import CallSite
 from mfx.compiler.output_spec import foreseen_of
-from mfx.engine.recompute.layout import Place
+from mfx.engine.recompute.layout import TensorSlot
 from mfx_passes import MfxError
 
 
-class Run:
+class SiteRun:
     """Runs the net on tensors that stand in for those of the compiled code, which has autograd for itself.
 
     Args:
@@ -25,7 +25,7 @@ class Run:
         held: the tensors that are to be its parameters and buffers.
     """
 
-    def __init__(self, site: Site, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> None:
+    def __init__(self, site: CallSite, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> None:
         self._site = site
         self._homes = _homes(site.forward.net)
         if len(self._homes) != len(held):
@@ -100,19 +100,19 @@ class Run:
                     home.put(tensor)
 
 
-def _homes(net: nn.Module) -> list[list[Place]]:
+def _homes(net: nn.Module) -> list[list[TensorSlot]]:
     """Where each parameter, and then each buffer, of a net lies, in the order of `mfx.sites.held_by`."""
-    homes: dict[int, list[Place]] = {}
+    homes: dict[int, list[TensorSlot]] = {}
     for is_parameter in (True, False):
         for path, module in net.named_modules():
             table = module._parameters if is_parameter else module._buffers
             for name, tensor in table.items():
                 if tensor is not None:
-                    homes.setdefault(id(tensor), []).append(Place(table, name, f"{path}.{name}", is_parameter))
+                    homes.setdefault(id(tensor), []).append(TensorSlot(table, name, f"{path}.{name}", is_parameter))
     return list(homes.values())
 
 
-def _stand_in(tensor: Tensor, requires_grad: bool, homes: Sequence[Place]) -> Tensor:
+def _stand_in(tensor: Tensor, requires_grad: bool, homes: Sequence[TensorSlot]) -> Tensor:
     """A leaf over the same values; of a buffer, a copy, which the net may change."""
     if not homes[0].is_parameter:
         return tensor.detach().clone()

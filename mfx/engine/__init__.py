@@ -1,6 +1,6 @@
 """The momentum call: chains of residual steps whose backward pass rebuilds its activations."""
 
-from mfx.engine.arithmetic import ARITHMETICS, IN_BLOCKS, Fused, Moves
+from mfx.engine.arithmetic import ARITHMETICS, BLOCK_KERNELS, FusedKernels, Kernels
 from mfx.engine.chain import run_chain
 from mfx.engine.memory.plan import ChainCost, ChainPlan, NetPlan, StepCost, make_plan
 from mfx.engine.memory.storage import states_by_end
@@ -9,12 +9,12 @@ from mfx.engine.steps import ChainOutput, StepFunction
 
 __all__ = [
     "ARITHMETICS",
-    "IN_BLOCKS",
+    "BLOCK_KERNELS",
     "ChainCost",
     "ChainOutput",
     "ChainPlan",
-    "Fused",
-    "Moves",
+    "FusedKernels",
+    "Kernels",
     "NetPlan",
     "StepCost",
     "StepFunction",

@@ -11,17 +11,17 @@ import torch
 from torch import Tensor
 
 from mfx.compat import under_transform
-from mfx.engine.arithmetic import ARITHMETICS, IN_BLOCKS, Moves, State
+from mfx.engine.arithmetic import ARITHMETICS, BLOCK_KERNELS, Kernels, State
 from mfx.engine.arithmetic.base import wide
 from mfx.engine.flags import notice_overflow, read_pending, verify_chain, verify_step, warn_once
 from mfx.engine.memory.plan import ChainPlan, StepCost
 from mfx.engine.memory.storage import choose_storage
-from mfx.engine.recompute.layout import Layout
+from mfx.engine.recompute.layout import StateLayout
 from mfx.engine.recompute.runners import FromInputs, FromTape, Ordinary, Runner
 from mfx.engine.recompute.saved import tensors_in
 from mfx.engine.scope import enclosing_is_recorded, enclosing_keeps, inside_chain
-from mfx.engine.steps import ChainOutput, Memory, StepFunction
-from mfx.engine.update import Enter, Link, Update, velocity_dummy
+from mfx.engine.steps import ChainCache, ChainOutput, StepFunction
+from mfx.engine.update import Enter, Update, UpdateContext, velocity_dummy
 from mfx.options.gamma import Gamma
 from mfx_passes.errors import MfxError
 
@@ -43,9 +43,9 @@ class _Call:
     costs: list[StepCost] | None
     velocity: Velocity
     taps: Sequence[int]
-    memory: Memory
+    memory: ChainCache
     verify: str
-    moves: Moves
+    kernels: Kernels
 
     @property
     def keeps_all(self) -> bool:
@@ -64,10 +64,10 @@ def run_chain(
     memory_budget: float | ChainPlan = 0.0,
     velocity: Velocity = None,
     taps: Sequence[int] = (),
-    memory: Memory | None = None,
+    memory: ChainCache | None = None,
     verify: str = "warn",
     costs: list[StepCost] | None = None,
-    moves: Moves = IN_BLOCKS,
+    kernels: Kernels = BLOCK_KERNELS,
 ) -> ChainOutput:
     """Run a chain of steps with momentum: v ← γ·v + (1−γ)·f(x), x ← x + v (Sander et al., ICML 2021).
 
@@ -91,7 +91,7 @@ def run_chain(
         verify: what to do if a backward pass in exact arithmetic does not end where the forward pass began: "warn",
             "raise" or "off". On a CPU at once, elsewhere at the next call with the same ``memory``.
         costs: a list that takes in what each step that may run again costs, found out by watching it.
-        moves: who does the elementwise work of exact arithmetic; what comes out is the same.
+        kernels: who does the elementwise work of exact arithmetic; what comes out is the same.
 
     Raises:
         MfxError: if a branch's value does not fit the stream, or values leave the range of exact arithmetic; in the
@@ -103,7 +103,7 @@ def run_chain(
     read_pending(memory)
     state = ARITHMETICS[arithmetic]
     plan = _plan(memory_budget, state, gamma, x.dtype, len(steps))
-    call = _Call(name, steps, captures, root, gamma, state, plan, costs, velocity, taps, memory, verify, moves)
+    call = _Call(name, steps, captures, root, gamma, state, plan, costs, velocity, taps, memory, verify, kernels)
     with inside_chain(recorded := _decide_recorded(call, x), keeps=call.keeps_all):
         if gamma.is_zero:
             return _run_original(call, x)
@@ -161,7 +161,7 @@ def _needs_grad(call: _Call, x: Tensor) -> bool:
         return False
     if any(t.requires_grad for t in tensors_in((x, call.velocity, tuple(call.captures)))):
         return True
-    layouts = (Layout(call.root, step.targets, step.path) for step in call.steps)
+    layouts = (StateLayout(call.root, step.targets, step.path) for step in call.steps)
     tensors = (place.get() for layout in layouts for place in layout.places(call.root))
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
@@ -188,7 +188,7 @@ def _run_plain(call: _Call, x: Tensor) -> ChainOutput:
         _check_fits(call, step, x, y)
         gamma = _gamma_at(call, index)
         f = y - state if step.kind == "map" else _as(state.dtype, y)
-        v = f * gamma.rest if v is None else torch.add(v * gamma.value, f, alpha=gamma.rest)
+        v = f * gamma.complement if v is None else torch.add(v * gamma.value, f, alpha=gamma.complement)
         state = state + v
         x = _as(dtype, state)
         out.add(x, side)
@@ -200,7 +200,7 @@ def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
     runner = _choose_runner(call, x)
     tape, walked = (runner.tape, runner.walked) if isinstance(runner, FromTape) else (None, range(0))
     v = call.velocity if isinstance(call.velocity, Tensor) else None
-    state = call.arithmetic.start(x, v, reversible=tape is not None, moves=call.moves)
+    state = call.arithmetic.start(x, v, reversible=tape is not None, kernels=call.kernels)
     if state.rounds_input:
         x = Enter.apply(x, state)
     out = _Collector(call.taps)
@@ -210,7 +210,7 @@ def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
     for index, step in enumerate(call.steps):
         gamma = _gamma_at(call, index)
         if state.verifiable and index == walked.start > 0:
-            state.mark_start()
+            state.remember_start()
         y, *side = runner.run(index, step, x, gamma)
         _check_fits(call, step, x, y)
         is_end = index + 1 == walked.stop
@@ -218,7 +218,7 @@ def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
         on_tape = bool(call.taps or side) or out.has_sides
         last = tape if is_end and not on_tape else None
         what = f"{call.name}: the stream after step {step.path}"
-        x, v = Update.apply(x, v, y, Link(state, step.kind, gamma, call.gamma, index > 0, dummy, what, last))
+        x, v = Update.apply(x, v, y, UpdateContext(state, step.kind, gamma, call.gamma, index > 0, dummy, what, last))
         out.add(x, side)
         if (on_cpu or index == len(call.steps) - 1) and (overflowed := state.overflowed()) is not None:
             notice_overflow(f"chain {call.name}, at or before step {step.path}", overflowed, call.memory)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from mfx.engine.steps import Memory
+from mfx.engine.steps import ChainCache
 from mfx_passes.errors import MfxError
 
 _ADVICE = (
@@ -16,12 +16,12 @@ _ADVICE = (
 )
 
 
-def notice_overflow(place: str, overflowed: Tensor, memory: Memory) -> None:
+def notice_overflow(place: str, overflowed: Tensor, memory: ChainCache) -> None:
     """Raise an MfxError that names ``place`` if ``overflowed``, the largest value that was too large, is not 0."""
     _read(overflowed, "raise", lambda largest: _overflow_message(place, largest), memory)
 
 
-def verify_chain(name: str, memory: Memory, action: str, same: Tensor) -> None:
+def verify_chain(name: str, memory: ChainCache, action: str, same: Tensor) -> None:
     """Act if a walk back did not end where the forward pass began."""
     error = (
         f"chain {name}: rebuilding the activations did not lead back to where the forward pass began, so gradients are "
@@ -30,7 +30,7 @@ def verify_chain(name: str, memory: Memory, action: str, same: Tensor) -> None:
     _read(~same, action, lambda _: error, memory)
 
 
-def verify_step(name: str, memory: Memory, action: str, path: str, same: Tensor) -> None:
+def verify_step(name: str, memory: ChainCache, action: str, path: str, same: Tensor) -> None:
     """Act if the second run of a step did not give what the first gave."""
     error = (
         f"chain {name}, step {path}: the second run, in the backward pass, did not compute the values of the first, so "
@@ -39,14 +39,14 @@ def verify_step(name: str, memory: Memory, action: str, path: str, same: Tensor)
     _read(~same, action, lambda _: error, memory)
 
 
-def read_pending(memory: Memory) -> None:
+def read_pending(memory: ChainCache) -> None:
     """Act on what earlier calls left to be read."""
     for flag, action, message in memory.pop("pending", ()):
         if value := flag.item():
             _act(action, message(value), memory)
 
 
-def warn_once(topic: str, message: str, memory: Memory) -> None:
+def warn_once(topic: str, message: str, memory: ChainCache) -> None:
     """Warn, unless this chain has warned about this topic: many steps, and every pass, would say the same."""
     warned = memory.setdefault("warned", set())
     if topic not in warned:
@@ -61,7 +61,7 @@ def _overflow_message(place: str, largest: float) -> str:
     )
 
 
-def _read(flag: Tensor, action: str, message: Callable[[float], str], memory: Memory) -> None:
+def _read(flag: Tensor, action: str, message: Callable[[float], str], memory: ChainCache) -> None:
     """Act on ``flag``, unless it is 0, now if that waits for nothing, else at the next call."""
     if flag.device.type != "cpu":
         memory.setdefault("pending", []).append((flag, action, message))
@@ -69,7 +69,7 @@ def _read(flag: Tensor, action: str, message: Callable[[float], str], memory: Me
         _act(action, message(value), memory)
 
 
-def _act(action: str, message: str, memory: Memory) -> None:
+def _act(action: str, message: str, memory: ChainCache) -> None:
     if action == "raise":
         raise MfxError(message)
     warn_once("values", message, memory)

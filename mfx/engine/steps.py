@@ -41,4 +41,4 @@ class ChainOutput:
     sides: tuple[tuple[Any, ...], ...]
 
 
-Memory = dict[Any, Any]
+ChainCache = dict[Any, Any]

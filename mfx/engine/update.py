@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from mfx.engine.recompute.tape import Tape
 
 
-class Link(NamedTuple):
+class UpdateContext(NamedTuple):
     """What an ``Update`` needs beside tensors; ``tape`` if it is the last of its chain and keeps the end state.
 
     ``dummy`` is one for all of the chain, see ``velocity_dummy``. ``later`` is γ of the steps after this one, and
@@ -52,7 +52,7 @@ class Update(torch.autograd.Function):
 
     @staticmethod
     @override
-    def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, link: Link) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, link: UpdateContext) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
         ctx.gamma, ctx.kind, ctx.tape = link.gamma, link.kind, link.tape
         ctx.later, ctx.follows, ctx.wide = link.later, link.follows, link.dummy.dtype
@@ -80,7 +80,7 @@ class Update(torch.autograd.Function):
             ratio = later.value / _carried(later)
             g = gv * ratio if gx is None else torch.add(gx, gv, alpha=ratio)
         carried = g * _carried(gamma)
-        gy = _as(y_dtype, carried if gamma.rest else torch.zeros_like(g))
+        gy = _as(y_dtype, carried if gamma.complement else torch.zeros_like(g))
         if ctx.kind == "map":
             gx = -gy if gx is None else gx - gy
         gx = None if gx is None else _as(x_dtype, gx)
@@ -91,7 +91,7 @@ class Update(torch.autograd.Function):
 
 def _carried(gamma: Gamma) -> float:
     """How much of g is carried from the update of a step with this γ to the one before."""
-    return gamma.rest or 1.0
+    return gamma.complement or 1.0
 
 
 def _as(dtype: torch.dtype, g: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ _ABSENT = object()
 
 
 @contextmanager
-def without_marks(net: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
+def attributes_restored(net: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
     """Undo what is done to attributes of modules, and remove hooks that are put on them, within this context.
 
     Both or neither: a model that notes in an attribute that its hooks are there would put them there twice.

@@ -15,7 +15,7 @@ _DEPTH = _Depth()
 
 
 @contextmanager
-def uninterrupted() -> Iterator[None]:
+def must_finish() -> Iterator[None]:
     """What runs in the block runs to its end, in second runs too."""
     _DEPTH.value += 1
     try:

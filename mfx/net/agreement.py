@@ -6,11 +6,11 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from mfx.program.rewritten import Entry
+from mfx.program.rewritten import RewrittenGraph
 from mfx_passes import MfxError
 
 
-def check_agreement(net: nn.Module, entry: Entry, others: Iterable[Entry]) -> None:
+def check_agreement(net: nn.Module, entry: RewrittenGraph, others: Iterable[RewrittenGraph]) -> None:
     """Compare a net's graph with its others.
 
     Raises:
@@ -26,7 +26,7 @@ def check_agreement(net: nn.Module, entry: Entry, others: Iterable[Entry]) -> No
             )
 
 
-def _contradict(one: Entry, other: Entry) -> bool:
+def _contradict(one: RewrittenGraph, other: RewrittenGraph) -> bool:
     if one.probed != other.probed:
         return False  # one of them may still lose steps
     if not (one.changes_function or other.changes_function):
@@ -36,7 +36,7 @@ def _contradict(one: Entry, other: Entry) -> bool:
     return _misses(one, other) or _misses(other, one)
 
 
-def _misses(entry: Entry, other: Entry) -> bool:
+def _misses(entry: RewrittenGraph, other: RewrittenGraph) -> bool:
     """Whether another graph has a chain that this one has not, or not as long, though it computes its steps."""
     lengths = entry.shape
     for call in other.calls.values():

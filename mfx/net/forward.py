@@ -14,16 +14,16 @@ from torch import fx, nn
 
 from mfx.capture.arguments import refuse_nested
 from mfx.capture.captured import CaptureError, signature_of
-from mfx.compiler.call_site import Site, know
+from mfx.compiler.call_site import CallSite, know
 from mfx.modules.overlay import Overlay, drop_parts
 from mfx.net.agreement import check_agreement
 from mfx.net.lost_effects import lost_hooks, lost_marks, of_lost_hooks, of_lost_marks
 from mfx.net.routes import DynamoRoute, Run, SymbolicRoute
 from mfx.net.sharded import is_sharded_somewhere, refuse_containers
 from mfx.options.options import Options
-from mfx.program.codegen import Program, compile_graph
-from mfx.program.memory_plans import Plans, kind_of_call
-from mfx.program.rewritten import Entry, named_by_mode
+from mfx.program.codegen import GraphCompiler, to_function
+from mfx.program.memory_plans import NetPlans, call_key
+from mfx.program.rewritten import RewrittenGraph, named_by_mode
 from mfx.text import listed, without_chains
 
 
@@ -40,16 +40,16 @@ class RewrittenForward(Overlay):
     def __init__(self, net: nn.Module, options: Options) -> None:
         self.net = net
         self.options = options
-        self.plans = Plans(options.memory_budget) if options.plans else None
+        self.plans = NetPlans(options.memory_budget) if options.plans else None
         self.bypassed = 0
-        self.in_parts = False
+        self.per_module = False
         self.known_chains: set[str] = set()  # of all graphs there ever were, and of the net this one is a copy of
         self.key = know(self)
         self.lock = threading.RLock()  # held while the net has other tensors than its own
-        self.sites: list[Site] = []
+        self.sites: list[CallSite] = []
         self.symbolic = SymbolicRoute(self)
         self.dynamo = DynamoRoute(self)
-        self.active: Entry | None = None
+        self.active: RewrittenGraph | None = None
         self._warned: set[str] = set()
 
     @property
@@ -67,10 +67,10 @@ class RewrittenForward(Overlay):
     @property
     def is_opaque(self) -> bool:
         """Whether compiled code may call the net as one operation."""
-        return not (self.is_part or self.in_parts or is_sharded_somewhere(self.net))
+        return not (self.is_part or self.per_module or is_sharded_somewhere(self.net))
 
     @property
-    def all_entries(self) -> list[Entry]:
+    def all_entries(self) -> list[RewrittenGraph]:
         """Every rewritten graph there is."""
         return [*self.symbolic.entries, *self.dynamo.entries]
 
@@ -85,17 +85,17 @@ class RewrittenForward(Overlay):
             return call(self, args, kwargs)
         return self.run(args, kwargs)
 
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: Program = compile_graph) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: GraphCompiler = to_function) -> Any:
         """The same, whoever looks on, by functions that ``program`` makes of graphs."""
         if args and args[0] is self.net:
             args = args[1:]  # somebody (accelerate does) made a method of this, as of a function
         if self.plans is None:
             return self._run(args, kwargs, program)
-        with self.plans.passing(kind_of_call((args, kwargs), training=self.net.training)):
+        with self.plans.forward_pass(call_key((args, kwargs), training=self.net.training)):
             return self._run(args, kwargs, program)
 
-    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: Program) -> Any:
-        if self.bypassed or self.in_parts:
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: GraphCompiler) -> Any:
+        if self.bypassed or self.per_module:
             return self._original()(*args, **kwargs)
         try:
             entry, run = self._find(args, kwargs)
@@ -111,17 +111,17 @@ class RewrittenForward(Overlay):
             return self._original()(*args, **kwargs)
         return run(program)
 
-    def _has_no_chain(self, entry: Entry) -> None:
+    def _has_no_chain(self, entry: RewrittenGraph) -> None:
         if entry.captured.frame is not None:  # else it was said when the graph was made, or lost its steps
             self.warn(without_chains(self.net))
 
     def _run_in_parts(self, error: CaptureError, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """From now on, run the forward as it is written, and the parts it calls each by graphs of its own."""
-        self.in_parts = True
+        self.per_module = True
         try:
             result = self._original()(*args, **kwargs)
         except BaseException:
-            self.in_parts = False  # it may have been the call that was wrong
+            self.per_module = False  # it may have been the call that was wrong
             raise
         if not self.is_part:
             chains = sorted({chain for part in self.parts() for entry in part.all_entries for chain in entry.shape})
@@ -137,12 +137,12 @@ class RewrittenForward(Overlay):
         forwards = [module.__dict__.get("forward") for module in self.net.modules() if module is not self.net]
         return [forward for forward in forwards if isinstance(forward, RewrittenForward) and forward.is_part]
 
-    def adopt(self, entry: Entry) -> None:
+    def adopt(self, entry: RewrittenGraph) -> None:
         """Note a new graph's chains, and leave the modules that it calls as they are: a call is what it always was."""
         self.known_chains.update(entry.shape)
         drop_parts(self.net, entry.called)
 
-    def entry_for(self, *args: Any, **kwargs: Any) -> Entry:
+    def entry_for(self, *args: Any, **kwargs: Any) -> RewrittenGraph:
         """The rewritten graph that a call with these arguments runs, or would run.
 
         Raises:
@@ -150,7 +150,7 @@ class RewrittenForward(Overlay):
         """
         return self._find(args, kwargs)[0]
 
-    def prepare(self) -> Entry:
+    def prepare(self) -> RewrittenGraph:
         """Capture and rewrite before any call, for the net's training mode and example inputs or default arguments.
 
         Raises:
@@ -168,7 +168,7 @@ class RewrittenForward(Overlay):
         self._mention_hooks(entry)
         return entry
 
-    def _find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Entry, Run]:
+    def _find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[RewrittenGraph, Run]:
         refuse_nested(self.net, args, kwargs)
         if self.options.capture == "dynamo":
             return self.dynamo.find(args, kwargs)
@@ -182,11 +182,11 @@ class RewrittenForward(Overlay):
             except CaptureError as error:
                 raise CaptureError(f"{error} (Before that: {untraceable})") from error.__cause__
 
-    def check_same_function(self, entry: Entry) -> None:
+    def check_same_function(self, entry: RewrittenGraph) -> None:
         """Whatever mode the modules are in, the chains must be the same, or training would train another network."""
         check_agreement(self.net, entry, self.all_entries)
 
-    def _activate(self, entry: Entry) -> None:
+    def _activate(self, entry: RewrittenGraph) -> None:
         if entry is self.active:
             return
         self.active = entry
@@ -210,12 +210,12 @@ class RewrittenForward(Overlay):
 
         Those of a net that is no one graph have the path of the module that they are of in front.
         """
-        if self.in_parts:
+        if self.per_module:
             paths = {module: path for path, module in self.net.named_modules()}
             return {f"{paths[part.net]}: {name}": g for part in self.parts() for name, g in part.graphs().items()}
         return named_by_mode((entry.mode, entry, self.net) for entry in self.all_entries)
 
-    def _mention_hooks(self, entry: Entry) -> None:
+    def _mention_hooks(self, entry: RewrittenGraph) -> None:
         hooked = lost_hooks(entry)
         refuse_containers(self.net, hooked, entry.read)
         new = [path for path in hooked if path not in self._warned]
@@ -223,7 +223,7 @@ class RewrittenForward(Overlay):
             self._warned.update(new)
             self.warn(of_lost_hooks(new))
 
-    def mention_marks(self, entry: Entry) -> None:
+    def mention_marks(self, entry: RewrittenGraph) -> None:
         """Warn of attributes that the model's forward sets and the rewritten one does not."""
         if lost := lost_marks(entry):
             self.warn(of_lost_marks(type(self.net).__name__, lost))

@@ -66,7 +66,7 @@ def gammas_of(module: nn.Module) -> dict[str, Gamma]:
     forward = forward_of(module)
     if forward is None:
         return {call.chain: call.gamma for call in module.children() if isinstance(call, Momentum)}
-    if forward.in_parts:
+    if forward.per_module:
         return {name: gamma for part in forward.parts() for name, gamma in gammas_of(part.net).items()}
     if calls := _calls(forward):
         return {call.chain: call.gamma for call in calls}

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from mfx.modules.overlay import hook_tables
-from mfx.program.rewritten import Entry
+from mfx.program.rewritten import RewrittenGraph
 from mfx.text import listed
 
 
-def lost_hooks(entry: Entry) -> list[str]:
+def lost_hooks(entry: RewrittenGraph) -> list[str]:
     """Paths of the modules with hooks that are not called as a whole."""
     walked = entry.captured.walked
     return [path for path in entry.flat if path and path in walked and any(hook_tables(walked[path]))]
 
 
-def lost_marks(entry: Entry) -> list[str]:
+def lost_marks(entry: RewrittenGraph) -> list[str]:
     """The attributes that the forwards of modules set which are not called as a whole, by their paths."""
     walked = entry.captured.walked
     flat = {walked[path]: path for path in ("", *entry.flat) if path in walked}

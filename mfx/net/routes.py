@@ -15,11 +15,11 @@ from mfx.capture.captured import Captured, CaptureError, Specialization
 from mfx.capture.named_steps import named_steps_of
 from mfx.capture.symbolic.trace import capture
 from mfx.modules.overlay import without_parts
-from mfx.modules.restore import without_marks
+from mfx.modules.restore import attributes_restored
 from mfx.net.sharded import refuse_shards
 from mfx.program.chain_call import holds_chain
-from mfx.program.codegen import Program
-from mfx.program.rewritten import Entry, make_entry, steps_of
+from mfx.program.codegen import GraphCompiler
+from mfx.program.rewritten import RewrittenGraph, rewrite_captured, steps_of
 from mfx.program.shapes import find_with_shapes
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _KEPT = 8  # graphs per set of arguments; a model whose attributes follow a sche
 
 _CAPTURING = threading.RLock()  # a capture changes modules for a moment, and other threads may capture them too
 
-Run = Callable[[Program], Any]
+Run = Callable[[GraphCompiler], Any]
 
 
 class SymbolicRoute:
@@ -42,15 +42,15 @@ class SymbolicRoute:
 
     def __init__(self, owner: RewrittenForward) -> None:
         self._owner = owner
-        self._entries: dict[Hashable, list[Entry]] = {}
+        self._entries: dict[Hashable, list[RewrittenGraph]] = {}
         self._failures: dict[Hashable, str] = {}
 
     @property
-    def entries(self) -> list[Entry]:
+    def entries(self) -> list[RewrittenGraph]:
         """Every graph there is, oldest first within a set of arguments."""
         return [entry for entries in self._entries.values() for entry in entries]
 
-    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Entry, Run]:
+    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[RewrittenGraph, Run]:
         """The graph that fits a call, and how to run it.
 
         Raises:
@@ -62,7 +62,7 @@ class SymbolicRoute:
         entry = entry if entry.probed else self._probe(entry, arguments)
         return entry, partial(entry.run, net, arguments)
 
-    def prepare(self) -> Entry:
+    def prepare(self) -> RewrittenGraph:
         """The graph for default arguments, made before any call.
 
         Raises:
@@ -71,7 +71,7 @@ class SymbolicRoute:
         check_signature(self._owner.net, self._owner.__signature__)
         return self._entry(specialize_defaults(self._owner.__signature__))
 
-    def _entry(self, specialization: Specialization) -> Entry:
+    def _entry(self, specialization: Specialization) -> RewrittenGraph:
         key = key_of(self._owner.net, specialization)
         for entry in self._entries.get(key, ()):
             if entry.holds():
@@ -85,7 +85,7 @@ class SymbolicRoute:
         self._entries[key] = [*self._entries.get(key, ()), entry][-_KEPT:]
         return entry
 
-    def _capture(self, key: Hashable, specialization: Specialization) -> Entry:
+    def _capture(self, key: Hashable, specialization: Specialization) -> RewrittenGraph:
         mode = key, self._owner.net.training
         if mode in self._failures:
             raise CaptureError(self._failures[mode])
@@ -93,7 +93,7 @@ class SymbolicRoute:
             with (
                 _CAPTURING,
                 compat.outside_of_export(),
-                without_marks(self._owner.net) as marks,
+                attributes_restored(self._owner.net) as marks,
                 without_parts(self._owner.net),
             ):
                 captured = capture(
@@ -104,7 +104,7 @@ class SymbolicRoute:
             if self._owner.options.capture != "symbolic" and not torch.compiler.is_exporting():
                 self._failures[mode] = str(error)
             raise
-        entry = make_entry(self._owner.net, captured, self._owner.options, {}, marks)
+        entry = rewrite_captured(self._owner.net, captured, self._owner.options, {}, marks)
         self._owner.mention_marks(entry)
         return entry
 
@@ -112,7 +112,7 @@ class SymbolicRoute:
         for entries in self._entries.values():
             entries[:] = [entry for entry in entries if entry.in_place()]
 
-    def _probe(self, entry: Entry, arguments: Mapping[str, Any]) -> Entry:
+    def _probe(self, entry: RewrittenGraph, arguments: Mapping[str, Any]) -> RewrittenGraph:
         """At an entry's first call, drop the steps that do not fit the shapes of real inputs."""
         if not (compat.runs_for_real() or torch.compiler.is_exporting()):
             return entry
@@ -123,7 +123,7 @@ class SymbolicRoute:
         reasons = {} if found is None else {rejection.node.name: rejection.reason for rejection in found.rejections}
         steps = steps_of(entry.findings(net, options))
         refused = {name: reasons[name] for name in steps if name in reasons}
-        better = make_entry(net, entry.captured, options, refused, entry.marks) if refused else entry
+        better = rewrite_captured(net, entry.captured, options, refused, entry.marks) if refused else entry
         better.probed = True
         for entries in self._entries.values():
             entries[:] = [better if old is entry else old for old in entries]
@@ -149,10 +149,10 @@ class DynamoRoute:
 
     def __init__(self, owner: RewrittenForward) -> None:
         self._owner = owner
-        self.entries: list[Entry] = []
+        self.entries: list[RewrittenGraph] = []
         self._history: dict[Any, Any] = {}
 
-    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Entry, Run]:
+    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[RewrittenGraph, Run]:
         """The graph that fits a call, and how to run it.
 
         Raises:
@@ -183,7 +183,7 @@ class DynamoRoute:
                 raise
             return call(history=None, any_float=False)  # what cannot be said for other sizes can be for these
 
-    def _fitting(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entry | None:
+    def _fitting(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph | None:
         for position, entry in enumerate(self.entries):
             frame = entry.captured.frame
             if frame is not None and frame.holds(self._owner.net, args, kwargs):
@@ -191,14 +191,14 @@ class DynamoRoute:
                 return entry
         return None
 
-    def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entry:
+    def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
         net, options = self._owner.net, self._owner.options
         refuse_shards(net)
         with _CAPTURING, compat.outside_of_export(), without_parts(net):
             captured = self._captured(args, kwargs)
         if (steps := named_steps_of(net, options)) is not None:
             steps.mark(captured.graph)
-        entry = make_entry(net, captured, options, {}, {})
+        entry = rewrite_captured(net, captured, options, {}, {})
         entry.probed = True  # Dynamo knows all shapes
         return entry
 

@@ -13,7 +13,7 @@ from mfx.net.gammas import gammas_of, gammas_to_be
 from mfx.options.gamma import Gamma
 
 _KEY = "mfx.gamma"
-_IN_PARTS = "mfx.in_parts"
+_IN_PARTS = "mfx.per_module"
 _ZERO = Gamma(0, 1)  # of a chain that was not rewritten
 
 
@@ -54,7 +54,7 @@ def _compare(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Ma
 
 def _is_in_parts(net: nn.Module) -> bool:
     forward = forward_of(net)
-    return forward is not None and forward.in_parts
+    return forward is not None and forward.per_module
 
 
 def _message(name: str, chains: list[str], saved: Mapping[str, Gamma], now: Mapping[str, Gamma]) -> str:

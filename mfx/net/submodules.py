@@ -12,8 +12,8 @@ from torch import nn
 
 from mfx.modules.overlay import Extra
 from mfx.net.forward import RewrittenForward
-from mfx.program.codegen import Program, compile_graph
-from mfx.program.rewritten import Entry
+from mfx.program.codegen import GraphCompiler, to_function
+from mfx.program.rewritten import RewrittenGraph
 from mfx_passes import MfxError
 
 
@@ -26,7 +26,7 @@ class Role(Enum):
     NONE = "has nothing to do with chains, or lies in a branch"
 
 
-class Part(RewrittenForward):
+class SubmoduleForward(RewrittenForward):
     """The forward of a module inside a net, for calls that do not come from a rewritten graph.
 
     A part that holds whole chains runs them as the net does. One that holds a piece of a chain cannot, and says so.
@@ -45,7 +45,7 @@ class Part(RewrittenForward):
         self.whole = whole
         self.path = path
 
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: Program = compile_graph) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: GraphCompiler = to_function) -> Any:
         """Run the module on these arguments."""
         whole = self._known_whole()
         if self.bypassed or whole.bypassed or (role := self._role_in(whole)) is Role.NONE:
@@ -66,18 +66,18 @@ class Part(RewrittenForward):
             )
         return super().run(args, kwargs, program)
 
-    def _has_no_chain(self, entry: Entry) -> None:
-        self.in_parts = True  # there is nothing to capture, whatever it is called with
+    def _has_no_chain(self, entry: RewrittenGraph) -> None:
+        self.per_module = True  # there is nothing to capture, whatever it is called with
 
     def _known_whole(self) -> RewrittenForward:
         """The smallest one around this part of which it is known what graphs it has, else the net's own."""
         whole = self.whole
-        while isinstance(whole, Part) and not whole.in_parts and not whole.all_entries:
+        while isinstance(whole, SubmoduleForward) and not whole.per_module and not whole.all_entries:
             whole = whole.whole
         return whole
 
     def _role_in(self, whole: RewrittenForward) -> Role:
-        if whole.in_parts:
+        if whole.per_module:
             return Role.OWN
         entries = [entry for entry in whole.all_entries if entry.computes(self.path)]
         if not entries:
@@ -100,17 +100,17 @@ class Part(RewrittenForward):
                 "which chain it belongs to. Call the net first, or give momentumize example_inputs."
             )
 
-    def _activate(self, entry: Entry) -> None:
+    def _activate(self, entry: RewrittenGraph) -> None:
         self.active = entry  # what a net shows of its graphs is the whole's business
 
-    def check_same_function(self, entry: Entry) -> None:
+    def check_same_function(self, entry: RewrittenGraph) -> None:
         """The chains must be the same ones, too, as those of the whole."""
         super().check_same_function(entry)
         whole = self._known_whole()
         known = [other for other in whole.all_entries if other.computes(self.path)]
         lengths = {name: length for other in known for name, length in other.shape.items()}
         for name, length in entry.shape.items():
-            if known and not whole.in_parts and lengths.get(name) != length:
+            if known and not whole.per_module and lengths.get(name) != length:
                 raise MfxError(
                     f"{self.path}, called by itself, has a chain {name} of {length} steps; in the whole net the chains "
                     f"are {lengths}. Call the net instead, or use only= or skip= to leave out what differs."
@@ -133,7 +133,7 @@ def install_parts(whole: RewrittenForward, net: nn.Module | None = None, path: s
         if not _may_hold_chains(child):
             install_parts(whole, child, inner)
         elif "forward" not in child.__dict__:
-            part = Part(child, whole, inner)
+            part = SubmoduleForward(child, whole, inner)
             child.__dict__["forward"] = part
             install_parts(part, child, inner)
 

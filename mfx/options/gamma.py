@@ -66,7 +66,7 @@ class Gamma:
         return self.numerator / self.denominator
 
     @property
-    def rest(self) -> float:
+    def complement(self) -> float:
         """1 − γ, rounded once."""
         return (self.denominator - self.numerator) / self.denominator
 

@@ -17,7 +17,7 @@ _UNITS = {"": 1, "B": 1} | {
 
 
 @dataclass(frozen=True)
-class Amount:
+class MemoryBudget:
     """A share of what plain backpropagation keeps beyond the minimum; a number of bytes where ``share`` is None."""
 
     share: float | None
@@ -29,7 +29,7 @@ class Amount:
         return self.share not in (0.0, 1.0)
 
     @classmethod
-    def of(cls, value: Any) -> Amount:
+    def of(cls, value: Any) -> MemoryBudget:
         """The amount that a user means: a number from 0 to 1, a number of bytes, or a text like ``"24GiB"``.
 
         Raises:

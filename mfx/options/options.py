@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from mfx.options.gamma import Gamma
-from mfx.options.memory_budget import Amount
+from mfx.options.memory_budget import MemoryBudget
 from mfx_passes import MfxError, Selection
 
 T = TypeVar("T")
@@ -23,7 +23,7 @@ class Options:
     gamma: float | Mapping[str, float]
     velocity: str | nn.Module | Mapping[str, nn.Module]
     arithmetic: str
-    memory_budget: Amount
+    memory_budget: MemoryBudget
     verify: str
     selection: Selection
     capture: str = "auto"
@@ -124,7 +124,7 @@ def check_options(
     _one_of("arithmetic", arithmetic, ("exact", "float"))
     _one_of("verify", verify, ("warn", "raise", "off"))
     _one_of("capture", capture, ("auto", "symbolic", "dynamo"))
-    budget = Amount.of(memory_budget)
+    budget = MemoryBudget.of(memory_budget)
     if recompute is not None and recompute != "all":
         raise MfxError(
             f"recompute={recompute!r}: must be None (only the steps of the chains run again) or 'all' (what lies "

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch.fx import Graph
 
-from mfx.program.between_chains import Rest
-from mfx.program.codegen import Program, compile_graph
+from mfx.program.between_chains import BetweenChains
+from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.scope import Scope
-from mfx.program.segments import cut
+from mfx.program.segments import split_between_calls
 
 
 class Assembly:
@@ -22,26 +22,26 @@ class Assembly:
         calls: its momentum calls by name.
         program: what makes functions of graphs: of those of the steps, and of what lies between the chains.
         rerun_rest: whether what lies between the chains runs again in the backward pass, as the steps do.
-        verify: see `Rest`.
+        verify: see `BetweenChains`.
     """
 
     def __init__(
         self,
         graph: Graph,
         calls: Mapping[str, Callable[..., Any]],
-        program: Program,
+        program: GraphCompiler,
         *,
         rerun_rest: bool = False,
         verify: str = "warn",
     ) -> None:
         self._segments: dict[str, Callable[..., Any]] = {}
         if rerun_rest:
-            graph, self._segments = cut(graph, partial(Rest, program=program, verify=verify))
-        elif program is not compile_graph:
-            graph, self._segments = cut(graph, program)
-        if program is not compile_graph:
+            graph, self._segments = split_between_calls(graph, partial(BetweenChains, program=program, verify=verify))
+        elif program is not to_function:
+            graph, self._segments = split_between_calls(graph, program)
+        if program is not to_function:
             calls = {name: partial(call, program=program) for name, call in calls.items()}
-        self._function = compile_graph(graph)
+        self._function = to_function(graph)
         self._calls = calls
 
     def __call__(self, holder: Any, *inputs: Any) -> Any:

@@ -13,20 +13,20 @@ from torch.fx import Graph, Interpreter, Node
 from torch.utils._pytree import tree_iter
 
 from mfx.engine import ChainPlan, StepCost, StepFunction, measure, run_chain
-from mfx.engine.memory.cuts import NodeCost, RunCost
+from mfx.engine.memory.cuts import NodeCost, SegmentCost
 from mfx.engine.memory.measure import StepMeasure, storages
 from mfx.engine.recompute.layout import resolve
 from mfx.options.gamma import Gamma
-from mfx.program.codegen import Program, compile_graph
+from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.memory_plans import share_of
-from mfx.program.segments import cut
+from mfx.program.segments import split_between_calls
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 
 _AGAIN = ChainPlan(frozenset(), from_inputs=True)
 
 
-class Rest:
+class BetweenChains:
     """A run of nodes between two chains as a function of ``(root, *inputs)``.
 
     In the first pass that the net's plan is made of it runs again as a whole; from then on in pieces, each of which
@@ -38,7 +38,7 @@ class Rest:
         verify: see `run_chain`.
     """
 
-    def __init__(self, body: Graph, program: Program, verify: str) -> None:
+    def __init__(self, body: Graph, program: GraphCompiler, verify: str) -> None:
         self._body, self._program, self._verify = body, program, verify
         self._plain = program(body)
         self._pieces: dict[tuple[int, ...], tuple[Callable[..., Any], dict[str, _Piece]]] = {}
@@ -79,8 +79,8 @@ class Rest:
             nodes = _computed(self._body)
             edges = [0, *cuts, len(nodes)]
             runs = [nodes[first:end] for first, end in pairwise(edges)]
-            short, pieces = cut(self._body, self._piece, runs)
-            self._pieces[cuts] = compile_graph(short), pieces
+            short, pieces = split_between_calls(self._body, self._piece, runs)
+            self._pieces[cuts] = to_function(short), pieces
         return self._pieces[cuts]
 
     def _piece(self, body: Graph) -> _Piece:
@@ -152,7 +152,7 @@ class _Measured:
 
     def __init__(self, body: Graph) -> None:
         self._body = body
-        self.found: RunCost | None = None
+        self.found: SegmentCost | None = None
 
     def __call__(self, root: Any, *inputs: Any) -> Any:
         step = measure()
@@ -200,10 +200,10 @@ class _MeasuredNodes(_Nodes):
         self._costs[n.name] = NodeCost(self._step.group(), reads, self._step.flops - flops, changed)
         return value
 
-    def found(self) -> RunCost:
+    def found(self) -> SegmentCost:
         (output,) = self.graph.find_nodes(op="output")
         read = frozenset(node.name for node in output.all_input_nodes)
-        return RunCost(tuple(self._costs.values()), self._values, tuple(self._costs), read)
+        return SegmentCost(tuple(self._costs.values()), self._values, tuple(self._costs), read)
 
     def _versions(self, n: Node) -> dict[int, int]:
         values = [self.env[source] for source in n.all_input_nodes]

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from mfx import compat
-from mfx.engine import ARITHMETICS, IN_BLOCKS, StepFunction, run_chain, states_by_end
+from mfx.engine import ARITHMETICS, BLOCK_KERNELS, StepFunction, run_chain, states_by_end
 from mfx.options.gamma import Gamma
-from mfx.options.memory_budget import Amount
-from mfx.program.codegen import Compiler, Program, compile_graph
-from mfx.program.memory_plans import Plans, Share, share_of
+from mfx.options.memory_budget import MemoryBudget
+from mfx.program.codegen import BackendCompiler, GraphCompiler, to_function
+from mfx.program.memory_plans import ChainShare, NetPlans, share_of
 from mfx_passes import ChainGraphs, MfxError
 
 Stream = tuple[tuple[int, ...], torch.dtype]
@@ -45,7 +45,7 @@ class Momentum(nn.Module):
         gamma: Gamma,
         velocity: str = "zero",
         arithmetic: str = "exact",
-        memory_budget: Amount | float = 0.0,
+        memory_budget: MemoryBudget | float = 0.0,
         plans: bool = False,
         verify: str = "warn",
     ) -> None:
@@ -54,12 +54,12 @@ class Momentum(nn.Module):
         self.gamma = gamma
         self.velocity = velocity
         self.arithmetic = arithmetic
-        self.budget = Amount.of(memory_budget)
-        self.plans = Plans(self.budget) if plans else None
+        self.budget = MemoryBudget.of(memory_budget)
+        self.plans = NetPlans(self.budget) if plans else None
         self.verify = verify
         self.stream: Stream | None = None  # what the last call ran on
-        self.program: Program = compile_graph
-        self._steps: dict[Program, tuple[StepFunction, ...]] = {}
+        self.program: GraphCompiler = to_function
+        self._steps: dict[GraphCompiler, tuple[StepFunction, ...]] = {}
         self._memory: dict[Any, Any] = {}
 
     @property
@@ -80,7 +80,7 @@ class Momentum(nn.Module):
         v0: Tensor | None = None,
         *,
         gamma: Gamma | None = None,
-        program: Program | None = None,
+        program: GraphCompiler | None = None,
     ) -> Tensor | tuple[Any, ...]:
         """Run the chain.
 
@@ -117,8 +117,8 @@ class Momentum(nn.Module):
         roots: Mapping[str, Any],
         v0: Tensor | None,
         gamma: Gamma,
-        program: Program | None,
-        share: Share | None,
+        program: GraphCompiler | None,
+        share: ChainShare | None,
     ) -> Tensor | tuple[Any, ...]:
         result = run_chain(
             self.chain,
@@ -134,19 +134,19 @@ class Momentum(nn.Module):
             memory=self._memory,
             verify=self.verify,
             costs=None if share is None else share.costs,
-            moves=program.moves if isinstance(program, Compiler) else IN_BLOCKS,
+            kernels=program.kernels if isinstance(program, BackendCompiler) else BLOCK_KERNELS,
         )
         outputs = (result.x, *result.taps, *(value for side in result.sides for value in side))
         return outputs if len(outputs) > 1 else result.x
 
     @contextmanager
-    def _share(self, x: Tensor, gamma: Gamma) -> Iterator[Share | None]:
+    def _share(self, x: Tensor, gamma: Gamma) -> Iterator[ChainShare | None]:
         """The chain's share of the net's budget; of its own, where it is called alone."""
         if self.plans is None or not all(type(size) is int for size in x.shape):
             yield None
             return
         call = self.chain, gamma, self.arithmetic, tuple(x.shape), x.dtype, x.requires_grad
-        with self.plans.passing(call):
+        with self.plans.forward_pass(call):
             states = states_by_end(ARITHMETICS[self.arithmetic], gamma, x.dtype, x.numel(), len(self.graphs.steps))
             yield share_of(call, states)
 
@@ -167,7 +167,7 @@ class Momentum(nn.Module):
         """The steps as functions."""
         return self._steps_by(self.program)
 
-    def _steps_by(self, program: Program) -> tuple[StepFunction, ...]:
+    def _steps_by(self, program: GraphCompiler) -> tuple[StepFunction, ...]:
         if program not in self._steps:
             self._steps[program] = tuple(
                 StepFunction(
@@ -187,10 +187,10 @@ class Momentum(nn.Module):
         return f"{self.chain}: {len(self.graphs.steps)} steps, gamma={self.gamma.value:g}, {self.arithmetic}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "program": compile_graph, "_steps": {}, "_memory": {}}
+        return {**self.__dict__, "program": to_function, "_steps": {}, "_memory": {}}
 
 
-def _as_it_is_now(root: Any, program: Program | None) -> Any:
+def _as_it_is_now(root: Any, program: GraphCompiler | None) -> Any:
     """A chain inside a branch keeps its γ for the branch's second run, whatever it is set to in between."""
     return partial(root, gamma=root.gamma, program=program) if isinstance(root, Momentum) else root
 

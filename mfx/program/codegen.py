@@ -13,7 +13,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate, map_arg
 
 from mfx import compat
-from mfx.engine import IN_BLOCKS, Fused, Moves
+from mfx.engine import BLOCK_KERNELS, FusedKernels, Kernels
 from mfx_passes.ir import is_momentum_call
 from mfx_passes.rewrite.portable_graph import PortableGraph
 
@@ -21,7 +21,7 @@ Function = Callable[..., Any]
 _NODE = re.compile(r"\bProxy\(\w+\)")
 
 
-class Compiler:
+class BackendCompiler:
     """Turns graphs into compiled functions; graphs that differ in nothing but names share one.
 
     Args:
@@ -29,7 +29,7 @@ class Compiler:
         **settings: further arguments of `torch.compile`.
 
     Attributes:
-        moves: how the states of chains move whose branches it compiles.
+        kernels: how the states of chains move whose branches it compiles.
     """
 
     def __init__(self, inner: Any, **settings: Any) -> None:
@@ -37,7 +37,7 @@ class Compiler:
         self._settings = settings
         self._compiled: dict[Any, Function] = {}
         # Other backends do not fuse what they compile, or nobody knows: then it would be slower.
-        self.moves: Moves = Fused(_elementwise) if compat.is_inductor(inner) else IN_BLOCKS
+        self.kernels: Kernels = FusedKernels(_elementwise) if compat.is_inductor(inner) else BLOCK_KERNELS
 
     def __call__(self, graph: Graph) -> Function:
         """The function a graph stands for; its first argument is the object that holds what the graph reads by path.
@@ -46,12 +46,12 @@ class Compiler:
         a module that is replaced is another one for it.
         """
         if any(map(is_momentum_call, graph.find_nodes(op="call_module"))):
-            return compile_graph(graph)  # a chain inside of a branch; what lies in its own branches is compiled
+            return to_function(graph)  # a chain inside of a branch; what lies in its own branches is compiled
         paths, shared = _with_inputs_only(graph)
         source = shared.python_code("self")
         key = source.src, tuple(sorted((name, id(value)) for name, value in source.globals.items()))
         if key not in self._compiled:
-            self._compiled[key] = torch.compile(compile_graph(shared), backend=self._inner, **self._settings)
+            self._compiled[key] = torch.compile(to_function(shared), backend=self._inner, **self._settings)
         compiled = self._compiled[key]
 
         def run(root: Any, *inputs: Any) -> Any:
@@ -109,10 +109,10 @@ def _resolve(root: Any, path: str) -> Any:
     return root
 
 
-Program = Callable[[Graph], Callable[..., Any]]  # what makes a function of a graph
+GraphCompiler = Callable[[Graph], Callable[..., Any]]  # what makes a function of a graph
 
 
-def compile_graph(graph: Graph) -> Callable[..., Any]:
+def to_function(graph: Graph) -> Callable[..., Any]:
     """The function a graph stands for; its first argument is the object that holds the modules the graph calls.
 
     The modules are looked up at every call, so replacing one takes effect.

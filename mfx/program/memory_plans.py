@@ -15,14 +15,14 @@ from torch.utils._pytree import tree_iter
 
 from mfx.compat import NO_TASK, autocast_state, current_task
 from mfx.engine import ChainCost, ChainPlan, NetPlan, StepCost, enclosing_keeps, make_plan
-from mfx.engine.memory.cuts import RunCost, choose_cuts
-from mfx.options.memory_budget import Amount
+from mfx.engine.memory.cuts import SegmentCost, choose_cuts
+from mfx.options.memory_budget import MemoryBudget
 
 _KEPT = 256  # plans; one is a few numbers per step
 
 
 @dataclass
-class Share:
+class ChainShare:
     """What one call of a chain does, and where it reports what its steps cost if nobody knows that yet.
 
     For what lies between two chains: ``cuts``, the pieces it runs in, or ``run``, what its nodes came to.
@@ -31,7 +31,7 @@ class Share:
     plan: ChainPlan | None
     costs: list[StepCost] | None
     cuts: tuple[int, ...] = ()
-    run: RunCost | None = None
+    run: SegmentCost | None = None
 
 
 @dataclass
@@ -47,19 +47,19 @@ class _Pass:
 
     plan: _Plan | None
     calls: list[Hashable] = field(default_factory=list)
-    shares: list[Share] = field(default_factory=list)
+    shares: list[ChainShare] = field(default_factory=list)
     states: list[tuple[float, ...] | None] = field(default_factory=list)
 
-    def share(self, call: Hashable, states: tuple[float, ...] | None) -> Share:
+    def share(self, call: Hashable, states: tuple[float, ...] | None) -> ChainShare:
         number = len(self.calls)
         self.calls.append(call)
         self.states.append(states)
         if self.plan is None:
-            share = Share(None, [])
+            share = ChainShare(None, [])
         elif self.fits():
-            share = Share(self.plan.net.chains[number], None, self.plan.cuts[number])
+            share = ChainShare(self.plan.net.chains[number], None, self.plan.cuts[number])
         else:
-            share = Share(None, None)
+            share = ChainShare(None, None)
         self.shares.append(share)
         return share
 
@@ -67,7 +67,7 @@ class _Pass:
         """Whether this pass has gone as the one that the plan was made for."""
         return self.plan is not None and self.plan.calls[: len(self.calls)] == tuple(self.calls)
 
-    def make_plan(self, amount: Amount) -> _Plan:
+    def make_plan(self, amount: MemoryBudget) -> _Plan:
         shares = self.shares
         costs = [ChainCost(tuple(s.costs or ()), t) for s, t in zip(shares, self.states, strict=True)]
         runs = {number: share.run for number, share in enumerate(shares) if share.run is not None}
@@ -85,7 +85,7 @@ class _Now(threading.local):
 _now = _Now()
 
 
-class Plans:
+class NetPlans:
     """The plans of one net, by what it is called on.
 
     The first pass of a kind keeps as little as can be and watches what each step costs; from the second on the plan
@@ -95,14 +95,14 @@ class Plans:
         amount: the budget.
     """
 
-    def __init__(self, amount: Amount) -> None:
+    def __init__(self, amount: MemoryBudget) -> None:
         self._amount = amount
         self._plans: dict[Hashable, _Plan] = {}
         self._coming: dict[Hashable, _Plan] = {}
         self._warned = False
 
     @contextmanager
-    def passing(self, key: Hashable) -> Iterator[None]:
+    def forward_pass(self, key: Hashable) -> Iterator[None]:
         """A forward pass; ``key`` is whatever its shapes depend on. Inside another pass it is part of that one."""
         inside = _now.opened is not None or enclosing_keeps() is not None
         if inside or key is None or not torch.is_grad_enabled():
@@ -143,7 +143,7 @@ class Plans:
         return {**self.__dict__, "_plans": {}, "_coming": {}}
 
 
-def kind_of_call(arguments: Any, *, training: bool = True) -> Hashable:
+def call_key(arguments: Any, *, training: bool = True) -> Hashable:
     """What the shapes in a forward pass depend on; None if they are not known."""
     tensors = [leaf for leaf in tree_iter(arguments) if isinstance(leaf, Tensor)]
     if not all(type(size) is int for tensor in tensors for size in tensor.shape):
@@ -154,7 +154,7 @@ def kind_of_call(arguments: Any, *, training: bool = True) -> Hashable:
     return shapes, cast, training
 
 
-def share_of(call: Hashable, states: tuple[float, ...] | None) -> Share | None:
+def share_of(call: Hashable, states: tuple[float, ...] | None) -> ChainShare | None:
     """What the pass that is under way has for one call of a chain; None if there is none, or inside of a chain.
 
     Args:

@@ -10,12 +10,12 @@ from typing import Any
 from torch import fx, nn
 
 from mfx.capture.captured import Captured
-from mfx.capture.guards import Guard, guards_of
+from mfx.capture.guards import ModuleGuard, guards_of
 from mfx.capture.named_steps import check_steps
 from mfx.options.options import Options
 from mfx.program.assembly import Assembly
 from mfx.program.chain_call import Momentum
-from mfx.program.codegen import Program, compile_graph
+from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.scope import Scope
 from mfx.program.velocity import velocity_target
 from mfx_passes import ChainGraphs, Findings, Step, StepGraphs, find_chains, rewrite_graph
@@ -25,7 +25,7 @@ from mfx_passes.rewrite.portable_graph import PortableGraph
 
 
 @dataclass(eq=False)
-class Entry:
+class RewrittenGraph:
     """A rewritten graph.
 
     Args:
@@ -49,13 +49,13 @@ class Entry:
     flat: tuple[str, ...]
     refused: dict[str, str]
     training: bool
-    guards: list[Guard]
+    guards: list[ModuleGuard]
     marks: Mapping[nn.Module, set[str]]
     within: str = ""
     probed: bool = False
     rerun_rest: bool = False
     verify: str = "warn"
-    _functions: dict[Program, Callable[..., Any]] = field(default_factory=dict, repr=False)
+    _functions: dict[GraphCompiler, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     @property
     def mode(self) -> str:
@@ -107,14 +107,14 @@ class Entry:
         """Whether these modules are still there, in whatever training mode."""
         return all(guard.in_place() for guard in self.guards)
 
-    def run(self, net: nn.Module, inputs: Mapping[str, Any], program: Program = compile_graph) -> Any:
+    def run(self, net: nn.Module, inputs: Mapping[str, Any], program: GraphCompiler = to_function) -> Any:
         """Run the rewritten graph on the modules of ``net``, by functions that ``program`` makes."""
         if program not in self._functions:
             self._functions[program] = self._assemble(net, program)
         return self._functions[program](*(inputs[name] for name in self.captured.specialization.inputs))
 
     def call(
-        self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: Program = compile_graph
+        self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: GraphCompiler = to_function
     ) -> Any:
         """Make the call that the graph was captured from, with other tensors; for graphs that have a frame."""
         if program not in self._functions:
@@ -122,7 +122,7 @@ class Entry:
             self._functions[program] = self.captured.frame.callable(self._assemble(net, program))
         return self._functions[program](net, *args, **kwargs)
 
-    def _assemble(self, net: nn.Module, program: Program) -> Callable[..., Any]:
+    def _assemble(self, net: nn.Module, program: GraphCompiler) -> Callable[..., Any]:
         assembly = Assembly(self.graph, self.calls, program, rerun_rest=self.rerun_rest, verify=self.verify)
         return partial(assembly, Scope(net, self.captured.modules))
 
@@ -146,13 +146,13 @@ class Entry:
         return {**self.__dict__, "_functions": {}}
 
 
-def make_entry(
+def rewrite_captured(
     net: nn.Module,
     captured: Captured,
     options: Options,
     refused: Mapping[str, str],
     marks: Mapping[nn.Module, set[str]],
-) -> Entry:
+) -> RewrittenGraph:
     """Rewrite a captured graph.
 
     Args:
@@ -182,7 +182,7 @@ def make_entry(
     flat = tuple(sorted({call.target for call in rewritten.flat}))
     leaves = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
     guards = guards_of(net, leaves, marks)
-    return Entry(
+    return RewrittenGraph(
         captured,
         graph,
         momenta,
@@ -225,7 +225,7 @@ def steps_of(findings: Findings) -> dict[str, Step]:
     return {step.add.node.name: step for chain in findings.chains for step in chain.steps}
 
 
-def named_by_mode(graphs: Iterable[tuple[str, Entry, nn.Module]]) -> dict[str, fx.GraphModule]:
+def named_by_mode(graphs: Iterable[tuple[str, RewrittenGraph, nn.Module]]) -> dict[str, fx.GraphModule]:
     """Graphs as modules, named after the mode they are for; ``train#2`` for the second one of a mode.
 
     Args:

@@ -15,7 +15,7 @@ from mfx_passes.rewrite.portable_graph import PortableGraph
 T = TypeVar("T")
 
 
-def cut(
+def split_between_calls(
     graph: Graph, compiled: Callable[[Graph], T], runs: Sequence[Sequence[Node]] | None = None
 ) -> tuple[Graph, dict[str, T]]:
     """Put one call in the place of all nodes between two momentum calls.

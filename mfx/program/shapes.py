@@ -15,7 +15,7 @@ from mfx.capture.captured import Captured
 from mfx.modules.tree_copy import tree_copy
 from mfx.options.options import Options
 from mfx.program.chain_call import Stream
-from mfx.program.rewritten import Entry, with_refused
+from mfx.program.rewritten import RewrittenGraph, with_refused
 from mfx_passes import Findings, MfxError, find_chains
 
 
@@ -65,8 +65,13 @@ class _Shapes(fx.Interpreter):
         return value
 
 
-def streams_of(
-    net: nn.Module, signature: Any, options: Options, entry: Entry, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+def stream_shapes(
+    net: nn.Module,
+    signature: Any,
+    options: Options,
+    entry: RewrittenGraph,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> dict[str, Stream]:
     """Shape and dtype of each chain's state for these inputs, by chain name; empty where they cannot be had."""
     if entry.captured.frame is not None:  # captured with shapes

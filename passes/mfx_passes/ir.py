@@ -220,7 +220,7 @@ class ChainGraphs:
 _MARK = "momentum_chain"
 
 
-def mark_momentum_call(node: Node, chain: str) -> None:
+def tag_momentum_call(node: Node, chain: str) -> None:
     """Note on a node that it runs a chain; the note stays with the node through other people's passes."""
     node.meta["custom"] = {**(node.meta.get("custom") or {}), _MARK: chain}
 

@@ -15,7 +15,7 @@ from mfx_passes.ops.step_markers import added, called, mapped, started
 
 
 @dataclass(frozen=True)
-class Row:
+class NamedSteps:
     """Modules that are called one after the other, each on what the one before gave.
 
     Args:
@@ -80,7 +80,7 @@ def _note_call(graph: Graph, call: Node, states: Sequence[Node]) -> None:
     state.replace_all_uses_with(note, delete_user_cb=lambda user: user is not note)
 
 
-def mark_steps(graph: Graph, rows: Sequence[Row]) -> None:
+def mark_steps(graph: Graph, rows: Sequence[NamedSteps]) -> None:
     """Mark the noted calls of the modules in ``rows`` as steps, and forget the notes.
 
     Before::
@@ -125,7 +125,7 @@ def mark_steps(graph: Graph, rows: Sequence[Row]) -> None:
     graph.lint()
 
 
-def _mark_row(graph: Graph, notes: Sequence[Node], row: Row) -> None:
+def _mark_row(graph: Graph, notes: Sequence[Node], row: NamedSteps) -> None:
     state: Node | None = None
     for note in notes:
         x, _, module = note.args
@@ -142,7 +142,7 @@ def _mark_row(graph: Graph, notes: Sequence[Node], row: Row) -> None:
         state = _mark(graph, note, row)
 
 
-def _start(graph: Graph, note: Node, x: Node, row: Row) -> Node:
+def _start(graph: Graph, note: Node, x: Node, row: NamedSteps) -> Node:
     """Have the first step, and nobody else, read its state from a node that says that the chain starts there."""
     readers = [user for user in x.users if user is note or _is_inside(user, str(note.args[2]))]
     if row.is_residual and (written := _own_sum(note, x)) is not None:
@@ -159,7 +159,7 @@ def _is_inside(node: Node, path: str) -> bool:
     return f"{enclosing_path(node)}.".startswith(f"{path}.")
 
 
-def _mark(graph: Graph, note: Node, row: Row) -> Node:
+def _mark(graph: Graph, note: Node, row: NamedSteps) -> Node:
     x, y = note.args[:2]
     assert isinstance(x, Node)
     assert isinstance(y, Node)

@@ -8,7 +8,7 @@ from torch import nn
 
 import mfx
 from mfx.compiler.backend import momentum
-from mfx.program.codegen import compile_graph
+from mfx.program.codegen import to_function
 
 # Dynamo looks at .grad of whatever it is given, and hides the warning in a way that does not work for errors.
 pytestmark = [
@@ -247,9 +247,9 @@ def test_the_mode_is_the_inner_backends(given, monkeypatch):
 
     def spy(inner, **settings):
         made.append((inner, settings))
-        return compile_graph
+        return to_function
 
-    monkeypatch.setattr(mfx.backend, "Compiler", spy)
+    monkeypatch.setattr(mfx.backend, "BackendCompiler", spy)
     torch.compile(Blocks(), backend=momentum, **given)(torch.randn(2, 5))
     assert made == [("inductor", {"mode": "reduce-overhead"})]
 

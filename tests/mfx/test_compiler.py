@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import fx, nn
 
-from mfx.program.codegen import Compiler
+from mfx.program.codegen import BackendCompiler
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def branch(path, message):
 def test_equal_branches_share_one():
     root, backend, x = nn.Module(), Counting(), torch.randn(3, 4)
     root.first, root.second = nn.Linear(4, 4), nn.Linear(4, 4)
-    compiler = Compiler(backend)
+    compiler = BackendCompiler(backend)
     # A symbolic trace writes its own nodes' names into messages.
     functions = {path: compiler(branch(path, f"got Proxy(getattr_{n})")) for n, path in enumerate(["first", "second"])}
     for path, function in functions.items():
@@ -52,7 +52,7 @@ def test_equal_branches_share_one():
 def test_other_branches_do_not():
     root, backend, x = nn.Module(), Counting(), torch.randn(3, 4)
     root.first, root.second = nn.Linear(4, 4), nn.Sequential(nn.Linear(4, 4), nn.Tanh())
-    compiler = Compiler(backend)
+    compiler = BackendCompiler(backend)
     for path in ("first", "second"):
         (found,) = compiler(branch(path, "two dimensions"))(root, x)
         assert torch.equal(found, root.get_submodule(path)(x))
@@ -62,7 +62,7 @@ def test_other_branches_do_not():
 def test_a_module_that_is_replaced_is_another_one():
     root, x = nn.Module(), torch.randn(3, 4)
     root.first = nn.Linear(4, 4)
-    function = Compiler("eager")(branch("first", "two dimensions"))
+    function = BackendCompiler("eager")(branch("first", "two dimensions"))
     function(root, x)
     root.first = nn.Linear(4, 2)
     (found,) = function(root, x)

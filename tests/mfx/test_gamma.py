@@ -28,7 +28,7 @@ def test_simple_fractions(value, fraction):
     assert (gamma.numerator, gamma.denominator) == fraction
     assert gamma.is_zero == (value == 0)
     assert gamma.value == pytest.approx(value)
-    assert gamma.rest == pytest.approx(1 - value)
+    assert gamma.complement == pytest.approx(1 - value)
 
 
 @settings(deadline=None)

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 import mfx
 from mfx.compiler import ops as opaque
 from mfx.compiler.backend import momentum
-from mfx.compiler.site_run import Run
+from mfx.compiler.site_run import SiteRun
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
@@ -540,7 +540,7 @@ def test_threads_leave_the_net_its_own_parameters():
     own = [*net.parameters(), *net.buffers()]
     with torch.no_grad():
         torch.compile(net, backend="aot_eager", fullgraph=True)(x)
-    first, second = (Run(net.forward.sites[0], [x], own) for _ in range(2))
+    first, second = (SiteRun(net.forward.sites[0], [x], own) for _ in range(2))
     entered, leave = threading.Event(), threading.Event()
 
     def run_second():

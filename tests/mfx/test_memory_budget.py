@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mfx
 from mfx.meter import ActivationMeter
-from mfx.options.memory_budget import Amount
+from mfx.options.memory_budget import MemoryBudget
 
 WIDTH = 16
 STEP = 6 * 5 * WIDTH * 4 * 12  # bytes: no step saves more than twelve times its input
@@ -267,10 +267,10 @@ def counting(runs, key):
     [("24GiB", 24 * 2**30), ("512 MiB", 2**29), ("1.5kB", 1500), (2**30, 2**30), (2e9, 2 * 10**9), ("7", 7)],
 )
 def test_numbers_of_bytes(text, size):
-    assert Amount.of(text) == Amount(None, size)
+    assert MemoryBudget.of(text) == MemoryBudget(None, size)
 
 
 def test_small_numbers_are_shares():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert [Amount.of(b).share for b in (0, 1, 0.0, 0.5, 1.0)] == [0.0, 1.0, 0.0, 0.5, 1.0]
+        assert [MemoryBudget.of(b).share for b in (0, 1, 0.0, 0.5, 1.0)] == [0.0, 1.0, 0.0, 0.5, 1.0]

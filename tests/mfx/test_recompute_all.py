@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import mfx
-from mfx.engine.memory.cuts import NodeCost, RunCost, choose_cuts
+from mfx.engine.memory.cuts import NodeCost, SegmentCost, choose_cuts
 from mfx.meter import ActivationMeter
 
 
@@ -196,7 +196,7 @@ def test_cuts_are_made_where_little_crosses():
     """a → b → c, d → e: between b and d, 1 byte crosses, elsewhere 50."""
     nodes = (node({1: 50}, "x"), node({2: 1}, "a"), node({2: 1, 3: 50}, "b"), node({4: 50}, "c"), node({}, "d"))
     values = {"a": {1: 50}, "b": {2: 1}, "c": {3: 50}, "d": {4: 50}, "e": {5: 1}, "x": {}}
-    run = RunCost(nodes, values, ("a", "b", "c", "d", "e"), frozenset("e"))
+    run = SegmentCost(nodes, values, ("a", "b", "c", "d", "e"), frozenset("e"))
     assert run.positions() == [2, 4]
     assert choose_cuts([run], 0) == [(2,)]
     assert choose_cuts([run], 200) == [()]  # a step of a chain holds more anyway: a cut would only keep a byte
@@ -206,7 +206,7 @@ def test_cuts_are_made_where_little_crosses():
 def test_no_cut_comes_before_a_change_of_what_was_there():
     nodes = (node({1: 9}, "x"), node({2: 1}, "a"), node({3: 9}, "b", changes=[2]), node({4: 9}, "c"))
     values = {"a": {1: 9}, "b": {2: 1}, "c": {2: 1}, "d": {4: 9}, "x": {}}
-    run = RunCost(nodes, values, ("a", "b", "c", "d"), frozenset("d"))
+    run = SegmentCost(nodes, values, ("a", "b", "c", "d"), frozenset("d"))
     assert 2 not in run.positions()
 
 
@@ -218,7 +218,7 @@ def test_cuts_are_the_best_there_are(sizes, at_once):
     reads = ("x", *names)
     nodes = tuple(node({2 * i: saved}, reads[i]) for i, (saved, _) in enumerate(sizes))
     values = {"x": {}} | {name: {2 * i + 1: size} for i, (name, (_, size)) in enumerate(zip(names, sizes, strict=True))}
-    run = RunCost(nodes, values, names, frozenset(names[-1:]))
+    run = SegmentCost(nodes, values, names, frozenset(names[-1:]))
 
     def total(cuts):
         edges = [0, *cuts, len(nodes)]

@@ -29,7 +29,7 @@ torch.compiler.allow_in_graph(called)
 _ADVICE = "Rewrite that line, or momentumize a part of the model that does without it."
 
 
-class Frame:
+class GuardedCall:
     """One call of a model's forward as Dynamo saw it: the conditions under which its graph holds, and how to run it.
 
     The conditions are Dynamo's own guards: shapes, dtypes, values of arguments that are no tensors, attributes and
@@ -113,7 +113,7 @@ def capture_call(
     names = {str(id(inner)): name for name, inner in net.named_modules()}
     modules, positions = tidy(module, list(_paths(net, seen)), lambda key, source: names.get(key))
     inputs = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
-    frame = Frame(seen, forward, positions, net.modules())
+    frame = GuardedCall(seen, forward, positions, net.modules())
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
     specialization, forward_only = Specialization(inputs, {}), not torch.is_grad_enabled()
     return Captured(copy_graph(module.graph), [], {}, specialization, modules, values, frame, forward_only)

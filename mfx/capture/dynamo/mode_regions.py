@@ -12,7 +12,7 @@ from torch.fx import Graph, Node
 
 from mfx import compat
 from mfx.compat.dynamo import ENTRANCES, EXITS, SWITCHES
-from mfx.modules.uninterrupted import uninterrupted
+from mfx.modules.uninterrupted import must_finish
 
 
 class OtherMode(nn.Module):
@@ -25,7 +25,7 @@ class OtherMode(nn.Module):
     def forward(self, *args: Any) -> Any:
         """What the part computes; the mode is the caller's again afterwards, come what may."""
         if not torch.compiler.is_compiling():  # compiled code runs as a whole
-            with compat.modes_left(), uninterrupted():
+            with compat.modes_left(), must_finish():
                 return self.body(*args)
         grad = torch.is_grad_enabled()
         try:

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from mfx import compat
-from mfx.capture.named_steps import WholeSteps
+from mfx.capture.named_steps import NamedStepModules
 from mfx.capture.symbolic.tracer import SymbolicTracer
 from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import without_replacing
@@ -41,7 +41,7 @@ _ADVICE = "Rewrite that line, momentumize the part of the model that can be trac
 def capture(
     model: nn.Module,
     specialization: Specialization,
-    steps: WholeSteps | None = None,
+    steps: NamedStepModules | None = None,
     is_leaf: Callable[[nn.Module], bool] = lambda module: False,
 ) -> Captured:
     """Trace a model symbolically.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from mfx.engine.arithmetic.kernels import IN_BLOCKS, Moves
+from mfx.engine.arithmetic.kernels import BLOCK_KERNELS, Kernels
 from mfx.options.gamma import Gamma
 
 
@@ -33,14 +33,14 @@ class State(ABC):
 
     @classmethod
     @abstractmethod
-    def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool, moves: Moves = IN_BLOCKS) -> Self:
+    def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool, kernels: Kernels = BLOCK_KERNELS) -> Self:
         """The state before the first step.
 
         Args:
             x: the stream.
             v: None is no velocity.
             reversible: whether ``retreat_x`` and ``retreat_v`` will be asked for.
-            moves: how integers move, if the arithmetic has any.
+            kernels: who does the elementwise work, if the arithmetic has any.
         """
 
     @staticmethod
@@ -73,7 +73,7 @@ class State(ABC):
     def freeze(self) -> Frozen:
         """This state as tensors; from now on it writes into none of them."""
 
-    def mark_start(self) -> None:
+    def remember_start(self) -> None:
         """Walks back will end here, not before the first step: let ``is_start`` recognise this; if ``verifiable``."""
         raise NotImplementedError
 

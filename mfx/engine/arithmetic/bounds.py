@@ -13,7 +13,7 @@ from torch import Tensor
 LIMIT = 2.0**22
 
 
-class Guard:
+class RangeCheck:
     """Remembers which elements are poisoned, and makes them NaN whenever the stream is read.
 
     On a CPU the common case, nothing wrong, costs one pass that finds the extremes. Elsewhere that would mean waiting
@@ -87,7 +87,7 @@ _LARGEST_X, _LARGEST_V = 2.0**12, 2.0**10 - 1
 
 
 @dataclass(frozen=True)
-class Reach:
+class Bounds:
     """Upper bounds of the magnitudes of x and v."""
 
     x: float
@@ -98,7 +98,7 @@ class Reach:
         """Whether float64 holds such numbers in fixed point exactly."""
         return self.x < _LARGEST_X and self.v < _LARGEST_V
 
-    def after_step(self, y: float, kind: str) -> Reach:
+    def after_step(self, y: float, kind: str) -> Bounds:
         """The bounds after a step whose branch gave at most ``y``: v is an average of f, which is y, or y − x."""
         v = max(self.v, y + self.x if kind == "map" else y)
-        return Reach(self.x + v, v)
+        return Bounds(self.x + v, v)

@@ -11,10 +11,10 @@ from typing_extensions import Self, override
 
 from mfx.engine.arithmetic.base import Frozen, State
 from mfx.engine.arithmetic.blocks import blocks, can_be_split
-from mfx.engine.arithmetic.bounds import Guard, Reach
+from mfx.engine.arithmetic.bounds import Bounds, RangeCheck
 from mfx.engine.arithmetic.digit_store import LIMB, DigitStore
 from mfx.engine.arithmetic.integers import ONE, SMALL, nearest
-from mfx.engine.arithmetic.kernels import IN_BLOCKS, Moves, increment, read
+from mfx.engine.arithmetic.kernels import BLOCK_KERNELS, Kernels, increment, read
 from mfx.options.gamma import Gamma
 
 
@@ -31,29 +31,29 @@ class ExactState(State):
     rounds_input = True
 
     def __init__(
-        self, X: Tensor, V: Tensor | None, store: DigitStore, dtype: torch.dtype, guard: Guard, moves: Moves
+        self, X: Tensor, V: Tensor | None, store: DigitStore, dtype: torch.dtype, guard: RangeCheck, kernels: Kernels
     ) -> None:
-        self.X, self.V, self.store, self.dtype, self.guard, self.moves = X, V, store, dtype, guard, moves
+        self.X, self.V, self.store, self.dtype, self.guard, self.kernels = X, V, store, dtype, guard, kernels
         self.owns_x = self.owns_v = True  # whether it may be overwritten
         self.first_v: Tensor | None = None
         self.mark: Tensor | None = None  # what a walk back must come to, if it ends before the start
         self.steps = 0
-        self.reach = Reach(math.inf, math.inf)
+        self.reach = Bounds(math.inf, math.inf)
 
     @classmethod
     @override
-    def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool, moves: Moves = IN_BLOCKS) -> Self:
-        guard = Guard()
+    def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool, kernels: Kernels = BLOCK_KERNELS) -> Self:
+        guard = RangeCheck()
         x = guard.admit(x.detach())
-        reach = Reach(guard.largest, 0.0)
+        reach = Bounds(guard.largest, 0.0)
         if v is not None:
             v = guard.admit(v.detach())
-            reach = Reach(guard.largest, guard.largest)
+            reach = Bounds(guard.largest, guard.largest)
         dtype = torch.float64 if can_be_split(x) and reach.is_small else torch.int64
         X = _fixed(x, dtype)
         # Laid out in memory as X is, whatever v was.
         V = None if v is None else torch.empty_like(X).copy_(_fixed(v, dtype))
-        state = cls(X, V, DigitStore(keep_limbs=reversible), x.dtype, guard, moves)
+        state = cls(X, V, DigitStore(keep_limbs=reversible), x.dtype, guard, kernels)
         state.first_v = None if V is None or not reversible else _sum(V)
         state.reach = reach
         return state
@@ -97,7 +97,7 @@ class ExactState(State):
     def retreat_x(self) -> Tensor:
         self._own_x()
         out = self._new_stream()
-        self.moves.retreat_x(self.X, self._velocity(), out)
+        self.kernels.retreat_x(self.X, self._velocity(), out)
         return self.guard.mark(out)
 
     @override
@@ -110,7 +110,7 @@ class ExactState(State):
             for x, v, f, scratch in blocks(self.X, V, y, scratch=1):
                 v.sub_(increment(f, x, kind, gamma, scratch))
             return
-        self.moves.retreat_v(self.X, V, self.store.before_divide(), y, kind, gamma)
+        self.kernels.retreat_v(self.X, V, self.store.before_divide(), y, kind, gamma)
         self.store.after_divide()
 
     @override
@@ -121,11 +121,11 @@ class ExactState(State):
         if self.store.top is not None:
             tensors = (*tensors, self.store.top)
         past = self.steps, self.first_v, self.mark
-        thaw = partial(_thaw, self.dtype, self.guard, self.moves, tuple(self.store.spilled), has_top, past)
+        thaw = partial(_thaw, self.dtype, self.guard, self.kernels, tuple(self.store.spilled), has_top, past)
         return Frozen(tensors, thaw)
 
     @override
-    def mark_start(self) -> None:
+    def remember_start(self) -> None:
         self.mark = self._fingerprint()
 
     @override
@@ -159,7 +159,7 @@ class ExactState(State):
     def _add_to_velocity(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
         V, out = self._own_v(), self._new_stream()
         top = self.store.before_multiply(gamma.numerator, gamma.denominator, V)
-        self.moves.advance(self.X, V, top, y, out, kind, gamma)
+        self.kernels.advance(self.X, V, top, y, out, kind, gamma)
         return out
 
     def _make_room_for_step(self, kind: str) -> None:
@@ -170,7 +170,7 @@ class ExactState(State):
         after = self.reach.after_step(y, kind)
         if not after.is_small:
             # The bound of x grows with every step, x itself need not.
-            after = Reach(self.X.abs().amax().item() / ONE, self.reach.v).after_step(y, kind)
+            after = Bounds(self.X.abs().amax().item() / ONE, self.reach.v).after_step(y, kind)
         self.reach = after
         if not after.is_small:
             self.X, self.owns_x = self.X.to(torch.int64), True
@@ -208,8 +208,8 @@ def _sum(V: Tensor) -> Tensor:
 
 def _thaw(
     dtype: torch.dtype,
-    guard: Guard,
-    moves: Moves,
+    guard: RangeCheck,
+    kernels: Kernels,
     spilled: tuple[bool, ...],
     has_top: bool,
     past: tuple[int, Tensor | None, Tensor | None],
@@ -218,7 +218,7 @@ def _thaw(
     X, V, *limbs = tensors
     store = DigitStore(limbs.pop() if has_top else None, tuple(limbs))
     store.spilled = list(spilled)
-    state = ExactState(X, V, store, dtype, guard, moves)
+    state = ExactState(X, V, store, dtype, guard, kernels)
     state.owns_x = state.owns_v = False
     state.steps, state.first_v, state.mark = past
     return state

@@ -13,7 +13,7 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from mfx.engine.arithmetic.base import Frozen, State, wide
-from mfx.engine.arithmetic.kernels import IN_BLOCKS, Moves
+from mfx.engine.arithmetic.kernels import BLOCK_KERNELS, Kernels
 from mfx.options.gamma import Gamma
 
 # The relative error in a rebuilt state that the anchors hold it to: for float32, 25 steps at γ = 0.9. What it comes to
@@ -77,7 +77,7 @@ class FloatState(State):
 
     @classmethod
     @override
-    def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool, moves: Moves = IN_BLOCKS) -> Self:
+    def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool, kernels: Kernels = BLOCK_KERNELS) -> Self:
         dtype = wide(x.dtype)
         x_state, v_state = x.detach().to(dtype), None if v is None else v.detach().to(dtype)
         return cls(x_state, v_state, x.dtype, owns_v=False)
@@ -103,10 +103,10 @@ class FloatState(State):
     def advance(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
         f = torch.sub(y, self.x) if kind == "map" else y
         if self.v is None:
-            self.v = f.to(self.x.dtype) * gamma.rest
+            self.v = f.to(self.x.dtype) * gamma.complement
         else:
             v = self.v.mul_(gamma.value) if self.owns_v else self.v * gamma.value
-            self.v = v.add_(f, alpha=gamma.rest)
+            self.v = v.add_(f, alpha=gamma.complement)
         self.owns_v = True
         self.x = self.x + self.v
         return self.stream()
@@ -120,7 +120,7 @@ class FloatState(State):
     def retreat_v(self, y: Tensor, kind: str, gamma: Gamma) -> None:
         f = torch.sub(y, self.x) if kind == "map" else y
         v = self._velocity()
-        v = v.sub_(f, alpha=gamma.rest) if self.owns_v else v.sub(f, alpha=gamma.rest)
+        v = v.sub_(f, alpha=gamma.complement) if self.owns_v else v.sub(f, alpha=gamma.complement)
         self.v, self.owns_v = v.div_(gamma.value), True
 
     @override

@@ -1,4 +1,4 @@
-"""The moves of exact arithmetic as one function each, for a compiler that makes one loop of it."""
+"""The kernels of exact arithmetic as one function each, for a compiler that makes one loop of it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing_extensions import override
 from mfx.compat import has_modes
 from mfx.engine.arithmetic.blocks import flat, is_plain
 from mfx.engine.arithmetic.integers import ONE
-from mfx.engine.arithmetic.kernels import IN_BLOCKS, Moves
+from mfx.engine.arithmetic.kernels import BLOCK_KERNELS, Kernels
 from mfx.options.gamma import Gamma
 
 _WORTH = 2**14  # elements; what fewer of them take a CPU is not worth the seconds that a compiler takes
 
 
-class Fused(Moves):
+class FusedKernels(Kernels):
     """By functions that a compiler has made of graphs.
 
     What γ is, and how many elements there are, is no part of a graph, so neither asks for another one.
@@ -37,19 +37,19 @@ class Fused(Moves):
     @override
     def advance(self, x: Tensor, v: Tensor, top: Tensor, y: Tensor, out: Tensor, kind: str, gamma: Gamma) -> None:
         if not _is_worth_it(x, v, top, y, out):
-            return IN_BLOCKS.advance(x, v, top, y, out, kind, gamma)
+            return BLOCK_KERNELS.advance(x, v, top, y, out, kind, gamma)
         return self._run(_advance, kind, x, v, top, y, out, numbers=_numbers(gamma, x.device))
 
     @override
     def retreat_x(self, x: Tensor, v: Tensor, out: Tensor) -> None:
         if not _is_worth_it(x, v, out):
-            return IN_BLOCKS.retreat_x(x, v, out)
+            return BLOCK_KERNELS.retreat_x(x, v, out)
         return self._run(_retreat_x, "", x, v, out)
 
     @override
     def retreat_v(self, x: Tensor, v: Tensor, top: Tensor, y: Tensor, kind: str, gamma: Gamma) -> None:
         if not _is_worth_it(x, v, top, y):
-            return IN_BLOCKS.retreat_v(x, v, top, y, kind, gamma)
+            return BLOCK_KERNELS.retreat_v(x, v, top, y, kind, gamma)
         return self._run(_retreat_v, kind, x, v, top, y, numbers=_numbers(gamma, x.device))
 
     def _run(self, move: Any, kind: str, *tensors: Tensor, numbers: Tensor | None = None) -> None:
@@ -75,7 +75,7 @@ def _is_worth_it(*tensors: Tensor) -> bool:
 def _numbers(gamma: Gamma, device: torch.device) -> Tensor:
     """What a move needs to know of γ = n/d: (1−γ), n, d, and of both what `_floor_divide` needs."""
     n, d = gamma.numerator, gamma.denominator
-    values = gamma.rest, n, 1 / n, (1 - n) / (2 * n), d, 1 / d, (1 - d) / (2 * d)
+    values = gamma.complement, n, 1 / n, (1 - n) / (2 * n), d, 1 / d, (1 - d) / (2 * d)
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 

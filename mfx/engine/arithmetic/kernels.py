@@ -14,7 +14,7 @@ from mfx.engine.arithmetic.integers import ONE, as_float, nearest
 from mfx.options.gamma import Gamma
 
 
-class Moves(Protocol):
+class Kernels(Protocol):
     """How the integers ``x``, ``v`` and ``top``, all of one dtype, float64 or int64, move by a step; written over.
 
     Whoever does it, the integers are the same.
@@ -33,7 +33,7 @@ class Moves(Protocol):
         ...
 
 
-class _InBlocks(Moves):
+class BlockKernels(Kernels):
     """By operations of torch, which are quick while what they work on is in the cache."""
 
     @override
@@ -56,16 +56,16 @@ class _InBlocks(Moves):
             divide(b, t, gamma.numerator, gamma.denominator, more.view(b.dtype))
 
 
-IN_BLOCKS: Moves = _InBlocks()
+BLOCK_KERNELS: Kernels = BlockKernels()
 
 
 def increment(y: Tensor, x: Tensor, kind: str, gamma: Gamma, scratch: Tensor) -> Tensor:
     """(1−γ)·f as integers, in ``scratch``: the one formula that both directions use."""
     t = scratch.copy_(y)
     if kind == "residual":
-        return nearest(t.mul_(gamma.rest * ONE), x.dtype)
+        return nearest(t.mul_(gamma.complement * ONE), x.dtype)
     F = nearest(t.mul_(ONE), x.dtype).sub_(x)
-    return nearest(as_float(F, scratch).mul_(gamma.rest), x.dtype)
+    return nearest(as_float(F, scratch).mul_(gamma.complement), x.dtype)
 
 
 def read(x: Tensor, out: Tensor, scratch: Tensor) -> None:

@@ -30,7 +30,7 @@ class NodeCost:
 
 
 @dataclass(frozen=True)
-class RunCost:
+class SegmentCost:
     """What the nodes of one run came to, in order.
 
     Attributes:
@@ -98,7 +98,7 @@ class RunCost:
         return {key: size for node in self.nodes[first:end] for key, size in node.saved.items()}
 
 
-def choose_cuts(runs: Sequence[RunCost], at_once: int) -> list[tuple[int, ...]]:
+def choose_cuts(runs: Sequence[SegmentCost], at_once: int) -> list[tuple[int, ...]]:
     """The cuts at which what all pieces keep, and what the largest holds while it runs again, are least together.
 
     Args:
@@ -122,7 +122,7 @@ def choose_cuts(runs: Sequence[RunCost], at_once: int) -> list[tuple[int, ...]]:
 class _Table:
     """What pieces between the possible cuts of one run hold, and what the cuts keep."""
 
-    def __init__(self, run: RunCost) -> None:
+    def __init__(self, run: SegmentCost) -> None:
         self._edges = [0, *run.positions(), len(run.nodes)]
         self._kept = [0, *(run.live(p) for p in self._edges[1:-1])]
         units = pairwise(self._edges)

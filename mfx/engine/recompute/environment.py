@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from mfx.compat import autocast_as, autocast_state, is_sharded
-from mfx.engine.recompute.layout import Place, layout_of
+from mfx.engine.recompute.layout import TensorSlot, layout_of
 from mfx.engine.scope import inside_recomputation
-from mfx.engine.steps import Memory
+from mfx.engine.steps import ChainCache
 from mfx_passes.errors import MfxError
 
 _State = tuple[int, bool] | None  # of a tensor: its version, and whether it requires a gradient
@@ -68,7 +68,7 @@ class Autocast:
         return [autocast_as(kind, state) for kind, state in self._states.items() if autocast_state(kind) != state]
 
 
-class Surroundings:
+class StepEnvironment:
     """One step's surroundings in one forward pass.
 
     Made just before the branch runs; ``settle`` follows just after. ``memory`` remembers what lies where, and for each
@@ -87,7 +87,7 @@ class Surroundings:
         targets: tuple[str, ...],
         path: str,
         key: Any,
-        memory: Memory,
+        memory: ChainCache,
         clock: RandomClock,
         cast: Autocast,
     ) -> None:
@@ -100,9 +100,9 @@ class Surroundings:
         self._places = layout.places(root)
         self.tensors = layout.tensors(self._places)
         self._states = _states(self.tensors)
-        self._buffers: list[tuple[Place, Tensor | None, _State]] = []
+        self._buffers: list[tuple[TensorSlot, Tensor | None, _State]] = []
         # Values before the branch runs, of what it changes or may change.
-        self._values: dict[Place, Tensor] = {}
+        self._values: dict[TensorSlot, Tensor] = {}
         self._lost: set[str] = set()
         if layout.has_buffers:
             self._copy_buffers()
@@ -148,7 +148,7 @@ class Surroundings:
             self._layout.changing[self._flags] = known = before.union(labels)
             self._values = {place: value for place, value in self._values.items() if place.label in known}
 
-    def _is_changed(self, place: Place, tensor: Tensor | None, state: _State) -> bool:
+    def _is_changed(self, place: TensorSlot, tensor: Tensor | None, state: _State) -> bool:
         if tensor is None:
             return False
         if place.get() is not tensor:

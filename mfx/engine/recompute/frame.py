@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from mfx.compat import NO_TASK, current_task, when_task_ends
-from mfx.engine.recompute.environment import Surroundings
-from mfx.engine.recompute.saved import Captures, Kept
+from mfx.engine.recompute.environment import StepEnvironment
+from mfx.engine.recompute.saved import Captures, SavedTensors
 from mfx.engine.scope import measure
 from mfx.modules.uninterrupted import may_be_ended
 from mfx_passes.errors import MfxError
@@ -103,7 +103,7 @@ class Frame:
         root: Any,
         captures: tuple[int, ...],
         values: Captures,
-        world: Surroundings,
+        world: StepEnvironment,
     ) -> None:
         self._where, self._path, self._call, self._root = where, path, call, root
         self._captures, self._values, self._world = captures, values, world
@@ -159,7 +159,7 @@ class Frame:
         """
         unfinished = self.live is not None  # autograd is used inside the branch, while it is still running
         stops = not (to_value or unfinished or self._world.has_hooks)
-        again = _Again(self._packed, self._world.has_drawn_all if stops else None, self._watched)
+        again = RecomputationHooks(self._packed, self._world.has_drawn_all if stops else None, self._watched)
         rebuilt.note(self._packed)
         values = self._values.get()
         with torch.enable_grad(), self._world.again(), saved_tensors_hooks(again.pack, _as_is):
@@ -169,7 +169,7 @@ class Frame:
             try:
                 outputs = self._call(self._root, x, *(values[i] for i in self._captures))
             except Exception:
-                if not again.stopped:  # else it is what the branch made of _Enough
+                if not again.stopped:  # else it is what the branch made of StopRecomputation
                     raise
         if again.wrong is not None or not (unfinished or again.count == len(self._packed)):
             raise MfxError(self._complaint(again))
@@ -190,7 +190,7 @@ class Frame:
             step.saw(tensor)
         return self._pack(tensor)
 
-    def _complaint(self, again: _Again) -> str:
+    def _complaint(self, again: RecomputationHooks) -> str:
         what = again.wrong or f"saved {again.count} tensors, {len(self._packed)} in the forward pass"
         return (
             f"{self._where}, step {self._path}: the second run of this step, in the backward pass, {what}. A step must "
@@ -205,7 +205,7 @@ class KeptStep:
     live = None
 
     def __init__(self, y: Tensor, what: str) -> None:
-        self._y: Kept | None = Kept([y], what)
+        self._y: SavedTensors | None = SavedTensors([y], what)
 
     def rerun(self, x: Tensor, rebuilt: Rebuilt, *, to_value: bool) -> Tensor:
         """What running the step again would give."""
@@ -217,11 +217,11 @@ class KeptStep:
         self._y = None
 
 
-class _Enough(Exception):  # noqa: N818
+class StopRecomputation(Exception):  # noqa: N818
     """Ends a second run from within, past whatever the branch has to clean up."""
 
 
-class _Again:
+class RecomputationHooks:
     """The hooks of a second run: hand over to live handles, in order, and check.
 
     Args:
@@ -240,8 +240,9 @@ class _Again:
         self.wrong: str | None = None
 
     def pack(self, tensor: Tensor) -> Tensor:
+        """Take the value of the next handle, and stop early when it was the last."""
         if self.stopped:  # the branch has caught it
-            raise _Enough
+            raise StopRecomputation
         index, self.count = self.count, self.count + 1
         tensor = tensor.detach()
         if index in self._watched:
@@ -259,7 +260,7 @@ class _Again:
             # A backward pass inside the branch is not broken off, nor what has a mode to leave.
             self.stopped = may_be_ended() and current_task() == self._task and self._stops()
             if self.stopped:
-                raise _Enough
+                raise StopRecomputation
         # Kept by the second run's own graph too, which dies with the run: a branch may use autograd itself.
         return tensor
 

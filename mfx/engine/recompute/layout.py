@@ -18,7 +18,7 @@ Table = dict[str, Any]  # one that modules keep tensors or modules in
 
 
 @dataclass(frozen=True, eq=False)
-class Place:
+class TensorSlot:
     """Where a tensor lies: under ``name`` in ``table``; ``label`` is its dotted path."""
 
     table: Table
@@ -35,7 +35,7 @@ class Place:
         self.table[self.name] = value
 
 
-class Layout:
+class StateLayout:
     """Everything under a step's targets: which modules there are, and which places for tensors.
 
     It knows no tensors, so that it can be kept from call to call, as long as it ``holds``.
@@ -50,7 +50,7 @@ class Layout:
         self._get = _getter(targets)
         self.modules: list[nn.Module] = []
         self.changing: dict[Flags, frozenset[str]] = {}
-        self._places: list[Place] = []
+        self._places: list[TensorSlot] = []
         self._loose: list[str] = []
         self._targeted: list[nn.Module | None] = []
         for target, value in zip(targets, self._values(root), strict=True):
@@ -84,7 +84,7 @@ class Layout:
             and list(map(tuple, self._tensor_tables)) == self._names
         )
 
-    def places(self, root: Any) -> list[Place]:
+    def places(self, root: Any) -> list[TensorSlot]:
         """All places, each once."""
         if not self._loose:
             return self._places
@@ -92,7 +92,7 @@ class Layout:
         loose = {(id(place.table), place.name): place for place in (_loose(root, path) for path in self._loose)}
         return [*self._places, *(place for key, place in loose.items() if key not in known)]
 
-    def tensors(self, places: Sequence[Place]) -> list[Any]:
+    def tensors(self, places: Sequence[TensorSlot]) -> list[Any]:
         """What lies at ``places`` now, which are those of this layout, as long as it holds."""
         if self._loose:
             return [place.table.get(place.name) for place in places]
@@ -107,26 +107,26 @@ class Layout:
     def _children_now(self) -> list[Any]:
         return list(chain.from_iterable(map(dict.values, self._module_tables)))
 
-    def _inside(self, module: nn.Module, path: str) -> Iterator[Place]:
+    def _inside(self, module: nn.Module, path: str) -> Iterator[TensorSlot]:
         if any(module is m for m in self.modules):
             return
         self.modules.append(module)
-        yield from (Place(module._parameters, name, f"{path}.{name}", True) for name in module._parameters)
-        yield from (Place(module._buffers, name, f"{path}.{name}", False) for name in module._buffers)
+        yield from (TensorSlot(module._parameters, name, f"{path}.{name}", True) for name in module._parameters)
+        yield from (TensorSlot(module._buffers, name, f"{path}.{name}", False) for name in module._buffers)
         for name, child in module._modules.items():
             if child is not None:
                 yield from self._inside(child, f"{path}.{name}")
 
 
-def layout_of(memory: dict[Any, Any], key: Any, root: Any, targets: Sequence[str], step_path: str) -> Layout:
+def layout_of(memory: dict[Any, Any], key: Any, root: Any, targets: Sequence[str], step_path: str) -> StateLayout:
     """The step's layout as remembered under ``key``, or made anew if it is another one by now.
 
     Raises:
         MfxError: if the model has lost what the step reads.
     """
-    layout: Layout | None = memory.get(key)
+    layout: StateLayout | None = memory.get(key)
     if layout is None or not layout.holds(root):
-        layout = memory[key] = Layout(root, targets, step_path)
+        layout = memory[key] = StateLayout(root, targets, step_path)
     return layout
 
 
@@ -137,7 +137,7 @@ def resolve(root: Any, path: str) -> Any:
     return root
 
 
-def _loose(root: Any, path: str) -> Place:
+def _loose(root: Any, path: str) -> TensorSlot:
     """The place of a tensor that is itself a target."""
     parent, _, name = path.rpartition(".")
     owner = resolve(root, parent)
@@ -145,7 +145,7 @@ def _loose(root: Any, path: str) -> Place:
     if isinstance(owner, nn.Module):
         tables = [owner._parameters, owner._buffers, *tables]
     table = next((table for table in tables if name in table), tables[-1])
-    return Place(table, name, path, isinstance(owner, nn.Module) and table is owner._parameters)
+    return TensorSlot(table, name, path, isinstance(owner, nn.Module) and table is owner._parameters)
 
 
 def _getter(paths: Sequence[str]) -> Callable[[Any], Sequence[Any]]:

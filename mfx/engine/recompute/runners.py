@@ -15,12 +15,12 @@ from torch import Tensor
 from mfx.engine.memory.measure import StepMeasure
 from mfx.engine.memory.plan import StepCost
 from mfx.engine.recompute.checked_frame import CheckedFrame
-from mfx.engine.recompute.environment import Autocast, RandomClock, Surroundings
+from mfx.engine.recompute.environment import Autocast, RandomClock, StepEnvironment
 from mfx.engine.recompute.frame import Frame, Handle, KeptStep, Rebuilt
 from mfx.engine.recompute.saved import Captures, tensors_in
 from mfx.engine.recompute.tape import StoredInput, Tape
 from mfx.engine.scope import inside_kept_step, measured_by
-from mfx.engine.steps import Memory, StepFunction
+from mfx.engine.steps import ChainCache, StepFunction
 from mfx.options.gamma import Gamma
 
 
@@ -65,7 +65,7 @@ class _Recomputing:
         root: Any,
         captures: Sequence[Any],
         device: torch.device,
-        memory: Memory,
+        memory: ChainCache,
         *,
         kept: Collection[int],
         costs: list[StepCost] | None,
@@ -108,7 +108,7 @@ class _Recomputing:
 
     def _frame(self, index: int, step: StepFunction) -> Frame:
         key = ("buffers", index, self._original)
-        world = Surroundings(self._root, step.targets, step.path, key, self._memory, self._clock, self._autocast)
+        world = StepEnvironment(self._root, step.targets, step.path, key, self._memory, self._clock, self._autocast)
         call = self._call_of(step)
         return self._make_frame(step, self._name, step.path, call, self._root, step.captures, self._captures, world)
 

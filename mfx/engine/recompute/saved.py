@@ -25,7 +25,7 @@ class _Saver(torch.autograd.Function):
         raise AssertionError("nothing depends on what this function returns")
 
 
-class Kept:
+class SavedTensors:
     """Tensors kept through autograd's own saved tensors.
 
     A chain inside another chain's branch, or inside ``torch.utils.checkpoint``, must not hold on to what the outer one
@@ -73,7 +73,7 @@ class Captures:
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         tensors = [leaves[i] for i in self._places]
         self._requires_grad = [t.requires_grad for t in tensors]
-        self._kept = Kept(tensors, what) if tensors else None
+        self._kept = SavedTensors(tensors, what) if tensors else None
         self._is_empty = not values
         self._later: list[Any] = []
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from mfx.compat import NO_TASK, current_task, when_task_ends
 from mfx.engine.arithmetic import State
 from mfx.engine.recompute.frame import Frame, Handle, KeptStep, Rebuilt
-from mfx.engine.recompute.saved import Kept
+from mfx.engine.recompute.saved import SavedTensors
 from mfx.options.gamma import Gamma
 
 
@@ -23,7 +23,7 @@ class StoredInput:
 
     def __init__(self, frame: Frame, x: Tensor, rebuilt: Rebuilt, what: str) -> None:
         self._frame, self._rebuilt = frame, rebuilt
-        self._x = Kept([x], what)
+        self._x = SavedTensors([x], what)
 
     def unpacker(self) -> Callable[[Handle], Tensor]:
         """What gives the tensor that a handle stands for."""
@@ -55,7 +55,7 @@ class _Stored:
 
 def _stored(state: State, what: str) -> _Stored:
     tensors, thaw = state.freeze()
-    return _Stored(Kept(tensors, what).get, thaw)
+    return _Stored(SavedTensors(tensors, what).get, thaw)
 
 
 class Tape:

@@ -44,7 +44,7 @@ class ModuleBox:
 
 
 @dataclass(frozen=True)
-class Row:
+class StepLine:
     """A step: its formula, what is behind the names in it, and the chains inside its branch."""
 
     text: str
@@ -63,7 +63,7 @@ class Fold:
     """
 
     count: int
-    rows: tuple[Row, ...]
+    rows: tuple[StepLine, ...]
     place: str
 
 
@@ -208,19 +208,19 @@ def _chain_box(call: Momentum, model: Model) -> ChainBox:
     return ChainBox(shown_path(call.chain) or "chain", " · ".join(facts), tuple(folds))
 
 
-def _row(step: StepGraphs, model: Model) -> Row:
+def _row(step: StepGraphs, model: Model) -> StepLine:
     path, inner = model.inner(step.path), _calls(step.branch.nodes, model.modules)
-    return Row(
+    return StepLine(
         formula(step, path, model.modules),
         classes(step, path, model.modules),
         tuple(_chain_box(call, model) for call in inner),
     )
 
 
-def _merged(rows: Sequence[Row]) -> Row:
+def _merged(rows: Sequence[StepLine]) -> StepLine:
     """Rows that differ in indices only, as one."""
     inner = tuple(_merged_chains(boxes) for boxes in zip(*(row.inner for row in rows), strict=True))
-    return Row(_merged_text([row.text for row in rows]), rows[0].about, inner)
+    return StepLine(_merged_text([row.text for row in rows]), rows[0].about, inner)
 
 
 def _merged_chains(boxes: Sequence[ChainBox]) -> ChainBox:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from mfx.reports.drawing.boxes import Box, ChainBox, Fold, ModuleBox, Row, ValueBox
+from mfx.reports.drawing.boxes import Box, ChainBox, Fold, ModuleBox, StepLine, ValueBox
 from mfx.reports.markup import attribute, escape, fit, width
 
 FONT = 13.0
@@ -116,7 +116,7 @@ def _fold(fold: Fold) -> Shape:
     return Shape(left + max(across, width(place, _SMALL)) + _PAD, y + 18, tuple(elements))
 
 
-def _row(row: Row) -> Shape:
+def _row(row: StepLine) -> Shape:
     text = fit(row.text, _CHARACTERS)
     elements = [f"<g><title>{escape(row.text)} ({escape(fit(row.about, 1000))})</title>{line(0, 14.5, text)}</g>"]
     y, across = _LINE, width(text, FONT)

@@ -14,8 +14,8 @@ from mfx.modules.tree_copy import net_of
 from mfx.net.forward import RewrittenForward, forward_of
 from mfx.options.options import check_options
 from mfx.program.chain_call import Momentum, Stream
-from mfx.program.rewritten import Entry
-from mfx.program.shapes import streams_of
+from mfx.program.rewritten import RewrittenGraph
+from mfx.program.shapes import stream_shapes
 from mfx.reports.drawing.boxes import Model, Picture, picture_of
 
 
@@ -32,7 +32,7 @@ class Shown:
 
     title: str
     net: nn.Module
-    entry: Entry
+    entry: RewrittenGraph
     streams: Mapping[str, Stream]
 
     @property
@@ -63,13 +63,13 @@ def shown_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     forward = forward_of(model)
     if forward is None:
         forward = RewrittenForward(net_of(model), check_options())
-    if forward.in_parts:
+    if forward.per_module:
         return _parts(forward)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="mfx: ")  # mfx.explain says what they say
         entry = _entry(forward, args, kwargs)
         streams = (
-            streams_of(forward.net, forward.__signature__, forward.options, entry, args, kwargs)
+            stream_shapes(forward.net, forward.__signature__, forward.options, entry, args, kwargs)
             if args or kwargs
             else {}
         )
@@ -89,7 +89,7 @@ def _modules(module: nn.Module) -> dict[str, nn.Module]:
     return dict(module.named_modules(remove_duplicate=False))
 
 
-def _entry(forward: RewrittenForward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Entry:
+def _entry(forward: RewrittenForward, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
     if args or kwargs:
         return forward.entry_for(*args, **kwargs)
     if forward.active is not None and forward.active.holds():

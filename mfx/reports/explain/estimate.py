@@ -17,9 +17,9 @@ from mfx import compat
 from mfx.capture.arguments import bind
 from mfx.net.forward import RewrittenForward
 from mfx.program.chain_call import Momentum
-from mfx.program.codegen import Program, compile_graph
-from mfx.program.memory_plans import Plans
-from mfx.program.rewritten import Entry
+from mfx.program.codegen import GraphCompiler, to_function
+from mfx.program.memory_plans import NetPlans
+from mfx.program.rewritten import RewrittenGraph
 from mfx.program.shapes import shadow_of, undivided
 from mfx.reports.explain.rehearsal import Observer, Rehearsed
 
@@ -64,7 +64,7 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Rehearsal:
     """What is rehearsed.
 
     Attributes:
@@ -77,12 +77,12 @@ class Subject:
 
     net: nn.Module
     calls: Calls
-    run: Callable[[nn.Module, Calls, Inputs, Program], Any]
+    run: Callable[[nn.Module, Calls, Inputs, GraphCompiler], Any]
     reruns_rest: bool = False
 
 
 def estimate(
-    subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any], optional: tuple[str, ...] = ()
+    subject: Rehearsal, args: tuple[Any, ...], kwargs: Mapping[str, Any], optional: tuple[str, ...] = ()
 ) -> Estimate:
     """Rehearse a training step on tensors without values, which takes neither their memory nor their time.
 
@@ -104,16 +104,16 @@ def estimate(
     return Estimate(plain, usage, _Stage(subject, args, kwargs, plans=plans).held(wanted) if wanted else {})
 
 
-def _plans(calls: Iterable[Momentum]) -> Plans | None:
+def _plans(calls: Iterable[Momentum]) -> NetPlans | None:
     """For the budget that the calls share; None if it is all or nothing."""
-    return next((Plans(call.budget) for call in calls if call.plans is not None), None)
+    return next((NetPlans(call.budget) for call in calls if call.plans is not None), None)
 
 
-def of_entry(forward: RewrittenForward, entry: Entry) -> Subject:
+def of_entry(forward: RewrittenForward, entry: RewrittenGraph) -> Rehearsal:
     """A net, by one of its rewritten graphs."""
     inner = _calls_in(forward.net)  # of momentum nets that the user put into the model
 
-    def run(net: nn.Module, calls: Calls, inputs: Inputs, program: Program) -> Any:
+    def run(net: nn.Module, calls: Calls, inputs: Inputs, program: GraphCompiler) -> Any:
         args, kwargs = inputs
         _put(net, {path: calls[f"{path}()"] for path in inner})
         own = copy.copy(entry)
@@ -123,18 +123,18 @@ def of_entry(forward: RewrittenForward, entry: Entry) -> Subject:
         return own.run(net, bind(net, forward.__signature__, args, kwargs), program)
 
     calls = {**{f"{path}()": call for path, call in inner.items()}, **entry.calls}
-    return Subject(forward.net, calls, run, entry.rerun_rest)
+    return Rehearsal(forward.net, calls, run, entry.rerun_rest)
 
 
-def of_module(module: nn.Module) -> Subject:
+def of_module(module: nn.Module) -> Rehearsal:
     """A module that holds its momentum calls: a graph module that was rewritten, a momentum net."""
 
-    def run(net: nn.Module, calls: Calls, inputs: Inputs, program: Program) -> Any:
+    def run(net: nn.Module, calls: Calls, inputs: Inputs, program: GraphCompiler) -> Any:
         args, kwargs = inputs
         _put(net, calls)
         return net(*args, **kwargs)
 
-    return Subject(module, _calls_in(module), run)
+    return Rehearsal(module, _calls_in(module), run)
 
 
 def _calls_in(net: nn.Module) -> dict[str, Momentum]:
@@ -152,12 +152,12 @@ class _Stage:
 
     def __init__(
         self,
-        subject: Subject,
+        subject: Rehearsal,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         *,
         plain: bool = False,
-        plans: Plans | None = None,
+        plans: NetPlans | None = None,
     ) -> None:
         with compat.fake_mode() as self._mode:
             fakes: dict[int, Tensor] = {}
@@ -207,13 +207,13 @@ class _Stage:
 
     def _run(self) -> Any:
         subject = self._subject
-        program = self._watched if subject.reruns_rest else compile_graph
-        passing = nullcontext() if self._plans is None else self._plans.passing("rehearsal")
+        program = self._watched if subject.reruns_rest else to_function
+        passing = nullcontext() if self._plans is None else self._plans.forward_pass("rehearsal")
         with passing, self._observer.in_call(subject.reruns_rest):
             return subject.run(self._net, self._calls, self._inputs, program)
 
     def _watched(self, graph: Graph) -> Callable[..., Any]:
-        return self._observer.step("", compile_graph(graph))
+        return self._observer.step("", to_function(graph))
 
     def _fake(self, tensor: Tensor) -> Tensor:
         if tensor.device.type == "cpu":

@@ -18,11 +18,11 @@ from mfx.momentumnet.momentum_net import MomentumNet, check_state
 from mfx.net.forward import RewrittenForward, forward_of
 from mfx.options.options import check_options
 from mfx.program.chain_call import Momentum, Stream
-from mfx.program.rewritten import Entry
-from mfx.program.shapes import streams_of
+from mfx.program.rewritten import RewrittenGraph
+from mfx.program.shapes import stream_shapes
 from mfx.reports.explain.advice import OPTIONAL_OUTPUTS
 from mfx.reports.explain.data import ChainMemory, ExplainedChain, ExplainedStep
-from mfx.reports.explain.estimate import Estimate, Subject, estimate, of_entry, of_module
+from mfx.reports.explain.estimate import Estimate, Rehearsal, estimate, of_entry, of_module
 from mfx.reports.explain.explanation import Explanation
 from mfx.reports.explain.storage import explain_storage
 from mfx.text import described
@@ -64,12 +64,14 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     forward = forward_of(model)
     if forward is None:
         forward = RewrittenForward(net_of(model), check_options())
-    if forward.in_parts:
+    if forward.per_module:
         return _explain_parts(type(model).__name__, forward, _NOT_ONE_GRAPH if args or kwargs else "")
     entry = _entry(forward, args, kwargs)
     findings = entry.findings(forward.net, forward.options)
     streams = (
-        streams_of(forward.net, forward.__signature__, forward.options, entry, args, kwargs) if args or kwargs else {}
+        stream_shapes(forward.net, forward.__signature__, forward.options, entry, args, kwargs)
+        if args or kwargs
+        else {}
     )
     found = _Found(type(model).__name__, entry.calls.values(), findings, forward.graphs(), entry.flat, streams)
     return found.explained(*_predict(of_entry(forward, entry), args, kwargs))
@@ -122,7 +124,7 @@ def _explain_momentum_net(net: MomentumNet, args: tuple[Any, ...], kwargs: Mappi
     return found.explained(*_predict(of_module(net), args, kwargs))
 
 
-def _predict(subject: Subject, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Estimate | None, str]:
+def _predict(subject: Rehearsal, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Estimate | None, str]:
     """What a training step takes, or why that cannot be said."""
     if not args and not kwargs:
         return None, ""
@@ -152,7 +154,7 @@ class _Found:
         return Explanation(self.name, tuple(chains), rejections, self.graphs, self.flat, found, unpredicted)
 
 
-def _entry(forward: RewrittenForward, args: Any, kwargs: Any) -> Entry:
+def _entry(forward: RewrittenForward, args: Any, kwargs: Any) -> RewrittenGraph:
     """The graph for these inputs, else the one that was run last, else that for default arguments."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="mfx: ")  # what they say is in the explanation

@@ -16,10 +16,10 @@ from mfx.engine.memory.flops import flops_of
 from mfx.engine.scope import recomputing
 from mfx.meter import StorageLedger, storages
 from mfx.options.gamma import Gamma
-from mfx.options.memory_budget import Amount
+from mfx.options.memory_budget import MemoryBudget
 from mfx.program.chain_call import Momentum
-from mfx.program.codegen import Program, compile_graph
-from mfx.program.memory_plans import Plans
+from mfx.program.codegen import GraphCompiler, to_function
+from mfx.program.memory_plans import NetPlans
 
 _CPU = torch.device("cpu")
 
@@ -129,18 +129,18 @@ class Rehearsed(Momentum):
         plans: what the rehearsal has learned for a memory budget, if it is not all or nothing; not the net's own.
     """
 
-    def __init__(self, call: Momentum, observer: Observer, *, plain: bool, plans: Plans | None = None) -> None:
+    def __init__(self, call: Momentum, observer: Observer, *, plain: bool, plans: NetPlans | None = None) -> None:
         self.__dict__.update(call.__getstate__())  # as a copy that shares nothing that changes
         self.plans = plans if call.plans is not None else None
         if plain:
-            self.gamma, self.budget = Gamma(0, 1), Amount.of(1.0)
+            self.gamma, self.budget = Gamma(0, 1), MemoryBudget.of(1.0)
         self.program = self._watched
         self.observer = observer
 
     def _watched(self, graph: Graph) -> Callable[..., Any]:
-        return self.observer.step(self.chain, compile_graph(graph))
+        return self.observer.step(self.chain, to_function(graph))
 
     @override
-    def forward(self, *args: Any, program: Program | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, program: GraphCompiler | None = None, **kwargs: Any) -> Any:
         with self.observer.calling(self.chain):
             return super().forward(*args, **kwargs)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from mfx.reports.markup import Markup, element
-from mfx.reports.profile.rows import Row
+from mfx.reports.profile.rows import ProfileRow
 from mfx.text import size
 
 _WIDTH, _HEIGHT = 480.0, 280.0
@@ -14,7 +14,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 80.0, 18.0, 10.0, 40.0
 _WAYS = 6  # colours
 
 
-def lines(rows: Sequence[Row]) -> Markup:
+def lines(rows: Sequence[ProfileRow]) -> Markup:
     """One line per way to train: bytes alive against how far the step is; a ring where the forward pass ends."""
     top, ticks = _scale(max(row.peak_bytes for row in rows))
     grid = [
@@ -38,7 +38,7 @@ def lines(rows: Sequence[Row]) -> Markup:
     )
 
 
-def legend(rows: Sequence[Row]) -> Markup:
+def legend(rows: Sequence[ProfileRow]) -> Markup:
     """Which line is which, with its peak."""
     items = [
         element(
@@ -51,12 +51,12 @@ def legend(rows: Sequence[Row]) -> Markup:
     return element("ul", *items, class_="legend")
 
 
-def _line(row: Row, number: int, top: float) -> Markup:
+def _line(row: ProfileRow, number: int, top: float) -> Markup:
     points = " ".join(f"{_x(share):.1f},{_y(alive, top):.1f}" for share, alive in row.timeline)
     return element("polyline", class_=_way(number), points=points)
 
 
-def _ring(row: Row, number: int, top: float) -> Markup:
+def _ring(row: ProfileRow, number: int, top: float) -> Markup:
     return element("circle", class_=_way(number), cx=_n(_x(row.forward_ends)), cy=_n(_y(row.kept_bytes, top)), r="3.5")
 
 

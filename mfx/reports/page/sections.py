@@ -10,7 +10,7 @@ from typing import Any
 from mfx.reports.markup import Markup, element, joined
 from mfx.reports.page.memory_lines import legend, lines
 from mfx.reports.profile.result import Profile
-from mfx.reports.profile.rows import Row
+from mfx.reports.profile.rows import ProfileRow
 from mfx.text import amount, count, duration, ratio, size
 
 _ROWS = 40  # places shown per reason
@@ -117,7 +117,7 @@ def _card(number: str, about: str) -> Markup:
     return element("div", element("b", number), about, class_="card")
 
 
-def _measured(row: Row, first: Row) -> tuple[str, ...]:
+def _measured(row: ProfileRow, first: ProfileRow) -> tuple[str, ...]:
     cells = [row.name]
     for name, shown in (
         ("kept_bytes", size),

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mfx.reports.profile.result import Profile
-from mfx.reports.profile.rows import Row
+from mfx.reports.profile.rows import ProfileRow
 from mfx.text import size
 from mfx_passes import MfxError
 
@@ -52,7 +52,7 @@ def plot(profile: Profile, path: str | Path | None = None) -> Figure:
     return figure
 
 
-def _draw(axes: Axes, row: Row, colour: str) -> None:
+def _draw(axes: Axes, row: ProfileRow, colour: str) -> None:
     where, live = [x for x, _ in row.timeline], [alive / _MEBIBYTE for _, alive in row.timeline]
     axes.plot(where, live, color=colour, linewidth=1.8, label=f"{row.name}: peak {size(row.peak_bytes)}")
     axes.plot([row.forward_ends], [row.kept_bytes / _MEBIBYTE], "o", color=colour, markersize=5)

@@ -17,8 +17,8 @@ from torch.utils.checkpoint import CheckpointError
 
 from mfx.modules.random_state import undisturbed
 from mfx.reports.profile.result import Profile
-from mfx.reports.profile.rows import Row
-from mfx.reports.profile.step import Step, parameters_of
+from mfx.reports.profile.rows import ProfileRow
+from mfx.reports.profile.step import TrainingStep, parameters_of
 from mfx.reports.profile.untouched import check_values, untouched
 from mfx.reports.profile.variants import Against, Variant, variants_of
 from mfx.text import described
@@ -69,7 +69,7 @@ def profile(
         raise MfxError(f"repeats={repeats!r}: the number of steps to take the time of is an integer of at least 1.")
     check_values(model)
     device = _device_of(model, args, kwargs)
-    step = Step(args, kwargs, loss, device)
+    step = TrainingStep(args, kwargs, loss, device)
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -83,10 +83,10 @@ def profile(
 
 
 def _measure(
-    variants: Sequence[Variant], step: Step, models: Sequence[nn.Module], repeats: int, progress: bool | None
-) -> tuple[tuple[Row, ...], tuple[tuple[str, str], ...]]:
+    variants: Sequence[Variant], step: TrainingStep, models: Sequence[nn.Module], repeats: int, progress: bool | None
+) -> tuple[tuple[ProfileRow, ...], tuple[tuple[str, str], ...]]:
     """The rows, and the variants that did not run, each with the reason."""
-    rows: dict[str, Row] = {}
+    rows: dict[str, ProfileRow] = {}
     skipped: list[tuple[str, str]] = []
     for variant in _with_progress(variants, "measuring", progress):
         modules = [*models, *([] if variant.net is None else [variant.net])]

@@ -12,7 +12,7 @@ from mfx.text import amount, duration, ratio, size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from mfx.reports.profile.rows import Row
+from mfx.reports.profile.rows import ProfileRow
 
 _WIDTH = 100
 _HEADER = ("variant", "kept", "", "peak", "", "time", "", "FLOPs", "")
@@ -34,7 +34,7 @@ class Profile:
     model: str
     device: str
     repeats: int
-    rows: tuple[Row, ...]
+    rows: tuple[ProfileRow, ...]
     wrapped: tuple[str, ...] = ()
     skipped: tuple[tuple[str, str], ...] = ()
 
@@ -80,7 +80,7 @@ class Profile:
     def _headline(self) -> str:
         return f"{self.model}, one training step on {self.device}; ratios are to {self.rows[0].name}"
 
-    def _cells(self, row: Row) -> tuple[str, ...]:
+    def _cells(self, row: ProfileRow) -> tuple[str, ...]:
         first = self.rows[0]
         return (
             row.name,

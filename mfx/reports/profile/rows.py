@@ -10,7 +10,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Row:
+class ProfileRow:
     """A training step of one variant: forward, loss, backward.
 
     Attributes:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfx.engine.memory.flops import flops_of
 from mfx.meter import ActivationMeter
-from mfx.reports.profile.rows import Row
+from mfx.reports.profile.rows import ProfileRow
 from mfx.reports.profile.untouched import copies
 from mfx.reports.profile.variants import Variant
 from mfx_passes import MfxError
@@ -45,7 +45,7 @@ Loss = Callable[[Any], Tensor]
 _POINTS = 1000  # that a timeline has at most
 
 
-class Step:
+class TrainingStep:
     """A training step of a model on given inputs: forward, loss, backward.
 
     Args:
@@ -78,7 +78,7 @@ class Step:
         self._synchronize()
         return time.perf_counter() - start
 
-    def measured(self, variant: Variant, parameters: Sequence[Tensor]) -> Row:
+    def measured(self, variant: Variant, parameters: Sequence[Tensor]) -> ProfileRow:
         """Make a step, and count bytes and operations; the time is not taken."""
         args, kwargs = copies(*self._inputs)
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -87,7 +87,7 @@ class Step:
             kept, forward = meter.live, len(meter.timeline)
             value.backward()
         line = meter.timeline
-        return Row(
+        return ProfileRow(
             variant.name,
             kept,
             meter.peak,

@@ -141,7 +141,7 @@ def _walk(net: nn.Module, path: str) -> Iterator[tuple[str, Momentum]]:
     forward = forward_of(net)
     if forward is None:
         yield from ((path, module) for module in net.modules() if isinstance(module, Momentum))
-    elif forward.in_parts:
+    elif forward.per_module:
         paths = {module: name for name, module in net.named_modules()}
         for part in forward.parts():
             yield from ((paths[part.net], call) for call in (part.active.calls.values() if part.active else ()))

@@ -16,7 +16,7 @@ from mfx_passes.errors import MfxError
 from mfx_passes.find.normalize import normalize
 from mfx_passes.find.relayout import insert_detours, remove_unused
 from mfx_passes.find.residual_adds import find_adds, find_runs
-from mfx_passes.find.split import cut
+from mfx_passes.find.split import cut_chain
 from mfx_passes.find.steps import assemble
 from mfx_passes.ir import Chain, Findings, Rejection, ResidualAdd, Selection, Step, common_path, is_momentum_call
 from mfx_passes.named_steps import is_mark
@@ -49,7 +49,7 @@ def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selec
         assembled, refused = assemble(run, index)
         rejections += refused
         for row in assembled:
-            kept, refused = cut(row, index, mutations, selection.refused)
+            kept, refused = cut_chain(row, index, mutations, selection.refused)
             rows += kept
             rejections += refused
     for step in (step for row in rows for step in row):

@@ -31,7 +31,7 @@ from typing import Any
 from torch.fx import Graph, Node
 
 from mfx_passes.analysis.ancestry import GraphIndex
-from mfx_passes.find.residual_adds import Link, Run
+from mfx_passes.find.residual_adds import Candidate, Link
 from mfx_passes.find.steps import restored, starts_before_relayout
 from mfx_passes.ir import Chain
 from mfx_passes.ops import vocabulary
@@ -66,7 +66,7 @@ class Detour:
             graph.erase_node(node)
 
 
-def insert_detours(runs: Sequence[Run], index: GraphIndex) -> list[Detour]:
+def insert_detours(runs: Sequence[Candidate], index: GraphIndex) -> list[Detour]:
     """Put the states of every span back and rearrange them again, where that joins the span to other steps.
 
     Returns:
@@ -91,7 +91,7 @@ def remove_unused(detours: Iterable[Detour], chains: Sequence[Chain], graph: Gra
     return kept
 
 
-def _spans(run: Run, index: GraphIndex) -> Iterator[Span]:
+def _spans(run: Candidate, index: GraphIndex) -> Iterator[Span]:
     """The spans of a run that have steps before or behind them; states outside of spans are all laid out alike."""
     links, i = run.links, 0
     bases = starts_before_relayout(links[0], index)

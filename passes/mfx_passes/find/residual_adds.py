@@ -22,7 +22,7 @@ class Link:
 
 
 @dataclass(frozen=True, eq=False)
-class Run:
+class Candidate:
     """Residual adds in a row, all of one kind, before any side condition was looked at."""
 
     links: tuple[Link, ...]
@@ -93,7 +93,7 @@ def _merge_of_branches(node: Node, index: GraphIndex) -> Rejection | None:
     return None
 
 
-def find_runs(adds: list[ResidualAdd], index: GraphIndex) -> list[Run]:
+def find_runs(adds: list[ResidualAdd], index: GraphIndex) -> list[Candidate]:
     """String residual adds together: the value one ends in is the skip of the next."""
     starting: dict[Node, list[ResidualAdd]] = defaultdict(list)
     for add in adds:
@@ -101,7 +101,7 @@ def find_runs(adds: list[ResidualAdd], index: GraphIndex) -> list[Run]:
             starting[base].append(add)
     links = {add.node: _link(add, starting, index) for add in adds}
     follows = {link.next.node for link in links.values() if link.next}
-    runs: list[Run] = []
+    runs: list[Candidate] = []
     for add in adds:
         if add.node not in follows:
             runs += _split_by_kind(_follow(links[add.node], links), index)
@@ -135,9 +135,9 @@ def _follow(link: Link, links: dict[Node, Link]) -> list[Link]:
     return row
 
 
-def _split_by_kind(row: list[Link], index: GraphIndex) -> list[Run]:
+def _split_by_kind(row: list[Link], index: GraphIndex) -> list[Candidate]:
     """Cut a row wherever links with a tail meet links without one, or with another one."""
-    runs: list[Run] = []
+    runs: list[Candidate] = []
     first = 0
     for i, link in enumerate(row):
         if link.next is None or (i > first and _signature(link, index) != _signature(row[first], index)):
@@ -150,10 +150,10 @@ def _signature(link: Link, index: GraphIndex) -> tuple[object, ...]:
     return tuple(vocabulary.signature(node, index.modules) for node in link.tail)
 
 
-def _close(row: list[Link], index: GraphIndex) -> Run:
+def _close(row: list[Link], index: GraphIndex) -> Candidate:
     """End a run: its last step takes the tail that its predecessors have, if it is there, and no other."""
     wanted = _signature(row[0], index) if len(row) > 1 else ()
     last = row[-1]
     tail = tuple(_tail(last.add.node, index)[: len(wanted)])
     ended = Link(last.add, tail) if _signature(Link(last.add, tail), index) == wanted else Link(last.add)
-    return Run((*row[:-1], ended), "map" if wanted else "residual")
+    return Candidate((*row[:-1], ended), "map" if wanted else "residual")

@@ -13,26 +13,26 @@ from mfx_passes.find.check import refusal
 from mfx_passes.ir import Rejection, Step, inputs_of
 
 
-def cut(
+def cut_chain(
     row: list[Step], index: GraphIndex, mutations: Mutations, refused: Mapping[str, str]
 ) -> tuple[list[list[Step]], list[Rejection]]:
     """Take refused steps out of a row, and cut it where a step needs what is only there after the row has run."""
-    rows: list[_Row] = []
+    rows: list[OpenChain] = []
     rejections: list[Rejection] = []
-    open_row: _Row | None = None
+    open_row: OpenChain | None = None
     for step in row:
         if reason := refused.get(step.add.node.name) or refusal(step, index, mutations):
             rejections.append(Rejection(step.add.node, reason))
             open_row = None
             continue
         if open_row is None or not open_row.accepts(step):
-            open_row = _Row(step.skip, index, mutations)
+            open_row = OpenChain(step.skip, index, mutations)
             rows.append(open_row)
         open_row.append(step)
     return [done.steps for done in rows], rejections
 
 
-class _Row:
+class OpenChain:
     """Steps that will be one call, and everything that is computed from them, inside and outside of them."""
 
     def __init__(self, start: Node, index: GraphIndex, mutations: Mutations) -> None:
@@ -46,6 +46,7 @@ class _Row:
         self._limit: Node | None = None  # an in-place operation that these must not move past
 
     def append(self, step: Step) -> None:
+        """Add a step that the chain accepts."""
         self.steps.append(step)
         self._states.add(step.out)
         self._own |= step.nodes

@@ -7,13 +7,13 @@ from itertools import pairwise
 from torch.fx import Node
 
 from mfx_passes.analysis.ancestry import GraphIndex
-from mfx_passes.find.residual_adds import Link, Run
+from mfx_passes.find.residual_adds import Candidate, Link
 from mfx_passes.ir import Rejection, Step, common_path, enclosing_path
 from mfx_passes.ops import vocabulary
 from mfx_passes.ops.step_markers import mapped
 
 
-def assemble(run: Run, index: GraphIndex) -> tuple[list[list[Step]], list[Rejection]]:
+def assemble(run: Candidate, index: GraphIndex) -> tuple[list[list[Step]], list[Rejection]]:
     """Rows of consecutive steps; a row ends where the stream's layout changes for good."""
     rows: list[list[Step]] = [[]]
     rejections: list[Rejection] = []
@@ -32,7 +32,7 @@ def assemble(run: Run, index: GraphIndex) -> tuple[list[list[Step]], list[Reject
     return [row for row in rows if row], rejections
 
 
-def _first_step(link: Link, run: Run, index: GraphIndex) -> Step | None:
+def _first_step(link: Link, run: Candidate, index: GraphIndex) -> Step | None:
     """A step that no other one precedes begins before a rearrangement of the skip if that is undone after the sum."""
     starts = (*starts_before_relayout(link, index), link.add.bases[0])
     return next((step for start in starts if (step := _step(link, start, run, index))), None)
@@ -48,7 +48,7 @@ def _moves(node: Node, index: GraphIndex) -> bool:
     return index.layout(node) not in (None, vocabulary.NEUTRAL)
 
 
-def _step(link: Link, skip: Node, run: Run, index: GraphIndex) -> Step | None:
+def _step(link: Link, skip: Node, run: Candidate, index: GraphIndex) -> Step | None:
     path = link.add.skip_path
     entry = [index.layout(node) for node in path[: path.index(skip)]]
     end = link.tail[-1] if link.tail else link.add.node

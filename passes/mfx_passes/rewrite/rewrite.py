@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.fx import Graph, Node
 
-from mfx_passes.ir import Chain, ChainGraphs, Step, mark_momentum_call
+from mfx_passes.ir import Chain, ChainGraphs, Step, tag_momentum_call
 from mfx_passes.ops import vocabulary
 from mfx_passes.ops.vocabulary import Modules, reads_size_only
 from mfx_passes.rewrite.outline import outline
@@ -190,7 +190,7 @@ def _insert_call(
         call = graph.call_module(target, args)
     last = chain.steps[-1].out
     call.meta = {key: last.meta[key] for key in ("stack_trace", "nn_module_stack", "custom") if key in last.meta}
-    mark_momentum_call(call, chain.name)
+    tag_momentum_call(call, chain.name)
     return call, [*added, call]
 
 

@@ -104,7 +104,7 @@ def test_steps_are_those_of_pythons_integers(gamma, seed, size):
     x, ys = size * torch.randn(6), [size * torch.randn(6) for _ in range(3)]  # short enough for a store of one word
     state = ExactState.start(x, None, reversible=True)
     fixed = [[round(Fraction(e * 2.0**40)) for e in x.tolist()]]
-    fixed += [[round(Fraction(e * (gamma.rest * 2.0**40))) for e in y.tolist()] for y in ys]
+    fixed += [[round(Fraction(e * (gamma.complement * 2.0**40))) for e in y.tolist()] for y in ys]
     state.advance(ys[0], "residual", gamma)
     elements = [(X + F, F, 0) for X, F in zip(*fixed[:2], strict=True)]
     for y, increments in zip(ys[1:], fixed[2:], strict=True):

@@ -1,12 +1,12 @@
-"""The moves of exact arithmetic as functions of a compiler are those made in blocks, bit for bit."""
+"""The kernels of exact arithmetic as functions of a compiler are those made in blocks, bit for bit."""
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mfx.engine.arithmetic import IN_BLOCKS, ExactState, Fused
+from mfx.engine.arithmetic import BLOCK_KERNELS, ExactState, FusedKernels
 from mfx.options.gamma import Gamma
-from mfx.program.codegen import Compiler, compile_graph
+from mfx.program.codegen import BackendCompiler, to_function
 from tests import sampling
 
 SHAPE = 5, 2**14 - 1  # large enough to be fused, and no multiple of a vector's width
@@ -16,7 +16,7 @@ GAMMAS = [Gamma(9, 10), Gamma(1, 64), Gamma(9999, 10000), Gamma(1, 2)]
 class Counting:
     """A program that counts what it is asked for."""
 
-    def __init__(self, program=compile_graph):
+    def __init__(self, program=to_function):
         self.program, self.graphs = program, 0
 
     def __call__(self, graph):
@@ -24,9 +24,9 @@ class Counting:
         return self.program(graph)
 
 
-def walk(moves, x, ys, kind, gammas):
+def walk(kernels, x, ys, kind, gammas):
     """Every stream there and back, and the integers at the far end and at the start."""
-    state = ExactState.start(x, None, reversible=True, moves=moves)
+    state = ExactState.start(x, None, reversible=True, kernels=kernels)
     seen = [state.advance(y, kind, gamma) for y, gamma in zip(ys, gammas, strict=True)]
     frozen = state.freeze()
     seen += [tensor.clone() for tensor in frozen.tensors]
@@ -43,7 +43,7 @@ def assert_alike(fused, *, dtype, kind, gammas, scale=1.0, transposed=False):
     x, *ys = (torch.randn(SHAPE).mul_(scale).to(dtype) for _ in range(1 + len(gammas)))
     if transposed:
         x, ys[1] = x.t().contiguous().t(), ys[1].t().contiguous().t()
-    expected = walk(IN_BLOCKS, x, ys, kind, gammas)
+    expected = walk(BLOCK_KERNELS, x, ys, kind, gammas)
     actual = walk(fused, x, ys, kind, gammas)
     assert all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
@@ -54,19 +54,19 @@ def assert_alike(fused, *, dtype, kind, gammas, scale=1.0, transposed=False):
 def test_same_integers(dtype, kind, scale):
     fused = Counting()
     gammas = [GAMMAS[i % len(GAMMAS)] for i in range(9)]
-    assert_alike(Fused(fused), dtype=dtype, kind=kind, gammas=gammas, scale=scale)
+    assert_alike(FusedKernels(fused), dtype=dtype, kind=kind, gammas=gammas, scale=scale)
     # One each to advance, to retreat x and v; another three once the integers are too large for float64.
     assert 3 <= fused.graphs <= 6, "γ is part of a graph"
 
 
 def test_other_layouts():
-    assert_alike(Fused(compile_graph), dtype=torch.float32, kind="map", gammas=GAMMAS, transposed=True)
+    assert_alike(FusedKernels(to_function), dtype=torch.float32, kind="map", gammas=GAMMAS, transposed=True)
 
 
 def test_small_streams_are_not_worth_it():
     program = Counting()
     x = torch.randn(100)
-    walk(Fused(program), x, [x, x], "residual", GAMMAS[:2])
+    walk(FusedKernels(program), x, [x, x], "residual", GAMMAS[:2])
     assert program.graphs == 0
 
 
@@ -81,15 +81,15 @@ def fresh():
 @sampling.grid(1, dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64], kind=["residual", "map"],
                scale={"float64": 1.0, "int64": 3e3})  # fmt: skip
 def test_inductor(fresh, dtype, kind, scale):
-    assert_alike(Compiler("inductor").moves, dtype=dtype, kind=kind, gammas=GAMMAS, scale=scale)
+    assert_alike(BackendCompiler("inductor").kernels, dtype=dtype, kind=kind, gammas=GAMMAS, scale=scale)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 def test_one_loop_for_any_size(fresh):
-    fused = Compiler("inductor").moves
+    fused = BackendCompiler("inductor").kernels
     for count in (2**14 + 1, 2**18 + 3):
         x, *ys = (torch.randn(count) for _ in range(4))
-        expected, actual = (walk(moves, x, ys, "residual", GAMMAS[:3]) for moves in (IN_BLOCKS, fused))
+        expected, actual = (walk(kernels, x, ys, "residual", GAMMAS[:3]) for kernels in (BLOCK_KERNELS, fused))
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
@@ -111,17 +111,17 @@ def test_what_is_not_memory_alone_is_not_fused(wrong):
     x = torch.randn(SHAPE)
     if wrong == "a subclass":
         y = x.as_subclass(type("Marked", (torch.Tensor,), {}))
-        walk(Fused(program), x, [x, y], "residual", GAMMAS[:2])
+        walk(FusedKernels(program), x, [x, y], "residual", GAMMAS[:2])
         assert program.graphs == 1, "only the way back of x has nothing to do with it"
     else:
         with Looking() as mode:
-            walk(Fused(program), x, [x, x], "residual", GAMMAS[:2])
+            walk(FusedKernels(program), x, [x, x], "residual", GAMMAS[:2])
         assert mode.count
         assert program.graphs == 0
 
 
 def test_only_inductor_is_known_to_fuse():
-    assert isinstance(Compiler("inductor").moves, Fused)
-    assert isinstance(Compiler(torch._TorchCompileInductorWrapper("default", None, None)).moves, Fused)
-    assert Compiler("aot_eager").moves is IN_BLOCKS
-    assert Compiler(lambda graph, inputs: graph.forward).moves is IN_BLOCKS
+    assert isinstance(BackendCompiler("inductor").kernels, FusedKernels)
+    assert isinstance(BackendCompiler(torch._TorchCompileInductorWrapper("default", None, None)).kernels, FusedKernels)
+    assert BackendCompiler("aot_eager").kernels is BLOCK_KERNELS
+    assert BackendCompiler(lambda graph, inputs: graph.forward).kernels is BLOCK_KERNELS
