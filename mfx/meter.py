@@ -14,6 +14,9 @@ from torch.utils._pytree import tree_iter
 from mfx.compat import memory_of
 
 
+__all__ = ["ActivationMeter", "StorageLedger", "storages"]
+
+
 class ActivationMeter:
     """Measures the bytes of activations alive inside a ``with`` block, through forward and backward.
 

@@ -13,6 +13,8 @@ from mfx.net.gammas import set_gamma
 from mfx.options.gamma import Gamma
 from mfx_passes import MfxError
 
+__all__ = ["Annealing", "GammaScheduler", "cosine", "linear"]
+
 Schedule = Callable[[int], "float | Mapping[str, float]"]
 _GRID = 1024
 

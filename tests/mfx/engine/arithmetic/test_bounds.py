@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import mfx
-from mfx.engine.arithmetic.bounds import LIMIT, Guard
+from mfx.engine.arithmetic.bounds import LIMIT, RangeCheck
 from tests.mfx.models import Stack, inputs, recurrence
 
 SHORT, DEEP = 3, 16  # steps' inputs are kept in the short one
@@ -160,12 +160,12 @@ def nobody_looks(monkeypatch):
         self.largest = math.inf
         return False
 
-    monkeypatch.setattr(Guard, "_inside", inside)
+    monkeypatch.setattr(RangeCheck, "_inside", inside)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_the_largest_value_is_found_without_looking(nobody_looks, dtype):
-    guard = Guard()
+    guard = RangeCheck()
     guard.admit(torch.tensor([1.0, math.nan, math.inf, -8.0], dtype=dtype))
     assert guard.overflowed.item() == 0  # neither infinity nor NaN is an overflow
     assert guard.poison.tolist() == [False, True, True, False]
@@ -198,7 +198,7 @@ def test_without_looking_all_is_the_same(nobody_looks):
 
 def test_nothing_waits_for_the_device():
     """Tensors without data raise whenever a value is asked for."""
-    guard = Guard()
+    guard = RangeCheck()
     y = torch.empty(3, 8, device="meta")
     guard.admit(y)
     guard.check(torch.empty(3, 8, dtype=torch.int64, device="meta"))

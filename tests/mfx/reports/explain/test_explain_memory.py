@@ -15,7 +15,7 @@ import mfx
 from mfx.meter import ActivationMeter
 from mfx.reports.explain.tables import memory_rows
 from tests.mfx.models import ConvNet, Stack, images, inputs
-from tests.mfx.test_parts import Branching
+from tests.mfx.net.test_submodules import Branching
 
 # A second run that is compared with the first leaves a checksum of eight bytes per step, which is not formed of tensors
 # without values. All else is the same storages.

@@ -6,13 +6,13 @@ import sys
 import pytest
 
 import mfx
-from mfx.reports.profile.rows import Row
+from mfx.reports.profile.rows import ProfileRow
 
 GIB = 2**30
 
 
 def row(name, kept, peak, seconds, flops, note=""):
-    return Row(name, kept, peak, seconds, flops, ((0.0, 0), (0.5, kept), (0.6, peak), (1.0, 4)), 0.5, note)
+    return ProfileRow(name, kept, peak, seconds, flops, ((0.0, 0), (0.5, kept), (0.6, peak), (1.0, 4)), 0.5, note)
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from mfx.cli.inputs import made, read_input
 from mfx.cli.spec import call_arguments
 from tests.mfx.models import Stack
 
-HERE = "tests.mfx.test_command_line"
+HERE = "tests.mfx.cli.test_cli"
 STACK = "tests.mfx.models:Stack"
 INSTANCE = nn.Sequential(nn.Linear(8, 8))
 
