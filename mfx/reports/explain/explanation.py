@@ -11,6 +11,18 @@ from torch import fx
 from mfx.reports.explain.advice import PRETRAINED, advise_on_output, remedy
 from mfx.reports.explain.data import ExplainedChain
 from mfx.reports.explain.estimate import Estimate
+from mfx.reports.explain.notebook import page
+from mfx.reports.explain.tables import (
+    Contents,
+    chain_rows,
+    groups,
+    headline,
+    memory_rows,
+    policies,
+    sources,
+    step_rows,
+)
+from mfx.reports.explain.terminal import text
 from mfx_passes import Rejection
 
 
@@ -45,15 +57,28 @@ class Explanation:
         advice += [PRETRAINED] if advice else []
         return (*advice, *(() if self.estimate is None else advise_on_output(self.estimate.held)))
 
-    def __str__(self) -> str:
-        from mfx.reports.explain.terminal import text
+    @property
+    def contents(self) -> Contents:
+        """All of this as rows of text."""
+        chains = self.chains
+        return Contents(
+            headline=headline(self.model, chains, self.rejections),
+            chains=chain_rows(chains),
+            sources=[(chain.name, sources(chain)) for chain in chains],
+            steps=[(chain.name, step_rows(chain)) for chain in chains],
+            memory=memory_rows(chains, self.estimate),
+            unpredicted=self.unpredicted,
+            policies=policies(chains),
+            advice=self.advice,
+            rejections=groups(self.rejections),
+            flat=tuple(filter(None, self.flat)),
+        )
 
-        return text(self)
+    def __str__(self) -> str:
+        return text(self.contents)
 
     def _repr_html_(self) -> str:
-        from mfx.reports.explain.notebook import page
-
-        return page(self)
+        return page(self.contents)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the graphs, as plain data, which ``json.dumps`` takes.

@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-from mfx.reports.explain.tables import CHAINS, MEMORY, chain_rows, groups, headline, memory_rows, policies, short_place
-
-if TYPE_CHECKING:
-    from mfx.reports.explain.data import ExplainedChain
-    from mfx.reports.explain.explanation import Explanation
-
+from mfx.reports.explain.tables import CHAINS, MEMORY, STEPS, Contents, RejectedGroup, Rows
 
 _STYLE = """
 .mfx{color:inherit;background:transparent;font-size:.95em}
@@ -25,19 +19,18 @@ _STYLE = """
 """
 
 
-def page(explanation: Explanation) -> str:
-    """The tables as HTML, with every name escaped."""
-    memory = memory_rows(explanation)
+def page(contents: Contents) -> str:
+    """Return the tables as HTML, with every name escaped."""
     parts = [
-        f"<strong>{escape(headline(explanation))}</strong>",
-        _table(CHAINS, chain_rows(explanation)),
-        _table(MEMORY, memory, "number"),
-        _paragraph("memory could not be predicted", explanation.unpredicted),
-        _list("kept between forward and backward", (f"{name}: {policy}" for name, policy in policies(explanation))),
-        _list("what could be done", explanation.advice),
-        _rejections(explanation),
-        _paragraph("hooks on these modules do not run", ", ".join(filter(None, explanation.flat))),
-        *(_steps(chain) for chain in explanation.chains),
+        f"<strong>{escape(contents.headline)}</strong>",
+        _table(CHAINS, contents.chains),
+        _table(MEMORY, contents.memory, "number"),
+        _paragraph("memory could not be predicted", contents.unpredicted),
+        _list("kept between forward and backward", (f"{name}: {policy}" for name, policy in contents.policies)),
+        _list("what could be done", contents.advice),
+        _rejections(contents.rejections),
+        _paragraph("hooks on these modules do not run", ", ".join(contents.flat)),
+        *(_steps(name, rows) for name, rows in contents.steps),
     ]
     return f'<div class="mfx"><style>{_STYLE}</style>{"".join(parts)}</div>'
 
@@ -62,9 +55,9 @@ def _list(title: str, items: Iterable[str]) -> str:
     return f"<p>{escape(title)}:</p><ul>{found}</ul>" if found else ""
 
 
-def _rejections(explanation: Explanation) -> str:
+def _rejections(groups: Iterable[RejectedGroup]) -> str:
     found = []
-    for group in groups(explanation):
+    for group in groups:
         to_do = f"<br><small>to do: {escape(group.remedy)}</small>" if group.remedy else ""
         places = "".join(f"<li>{escape(place)}</li>" for place in group.places)
         summary = f"{len(group.places)} × {escape(group.reason)}{to_do}"
@@ -72,10 +65,5 @@ def _rejections(explanation: Explanation) -> str:
     return f"<p>left as they are:</p>{''.join(found)}" if found else ""
 
 
-def _steps(chain: ExplainedChain) -> str:
-    rows = [
-        (step.path, f"{weight:.3f}", ", ".join(step.captures), short_place(step.source))
-        for step, weight in zip(chain.steps, chain.weights, strict=True)
-    ]
-    table = _table(("step", "weight", "also reads", "source"), rows)
-    return f"<details><summary>steps of {escape(chain.name)}</summary>{table}</details>"
+def _steps(chain: str, rows: Rows) -> str:
+    return f"<details><summary>steps of {escape(chain)}</summary>{_table(STEPS, rows)}</details>"

@@ -1,4 +1,4 @@
-"""The contents of what an explanation shows, as rows of text: for the terminal and for notebooks."""
+"""The contents of an explanation, section by section, as rows of text."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import os
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from mfx.reports.explain.advice import remedy
+from mfx.reports.explain.data import ExplainedChain
+from mfx.reports.explain.estimate import Estimate
 from mfx.text import amount, count, ratio, size
-
-if TYPE_CHECKING:
-    from mfx.reports.explain.data import ExplainedChain
-    from mfx.reports.explain.explanation import Explanation
-
+from mfx_passes import Rejection
 
 CHAINS = ("chain", "steps", "kind", "gamma", "arithmetic", "weights of the branches", "state")
 MEMORY = ("alive between forward and backward", "plain", "mfx", "", "recomputed")
+STEPS = ("step", "weight", "also reads", "source")
+
+Rows = list[tuple[str, ...]]
 
 
 @dataclass(frozen=True)
@@ -29,18 +29,46 @@ class RejectedGroup:
     places: tuple[str, ...]
 
 
-def headline(explanation: Explanation) -> str:
-    """What was found, in one line."""
-    chains, left = explanation.chains, len(explanation.rejections)
+@dataclass(frozen=True)
+class Contents:
+    """The contents of an explanation, for a terminal or a notebook to lay out.
+
+    Attributes:
+        headline: what was found, in one line.
+        chains: one row per chain, under ``CHAINS``.
+        sources: name of each chain, and where its steps lie.
+        steps: name of each chain, and one row per step, under ``STEPS``.
+        memory: what a training step takes, under ``MEMORY``.
+        unpredicted: why nothing could be said of memory although there were inputs.
+        policies: name of each chain with known shapes, and what it keeps of its stream.
+        advice: what could be done.
+        rejections: residual adds that stay as they are, by reason.
+        flat: paths of modules whose hooks do not run.
+    """
+
+    headline: str
+    chains: Rows
+    sources: Rows
+    steps: list[tuple[str, Rows]]
+    memory: Rows
+    unpredicted: str
+    policies: Rows
+    advice: tuple[str, ...]
+    rejections: list[RejectedGroup]
+    flat: tuple[str, ...]
+
+
+def headline(model: str, chains: Sequence[ExplainedChain], rejections: Sequence[Rejection]) -> str:
+    """Return what was found, in one line."""
     steps = sum(len(chain.steps) for chain in chains)
     return (
-        f"{explanation.model}: {count(len(chains), 'chain')} of {count(steps, 'step')}, "
-        f"{count(left, 'residual add')} left as they are"
+        f"{model}: {count(len(chains), 'chain')} of {count(steps, 'step')}, "
+        f"{count(len(rejections), 'residual add')} left as they are"
     )
 
 
-def chain_rows(explanation: Explanation) -> list[tuple[str, ...]]:
-    """One row per chain, under ``CHAINS``."""
+def chain_rows(chains: Iterable[ExplainedChain]) -> Rows:
+    """Return one row per chain, under ``CHAINS``."""
     return [
         (
             chain.name,
@@ -51,18 +79,18 @@ def chain_rows(explanation: Explanation) -> list[tuple[str, ...]]:
             _weights(chain.weights),
             _state(chain),
         )
-        for chain in explanation.chains
+        for chain in chains
     ]
 
 
-def memory_rows(explanation: Explanation) -> list[tuple[str, ...]]:
-    """What a training step takes, under ``MEMORY``: by chain, then all of it, then the peak."""
-    if explanation.estimate is None:
+def memory_rows(chains: Iterable[ExplainedChain], estimate: Estimate | None) -> Rows:
+    """Return what a training step takes, under ``MEMORY``: by chain, then all of it, then the peak."""
+    if estimate is None:
         return []
-    plain, momentum = explanation.estimate.plain, explanation.estimate.momentum
+    plain, momentum = estimate.plain, estimate.momentum
     rows = [
         _bytes(chain.name, chain.memory.plain, chain.memory.kept, amount(chain.memory.recomputed, "FLOP"))
-        for chain in explanation.chains
+        for chain in chains
         if chain.memory is not None
     ]
     extra = momentum.flops - plain.flops
@@ -72,10 +100,10 @@ def memory_rows(explanation: Explanation) -> list[tuple[str, ...]]:
     return rows
 
 
-def policies(explanation: Explanation) -> list[tuple[str, str]]:
-    """For each chain with known shapes: what it keeps of its stream, and why."""
-    rows = []
-    for chain in explanation.chains:
+def policies(chains: Iterable[ExplainedChain]) -> Rows:
+    """Return what each chain with known shapes keeps of its stream, and why."""
+    rows: Rows = []
+    for chain in chains:
         if (storage := chain.storage) is not None:
             error = f"; relative error in a rebuilt state {storage.error:.0e}" if storage.error else ""
             rows.append((chain.name, f"{storage.policy} ({storage.reason}{error})"))
@@ -83,7 +111,7 @@ def policies(explanation: Explanation) -> list[tuple[str, str]]:
 
 
 def sources(chain: ExplainedChain) -> str:
-    """Where the steps of a chain lie, first and last, and the lines that add them up."""
+    """Return where the steps of a chain lie, first and last, and the lines that add them up."""
     paths = [step.path or "the model" for step in chain.steps]
     lines = list(dict.fromkeys(short_place(step.source) for step in chain.steps if step.source))
     more = f" and {len(lines) - 2} more" if len(lines) > 2 else ""
@@ -91,8 +119,16 @@ def sources(chain: ExplainedChain) -> str:
     return f"{' … '.join(dict.fromkeys((paths[0], paths[-1])))}{where}"
 
 
+def step_rows(chain: ExplainedChain) -> Rows:
+    """Return one row per step of a chain, under ``STEPS``."""
+    return [
+        (step.path, f"{weight:.3f}", ", ".join(step.captures), short_place(step.source))
+        for step, weight in zip(chain.steps, chain.weights, strict=True)
+    ]
+
+
 def short_place(source: str) -> str:
-    """``file:line`` without the way to the installed packages or to the working directory.
+    """Return ``file:line`` without the way to the installed packages or to the working directory.
 
     >>> short_place("/usr/lib/python3/site-packages/timm/models/vit.py:7")
     'timm/models/vit.py:7'
@@ -100,10 +136,10 @@ def short_place(source: str) -> str:
     return source.rpartition("site-packages/")[2].removeprefix(f"{os.getcwd()}{os.sep}")
 
 
-def groups(explanation: Explanation) -> list[RejectedGroup]:
-    """The rejections, by reason."""
+def groups(rejections: Iterable[Rejection]) -> list[RejectedGroup]:
+    """Group rejections by reason."""
     found: dict[str, list[str]] = defaultdict(list)
-    for rejection in explanation.rejections:
+    for rejection in rejections:
         place = ", ".join(filter(None, (rejection.path, short_place(rejection.source))))
         found[rejection.reason].append(f"{rejection.node.name}{f' ({place})' if place else ''}")
     return [RejectedGroup(reason, remedy(reason), tuple(places)) for reason, places in found.items()]

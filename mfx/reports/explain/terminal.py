@@ -4,72 +4,55 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from mfx.reports.explain.tables import (
-    CHAINS,
-    MEMORY,
-    RejectedGroup,
-    chain_rows,
-    groups,
-    headline,
-    memory_rows,
-    policies,
-    sources,
-)
-
-if TYPE_CHECKING:
-    from mfx.reports.explain.explanation import Explanation
-
+from mfx.reports.explain.tables import CHAINS, MEMORY, Contents, RejectedGroup
 
 WIDTH = 100
 _SHOWN = 3  # rejections per reason
 
 
-def text(explanation: Explanation) -> str:
-    """All there is to say, section by section."""
+def text(contents: Contents) -> str:
+    """Return all of an explanation, section by section."""
     sections = (_chains, _memory, _policies, _advice, _rejections, _flat)
-    lines = _wrapped(headline(explanation))
+    lines = _wrapped(contents.headline)
     for section in sections:
-        if found := section(explanation):
+        if found := section(contents):
             lines += ["", *found]
     return "\n".join(lines)
 
 
-def _chains(explanation: Explanation) -> list[str]:
-    rows = chain_rows(explanation)
+def _chains(contents: Contents) -> list[str]:
+    rows = contents.chains
     if not rows:
         return []
     if not any(row[-1] for row in rows):  # no shapes
         rows = [row[:-1] for row in rows]
-    places = [line for chain in explanation.chains for line in _wrapped(f"  {_fit(chain.name, 44)}: {sources(chain)}")]
+    places = [line for name, where in contents.sources for line in _wrapped(f"  {_fit(name, 44)}: {where}")]
     return [*_table([CHAINS[: len(rows[0])], *rows]), "", "from the first step to the last:", *places]
 
 
-def _memory(explanation: Explanation) -> list[str]:
-    rows = memory_rows(explanation)
-    if rows:
-        return _table([MEMORY, *rows], right=(1, 2, 3, 4))
-    return _wrapped(f"memory could not be predicted: {explanation.unpredicted}") if explanation.unpredicted else []
+def _memory(contents: Contents) -> list[str]:
+    if contents.memory:
+        return _table([MEMORY, *contents.memory], right=(1, 2, 3, 4))
+    return _wrapped(f"memory could not be predicted: {contents.unpredicted}") if contents.unpredicted else []
 
 
-def _policies(explanation: Explanation) -> list[str]:
-    rows = policies(explanation)
-    lines = ["kept between forward and backward:"] if rows else []
-    for name, policy in rows:
+def _policies(contents: Contents) -> list[str]:
+    lines = ["kept between forward and backward:"] if contents.policies else []
+    for name, policy in contents.policies:
         lines += _wrapped(f"  {_fit(name, 44)}: {policy}")
     return lines
 
 
-def _advice(explanation: Explanation) -> list[str]:
-    lines = ["what could be done:"] if explanation.advice else []
-    for advice in explanation.advice:
+def _advice(contents: Contents) -> list[str]:
+    lines = ["what could be done:"] if contents.advice else []
+    for advice in contents.advice:
         lines += _wrapped(f"  {advice}")
     return lines
 
 
-def _rejections(explanation: Explanation) -> list[str]:
-    found = groups(explanation)
+def _rejections(contents: Contents) -> list[str]:
+    found = contents.rejections
     return ["left as they are:", *(line for group in found for line in _group(group))] if found else []
 
 
@@ -80,8 +63,8 @@ def _group(group: RejectedGroup) -> list[str]:
     return [*lines, *(_wrapped(f"      to do: {group.remedy}") if group.remedy else [])]
 
 
-def _flat(explanation: Explanation) -> list[str]:
-    paths = [_fit(path, 60) for path in explanation.flat if path]
+def _flat(contents: Contents) -> list[str]:
+    paths = [_fit(path, 60) for path in contents.flat]
     if not paths:
         return []
     shown = ", ".join(paths[:4]) + (f" and {len(paths) - 4} more" if len(paths) > 4 else "")

@@ -270,7 +270,7 @@ def test_models_in_parts_are_not_predicted():
 def test_a_notebook_shows_what_a_terminal_does():
     explanation = mfx.explain(Stack(depth=2), inputs())
     page, text = explanation._repr_html_(), str(explanation)
-    for row in memory_rows(explanation):
+    for row in memory_rows(explanation.chains, explanation.estimate):
         assert "".join(f"<td>{cell}</td>" for cell in row) in page
         assert all(cell in text for cell in row)
     assert all(advice in page for advice in explanation.advice)
