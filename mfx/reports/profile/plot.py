@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from mfx.reports.profile.result import Profile
 from mfx.reports.profile.rows import ProfileRow
 from mfx.text import size
 from mfx_passes import MfxError
@@ -19,12 +18,8 @@ _COLOURS = ("#444444", "#d9822b", "#2563c9", "#2f9e60", "#a3478f", "#8a6d3b")  #
 _MEBIBYTE = 2**20
 
 
-def plot(profile: Profile, path: str | Path | None = None) -> Figure:
-    """Draw the bytes alive in the course of a step, one line per variant.
-
-    Args:
-        profile: what was measured.
-        path: where to save the picture, too.
+def plot(rows: Sequence[ProfileRow], title: str) -> Figure:
+    """Draw the bytes alive in the course of a step, one line per row.
 
     Raises:
         MfxError: matplotlib is not installed.
@@ -37,9 +32,9 @@ def plot(profile: Profile, path: str | Path | None = None) -> Figure:
         ) from error
     figure = Figure(figsize=(8, 4.5), dpi=150, layout="constrained", facecolor="white")
     axes = figure.add_subplot(facecolor="white")
-    for number, row in enumerate(profile.rows):
+    for number, row in enumerate(rows):
         _draw(axes, row, _COLOURS[number % len(_COLOURS)])
-    axes.set_title(f"{profile.model}: activation memory in one training step ({profile.device})")
+    axes.set_title(title)
     axes.set_xlabel("share of the step's operations; a dot marks the end of the forward pass")
     axes.set_ylabel("activations alive (MiB)")
     axes.set_xlim(0, 1)
@@ -47,8 +42,6 @@ def plot(profile: Profile, path: str | Path | None = None) -> Figure:
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
-    if path is not None:
-        figure.savefig(path)
     return figure
 
 

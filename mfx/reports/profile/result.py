@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mfx.reports.profile.rows import ProfileRow
 from mfx.text import amount, duration, ratio, size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-from mfx.reports.profile.rows import ProfileRow
 
 _WIDTH = 100
 _HEADER = ("variant", "kept", "", "peak", "", "time", "", "FLOPs", "")
@@ -59,7 +59,10 @@ class Profile:
         """
         from mfx.reports.profile.plot import plot
 
-        return plot(self, path)
+        figure = plot(self.rows, f"{self.model}: activation memory in one training step ({self.device})")
+        if path is not None:
+            figure.savefig(path)
+        return figure
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as plain data, which ``json.dumps`` takes."""
