@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_iter
 
 from mfx.compat import memory_of
 
-
 __all__ = ["ActivationMeter", "StorageLedger", "storages"]
 
 
