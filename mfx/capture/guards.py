@@ -12,6 +12,7 @@ from torch import nn
 
 from mfx.modules.overlay import Extra, Overlay
 from mfx.modules.restore import _ABSENT
+from mfx_passes import paths
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 _INTERNAL = frozenset({*nn.Module().__dict__, "forward", "graph", "code", "print_readable"})
@@ -85,7 +86,7 @@ def _walked(module: nn.Module, path: str, leaves: frozenset[str], seen: set[int]
     yield module
     for name, child in module._modules.items():
         if child is not None:
-            yield from _walked(child, f"{path}.{name}" if path else name, leaves, seen)
+            yield from _walked(child, paths.join(path, name), leaves, seen)
 
 
 def _children(module: nn.Module) -> tuple[tuple[str, nn.Module | None], ...]:

@@ -11,7 +11,7 @@ from torch.fx import Graph
 
 from mfx.modules.overlay import Overlay
 from mfx.options.options import Layer, Options
-from mfx_passes import MfxError, Rejection
+from mfx_passes import MfxError, Rejection, paths
 from mfx_passes.named_steps import NamedSteps, is_mark, is_start, mark_steps, note_calls
 from mfx_passes.ops.step_markers import called
 
@@ -57,12 +57,12 @@ class NamedStepModules:
     """
 
     def __init__(self, root: nn.Module, layers: Sequence[Layer], within: str = "") -> None:
-        self._within = f"{within}." if within else ""
-        here = [layer for layer in layers if f"{layer.path}.".startswith(self._within)]
-        found = [(layer, _container(root, layer.path[len(self._within) :])) for layer in here]
-        paths = {module: path for path, module in reversed(list(root.named_modules()))}
+        self._within = within
+        here = [layer for layer in layers if paths.is_inside(layer.path, within)]
+        found = [(layer, _container(root, paths.relative(layer.path, within))) for layer in here]
+        path_of = {module: path for path, module in reversed(list(root.named_modules()))}
         self._rows = [
-            NamedSteps(layer.path, tuple(paths[block] for block in blocks), int(layer.keep_first), layer.is_residual)
+            NamedSteps(layer.path, tuple(path_of[block] for block in blocks), int(layer.keep_first), layer.is_residual)
             for layer, blocks in found
             if len(blocks)
         ]
@@ -78,7 +78,7 @@ class NamedStepModules:
         notes = graph.find_nodes(op="call_function", target=called)
         for note in notes:
             x, y, path = note.args
-            note.args = (x, y, path.removeprefix(self._within))
+            note.args = (x, y, paths.relative(path, self._within))
         called_paths = {note.args[2] for note in notes}
         missing = [row for row in self._rows if called_paths.isdisjoint(row.blocks)]
         for row in () if self._within else missing:

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 from mfx_passes import MfxError
+from mfx_passes.paths import is_inside
 
 
 def build(spec: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: Any, device: str) -> nn.Module:
@@ -123,7 +124,7 @@ def _module(name: str) -> ModuleType:
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+        if error.name is None or not is_inside(name, error.name):
             raise MfxError(f"{name} cannot be imported: {error}. Install what it needs.") from error
         raise MfxError(f"there is no module {error.name!r}{_close_module(error.name)}.") from error
     except Exception as error:

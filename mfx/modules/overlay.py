@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import accumulate
 from typing import Any
 
 from torch import nn
+
+from mfx_passes import paths
 
 
 class Overlay:
@@ -55,13 +56,8 @@ def drop_parts(net: nn.Module, called: set[str]) -> None:
     """Give the modules at these paths, and those inside of them, the forward of their class for good."""
     for path, module in net.named_modules():
         forward = module.__dict__.get("forward")
-        if path and isinstance(forward, Overlay) and forward.is_part and not called.isdisjoint(_outer(path)):
+        if path and isinstance(forward, Overlay) and forward.is_part and not called.isdisjoint(paths.ancestors(path)):
             del module.__dict__["forward"]
-
-
-def _outer(path: str) -> list[str]:
-    """``a``, ``a.b`` and ``a.b.c`` for ``a.b.c``."""
-    return list(accumulate(path.split("."), "{}.{}".format))
 
 
 def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:

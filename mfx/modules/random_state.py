@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from mfx_passes import paths
+
 
 @dataclass(frozen=True)
 class _Generator:
@@ -51,7 +53,7 @@ def _generators(model: nn.Module) -> Iterator[_Generator]:
         yield _Generator("torch.cuda", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            yield from _own_generator(f"{path}.{name}".strip("."), value)
+            yield from _own_generator(paths.join(path, name), value)
 
 
 def _own_generator(name: str, value: Any) -> Iterator[_Generator]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from mfx.modules.overlay import hook_tables
 from mfx.program.rewritten import RewrittenGraph
 from mfx.text import listed
+from mfx_passes import paths
 
 
 def lost_hooks(entry: RewrittenGraph) -> list[str]:
@@ -18,17 +19,17 @@ def lost_marks(entry: RewrittenGraph) -> list[str]:
     walked = entry.captured.walked
     flat = {walked[path]: path for path in ("", *entry.flat) if path in walked}
     return [
-        f"{flat[module]}.{name}".strip(".")
+        paths.join(flat[module], name)
         for module, names in entry.marks.items()
         if module in flat
         for name in sorted(names)
     ]
 
 
-def of_lost_hooks(paths: list[str]) -> str:
+def of_lost_hooks(modules: list[str]) -> str:
     """What to say of `lost_hooks`."""
     return (
-        f"hooks on {listed(paths)} will not run: sums in there are part of a momentum chain, so these modules "
+        f"hooks on {listed(modules)} will not run: sums in there are part of a momentum chain, so these modules "
         "are not called as a whole. Put the hooks on modules inside a branch."
     )
 

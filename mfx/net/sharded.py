@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from mfx import compat
-from mfx_passes import MfxError
+from mfx_passes import MfxError, paths
 
 
 def is_sharded_somewhere(net: nn.Module) -> bool:
@@ -43,7 +43,7 @@ def refuse_containers(net: nn.Module, containers: Sequence[str], read: Sequence[
     """
     for path in containers:
         if compat.shards_of(net.get_submodule(path)) is not None:
-            inside = [target for target in read if target.startswith(f"{path}.") and _has_parameters(net, target)]
+            inside = [target for target in read if paths.is_inside(target, path) and _has_parameters(net, target)]
             raise MfxError(
                 f"fully_shard was applied to {path}, which spans several steps of a momentum chain and is not called "
                 "as a whole, so nothing would gather its parameters. Apply it to what the steps call instead: "

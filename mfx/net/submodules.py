@@ -14,7 +14,7 @@ from mfx.modules.overlay import Extra
 from mfx.net.forward import RewrittenForward
 from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.rewritten import RewrittenGraph
-from mfx_passes import MfxError
+from mfx_passes import MfxError, paths
 
 
 class Role(Enum):
@@ -82,7 +82,8 @@ class SubmoduleForward(RewrittenForward):
         entries = [entry for entry in whole.all_entries if entry.computes(self.path)]
         if not entries:
             return self._role_before_capture(whole)
-        held = [[_within(place, self.path) for place in sums] for entry in entries for sums in entry.sums.values()]
+        chains = [sums for entry in entries for sums in entry.sums.values()]
+        held = [[paths.is_inside(place, self.path) for place in sums] for sums in chains]
         if any(any(sums) and not all(sums) for sums in held):
             return Role.PIECE if any(entry.changes_function for entry in entries) else Role.NONE
         return Role.OWN if any(map(all, held)) else Role.NONE
@@ -129,7 +130,7 @@ def install_parts(whole: RewrittenForward, net: nn.Module | None = None, path: s
     for name, child in module._modules.items():
         if child is None or isinstance(child, Extra) or not child._modules:
             continue
-        inner = f"{path}.{name}" if path else name
+        inner = paths.join(path, name)
         if not _may_hold_chains(child):
             install_parts(whole, child, inner)
         elif "forward" not in child.__dict__:
@@ -150,7 +151,3 @@ def _may_hold_chains(module: nn.Module) -> bool:
         | nn.TransformerEncoderLayer
         | nn.TransformerDecoderLayer,
     )
-
-
-def _within(path: str, outer: str) -> bool:
-    return f"{path}.".startswith(f"{outer}.")

@@ -18,7 +18,7 @@ from mfx.program.chain_call import Momentum
 from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.scope import Scope
 from mfx.program.velocity import velocity_target
-from mfx_passes import ChainGraphs, Findings, Step, StepGraphs, find_chains, rewrite_graph
+from mfx_passes import ChainGraphs, Findings, Step, StepGraphs, find_chains, paths, rewrite_graph
 from mfx_passes.ir import Selection, enclosing_path
 from mfx_passes.momentum_pass import call_name
 from mfx_passes.rewrite.portable_graph import PortableGraph
@@ -79,7 +79,7 @@ class RewrittenGraph:
 
     def _place_of_sum(self, step: StepGraphs) -> str:
         (output,) = step.original.find_nodes(op="output")
-        return ".".join(filter(None, (self.within, enclosing_path(output.args[0][0]))))
+        return paths.join(self.within, enclosing_path(output.args[0][0]))
 
     @property
     def changes_function(self) -> bool:
@@ -94,8 +94,8 @@ class RewrittenGraph:
 
     def computes(self, path: str) -> bool:
         """Whether a module, by its path in the net, has a share in the graph."""
-        paths = {".".join(filter(None, (self.within, enclosing_path(node)))) for node in self.captured.graph.nodes}
-        return any(f"{inner}.".startswith(f"{path}.") for inner in paths)
+        inner = {paths.join(self.within, enclosing_path(node)) for node in self.captured.graph.nodes}
+        return any(paths.is_inside(other, path) for other in inner)
 
     def holds(self) -> bool:
         """Whether the modules the trace walked through are as they were."""

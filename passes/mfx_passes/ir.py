@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -239,19 +239,6 @@ def enclosing_path(node: Node) -> str:
     if not stack:
         return str(node.target) if node.op in ("call_module", "get_attr") else ""
     return _INDEX.sub("", str(next(reversed(stack.values()))[0]))
-
-
-def common_path(paths: Iterable[str]) -> str:
-    """Longest common module path, ``""`` for the root."""
-    split = [path.split(".") if path else [] for path in paths]
-    if not split:
-        return ""
-    common = []
-    for atoms in zip(*split, strict=False):
-        if len(set(atoms)) > 1:
-            break
-        common.append(atoms[0])
-    return ".".join(common)
 
 
 def source_line(node: Node) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from torch.fx import Graph, Node
 
+from mfx_passes import paths
 from mfx_passes.errors import MfxError
 from mfx_passes.ir import enclosing_path
 from mfx_passes.ops import sums
@@ -156,7 +157,7 @@ def _start(graph: Graph, note: Node, x: Node, row: NamedSteps) -> Node:
 
 
 def _is_inside(node: Node, path: str) -> bool:
-    return f"{enclosing_path(node)}.".startswith(f"{path}.")
+    return paths.is_inside(enclosing_path(node), path)
 
 
 def _mark(graph: Graph, note: Node, row: NamedSteps) -> Node:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import TypeAlias
 
 from torch import fx, nn
@@ -17,6 +16,7 @@ from mfx.reports.drawing.groups import Group, contract
 from mfx.reports.drawing.repeats import repeats
 from mfx_passes import StepGraphs
 from mfx_passes.ir import enclosing_path
+from mfx_passes.paths import ancestors, relative
 
 _OPS = 4  # operations that a box names
 
@@ -108,7 +108,7 @@ class Model:
 
     def inner(self, path: str) -> str:
         """A path in the net as one in the part."""
-        return "" if path == self.within else path.removeprefix(f"{self.within}.") if self.within else path
+        return relative(path, self.within)
 
 
 def picture_of(title: str, graph: fx.Graph, model: Model) -> Picture:
@@ -137,13 +137,8 @@ def _around_steps(graph: fx.Graph, model: Model) -> set[str]:
     paths = {""}
     for call in _calls(graph.nodes, model.modules):
         for path in (call.chain.split("#")[0], *(step.path for step in call.graphs.steps)):
-            paths.update(_prefixes(model.inner(path)))
+            paths.update(ancestors(model.inner(path)))
     return paths
-
-
-def _prefixes(path: str) -> list[str]:
-    """``a``, ``a.b`` and ``a.b.c`` for ``a.b.c``."""
-    return list(accumulate(path.split("."), "{}.{}".format))
 
 
 def _calls(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> list[Momentum]:
@@ -156,7 +151,7 @@ def _key(node: Node, inside: set[str], modules: Mapping[str, nn.Module]) -> str 
     if node.op in ("placeholder", "output") or isinstance(modules.get(str(node.target)), Momentum):
         return None
     path = enclosing_path(node)
-    own = next((prefix for prefix in _prefixes(path) if prefix not in inside), None)
+    own = next((prefix for prefix in ancestors(path) if prefix not in inside), None)
     return f"in {path}" if own is None else f"module {own}"
 
 

@@ -14,6 +14,7 @@ from mfx.program.chain_call import Momentum
 from mfx.reports.drawing.groups import Group, contract
 from mfx_passes import StepGraphs
 from mfx_passes.ir import enclosing_path
+from mfx_passes.paths import relative
 
 _LONGEST = 110  # characters of a formula; longer ones become a list of names
 _NAMES = 8  # in that list
@@ -87,7 +88,7 @@ def classes(step: StepGraphs, path: str, modules: Mapping[str, nn.Module]) -> st
     for node in step.branch.nodes:
         module = modules.get(enclosing_path(node))
         if node.op not in ("placeholder", "output", "get_attr") and module is not None:
-            name = shown_path(_below(enclosing_path(node), path)) or "the step"
+            name = shown_path(relative(enclosing_path(node), path)) or "the step"
             found.append(f"{name}: {type(module).__name__}")
     return ", ".join(dict.fromkeys(found))
 
@@ -127,15 +128,11 @@ def _is_hidden(node: Node) -> bool:
     return is_parameter(node) or node.op == "output"
 
 
-def _below(path: str, base: str) -> str:
-    return path[len(base) + 1 :] if base and path.startswith(f"{base}.") else "" if path == base else path
-
-
 def _key(node: Node, base: str) -> str | None:
     """The child of the step's module, or with an index the item in it, whose forward the node is part of."""
     if node.op in ("placeholder", "output"):
         return None
-    atoms = _below(enclosing_path(node), base).split(".")
+    atoms = relative(enclosing_path(node), base).split(".")
     if atoms == [""]:
         return None
     depth = next((i for i, atom in enumerate(atoms) if not atom.isdigit()), len(atoms) - 1) + 1

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mfx.program.chain_call import Momentum
 from mfx_passes import StepGraphs
+from mfx_passes.paths import ancestors, is_inside, join
 
 
 class Checkpointed:
@@ -56,19 +57,15 @@ def blocks_of(net: nn.Module, calls: Iterable[tuple[str, Momentum]]) -> tuple[st
     found: dict[str, None] = {}
     for prefix, call in calls:
         for step in call.graphs.steps:
-            targets = [_joined(prefix, target) for target in step.targets]
+            targets = [join(prefix, target) for target in step.targets]
             found.update(dict.fromkeys([step.path] if _is_block(step.path, call.graphs.steps) else targets))
-    callable_ones = [path for path in found if _is_called(net, path)]
-    return tuple(path for path in callable_ones if not any(_is_inside(path, other) for other in callable_ones))
+    called = {path for path in found if _is_called(net, path)}
+    return tuple(path for path in found if path in called and called.isdisjoint(ancestors(path)[:-1]))
 
 
 def _is_block(path: str, steps: Sequence[StepGraphs]) -> bool:
-    inside = sum(step.path == path or _is_inside(step.path, path) for step in steps)
+    inside = sum(is_inside(step.path, path) for step in steps)
     return path != "" and (inside < len(steps) or inside == 1)
-
-
-def _is_inside(path: str, other: str) -> bool:
-    return path.startswith(f"{other}.")
 
 
 def _is_called(net: nn.Module, path: str) -> bool:
@@ -77,7 +74,3 @@ def _is_called(net: nn.Module, path: str) -> bool:
     for name in path.split("."):
         module = getattr(module, name, None)
     return isinstance(module, nn.Module) and type(module).forward is not nn.Module.forward
-
-
-def _joined(prefix: str, path: str) -> str:
-    return f"{prefix}.{path}".strip(".")

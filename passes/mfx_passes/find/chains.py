@@ -10,6 +10,7 @@ from itertools import groupby
 from torch import nn
 from torch.fx import Graph, Node
 
+from mfx_passes import paths
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.errors import MfxError
@@ -18,7 +19,7 @@ from mfx_passes.find.relayout import insert_detours, remove_unused
 from mfx_passes.find.residual_adds import find_adds, find_runs
 from mfx_passes.find.split import cut_chain
 from mfx_passes.find.steps import assemble
-from mfx_passes.ir import Chain, Findings, Rejection, ResidualAdd, Selection, Step, common_path, is_momentum_call
+from mfx_passes.ir import Chain, Findings, Rejection, ResidualAdd, Selection, Step, is_momentum_call
 from mfx_passes.named_steps import is_mark
 
 
@@ -53,7 +54,7 @@ def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selec
             rows += kept
             rejections += refused
     for step in (step for row in rows for step in row):
-        step.path = ".".join(filter(None, (selection.within, step.path)))
+        step.path = paths.join(selection.within, step.path)
     chains = [Chain(row) for row in _long_enough(rows, selection.min_steps, rejections)]
     chains = _nest(chains, rejections)
     _name(chains)
@@ -102,7 +103,7 @@ def _name(chains: Sequence[Chain]) -> None:
     taken = {chain.name for chain in chains}
     counts: Counter[str] = Counter()
     for chain in sorted(chains, key=lambda chain: chain.start):
-        base = common_path(step.path for step in chain.steps) or "root"
+        base = paths.common(step.path for step in chain.steps) or "root"
         while not chain.name:
             counts[base] += 1
             name = base if counts[base] == 1 else f"{base}#{counts[base]}"

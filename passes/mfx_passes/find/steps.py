@@ -6,9 +6,10 @@ from itertools import pairwise
 
 from torch.fx import Node
 
+from mfx_passes import paths
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.find.residual_adds import Candidate, Link
-from mfx_passes.ir import Rejection, Step, common_path, enclosing_path
+from mfx_passes.ir import Rejection, Step, enclosing_path
 from mfx_passes.ops import vocabulary
 from mfx_passes.ops.step_markers import mapped
 
@@ -59,7 +60,7 @@ def _step(link: Link, skip: Node, run: Candidate, index: GraphIndex) -> Step | N
     nodes, fed = _owned(skip, out, index)
     kind = "map" if moved or link.add.node.target is mapped else run.kind
     branch = fed - link.add.sums - set(link.tail) - index.sizes - set(path) - set(index.skip_path(out))
-    return Step(link.add, skip, path[0], out, nodes, kind, common_path(map(enclosing_path, branch)))
+    return Step(link.add, skip, path[0], out, nodes, kind, paths.common(map(enclosing_path, branch)))
 
 
 def restored(end: Node, moved: list[tuple[object, ...] | None], link: Link, index: GraphIndex) -> Node | None:
