@@ -63,8 +63,10 @@ def momentum(
     _refuse_cut_chains(module, entry)
     if not entry.calls:
         _warn_idle(module, given)
-    checked.check_chains(entry.shape)
-    function = Assembly(entry.graph, entry.calls, compiler, rerun_rest=entry.rerun_rest, verify=entry.verify)
+    checked.check_chains(entry.chain_lengths)
+    function = Assembly(
+        entry.graph, entry.calls, compiler, recompute_between=entry.recompute_between, verify=entry.verify
+    )
     plans = NetPlans(checked.memory_budget) if checked.plans else None
     mode = compat_compiling.mode_of_compiled()
     holders.tell(lambda net: CompiledGraph(entry, net, checked, mode))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from mfx.program.codegen import GraphCompiler
 from torch import Tensor
 
-_PROGRAMS: list[tuple[Any, GraphCompiler]] = []  # with their backends, which can be compared but not hashed
+_COMPILERS: list[tuple[Any, GraphCompiler]] = []  # with their backends, which can be compared but not hashed
 _NONE = "mfx: None"  # which cannot be handed to code that Dynamo does not look into
 
 
@@ -91,7 +91,7 @@ def _run(key: str, training: bool, held: tuple[list[Any], list[Any]], arguments:
 
 
 def _opaque(forward: Callee, args: Any, kwargs: Any, parameters: list[Any], buffers: list[Any]) -> Any:
-    site, inputs = site_for(forward, args, kwargs, [*parameters, *buffers], _program())
+    site, inputs = site_for(forward, args, kwargs, [*parameters, *buffers], _compiler())
     *results, token = run(site.key, inputs, [*parameters, *buffers], device=_device(parameters, buffers, inputs))
     if buffers:
         settle(token, buffers)
@@ -104,14 +104,14 @@ def _device(*tensors: list[Any]) -> torch.device:
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
-def _program() -> GraphCompiler:
+def _compiler() -> GraphCompiler:
     """What compiles the pieces of the net: the backend that compiles the code around it."""
     backend = compat_compiling.backend()
-    for known, program in _PROGRAMS:
+    for known, compiler in _COMPILERS:
         if known == backend:
-            return program
-    _PROGRAMS.append((backend, BackendCompiler(backend)))
-    return _PROGRAMS[-1][1]
+            return compiler
+    _COMPILERS.append((backend, BackendCompiler(backend)))
+    return _COMPILERS[-1][1]
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]

@@ -39,7 +39,7 @@ class Call:
         requires: of the arguments' tensors, the parameters and the buffers: which require a gradient.
         grad: whether gradients are recorded.
         autocast: the state of autocast, by kind of device.
-        program: what makes functions of the net's graphs.
+        compiler: what makes functions of the net's graphs.
     """
 
     spec: Any
@@ -47,7 +47,7 @@ class Call:
     requires: tuple[bool, ...]
     grad: bool
     autocast: Mapping[str, compat.AutocastState]
-    program: GraphCompiler
+    compiler: GraphCompiler
 
     def arguments(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """``(args, kwargs)`` with these tensors in them."""
@@ -122,7 +122,7 @@ class CallSite:
             )
 
 
-def know(forward: Callee) -> str:
+def register(forward: Callee) -> str:
     """A key by which `forward_by` finds a net's forward as long as there is one."""
     key = uuid.uuid4().hex
     _FORWARDS[key] = forward
@@ -146,7 +146,7 @@ def site_of(key: str) -> CallSite:
 
 
 def site_for(
-    forward: Callee, args: Any, kwargs: Any, held: Sequence[Tensor], program: GraphCompiler
+    forward: Callee, args: Any, kwargs: Any, held: Sequence[Tensor], compiler: GraphCompiler
 ) -> tuple[CallSite, list[Tensor]]:
     """The site of a call, and the tensors of its arguments.
 
@@ -155,7 +155,7 @@ def site_for(
         args: positional arguments.
         kwargs: arguments by name.
         held: the net's parameters and buffers.
-        program: what makes functions of the net's graphs.
+        compiler: what makes functions of the net's graphs.
     """
     leaves, spec = pytree.tree_flatten((args, kwargs))
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
@@ -165,12 +165,12 @@ def site_for(
     requires = tuple(grad and tensor.requires_grad for tensor in given)
     kinds = sorted({"cpu", *(tensor.device.type for tensor in given)})
     autocast = {kind: compat.autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
-    call = Call(spec, constants, requires, grad, autocast, program)
+    call = Call(spec, constants, requires, grad, autocast, compiler)
     foreseen, _ = _foresee(forward, call, inputs, held)
-    site = next((site for site in forward.sites if (site.call, site.foreseen) == (call, foreseen)), None)
+    site = next((site for site in forward.call_sites if (site.call, site.foreseen) == (call, foreseen)), None)
     if site is None:
         site = CallSite(forward, call, foreseen)
-        forward.sites.append(site)
+        forward.call_sites.append(site)
         _SITES[site.key] = site
     return site, inputs
 

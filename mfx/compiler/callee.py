@@ -14,15 +14,15 @@ class Callee(Protocol):
     net: nn.Module
     key: str
     lock: Any
-    sites: list[Any]
+    call_sites: list[Any]
     bypassed: int
 
     @property
     def is_opaque(self) -> bool:
         """True if compiled code may call the net as one operation."""
 
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: Any = ...) -> Any:
-        """Run the net by functions that ``program`` makes of graphs."""
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiler: Any = ...) -> Any:
+        """Run the net by functions that ``compiler`` makes of graphs."""
 
     def warn(self, message: str) -> None:
         """Warn, once per message."""

@@ -19,13 +19,13 @@ class CompiledGraph:
     """A graph of TorchDynamo's that was rewritten and compiled, as it ran for one set of parameters.
 
     Args:
-        entry: the graph.
+        rewritten: the graph.
         net: the modules that hold the parameters and buffers.
         options: how it was rewritten.
         mode: ``"train"`` or ``"eval"``, as the compiled module was; ``"graph"`` if a function was compiled.
     """
 
-    entry: RewrittenGraph
+    rewritten: RewrittenGraph
     net: nn.Module
     options: Options
     mode: str
@@ -53,7 +53,7 @@ def named_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     Raises:
         MfxError: there is none.
     """
-    return named_by_mode((graph.mode, graph.entry, graph.net) for graph in found_for(model))
+    return named_by_mode((graph.mode, graph.rewritten, graph.net) for graph in found_for(model))
 
 
 def found_for(model: nn.Module) -> list[CompiledGraph]:

@@ -28,7 +28,7 @@ def run(site: str, inputs: Sequence[Tensor], held: Sequence[Tensor], *, device: 
     """Run a net.
 
     Args:
-        site: key of the `mfx.sites.CallSite`.
+        site: key of the `mfx.compiler.call_site.CallSite`.
         inputs: the tensors of the net's arguments.
         held: its parameters and buffers.
         device: where random numbers are drawn, for `torch.utils.checkpoint` to look at.

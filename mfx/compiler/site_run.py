@@ -49,7 +49,7 @@ class SiteRun:
         args, kwargs = site.call.arguments(self._inputs)
         versions = [tensor._version for tensor in self._inputs]
         with site.call.as_called(), self._held_by_net():
-            returned = site.forward.run(args, kwargs, site.call.program)
+            returned = site.forward.run(args, kwargs, site.call.compiler)
             found, results = foreseen_of(net, returned, [*self._inputs, *self._held])
             self._buffers = [homes[0].get() for homes in self._homes if not homes[0].is_parameter]
         site.check(found)
@@ -101,7 +101,7 @@ class SiteRun:
 
 
 def _homes(net: nn.Module) -> list[list[TensorSlot]]:
-    """Where each parameter, and then each buffer, of a net lies, in the order of `mfx.sites.held_by`."""
+    """Where each parameter, and then each buffer, of a net lies, in the order of `mfx.compiler.call_site.held_by`."""
     homes: dict[int, list[TensorSlot]] = {}
     for is_parameter in (True, False):
         for path, module in net.named_modules():

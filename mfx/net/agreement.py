@@ -21,24 +21,24 @@ def check_agreement(net: nn.Module, entry: RewrittenGraph, others: Iterable[Rewr
             modes = sorted({entry.mode, other.mode}, reverse=True)
             raise MfxError(
                 f"{type(net).__name__} has other chains in one call than in another ({' and '.join(modes)} "
-                f"mode; {entry.shape} and {other.shape}, by number of steps), so the network that is trained would "
-                "not be the one that is evaluated. Use only= or skip= to leave out what differs."
+                f"mode; {entry.chain_lengths} and {other.chain_lengths}, by number of steps), so the network that is "
+                "trained would not be the one that is evaluated. Use only= or skip= to leave out what differs."
             )
 
 
 def _contradict(one: RewrittenGraph, other: RewrittenGraph) -> bool:
-    if one.probed != other.probed:
+    if one.shapes_known != other.shapes_known:
         return False  # one of them may still lose steps
     if not (one.changes_function or other.changes_function):
         return False  # both are the model
     if one.captured.frame is None and other.captured.frame is None:
-        return one.captured.specialization == other.captured.specialization and one.shape != other.shape
+        return one.captured.specialization == other.captured.specialization and one.chain_lengths != other.chain_lengths
     return _misses(one, other) or _misses(other, one)
 
 
 def _misses(entry: RewrittenGraph, other: RewrittenGraph) -> bool:
     """Whether another graph has a chain that this one has not, or not as long, though it computes its steps."""
-    lengths = entry.shape
+    lengths = entry.chain_lengths
     for call in other.calls.values():
         length = lengths.get(call.chain)
         if length is None and any(map(entry.computes, (step.path for step in call.graphs.steps))):

@@ -14,7 +14,7 @@ from torch import fx, nn
 
 from mfx.capture.arguments import refuse_nested
 from mfx.capture.captured import CaptureError, signature_of
-from mfx.compiler.call_site import CallSite, know
+from mfx.compiler.call_site import CallSite, register
 from mfx.modules.overlay import Overlay, drop_parts
 from mfx.net.agreement import check_agreement
 from mfx.net.lost_effects import lost_hooks, lost_marks, of_lost_hooks, of_lost_marks
@@ -44,9 +44,9 @@ class RewrittenForward(Overlay):
         self.bypassed = 0
         self.per_module = False
         self.known_chains: set[str] = set()  # of all graphs there ever were, and of the net this one is a copy of
-        self.key = know(self)
+        self.key = register(self)
         self.lock = threading.RLock()  # held while the net has other tensors than its own
-        self.sites: list[CallSite] = []
+        self.call_sites: list[CallSite] = []
         self.symbolic = SymbolicRoute(self)
         self.dynamo = DynamoRoute(self)
         self.active: RewrittenGraph | None = None
@@ -85,16 +85,16 @@ class RewrittenForward(Overlay):
             return call(self, args, kwargs)
         return self.run(args, kwargs)
 
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: GraphCompiler = to_function) -> Any:
-        """The same, whoever looks on, by functions that ``program`` makes of graphs."""
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiler: GraphCompiler = to_function) -> Any:
+        """The same, whoever looks on, by functions that ``compiler`` makes of graphs."""
         if args and args[0] is self.net:
             args = args[1:]  # somebody (accelerate does) made a method of this, as of a function
         if self.plans is None:
-            return self._run(args, kwargs, program)
+            return self._run(args, kwargs, compiler)
         with self.plans.forward_pass(call_key((args, kwargs), training=self.net.training)):
-            return self._run(args, kwargs, program)
+            return self._run(args, kwargs, compiler)
 
-    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: GraphCompiler) -> Any:
+    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiler: GraphCompiler) -> Any:
         if self.bypassed or self.per_module:
             return self._original()(*args, **kwargs)
         try:
@@ -109,7 +109,7 @@ class RewrittenForward(Overlay):
         if not entry.calls:
             self._has_no_chain(entry)
             return self._original()(*args, **kwargs)
-        return run(program)
+        return run(compiler)
 
     def _has_no_chain(self, entry: RewrittenGraph) -> None:
         if entry.captured.frame is not None:  # else it was said when the graph was made, or lost its steps
@@ -124,7 +124,9 @@ class RewrittenForward(Overlay):
             self.per_module = False  # it may have been the call that was wrong
             raise
         if not self.is_part:
-            chains = sorted({chain for part in self.parts() for entry in part.all_entries for chain in entry.shape})
+            chains = sorted(
+                {chain for part in self.parts() for entry in part.all_entries for chain in entry.chain_lengths}
+            )
             found = f"these chains were found: {listed(chains)}" if chains else "no chain was found"
             self.warn(
                 f"{error} So the modules inside of it are rewritten each on its own, and a chain ends where its module "
@@ -139,8 +141,8 @@ class RewrittenForward(Overlay):
 
     def adopt(self, entry: RewrittenGraph) -> None:
         """Note a new graph's chains, and leave the modules that it calls as they are: a call is what it always was."""
-        self.known_chains.update(entry.shape)
-        drop_parts(self.net, entry.called)
+        self.known_chains.update(entry.chain_lengths)
+        drop_parts(self.net, entry.called_modules)
 
     def entry_for(self, *args: Any, **kwargs: Any) -> RewrittenGraph:
         """The rewritten graph that a call with these arguments runs, or would run.
@@ -163,7 +165,7 @@ class RewrittenForward(Overlay):
             entry = self.symbolic.prepare()
         else:
             raise CaptureError(f"{type(self.net).__name__} is to be captured by TorchDynamo, which looks at a call.")
-        self.options.check_chains(entry.shape)
+        self.options.check_chains(entry.chain_lengths)
         self._activate(entry)
         self._mention_hooks(entry)
         return entry
@@ -217,7 +219,7 @@ class RewrittenForward(Overlay):
 
     def _mention_hooks(self, entry: RewrittenGraph) -> None:
         hooked = lost_hooks(entry)
-        refuse_containers(self.net, hooked, entry.read)
+        refuse_containers(self.net, hooked, entry.chain_targets)
         new = [path for path in hooked if path not in self._warned]
         if new:
             self._warned.update(new)
@@ -238,10 +240,10 @@ class RewrittenForward(Overlay):
         # What Dynamo saw is not copied; and a copy made inside of mfx.original is no part of that context.
         active = self.active if self.active in self.symbolic.entries else None
         state = {name: value for name, value in self.__dict__.items() if name != "lock"}
-        return {**state, "active": active, "bypassed": 0, "sites": []}
+        return {**state, "active": active, "bypassed": 0, "call_sites": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, key=know(self), lock=threading.RLock())
+        self.__dict__.update(state, key=register(self), lock=threading.RLock())
 
 
 def forward_of(net: nn.Module) -> RewrittenForward | None:

@@ -20,7 +20,7 @@ def lost_marks(entry: RewrittenGraph) -> list[str]:
     flat = {walked[path]: path for path in ("", *entry.flat) if path in walked}
     return [
         paths.join(flat[module], name)
-        for module, names in entry.marks.items()
+        for module, names in entry.assigned.items()
         if module in flat
         for name in sorted(names)
     ]

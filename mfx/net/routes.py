@@ -59,7 +59,7 @@ class SymbolicRoute:
         net, signature = self._owner.net, self._owner.__signature__
         arguments = bind(net, signature, args, kwargs)
         entry = self._entry(specialize(arguments))
-        entry = entry if entry.probed else self._probe(entry, arguments)
+        entry = entry if entry.shapes_known else self._probe(entry, arguments)
         return entry, partial(entry.run, net, arguments)
 
     def prepare(self) -> RewrittenGraph:
@@ -123,8 +123,8 @@ class SymbolicRoute:
         reasons = {} if found is None else {rejection.node.name: rejection.reason for rejection in found.rejections}
         steps = steps_of(entry.findings(net, options))
         refused = {name: reasons[name] for name in steps if name in reasons}
-        better = rewrite_captured(net, entry.captured, options, refused, entry.marks) if refused else entry
-        better.probed = True
+        better = rewrite_captured(net, entry.captured, options, refused, entry.assigned) if refused else entry
+        better.shapes_known = True
         for entries in self._entries.values():
             entries[:] = [better if old is entry else old for old in entries]
         for name, reason in refused.items():
@@ -167,7 +167,7 @@ class DynamoRoute:
             if is_exporting:
                 return entry, partial(entry.call, net, args, kwargs)  # of tensors without values: it is for this once
             if not self._owner.is_part:
-                self._owner.options.check_chains(entry.shape)
+                self._owner.options.check_chains(entry.chain_lengths)
             self._owner.adopt(entry)
             self.entries = [entry, *self.entries[: 4 * _KEPT - 1]]
         return entry, partial(entry.call, net, args, kwargs)
@@ -199,7 +199,7 @@ class DynamoRoute:
         if (steps := named_steps_of(net, options)) is not None:
             steps.mark(captured.graph)
         entry = rewrite_captured(net, captured, options, {}, {})
-        entry.probed = True  # Dynamo knows all shapes
+        entry.shapes_known = True  # Dynamo knows all shapes
         return entry
 
     def __getstate__(self) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class SubmoduleForward(RewrittenForward):
         self.whole = whole
         self.path = path
 
-    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: GraphCompiler = to_function) -> Any:
+    def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiler: GraphCompiler = to_function) -> Any:
         """Run the module on these arguments."""
         whole = self._known_whole()
         if self.bypassed or whole.bypassed or (role := self._role_in(whole)) is Role.NONE:
@@ -64,7 +64,7 @@ class SubmoduleForward(RewrittenForward):
                 f"{self.path} was called by itself, and the modules that compute v0 are known to the whole net only. "
                 "Call the net, or use velocity='zero' or 'residual'."
             )
-        return super().run(args, kwargs, program)
+        return super().run(args, kwargs, compiler)
 
     def _has_no_chain(self, entry: RewrittenGraph) -> None:
         self.per_module = True  # there is nothing to capture, whatever it is called with
@@ -109,8 +109,8 @@ class SubmoduleForward(RewrittenForward):
         super().check_same_function(entry)
         whole = self._known_whole()
         known = [other for other in whole.all_entries if other.computes(self.path)]
-        lengths = {name: length for other in known for name, length in other.shape.items()}
-        for name, length in entry.shape.items():
+        lengths = {name: length for other in known for name, length in other.chain_lengths.items()}
+        for name, length in entry.chain_lengths.items():
             if known and not whole.per_module and lengths.get(name) != length:
                 raise MfxError(
                     f"{self.path}, called by itself, has a chain {name} of {length} steps; in the whole net the chains "

@@ -20,8 +20,8 @@ class Assembly:
     Args:
         graph: the rewritten graph.
         calls: its momentum calls by name.
-        program: what makes functions of graphs: of those of the steps, and of what lies between the chains.
-        rerun_rest: whether what lies between the chains runs again in the backward pass, as the steps do.
+        compiler: what makes functions of graphs: of those of the steps, and of what lies between the chains.
+        recompute_between: whether what lies between the chains runs again in the backward pass, as the steps do.
         verify: see `BetweenChains`.
     """
 
@@ -29,18 +29,18 @@ class Assembly:
         self,
         graph: Graph,
         calls: Mapping[str, Callable[..., Any]],
-        program: GraphCompiler,
+        compiler: GraphCompiler,
         *,
-        rerun_rest: bool = False,
+        recompute_between: bool = False,
         verify: str = "warn",
     ) -> None:
         self._segments: dict[str, Callable[..., Any]] = {}
-        if rerun_rest:
-            graph, self._segments = split_between_calls(graph, partial(BetweenChains, program=program, verify=verify))
-        elif program is not to_function:
-            graph, self._segments = split_between_calls(graph, program)
-        if program is not to_function:
-            calls = {name: partial(call, program=program) for name, call in calls.items()}
+        if recompute_between:
+            graph, self._segments = split_between_calls(graph, partial(BetweenChains, compiler=compiler, verify=verify))
+        elif compiler is not to_function:
+            graph, self._segments = split_between_calls(graph, compiler)
+        if compiler is not to_function:
+            calls = {name: partial(call, compiler=compiler) for name, call in calls.items()}
         self._function = to_function(graph)
         self._calls = calls
 

@@ -34,13 +34,13 @@ class BetweenChains:
 
     Args:
         body: the nodes as a graph of their own.
-        program: what makes functions of graphs.
+        compiler: what makes functions of graphs.
         verify: see `run_chain`.
     """
 
-    def __init__(self, body: Graph, program: GraphCompiler, verify: str) -> None:
-        self._body, self._program, self._verify = body, program, verify
-        self._plain = program(body)
+    def __init__(self, body: Graph, compiler: GraphCompiler, verify: str) -> None:
+        self._body, self._compiler, self._verify = body, compiler, verify
+        self._plain = compiler(body)
         self._pieces: dict[tuple[int, ...], tuple[Callable[..., Any], dict[str, _Piece]]] = {}
         self._repeatable: bool | None = None
         names = [node.name for node in body.nodes if node.op not in ("placeholder", "get_attr", "output")]
@@ -86,7 +86,7 @@ class BetweenChains:
     def _piece(self, body: Graph) -> _Piece:
         nodes = _computed(body)
         name = f"between the chains, {nodes[0].name} to {nodes[-1].name}"
-        return _Piece(self._program(body), _targets(body), name, self._verify)
+        return _Piece(self._compiler(body), _targets(body), name, self._verify)
 
 
 class _Calls:

@@ -58,7 +58,7 @@ class Momentum(nn.Module):
         self.plans = NetPlans(self.budget) if plans else None
         self.verify = verify
         self.stream: Stream | None = None  # what the last call ran on
-        self.program: GraphCompiler = to_function
+        self.compiler: GraphCompiler = to_function
         self._steps: dict[GraphCompiler, tuple[StepFunction, ...]] = {}
         self._memory: dict[Any, Any] = {}
 
@@ -80,7 +80,7 @@ class Momentum(nn.Module):
         v0: Tensor | None = None,
         *,
         gamma: Gamma | None = None,
-        program: GraphCompiler | None = None,
+        compiler: GraphCompiler | None = None,
     ) -> Tensor | tuple[Any, ...]:
         """Run the chain.
 
@@ -90,7 +90,7 @@ class Momentum(nn.Module):
             roots: the attributes of the model that the steps reach into.
             v0: the velocity before the first step, if a module computes it.
             gamma: the momentum of this call, if it is not to be the module's present one.
-            program: what makes functions of the steps' graphs, if not what the module has for that.
+            compiler: what makes functions of the steps' graphs, if not what the module has for that.
 
         Returns:
             The end state; or a tuple of it, the taps and the side outputs, if there are any.
@@ -108,7 +108,7 @@ class Momentum(nn.Module):
             self.stream = tuple(x.shape), x.dtype
         gamma = self.gamma if gamma is None else gamma
         with self._share(x, gamma) as share:
-            return self._run(x, captures, roots, v0, gamma, program, share)
+            return self._run(x, captures, roots, v0, gamma, compiler, share)
 
     def _run(
         self,
@@ -117,15 +117,15 @@ class Momentum(nn.Module):
         roots: Mapping[str, Any],
         v0: Tensor | None,
         gamma: Gamma,
-        program: GraphCompiler | None,
+        compiler: GraphCompiler | None,
         share: ChainShare | None,
     ) -> Tensor | tuple[Any, ...]:
         result = run_chain(
             self.chain,
-            self._steps_by(program or self.program),
+            self._steps_by(compiler or self.compiler),
             x,
             tuple(captures),
-            SimpleNamespace(**{name: _as_it_is_now(root, program) for name, root in roots.items()}),
+            SimpleNamespace(**{name: _as_it_is_now(root, compiler) for name, root in roots.items()}),
             gamma=gamma,
             velocity="residual" if self.velocity == "residual" else v0,
             arithmetic=self.arithmetic,
@@ -134,7 +134,7 @@ class Momentum(nn.Module):
             memory=self._memory,
             verify=self.verify,
             costs=None if share is None else share.costs,
-            kernels=program.kernels if isinstance(program, BackendCompiler) else BLOCK_KERNELS,
+            kernels=compiler.kernels if isinstance(compiler, BackendCompiler) else BLOCK_KERNELS,
         )
         outputs = (result.x, *result.taps, *(value for side in result.sides for value in side))
         return outputs if len(outputs) > 1 else result.x
@@ -165,34 +165,34 @@ class Momentum(nn.Module):
     @property
     def steps(self) -> tuple[StepFunction, ...]:
         """The steps as functions."""
-        return self._steps_by(self.program)
+        return self._steps_by(self.compiler)
 
-    def _steps_by(self, program: GraphCompiler) -> tuple[StepFunction, ...]:
-        if program not in self._steps:
-            self._steps[program] = tuple(
+    def _steps_by(self, compiler: GraphCompiler) -> tuple[StepFunction, ...]:
+        if compiler not in self._steps:
+            self._steps[compiler] = tuple(
                 StepFunction(
                     path=step.path or f"number {number} of {len(self.graphs.steps)}",
                     kind=step.kind,
-                    branch=program(step.branch),
-                    original=program(step.original),
+                    branch=compiler(step.branch),
+                    original=compiler(step.original),
                     captures=step.captures,
                     targets=step.targets,
                 )
                 for number, step in enumerate(self.graphs.steps, 1)
             )
-        return self._steps[program]
+        return self._steps[compiler]
 
     def extra_repr(self) -> str:
         """What ``print(net)`` shows."""
         return f"{self.chain}: {len(self.graphs.steps)} steps, gamma={self.gamma.value:g}, {self.arithmetic}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "program": to_function, "_steps": {}, "_memory": {}}
+        return {**self.__dict__, "compiler": to_function, "_steps": {}, "_memory": {}}
 
 
-def _as_it_is_now(root: Any, program: GraphCompiler | None) -> Any:
+def _as_it_is_now(root: Any, compiler: GraphCompiler | None) -> Any:
     """A chain inside a branch keeps its γ for the branch's second run, whatever it is set to in between."""
-    return partial(root, gamma=root.gamma, program=program) if isinstance(root, Momentum) else root
+    return partial(root, gamma=root.gamma, compiler=compiler) if isinstance(root, Momentum) else root
 
 
 def holds_chain(module: nn.Module) -> bool:

@@ -36,10 +36,10 @@ class RewrittenGraph:
         refused: sums that turned out not to fit once shapes were known, and why.
         training: the training mode of the net it was made in.
         guards: when it holds.
-        marks: attributes that the model's forward pass sets itself, by module.
+        assigned: attributes that the model's forward pass sets itself, by module.
         within: path in the net of the part that the graph is of.
-        probed: whether shapes were looked at.
-        rerun_rest: whether what lies between the chains runs again in the backward pass, too.
+        shapes_known: whether shapes were looked at.
+        recompute_between: whether what lies between the chains runs again in the backward pass, too.
         verify: what happens if that was not reproducible.
     """
 
@@ -50,10 +50,10 @@ class RewrittenGraph:
     refused: dict[str, str]
     training: bool
     guards: list[ModuleGuard]
-    marks: Mapping[nn.Module, set[str]]
+    assigned: Mapping[nn.Module, set[str]]
     within: str = ""
-    probed: bool = False
-    rerun_rest: bool = False
+    shapes_known: bool = False
+    recompute_between: bool = False
     verify: str = "warn"
     _functions: dict[GraphCompiler, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
@@ -63,12 +63,12 @@ class RewrittenGraph:
         return "train" if self.training else "eval"
 
     @property
-    def shape(self) -> dict[str, int]:
+    def chain_lengths(self) -> dict[str, int]:
         """The number of steps of each chain, by name."""
         return {call.chain: len(call.graphs.steps) for call in self.calls.values()}
 
     @property
-    def read(self) -> tuple[str, ...]:
+    def chain_targets(self) -> tuple[str, ...]:
         """Paths of what the steps of the chains read."""
         return tuple(target for call in self.calls.values() for step in call.graphs.steps for target in step.targets)
 
@@ -87,7 +87,7 @@ class RewrittenGraph:
         return not all(call.gamma.is_zero for call in self.calls.values())
 
     @property
-    def called(self) -> set[str]:
+    def called_modules(self) -> set[str]:
         """Paths of the modules that the graph, or a step of its chains, calls as a whole."""
         steps = [step.original for call in self.calls.values() for step in call.graphs.steps]
         return {str(node.target) for graph in (self.graph, *steps) for node in graph.find_nodes(op="call_module")}
@@ -107,23 +107,25 @@ class RewrittenGraph:
         """Whether these modules are still there, in whatever training mode."""
         return all(guard.in_place() for guard in self.guards)
 
-    def run(self, net: nn.Module, inputs: Mapping[str, Any], program: GraphCompiler = to_function) -> Any:
-        """Run the rewritten graph on the modules of ``net``, by functions that ``program`` makes."""
-        if program not in self._functions:
-            self._functions[program] = self._assemble(net, program)
-        return self._functions[program](*(inputs[name] for name in self.captured.specialization.inputs))
+    def run(self, net: nn.Module, inputs: Mapping[str, Any], compiler: GraphCompiler = to_function) -> Any:
+        """Run the rewritten graph on the modules of ``net``, by functions that ``compiler`` makes."""
+        if compiler not in self._functions:
+            self._functions[compiler] = self._assemble(net, compiler)
+        return self._functions[compiler](*(inputs[name] for name in self.captured.specialization.inputs))
 
     def call(
-        self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], program: GraphCompiler = to_function
+        self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiler: GraphCompiler = to_function
     ) -> Any:
         """Make the call that the graph was captured from, with other tensors; for graphs that have a frame."""
-        if program not in self._functions:
+        if compiler not in self._functions:
             assert self.captured.frame is not None
-            self._functions[program] = self.captured.frame.callable(self._assemble(net, program))
-        return self._functions[program](net, *args, **kwargs)
+            self._functions[compiler] = self.captured.frame.callable(self._assemble(net, compiler))
+        return self._functions[compiler](net, *args, **kwargs)
 
-    def _assemble(self, net: nn.Module, program: GraphCompiler) -> Callable[..., Any]:
-        assembly = Assembly(self.graph, self.calls, program, rerun_rest=self.rerun_rest, verify=self.verify)
+    def _assemble(self, net: nn.Module, compiler: GraphCompiler) -> Callable[..., Any]:
+        assembly = Assembly(
+            self.graph, self.calls, compiler, recompute_between=self.recompute_between, verify=self.verify
+        )
         return partial(assembly, Scope(net, self.captured.modules))
 
     def graph_module(self, net: nn.Module) -> fx.GraphModule:
@@ -151,7 +153,7 @@ def rewrite_captured(
     captured: Captured,
     options: Options,
     refused: Mapping[str, str],
-    marks: Mapping[nn.Module, set[str]],
+    assigned: Mapping[nn.Module, set[str]],
 ) -> RewrittenGraph:
     """Rewrite a captured graph.
 
@@ -160,7 +162,7 @@ def rewrite_captured(
         captured: the graph.
         options: how to rewrite it.
         refused: sums to leave alone, and why.
-        marks: attributes that the forward pass sets itself, by module.
+        assigned: attributes that the forward pass sets itself, by module.
 
     Raises:
         MfxError: see `mfx_passes.rewrite_graph`.
@@ -181,7 +183,7 @@ def rewrite_captured(
         check_steps(captured.graph, lengths, rewritten.findings.rejections)
     flat = tuple(sorted({call.target for call in rewritten.flat}))
     leaves = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
-    guards = guards_of(net, leaves, marks)
+    guards = guards_of(net, leaves, assigned)
     return RewrittenGraph(
         captured,
         graph,
@@ -190,9 +192,9 @@ def rewrite_captured(
         dict(refused),
         net.training,
         guards,
-        marks,
+        assigned,
         options.selection.within,
-        rerun_rest=options.plans and options.recompute == "all",
+        recompute_between=options.plans and options.recompute == "all",
         verify=options.verify,
     )
 

@@ -216,5 +216,5 @@ def test_what_dynamo_captured_changes_them_once(layer, gamma):
             each(seeded(*shape).requires_grad_()).square().mean().backward()
         results.append(everything(each))
     (entry,) = net.forward.all_entries
-    assert any("branches.0" in path for path in entry.read)  # found in the model, not handed to the chain
+    assert any("branches.0" in path for path in entry.chain_targets)  # found in the model, not handed to the chain
     assert_equal(*results, "exact")

@@ -26,12 +26,12 @@ class FusedKernels(Kernels):
     What γ is, and how many elements there are, is no part of a graph, so neither asks for another one.
 
     Args:
-        program: the compiler. Its functions are called with plain tensors, one-dimensional and of one size, of which
+        compiler: the compiler. Its functions are called with plain tensors, one-dimensional and of one size, of which
             they write into some; the last one may be of another size.
     """
 
-    def __init__(self, program: Callable[[Graph], Callable[..., Any]]) -> None:
-        self._program = program
+    def __init__(self, compiler: Callable[[Graph], Callable[..., Any]]) -> None:
+        self._compiler = compiler
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     @override
@@ -57,7 +57,7 @@ class FusedKernels(Kernels):
         compiled = self._compiled.get(key := (move, kind, dtypes))
         if compiled is None:
             graph = _graph(partial(move, kind, dtypes), len(dtypes), has_numbers=numbers is not None)
-            compiled = self._compiled[key] = self._program(graph)
+            compiled = self._compiled[key] = self._compiler(graph)
         with torch.no_grad():
             parts = [flat(tensor, tensors[0]) for tensor in tensors]
             compiled(None, *parts, *([] if numbers is None else [numbers]))

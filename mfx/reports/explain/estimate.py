@@ -71,7 +71,7 @@ class Rehearsal:
         net: the model.
         calls: its momentum calls, by name.
         run: runs a copy of the model, with these calls in the place of its own, on arguments; what lies between the
-            calls by functions that a program makes.
+            calls by functions that a compiler makes.
         reruns_rest: whether what lies between the calls runs again in the backward pass, too.
     """
 
@@ -113,23 +113,23 @@ def of_entry(forward: RewrittenForward, entry: RewrittenGraph) -> Rehearsal:
     """A net, by one of its rewritten graphs."""
     inner = _calls_in(forward.net)  # of momentum nets that the user put into the model
 
-    def run(net: nn.Module, calls: Calls, inputs: Inputs, program: GraphCompiler) -> Any:
+    def run(net: nn.Module, calls: Calls, inputs: Inputs, compiler: GraphCompiler) -> Any:
         args, kwargs = inputs
         _put(net, {path: calls[f"{path}()"] for path in inner})
         own = copy.copy(entry)
         own.calls = {name: calls[name] for name in entry.calls}
         if entry.captured.frame is not None:
-            return own.call(net, args, kwargs, program)
-        return own.run(net, bind(net, forward.__signature__, args, kwargs), program)
+            return own.call(net, args, kwargs, compiler)
+        return own.run(net, bind(net, forward.__signature__, args, kwargs), compiler)
 
     calls = {**{f"{path}()": call for path, call in inner.items()}, **entry.calls}
-    return Rehearsal(forward.net, calls, run, entry.rerun_rest)
+    return Rehearsal(forward.net, calls, run, entry.recompute_between)
 
 
 def of_module(module: nn.Module) -> Rehearsal:
     """A module that holds its momentum calls: a graph module that was rewritten, a momentum net."""
 
-    def run(net: nn.Module, calls: Calls, inputs: Inputs, program: GraphCompiler) -> Any:
+    def run(net: nn.Module, calls: Calls, inputs: Inputs, compiler: GraphCompiler) -> Any:
         args, kwargs = inputs
         _put(net, calls)
         return net(*args, **kwargs)
@@ -207,10 +207,10 @@ class _Stage:
 
     def _run(self) -> Any:
         subject = self._subject
-        program = self._watched if subject.reruns_rest else to_function
+        compiler = self._watched if subject.reruns_rest else to_function
         passing = nullcontext() if self._plans is None else self._plans.forward_pass("rehearsal")
         with passing, self._observer.in_call(subject.reruns_rest):
-            return subject.run(self._net, self._calls, self._inputs, program)
+            return subject.run(self._net, self._calls, self._inputs, compiler)
 
     def _watched(self, graph: Graph) -> Callable[..., Any]:
         return self._observer.step("", to_function(graph))

@@ -96,8 +96,8 @@ def _explain_compiled(model: nn.Module, unpredicted: str) -> Explanation:
     chains: dict[tuple[str, int], ExplainedChain] = {}
     rejections: dict[str, Rejection] = {}
     for graph in found_for(model):
-        findings = graph.entry.findings(graph.net, graph.options)
-        found = _Found("", graph.entry.calls.values(), findings, {}, graph.entry.flat, {}).explained()
+        findings = graph.rewritten.findings(graph.net, graph.options)
+        found = _Found("", graph.rewritten.calls.values(), findings, {}, graph.rewritten.flat, {}).explained()
         chains |= {(chain.name, len(chain.steps)): chain for chain in found.chains}
         rejections |= {str(rejection): rejection for rejection in found.rejections}
     ordered = tuple(sorted(chains.values(), key=lambda chain: chain.name))

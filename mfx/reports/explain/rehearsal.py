@@ -134,13 +134,13 @@ class Rehearsed(Momentum):
         self.plans = plans if call.plans is not None else None
         if plain:
             self.gamma, self.budget = Gamma(0, 1), MemoryBudget.of(1.0)
-        self.program = self._watched
+        self.compiler = self._watched
         self.observer = observer
 
     def _watched(self, graph: Graph) -> Callable[..., Any]:
         return self.observer.step(self.chain, to_function(graph))
 
     @override
-    def forward(self, *args: Any, program: GraphCompiler | None = None, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, compiler: GraphCompiler | None = None, **kwargs: Any) -> Any:
         with self.observer.calling(self.chain):
             return super().forward(*args, **kwargs)

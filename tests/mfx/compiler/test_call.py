@@ -540,7 +540,7 @@ def test_threads_leave_the_net_its_own_parameters():
     own = [*net.parameters(), *net.buffers()]
     with torch.no_grad():
         torch.compile(net, backend="aot_eager", fullgraph=True)(x)
-    first, second = (SiteRun(net.forward.sites[0], [x], own) for _ in range(2))
+    first, second = (SiteRun(net.forward.call_sites[0], [x], own) for _ in range(2))
     entered, leave = threading.Event(), threading.Event()
 
     def run_second():

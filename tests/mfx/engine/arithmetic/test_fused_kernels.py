@@ -14,14 +14,14 @@ GAMMAS = [Gamma(9, 10), Gamma(1, 64), Gamma(9999, 10000), Gamma(1, 2)]
 
 
 class Counting:
-    """A program that counts what it is asked for."""
+    """A compiler that counts what it is asked for."""
 
-    def __init__(self, program=to_function):
-        self.program, self.graphs = program, 0
+    def __init__(self, compiler=to_function):
+        self.compiler, self.graphs = compiler, 0
 
     def __call__(self, graph):
         self.graphs += 1
-        return self.program(graph)
+        return self.compiler(graph)
 
 
 def walk(kernels, x, ys, kind, gammas):
@@ -64,10 +64,10 @@ def test_other_layouts():
 
 
 def test_small_streams_are_not_worth_it():
-    program = Counting()
+    compiler = Counting()
     x = torch.randn(100)
-    walk(FusedKernels(program), x, [x, x], "residual", GAMMAS[:2])
-    assert program.graphs == 0
+    walk(FusedKernels(compiler), x, [x, x], "residual", GAMMAS[:2])
+    assert compiler.graphs == 0
 
 
 @pytest.fixture
@@ -107,17 +107,17 @@ class Looking(TorchDispatchMode):
 
 @pytest.mark.parametrize("wrong", ["a subclass", "a mode"])
 def test_what_is_not_memory_alone_is_not_fused(wrong):
-    program = Counting()
+    compiler = Counting()
     x = torch.randn(SHAPE)
     if wrong == "a subclass":
         y = x.as_subclass(type("Marked", (torch.Tensor,), {}))
-        walk(FusedKernels(program), x, [x, y], "residual", GAMMAS[:2])
-        assert program.graphs == 1, "only the way back of x has nothing to do with it"
+        walk(FusedKernels(compiler), x, [x, y], "residual", GAMMAS[:2])
+        assert compiler.graphs == 1, "only the way back of x has nothing to do with it"
     else:
         with Looking() as mode:
-            walk(FusedKernels(program), x, [x, x], "residual", GAMMAS[:2])
+            walk(FusedKernels(compiler), x, [x, x], "residual", GAMMAS[:2])
         assert mode.count
-        assert program.graphs == 0
+        assert compiler.graphs == 0
 
 
 def test_only_inductor_is_known_to_fuse():
