@@ -5,7 +5,7 @@
 ``torch.compile(model, backend="mfx", options={"gamma": 0.9, "inner": "inductor"})`` rewrites the chains in the graph of
 TorchDynamo, and has the inner backend compile the branches of the steps, each structure once, and what lies around the
 chains. So what the inner backend compiles does not grow with depth. Three minutes on one core, of which compilers take
-most. Memory is measured by torch.profiler: under an `mfx.meter.ActivationMeter`, as under any mode that sees every
+most. Memory is measured by torch.profiler: under an `mfx.ActivationMeter`, as under any mode that sees every
 operation, torch.compile runs the model as it was, without its backend.
 """
 

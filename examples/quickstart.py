@@ -24,7 +24,6 @@ from tqdm import tqdm
 from vit_pytorch import ViT
 
 import mfx
-from mfx.meter import ActivationMeter
 
 SEED = 0
 TRAIN_SIZE = 1437  # of 1797 digits; the rest is the test set
@@ -120,7 +119,7 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor) -> float:
 def peak_activations(model: nn.Module, x: Tensor, y: Tensor) -> int:
     """The most bytes of activations alive at once in a training step."""
     model.train()
-    with ActivationMeter(exclude=model.parameters()) as meter:
+    with mfx.ActivationMeter(exclude=model.parameters()) as meter:
         cross_entropy(model(x), y).backward()
     return meter.peak
 

@@ -2,6 +2,7 @@
 
 from mfx.api import graphs, momentumize, original, trace
 from mfx.engine import recomputing
+from mfx.meter import ActivationMeter
 from mfx.momentumnet.momentum_net import MomentumNet
 from mfx.momentumnet.transform import transform_to_momentumnet
 from mfx.net.gammas import set_gamma
@@ -14,6 +15,7 @@ from mfx.schedule import GammaScheduler
 from mfx_passes import MfxError
 
 __all__ = [
+    "ActivationMeter",
     "Drawing",
     "Explanation",
     "GammaScheduler",

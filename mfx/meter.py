@@ -1,4 +1,4 @@
-"""How many bytes of activations are alive, now and at worst."""
+"""Bytes of activations alive, now and at the peak."""
 
 from __future__ import annotations
 

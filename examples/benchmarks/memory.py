@@ -26,10 +26,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 
+import mfx
 from examples.benchmarks.blocks import Residual
 from examples.benchmarks.command import on_threads, parser_of, write_rows
 from examples.benchmarks.contenders import WIDTH, Forward, compiled, eager, step
-from mfx.meter import ActivationMeter
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def memory(forward: Forward, x: Tensor, parameters: Sequence[Tensor]) -> tuple[f
     """Units alive after the forward pass, and at the peak."""
     x.grad = None
     if x.is_cuda:
-        with ActivationMeter(exclude=[x, *parameters]) as meter:
+        with mfx.ActivationMeter(exclude=[x, *parameters]) as meter:
             y = forward(x)
             after = meter.live
             y.sum().backward()

@@ -21,7 +21,6 @@ from tqdm import tqdm
 
 import mfx
 from examples.benchmarks.command import on_threads, parser_of, write_rows
-from mfx.meter import ActivationMeter
 
 ROOM = 32 * 2**30
 METHODS: Mapping[str, dict[str, Any] | None] = {
@@ -103,7 +102,7 @@ def step(net: nn.Module, images: Tensor) -> None:
 def peak(net: nn.Module, images: Tensor) -> int:
     """Bytes of activations at the worst moment of a step."""
     step(net, images)  # a net under a plan makes it in its first step
-    with ActivationMeter(exclude=[images, *net.parameters(), *net.buffers()]) as meter:
+    with mfx.ActivationMeter(exclude=[images, *net.parameters(), *net.buffers()]) as meter:
         step(net, images)
     return meter.peak
 

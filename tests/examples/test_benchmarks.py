@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
+import mfx
 from examples.benchmarks import arithmetic, contenders, depth, memory, overhead, passes, speed
 from examples.benchmarks.blocks import Residual
-from mfx.meter import ActivationMeter
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # memcnn, where it is installed
@@ -35,7 +35,7 @@ def test_the_memory_benchmark_counts_what_the_meter_counts_and_the_flops_of_comp
         parameter.register_post_accumulate_grad_hook(memory._free)
     after, peak = memory.memory(model, x, [])
     x.grad = None
-    with ActivationMeter(exclude=[x, *model.parameters()]) as meter:
+    with mfx.ActivationMeter(exclude=[x, *model.parameters()]) as meter:
         y = model(x)
         assert after == meter.live / x.nbytes
         y.sum().backward()

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from mfx.meter import ActivationMeter
+from mfx import ActivationMeter
 
 UNIT = 1024
 

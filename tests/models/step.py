@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_iter, tree_map_only
 
-from mfx.meter import ActivationMeter
+import mfx
 from mfx_passes import Rejection
 from tests.oracles import Grads, residual_adds
 
@@ -147,7 +147,7 @@ def measure(net: nn.Module, inputs: Sequence[Any], named: Named = NOTHING) -> Me
 
 def weigh(net: nn.Module, inputs: Sequence[Any], named: Named = NOTHING) -> Memory:
     """A training step's activations. Gradients are freed as they come, as an optimizer fused into backward does."""
-    with _grads_freed(net), ActivationMeter(exclude=list(net.parameters())) as meter:
+    with _grads_freed(net), mfx.ActivationMeter(exclude=list(net.parameters())) as meter:
         loss = loss_of(tensors_in(net(*inputs, **named)))
         kept = meter.live
         loss.backward()

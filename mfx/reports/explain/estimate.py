@@ -32,7 +32,7 @@ class Usage:
     """What one training step takes.
 
     Attributes:
-        kept: bytes alive between forward and backward, the output among them, as `mfx.meter.ActivationMeter` counts:
+        kept: bytes alive between forward and backward, the output among them, as `mfx.ActivationMeter` counts:
             every storage once, without parameters, buffers and inputs.
         peak: the most bytes alive at once, parameters' gradients not among them; with large states handled in one
             piece, as on a GPU. A CPU takes them block by block, so that exact arithmetic may take less there.

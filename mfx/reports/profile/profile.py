@@ -41,7 +41,7 @@ def profile(
 
     The steps are made on copies that share the parameters' values, in training mode; a model that is in training mode
     keeps parts of it that are not. Model, gradients, buffers and random generators are afterwards what they were.
-    Counted are activations: see `mfx.meter.ActivationMeter`. Each gradient is freed as soon as it is accumulated.
+    Counted are activations: see `mfx.ActivationMeter`. Each gradient is freed as soon as it is accumulated.
 
     Args:
         model: any module, on one device, a CPU or a GPU (CUDA); a momentumized net, too.

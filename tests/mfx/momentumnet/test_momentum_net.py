@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import mfx
-from mfx.meter import ActivationMeter
 
 WIDTH, CONDITION = 3, 30
 
@@ -185,7 +184,7 @@ def test_memory_does_not_grow_with_depth():
         block = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
         net = mfx.MomentumNet([block] * depth, 0.9, use_backprop=False)
         x = torch.randn(256, 16)
-        with ActivationMeter(exclude=net.parameters()) as meter:
+        with mfx.ActivationMeter(exclude=net.parameters()) as meter:
             kept = net(x)  # noqa: F841
             return meter.live / x.nbytes
 

@@ -12,7 +12,6 @@ from torch import nn
 
 import mfx
 from mfx.engine.memory.cuts import NodeCost, SegmentCost, choose_cuts
-from mfx.meter import ActivationMeter
 
 
 class Block(nn.Module):
@@ -91,7 +90,7 @@ def memory(net, x):
     parameters = list(net.parameters())
     for parameter in parameters:
         parameter.grad = None
-    with ActivationMeter(exclude=[x, *parameters]) as meter:
+    with mfx.ActivationMeter(exclude=[x, *parameters]) as meter:
         out = net(x)
         kept = meter.live
         out.sum().backward()

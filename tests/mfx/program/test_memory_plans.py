@@ -12,7 +12,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import mfx
-from mfx.meter import ActivationMeter
 from mfx.options.memory_budget import MemoryBudget
 
 WIDTH = 16
@@ -81,7 +80,7 @@ def memory(net, x):
     parameters = list(net.parameters())
     for parameter in parameters:
         parameter.grad = None
-    with ActivationMeter(exclude=[x, *parameters]) as meter:
+    with mfx.ActivationMeter(exclude=[x, *parameters]) as meter:
         out = net(x)
         kept = meter.live
         out.square().sum().backward()

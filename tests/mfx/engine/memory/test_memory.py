@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+import mfx
 from mfx.engine import StepFunction
-from mfx.meter import ActivationMeter
 from tests.mfx.engine.chains import block, make_root, make_steps, run
 
 WIDE = 64
@@ -16,7 +16,7 @@ def measure(root, steps, **kw):
     x = torch.randn(256, WIDE)
     run(root, steps, x, **kw).x.sum().backward()  # what happens once only
     root.zero_grad()
-    with ActivationMeter(exclude=list(root.parameters())) as meter:
+    with mfx.ActivationMeter(exclude=list(root.parameters())) as meter:
         out = run(root, steps, x, **kw)
         kept = meter.live
         loss = out.x.sum()
@@ -45,7 +45,7 @@ def test_retained_backward_does_not_grow_with_depth(arithmetic, depths):
     for depth in depths:
         root = make_root(depth, lambda: block(WIDE))
         steps = make_steps(root)
-        with ActivationMeter(exclude=list(root.parameters())) as meter:
+        with mfx.ActivationMeter(exclude=list(root.parameters())) as meter:
             run(root, steps, torch.randn(256, WIDE), arithmetic=arithmetic).x.sum().backward(retain_graph=True)
         peaks.append(meter.peak / UNIT)
     assert peaks[1] <= peaks[0] + 0.1

@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+import mfx
 from mfx.engine import StepFunction
 from mfx.engine.memory.plan import ChainCost, ChainPlan, StepCost, make_plan
-from mfx.meter import ActivationMeter
 from mfx_passes import MfxError
 from tests.mfx.engine.chains import block, error, gradients, make_root, make_steps, run, weights_like
 
@@ -175,7 +175,7 @@ def test_costs_are_what_autograd_keeps(layout, gamma):
     root = make_root(5, LAYOUTS[layout])
     x = torch.randn(8, WIDE)
     costs = costs_of(root, x, gamma=gamma)
-    with ActivationMeter(exclude=[x, *root.parameters()]) as meter:
+    with mfx.ActivationMeter(exclude=[x, *root.parameters()]) as meter:
         out = run(root, make_steps(root), x, gamma=gamma, memory_budget=1.0).x
         kept = meter.live - out.untyped_storage().nbytes()
     unit = out.untyped_storage().nbytes()

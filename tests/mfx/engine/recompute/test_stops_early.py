@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
+import mfx
 from mfx.engine import recomputing
-from mfx.meter import ActivationMeter
 from mfx_passes.errors import MfxError
 from tests.mfx.engine.chains import WIDTH, block, gradients, make_root, make_steps, run, weights_like
 from tests.mfx.models import counting
@@ -278,7 +278,7 @@ def test_nothing_outlives_the_backward_pass(how):
     gc.collect()
     gc.disable()
     try:
-        with ActivationMeter(exclude=[x, *root.parameters()]) as meter:
+        with mfx.ActivationMeter(exclude=[x, *root.parameters()]) as meter:
             run(root, steps, x, **how).x.sum().backward()
         assert meter.live == 0
     finally:

@@ -12,7 +12,6 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import mfx
-from mfx.meter import ActivationMeter
 from mfx.reports.explain.tables import memory_rows
 from tests.mfx.models import ConvNet, Stack, images, inputs
 from tests.mfx.net.test_submodules import Branching
@@ -90,7 +89,7 @@ def measured(net, args, kwargs):
     """Bytes kept, and the peak, of a training step that is not the first."""
     for _ in range(2):
         net.zero_grad()
-        with ActivationMeter(net.parameters()) as meter:
+        with mfx.ActivationMeter(net.parameters()) as meter:
             output = net(*args, **kwargs)
             kept = meter.live
             result = main_result(output)

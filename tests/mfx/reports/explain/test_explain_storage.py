@@ -11,7 +11,6 @@ from torchvision.models import resnet18
 
 import mfx
 from mfx.engine.arithmetic.floating import predict
-from mfx.meter import ActivationMeter
 from mfx.net.forward import forward_of
 from mfx.options.gamma import Gamma
 from mfx.reports.explain.storage import explain_storage
@@ -64,7 +63,7 @@ def test_against_what_is_alive(depth, gamma, arithmetic, dtype, policy, alive):
     assert said.policy == policy
     assert (said.shape, said.dtype) == ((BATCH, WIDTH), dtype)
     net(x).sum().backward()  # the first call also learns which buffers change
-    with ActivationMeter(net.parameters()) as meter:
+    with mfx.ActivationMeter(net.parameters()) as meter:
         out = net(x)
         live = meter.live
     assert live == pytest.approx(alive * BATCH * WIDTH, rel=0.01)

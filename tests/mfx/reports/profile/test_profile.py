@@ -14,7 +14,6 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import mfx
-from mfx.meter import ActivationMeter
 
 UNIT = 1024
 SCALAR = 4  # the loss, or its gradient
@@ -166,7 +165,7 @@ def test_the_meter_agrees_with_the_momentum_row():
     net, x = mfx.momentumize(Stack(4)), torch.randn(16, 16)
     net(x).sum().backward()
     net.zero_grad()
-    with ActivationMeter([*net.parameters(), x]) as meter:
+    with mfx.ActivationMeter([*net.parameters(), x]) as meter:
         loss = net(x).sum()
         kept = meter.live
         loss.backward()
