@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_iter
 
 from mfx.engine import ChainPlan, StepCost, StepFunction, measure, run_chain
 from mfx.engine.memory.cuts import NodeCost, SegmentCost
-from mfx.engine.memory.measure import StepMeasure, storages
+from mfx.engine.memory.measure import StepMeasure, storages_by_address
 from mfx.engine.recompute.layout import resolve
 from mfx.options.gamma import Gamma
 from mfx.program.codegen import GraphCompiler, to_function
@@ -208,7 +208,7 @@ class _MeasuredNodes(_Nodes):
     def _versions(self, n: Node) -> dict[int, int]:
         values = [self.env[source] for source in n.all_input_nodes]
         tensors = [leaf for leaf in tree_iter(values) if isinstance(leaf, Tensor) and not leaf.is_inference()]
-        return {key: tensor._version for tensor in tensors for key in storages(tensor)}
+        return {key: tensor._version for tensor in tensors for key in storages_by_address(tensor)}
 
 
 def _targets(body: Graph) -> tuple[str, ...]:

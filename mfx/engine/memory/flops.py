@@ -1,29 +1,39 @@
-"""Floating-point operations of single operations."""
+"""Counts the floating-point operations of what runs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 _Formula = Callable[..., int]
 
 
-def flops_of(func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any], result: Any) -> int:
-    """What an operation takes, a multiplication and an addition counted as two; 0 for what no formula is known of.
+class FlopCounter(TorchDispatchMode):
+    """Counts the floating-point operations of what runs inside of it.
 
-    The formulas are those of ``torch.utils.flop_counter``: matrix products, convolutions, attention.
+    The formulas are those of ``torch.utils.flop_counter``: matrix products, convolutions, attention. Unlike torch's own
+    counter it does not follow modules, whose hooks a step that runs twice would confuse.
 
-    Args:
-        func: the operation, as ``__torch_dispatch__`` is given it.
-        args: its arguments.
-        kwargs: its arguments by name.
-        result: what it returned.
+    Attributes:
+        flops: operations so far, a multiplication and an addition counted as two.
     """
-    formula = _formulas().get(getattr(func, "_overloadpacket", None))
-    return 0 if formula is None else int(formula(*args, **kwargs, out_val=result))
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.flops = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if (formula := _formulas().get(getattr(func, "_overloadpacket", None))) is not None:
+            self.flops += formula(*args, **kwargs, out_val=result)
+        return result
 
 
 @cache
@@ -37,7 +47,7 @@ def _formulas() -> Mapping[Any, _Formula]:
         return int(flop_counter.sdpa_backward_flop_count(g, q, k, v))
 
     aten, of_shapes = torch.ops.aten, flop_counter.shape_wrapper
-    on_a_cpu: dict[Any, _Formula] = {  # which torch (2.11 to 2.15) has no formulas for
+    on_a_cpu: dict[Any, _Formula] = {  # torch (2.11 to 2.15) has no formulas for these
         aten._scaled_dot_product_flash_attention_for_cpu: of_shapes(attention),  # type: ignore[no-untyped-call]
         aten._scaled_dot_product_flash_attention_for_cpu_backward: of_shapes(attention_backward),  # type: ignore[no-untyped-call]
     }

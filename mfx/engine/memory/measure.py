@@ -6,15 +6,15 @@ from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfx.compat import memory_of
+from mfx.engine.memory.flops import FlopCounter
 from mfx.engine.memory.plan import StepCost
 
 _Storages = dict[int, tuple[Any, int]]
 
 
-class StepMeasure(TorchDispatchMode):
+class StepMeasure(FlopCounter):
     """Counts the FLOPs done while it is active, and the memory of the tensors that it is told of.
 
     Memory counts by storage, each once. Until the measure is dropped the storages stay alive, so that no two of them
@@ -25,31 +25,17 @@ class StepMeasure(TorchDispatchMode):
     """
 
     def __init__(self, ignored: Iterable[Tensor | None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        from torch.utils.flop_counter import flop_registry
-
-        self.flops = 0
+        super().__init__()
         self._flops_to_last_saved = 0
-        self._formulas = flop_registry
-        self._ignored = {key for tensor in ignored if tensor is not None for key in storages(tensor)}
+        self._ignored = {key for tensor in ignored if tensor is not None for key in storages_by_address(tensor)}
         self._saved: _Storages = {}
         self._group: dict[int, int] = {}
         self._held: list[Any] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        formula = self._formulas.get(func.overloadpacket)
-        if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
-        return out
-
     def saw(self, tensor: Tensor) -> None:
         """A tensor was saved for the backward pass."""
         self._flops_to_last_saved = self.flops
-        for key, found in storages(tensor).items():
+        for key, found in storages_by_address(tensor).items():
             if key not in self._ignored:
                 self._saved[key] = found
                 self._group[key] = found[1]
@@ -64,7 +50,7 @@ class StepMeasure(TorchDispatchMode):
 
     def hold(self, tensors: Iterable[Tensor]) -> dict[int, int]:
         """Keep the memory of tensors alive as that of saved ones is; its sizes by address, if it counts."""
-        found = {key: value for tensor in tensors for key, value in storages(tensor).items()}
+        found = {key: value for tensor in tensors for key, value in storages_by_address(tensor).items()}
         self._held += found.values()
         return {key: size for key, (_, size) in found.items() if key not in self._ignored}
 
@@ -76,8 +62,8 @@ class StepMeasure(TorchDispatchMode):
             y: its value.
             shared: the value is the next step's input, which counts there; a second run need not come to it.
         """
-        inputs = storages(x)
-        values = storages(y) if isinstance(y, Tensor) else {}
+        inputs = storages_by_address(x)
+        values = storages_by_address(y) if isinstance(y, Tensor) else {}
         reads = _size({key: found for key, found in inputs.items() if key in self._saved})
         left_out = {*inputs, *(values if shared else ())}
         saved = _size({key: found for key, found in self._saved.items() if key not in left_out})
@@ -86,7 +72,7 @@ class StepMeasure(TorchDispatchMode):
         return StepCost(saved, reads, _size(inputs), value, flops)
 
 
-def storages(tensor: Tensor) -> _Storages:
+def storages_by_address(tensor: Tensor) -> _Storages:
     """The storage of a tensor and its size, by address; for tensors without one, the tensor itself."""
     try:
         storage = tensor.untyped_storage()

@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from mfx import compat
 from mfx.capture.arguments import bind
+from mfx.engine.memory.flops import FlopCounter
 from mfx.net.forward import RewrittenForward
 from mfx.program.chain_call import Momentum
 from mfx.program.codegen import GraphCompiler, to_function
@@ -169,7 +170,8 @@ class _Stage:
             self._inputs: Inputs = pytree.tree_map_only(Tensor, fake, (args, dict(kwargs)))
         own = [*self._net.parameters(), *self._net.buffers()]
         self._trained = [tensor for tensor in own if tensor.requires_grad]
-        self._observer = Observer(own)
+        self._counter = FlopCounter()
+        self._observer = Observer(own, self._counter)
         self._calls = {
             name: Rehearsed(call, self._observer, plain=plain, plans=plans) for name, call in subject.calls.items()
         }
@@ -181,7 +183,7 @@ class _Stage:
         observer = self._observer
         hooks = [tensor.register_post_accumulate_grad_hook(observer.leave_out_grad) for tensor in self._trained]
         try:
-            with compat.unlogged(), self._mode, torch.enable_grad(), observer:
+            with compat.unlogged(), self._mode, torch.enable_grad(), self._counter, observer:
                 output = self._run()
                 kept, chains = observer.live, [call.chain for call in self._calls.values()]
                 in_chains = {chain: observer.live_in(chain) for chain in chains}
@@ -192,7 +194,7 @@ class _Stage:
                 hook.remove()
         recomputed = {chain: observer.recomputed[chain] for chain in chains}
         keys = tuple(map(str, output)) if isinstance(output, Mapping) else ()
-        return Usage(kept, observer.peak, observer.flops, in_chains, recomputed), keys
+        return Usage(kept, observer.peak, self._counter.flops, in_chains, recomputed), keys
 
     def held(self, keys: tuple[str, ...]) -> dict[str, int]:
         """What is freed when the output is left without these entries, one after the other."""

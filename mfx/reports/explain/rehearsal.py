@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph
 from typing_extensions import override
 
-from mfx.engine.memory.flops import flops_of
+from mfx.engine.memory.flops import FlopCounter
 from mfx.engine.scope import recomputing
 from mfx.meter import StorageLedger, storages
 from mfx.options.gamma import Gamma
@@ -31,22 +31,22 @@ _QUESTIONS = {
 
 
 class Observer(StorageLedger):
-    """Sees every operation on tensors without values: the bytes they would take, and the floating-point operations.
+    """Sees every operation on tensors without values, and the bytes that they would take.
 
     What the momentum call asks of values (is one out of range, are two tensors the same) is answered as in a step in
     which nothing is wrong. A model that asks is not answered.
 
     Args:
         excluded: parameters and buffers; they never count, nor do their gradients.
+        counter: counts the floating-point operations.
 
     Attributes:
-        flops: floating-point operations so far.
-        recomputed: those of second runs, by chain; a chain inside another's branch counts for both.
+        recomputed: operations of second runs, by chain; a chain inside another's branch counts for both.
     """
 
-    def __init__(self, excluded: Sequence[Tensor]) -> None:
+    def __init__(self, excluded: Sequence[Tensor], counter: FlopCounter) -> None:
         super().__init__(excluded, (), timeline=False)
-        self.flops = 0
+        self._counter = counter
         self.recomputed: dict[str, int] = defaultdict(int)
         self._chains: tuple[str, ...] = ()
         self._in_call = False  # in a momentum call, and not in one of its branches
@@ -79,7 +79,7 @@ class Observer(StorageLedger):
         """A step's function, whose work is noted as the chain's if it runs a second time."""
 
         def run(*args: Any) -> Any:
-            before = self._chains
+            before, flops = self._chains, self._counter.flops
             if recomputing() and chain not in before:  # in the backward pass nobody is in the chain's call
                 self._chains = (*before, chain)
             try:
@@ -87,6 +87,8 @@ class Observer(StorageLedger):
                     return function(*args)
             finally:
                 self._chains = before
+                if recomputing():
+                    self.recomputed[chain] += self._counter.flops - flops
 
         return run
 
@@ -101,12 +103,7 @@ class Observer(StorageLedger):
         kwargs = kwargs or {}
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": _CPU}  # whatever device the graph was captured on
-        result = super().__torch_dispatch__(func, types, args, kwargs)
-        flops = flops_of(func, args, kwargs, result)
-        self.flops += flops
-        for chain in self._chains if flops and recomputing() else ():
-            self.recomputed[chain] += flops
-        return result
+        return super().__torch_dispatch__(func, types, args, kwargs)
 
     @override
     def _storages(self, leaves: Any) -> Iterator[torch.UntypedStorage]:

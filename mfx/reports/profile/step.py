@@ -10,36 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from mfx.engine.memory.flops import flops_of
+from mfx.engine.memory.flops import FlopCounter
 from mfx.meter import ActivationMeter
 from mfx.reports.profile.rows import ProfileRow
 from mfx.reports.profile.untouched import copies
 from mfx.reports.profile.variants import Variant
 from mfx_passes import MfxError
-
-
-class FlopCount(TorchDispatchMode):
-    """Counts the floating-point operations of what runs inside of it.
-
-    Unlike torch's own counter it does not follow modules, whose hooks a step that runs twice would confuse.
-
-    Attributes:
-        total: operations so far, a multiplication and an addition counted as two.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.total = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        self.total += flops_of(func, args, kwargs or {}, result)
-        return result
-
 
 Loss = Callable[[Any], Tensor]
 _POINTS = 1000  # that a timeline has at most
@@ -82,7 +59,8 @@ class TrainingStep:
         """Make a step, and count bytes and operations; the time is not taken."""
         args, kwargs = copies(*self._inputs)
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        with ActivationMeter([*parameters, *inputs], timeline=True, device=self._device) as meter, FlopCount() as flops:
+        meter = ActivationMeter([*parameters, *inputs], timeline=True, device=self._device)
+        with meter, FlopCounter() as counter:
             value = self._value(variant, args, kwargs)
             kept, forward = meter.live, len(meter.timeline)
             value.backward()
@@ -92,7 +70,7 @@ class TrainingStep:
             kept,
             meter.peak,
             0.0,
-            flops.total,
+            counter.flops,
             _thinned(line),
             forward / max(len(line), 1),
             variant.note(),

@@ -192,6 +192,15 @@ def test_costs_are_what_autograd_keeps(layout, gamma):
     assert {cost.input for cost in costs} == {unit}
 
 
+def test_attention_counts_on_a_cpu():
+    """Kernels of attention for a CPU, of which torch has no formulas, as those of other devices."""
+    costs, x = [], torch.randn(2, 3, 5, 8, requires_grad=True)
+    root = make_root(3)
+    attend = make_steps(root, call=lambda f, x: nn.functional.scaled_dot_product_attention(x, x, x).tanh())
+    run(root, attend, x, costs=costs)
+    assert [step.flops for step in costs] == [2 * 2 * (2 * 3) * 5 * 5 * 8] * 3  # q·kᵀ and its product with v
+
+
 @st.composite
 def chain_costs(draw):
     small = st.integers(0, 40)
