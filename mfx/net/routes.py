@@ -120,16 +120,17 @@ class SymbolicRoute:
         # Nothing for autograd, nor for a checkpoint around this call, to save.
         with compat.outside_of_export(), torch.no_grad():
             found = find_with_shapes(net, entry.captured, options, arguments)
-        reasons = {} if found is None else {rejection.node.name: rejection.reason for rejection in found.rejections}
+        rejections = {} if found is None else {rejection.node.name: rejection for rejection in found.rejections}
         steps = steps_of(entry.findings(net, options))
-        refused = {name: reasons[name] for name in steps if name in reasons}
+        rejected = {name: rejections[name] for name in steps if name in rejections}
+        refused = {name: (rejection.refusal, rejection.facts) for name, rejection in rejected.items()}
         better = rewrite_captured(net, entry.captured, options, refused, entry.assigned) if refused else entry
         better.shapes_known = True
         for entries in self._entries.values():
             entries[:] = [better if old is entry else old for old in entries]
-        for name, reason in refused.items():
+        for name, rejection in rejected.items():
             path = steps[name].path or "the model"
-            self._owner.warn(f"the residual add {name} in {path} is left as it was: {reason}.")
+            self._owner.warn(f"the residual add {name} in {path} is left as it was: {rejection.reason}.")
         if found is not None:
             self._owner.check_same_function(better)
         return better

@@ -19,7 +19,7 @@ from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.scope import Scope
 from mfx.program.velocity import velocity_target
 from mfx_passes import ChainGraphs, Findings, Step, StepGraphs, find_chains, paths, rewrite_graph
-from mfx_passes.ir import Selection, enclosing_path
+from mfx_passes.ir import Grounds, Selection, enclosing_path
 from mfx_passes.momentum_pass import call_name
 from mfx_passes.rewrite.portable_graph import PortableGraph
 
@@ -47,7 +47,7 @@ class RewrittenGraph:
     graph: PortableGraph
     calls: dict[str, Momentum]
     flat: tuple[str, ...]
-    refused: dict[str, str]
+    refused: dict[str, Grounds]
     training: bool
     guards: list[ModuleGuard]
     assigned: Mapping[nn.Module, set[str]]
@@ -152,7 +152,7 @@ def rewrite_captured(
     net: nn.Module,
     captured: Captured,
     options: Options,
-    refused: Mapping[str, str],
+    refused: Mapping[str, Grounds],
     assigned: Mapping[nn.Module, set[str]],
 ) -> RewrittenGraph:
     """Rewrite a captured graph.
@@ -213,11 +213,11 @@ def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:
     )
 
 
-def _selection(options: Options, captured: Captured, refused: Mapping[str, str]) -> Selection:
+def _selection(options: Options, captured: Captured, refused: Mapping[str, Grounds]) -> Selection:
     return replace(with_refused(options, refused).selection, forward_only=captured.forward_only)
 
 
-def with_refused(options: Options, refused: Mapping[str, str]) -> Options:
+def with_refused(options: Options, refused: Mapping[str, Grounds]) -> Options:
     """The same options, with some sums left out."""
     return replace(options, selection=replace(options.selection, refused=dict(refused))) if refused else options
 

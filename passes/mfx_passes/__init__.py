@@ -14,7 +14,18 @@ Pure graph work: nothing here runs a model or knows about autograd. The road, on
 
 from mfx_passes.errors import MfxError
 from mfx_passes.find.chains import find_chains
-from mfx_passes.ir import Chain, ChainGraphs, Findings, ModuleCall, Rejection, ResidualAdd, Selection, Step, StepGraphs
+from mfx_passes.ir import (
+    Chain,
+    ChainGraphs,
+    Findings,
+    ModuleCall,
+    Refusal,
+    Rejection,
+    ResidualAdd,
+    Selection,
+    Step,
+    StepGraphs,
+)
 from mfx_passes.momentum_pass import MomentumPass, Rewritten, rewrite_graph
 
 __all__ = [
@@ -24,6 +35,7 @@ __all__ = [
     "MfxError",
     "ModuleCall",
     "MomentumPass",
+    "Refusal",
     "Rejection",
     "ResidualAdd",
     "Rewritten",

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mfx_passes import Selection
+from mfx_passes import Refusal, Selection
 
 D = 4
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """A model, and what must be said about it.
+class Case:
+    """A model and its rejections.
 
     Args:
         model: its class.
@@ -38,12 +38,12 @@ class Refusal:
         return [torch.randn(shape).to(dtype) for shape, dtype in self.model.inputs]
 
 
-REFUSALS: dict[str, Refusal] = {}
+REFUSALS: dict[str, Case] = {}
 
 
 def refused(reasons: dict[str, int], **more: object):  # type: ignore[no-untyped-def]
     def register(model: type[Linears]) -> type[Linears]:
-        REFUSALS[model.__name__] = Refusal(model, reasons, **more)  # type: ignore[arg-type]
+        REFUSALS[model.__name__] = Case(model, reasons, **more)  # type: ignore[arg-type]
         return model
 
     return register
@@ -254,7 +254,20 @@ class LeftOut(Linears):
         return x
 
 
-@refused({"found out later": 1}, steps=2, selection=Selection(refused={"add": "found out later"}))
+@refused({"it lies in none of the sub layers that were asked for": 2}, selection=Selection(marked=True))
+class Unnamed(Linears):
+    """Only named steps are asked for, and these are none."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.fs[0](x)
+        return x + self.fs[1](x)
+
+
+@refused(
+    {"found out later": 1},
+    steps=2,
+    selection=Selection(refused={"add": (Refusal.OTHER, {"reason": "found out later"})}),
+)
 class RefusedByName(Linears):
     """A sum that was refused before, by name."""
 

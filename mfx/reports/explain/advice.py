@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 
 from mfx.text import size
@@ -22,32 +21,6 @@ OPTIONAL_OUTPUTS = {
 }
 
 PRETRAINED = "to go on from trained weights, start at gamma=0 and raise it in training (mfx.GammaScheduler)"
-
-_REMEDIES = {
-    "both sides of the sum are computed": "nothing, if the shortcut changes the shape; else write the step as x + f(x)",
-    "scaled or subtracted": "scale the branch instead of the skip: x + c*f(x)",
-    "rearranged on its way": "add before rearranging, or rearrange the sum back",
-    "a single residual step": "nothing is lost: one step has nothing to walk back over",
-    "a chain of .* chains have at least": "lower min_steps to rewrite it",
-    "partly inside a step of another chain": "leave the other chain out with skip= to rewrite this one",
-    "left out by only/skip": "change only= or skip= to rewrite it",
-    "changes in place a value that lives on outside": "write x = x + f(x) in the place of x += f(x), or give a clone",
-    "changes in place a value": "use the out-of-place operation (y = y.relu() for y.relu_())",
-    "changes the stream in place": "use the out-of-place operation, or take the view after it",
-    "the sum is in place and gives": "write x = x + f(x) in the place of x += f(x), or cast the branch",
-    "not floating point": "nothing: only floating-point streams have gradients",
-    "the step changes the stream from": "let the branch give the stream's own shape and dtype, on its device",
-    "is broadcast over the stream": "expand the branch to the stream's shape: x + f(x).expand_as(x)",
-}
-
-
-def remedy(reason: str) -> str:
-    """What could be done about a rejection, ``""`` if nothing is known.
-
-    Args:
-        reason: the rejection's.
-    """
-    return next((what for pattern, what in _REMEDIES.items() if re.search(pattern, reason)), "")
 
 
 def advise_on_weights(weights: Sequence[float], gamma: float) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from mfx.reports.explain.advice import PRETRAINED, advise_on_output, remedy
+from mfx.reports.explain.advice import PRETRAINED, advise_on_output
 from mfx.reports.explain.data import ExplainedChain
 from mfx.reports.explain.estimate import Estimate
 from mfx.reports.explain.notebook import page
@@ -100,7 +100,7 @@ class Explanation:
                     "path": rejection.path,
                     "source": rejection.source,
                     "reason": rejection.reason,
-                    "remedy": remedy(rejection.reason),
+                    "remedy": rejection.remedy,
                 }
                 for rejection in self.rejections
             ],

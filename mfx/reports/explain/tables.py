@@ -7,7 +7,6 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from mfx.reports.explain.advice import remedy
 from mfx.reports.explain.data import ExplainedChain
 from mfx.reports.explain.estimate import Estimate
 from mfx.text import amount, count, ratio, size
@@ -138,11 +137,11 @@ def short_place(source: str) -> str:
 
 def groups(rejections: Iterable[Rejection]) -> list[RejectedGroup]:
     """Group rejections by reason."""
-    found: dict[str, list[str]] = defaultdict(list)
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
     for rejection in rejections:
         place = ", ".join(filter(None, (rejection.path, short_place(rejection.source))))
-        found[rejection.reason].append(f"{rejection.node.name}{f' ({place})' if place else ''}")
-    return [RejectedGroup(reason, remedy(reason), tuple(places)) for reason, places in found.items()]
+        found[rejection.reason, rejection.remedy].append(f"{rejection.node.name}{f' ({place})' if place else ''}")
+    return [RejectedGroup(*group, tuple(places)) for group, places in found.items()]
 
 
 def _bytes(name: str, plain: int, kept: int, recomputed: str) -> tuple[str, ...]:

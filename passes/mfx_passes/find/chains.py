@@ -19,7 +19,7 @@ from mfx_passes.find.relayout import insert_detours, remove_unused
 from mfx_passes.find.residual_adds import find_adds, find_runs
 from mfx_passes.find.split import cut_chain
 from mfx_passes.find.steps import assemble
-from mfx_passes.ir import Chain, Findings, Rejection, ResidualAdd, Selection, Step, is_momentum_call
+from mfx_passes.ir import Chain, Findings, Refusal, Rejection, ResidualAdd, Selection, Step, is_momentum_call
 from mfx_passes.named_steps import is_mark
 
 
@@ -68,7 +68,7 @@ def _find_adds(index: GraphIndex, selection: Selection) -> tuple[list[ResidualAd
     adds, rejections = find_adds(index)
     if selection.marked:
         others = [add.node for add in adds if not is_mark(add.node)]
-        rejections += [Rejection(node, "it lies in none of the sub layers that were asked for") for node in others]
+        rejections += [Rejection(node, Refusal.UNNAMED) for node in others]
         adds = [add for add in adds if is_mark(add.node)]
     return adds, rejections
 
@@ -79,8 +79,9 @@ def _long_enough(rows: Iterable[list[Step]], min_steps: int, rejections: list[Re
         if len(row) >= min_steps:
             kept.append(row)
             continue
-        steps = "a single residual step" if len(row) == 1 else f"a chain of {len(row)} steps"
-        rejections += [Rejection(step.add.node, f"{steps}; chains have at least {min_steps}") for step in row]
+        refusal = Refusal.SINGLE if len(row) == 1 else Refusal.SHORT
+        facts = {"steps": len(row), "min_steps": min_steps}
+        rejections += [Rejection(step.add.node, refusal, facts) for step in row]
     return kept
 
 
@@ -90,8 +91,7 @@ def _nest(chains: list[Chain], rejections: list[Rejection]) -> list[Chain]:
     nested = []
     for chain in sorted(chains, key=lambda chain: -len(chain.nodes)):
         if len({id(owner.get(node)) for node in chain.nodes}) > 1:
-            reason = "the chain lies partly inside a step of another chain"
-            rejections += [Rejection(step.add.node, reason) for step in chain.steps]
+            rejections += [Rejection(step.add.node, Refusal.CROSSING) for step in chain.steps]
             continue
         nested.append(chain)
         owner.update((node, step) for step in chain.steps for node in step.nodes)
@@ -119,7 +119,7 @@ def _select(chains: list[Chain], selection: Selection, rejections: list[Rejectio
             selected.append(chain)
             continue
         left_out = [step for step, keep in zip(chain.steps, wanted, strict=True) if not keep]
-        rejections += [Rejection(step.add.node, "left out by only/skip") for step in left_out]
+        rejections += [Rejection(step.add.node, Refusal.LEFT_OUT) for step in left_out]
         rows = [
             [step for step, _ in group]
             for keep, group in groupby(zip(chain.steps, wanted, strict=True), key=lambda pair: pair[1])

@@ -11,21 +11,21 @@ from torch.fx import Node
 
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutation, Mutations
-from mfx_passes.ir import Step, _reads, inputs_of
+from mfx_passes.ir import Grounds, Refusal, Step
 from mfx_passes.ops import sums
 
-Check = Callable[[Step, GraphIndex, Mutations], str | None]
+Check = Callable[[Step, GraphIndex, Mutations], Grounds | None]
 
 
-def changes_outside_value(step: Step, index: GraphIndex, mutations: Mutations) -> str | None:
+def changes_outside_value(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
     """A branch that writes into its input or a capture would write again when it is re-run.
 
     If it never is, it may write into what nobody else reads, as into the part of a cache that is its own.
     """
-    outside = set(inputs_of(step))
+    outside = set(step.inputs())
     for mutation in mutations.at(index.sorted(step.nodes - step.add.sums)):
         if mutation.family & outside and not (mutations.forward_only and _is_read_by(step, mutation)):
-            return f"{mutation.node.name} changes in place a value that the branch is given from outside"
+            return Refusal.CHANGES_INPUT, {"node": mutation.node.name}
     return None
 
 
@@ -35,28 +35,28 @@ def _is_read_by(step: Step, mutation: Mutation) -> bool:
     return step.skip not in mutation.family and readers <= step.nodes
 
 
-def changed_later(step: Step, index: GraphIndex, mutations: Mutations) -> str | None:
+def changed_later(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
     """A value the branch reads must be the same when the branch is re-run, after the whole forward pass."""
     start = index.position[step.skip]
-    for mutation in mutations.touching([step.skip, *_reads(step)]):
+    for mutation in mutations.touching([step.skip, *step.reads]):
         inside = mutation.node in step.nodes or mutation.node in step.add.sums
         if not inside and index.position[mutation.node] > start:
-            return f"{mutation.node.name} changes in place a value that the branch reads"
+            return Refusal.CHANGED_LATER, {"node": mutation.node.name}
     return None
 
 
-def tangled(step: Step, index: GraphIndex, mutations: Mutations) -> str | None:
+def tangled(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
     """A state changed in place by the sum, or after it, must not be read through another view afterwards."""
     after = [mutation for mutation in mutations.touching([step.out]) if mutation.node not in step.nodes]
     for mutation in [*mutations.at(index.sorted(step.add.sums)), *after]:
         if any(alias.op in ("placeholder", "get_attr") for alias in mutation.family):
-            return f"{mutation.node.name} changes in place a value that lives on outside of the model's forward"
+            return Refusal.LIVES_OUTSIDE, {"node": mutation.node.name}
         if any(index.is_read_after(alias, mutation.node) for alias in mutation.family):
-            return f"{mutation.node.name} changes the stream in place and a view of it is read afterwards"
+            return Refusal.VIEW_READ, {"node": mutation.node.name}
     return None
 
 
-def narrows(step: Step, index: GraphIndex, mutations: Mutations) -> str | None:
+def narrows(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
     """An in-place sum keeps the dtype of what it changes; written as x + f(x) it would not."""
     for node in index.sorted(step.add.sums):
         if sums.out_of_place(node) == node.target:
@@ -64,7 +64,7 @@ def narrows(step: Step, index: GraphIndex, mutations: Mutations) -> str | None:
         dtypes = {dtype for term in sums.terms(node) or () for factor in term.factors if (dtype := _dtype(factor))}
         kept, promoted = _dtype(node), reduce(torch.promote_types, dtypes) if dtypes else None
         if kept and promoted and kept != promoted:
-            return f"the sum is in place and gives {_short(kept)}, where x + f(x) would give {_short(promoted)}"
+            return Refusal.NARROWS, {"kept": _short(kept), "promoted": _short(promoted)}
     return None
 
 
@@ -77,18 +77,18 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def changes_shape(step: Step, index: GraphIndex, mutations: Mutations) -> str | None:
+def changes_shape(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
     """With shapes at hand: the state must keep its shape, dtype and device."""
     before, after = _facts(step.skip), _facts(step.out)
     if before is None or after is None:
         return None
     if not before[1].is_floating_point:
-        return f"the stream is {_short(before[1])}, not floating point"
+        return Refusal.NOT_FLOATING, {"dtype": _short(before[1])}
     if before != after:
-        return f"the step changes the stream from {_describe(before)} to {_describe(after)}"
+        return Refusal.CHANGES_SHAPE, {"before": _describe(before), "after": _describe(after)}
     branch = _broadcast_shape(step.add.branch)
     if step.kind == "residual" and branch is not None and branch != before[0]:
-        return f"the branch {branch} is broadcast over the stream {before[0]}"
+        return Refusal.BROADCAST, {"branch": str(branch), "stream": str(before[0])}
     return None
 
 
@@ -113,6 +113,6 @@ def _describe(facts: tuple[tuple[int, ...], torch.dtype, torch.device]) -> str:
 CHECKS: tuple[Check, ...] = (changes_outside_value, changed_later, tangled, changes_shape, narrows)
 
 
-def refusal(step: Step, index: GraphIndex, mutations: Mutations) -> str | None:
-    """The first reason to refuse a step, or None."""
-    return next((reason for check in CHECKS if (reason := check(step, index, mutations))), None)
+def refused(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
+    """Return the first refusal of a step, or None."""
+    return next((grounds for check in CHECKS if (grounds := check(step, index, mutations))), None)

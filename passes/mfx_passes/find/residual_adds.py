@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from mfx_passes.analysis.ancestry import GraphIndex
-from mfx_passes.ir import Kind, Rejection, ResidualAdd
+from mfx_passes.ir import Kind, Refusal, Rejection, ResidualAdd
 from mfx_passes.ops import sums, vocabulary
 
 
@@ -54,7 +54,7 @@ def _residual_add(node: Node, index: GraphIndex) -> ResidualAdd | Rejection | No
             if (found := _as_skip(term, addends, index)) is not None:
                 path, bases = found
                 if term.node is None:
-                    return Rejection(node, "the skip is scaled or subtracted, so the sum is not x + f(x)")
+                    return Rejection(node, Refusal.SCALED)
                 branch = tuple(factor for other in addends if other is not term for factor in other.factors)
                 return ResidualAdd(node, frozenset(owned), path, bases, branch)
         inner = next((t.node for t in addends if _is_inner_sum(t.node, owned)), None)
@@ -85,11 +85,7 @@ def _is_inner_sum(node: Node | None, owned: set[Node]) -> bool:
 def _merge_of_branches(node: Node, index: GraphIndex) -> Rejection | None:
     factors = [factor for term in sums.terms(node) or () for factor in term.factors]
     if len(factors) == 2 and index.share_computed_ancestor(*factors):
-        return Rejection(
-            node,
-            "both sides of the sum are computed (a projection shortcut, or two branches merging): there is no state "
-            "that is carried on unchanged",
-        )
+        return Rejection(node, Refusal.MERGE)
     return None
 
 

@@ -9,20 +9,20 @@ from torch.fx import Node
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.analysis.sizes import is_state_size
-from mfx_passes.find.check import refusal
-from mfx_passes.ir import Rejection, Step, inputs_of
+from mfx_passes.find.check import refused
+from mfx_passes.ir import Grounds, Rejection, Step
 
 
 def cut_chain(
-    row: list[Step], index: GraphIndex, mutations: Mutations, refused: Mapping[str, str]
+    row: list[Step], index: GraphIndex, mutations: Mutations, known: Mapping[str, Grounds]
 ) -> tuple[list[list[Step]], list[Rejection]]:
     """Take refused steps out of a row, and cut it where a step needs what is only there after the row has run."""
     rows: list[OpenChain] = []
     rejections: list[Rejection] = []
     open_row: OpenChain | None = None
     for step in row:
-        if reason := refused.get(step.add.node.name) or refusal(step, index, mutations):
-            rejections.append(Rejection(step.add.node, reason))
+        if grounds := known.get(step.add.node.name) or refused(step, index, mutations):
+            rejections.append(Rejection(step.add.node, *grounds))
             open_row = None
             continue
         if open_row is None or not open_row.accepts(step):
@@ -60,7 +60,7 @@ class OpenChain:
             return True
         self._look_beside(step)
         sizes, position = self._index.sizes, self._index.position
-        for node in inputs_of(step)[1:]:
+        for node in step.inputs()[1:]:
             if is_state_size(node, self._states, sizes) or (node in self._own and node in sizes):
                 continue
             if node in self._own or node in self._fed:

@@ -9,7 +9,7 @@ from torch.fx import Node
 from mfx_passes import paths
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.find.residual_adds import Candidate, Link
-from mfx_passes.ir import Rejection, Step, enclosing_path
+from mfx_passes.ir import Refusal, Rejection, Step, enclosing_path
 from mfx_passes.ops import vocabulary
 from mfx_passes.ops.step_markers import mapped
 
@@ -24,9 +24,7 @@ def assemble(run: Candidate, index: GraphIndex) -> tuple[list[list[Step]], list[
             rows.append([])
             step = _first_step(link, run, index)
         if step is None:
-            rejections.append(
-                Rejection(link.add.node, "the skip is rearranged on its way and not put back after the sum")
-            )
+            rejections.append(Rejection(link.add.node, Refusal.REARRANGED))
             rows.append([])
         else:
             rows[-1].append(step)

@@ -26,7 +26,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from mfx_passes.analysis.mutations import Mutations
-from mfx_passes.ir import Chain, Findings, ModuleCall, Step, inputs_of
+from mfx_passes.ir import Chain, Findings, ModuleCall, Step
 from mfx_passes.ops.vocabulary import returns_operand
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -125,7 +125,7 @@ class _Folder:
     def _may_read(self, unread: Node, nodes: set[Node]) -> bool:
         """An argument that the module does nothing with must not become a capture that nobody checked."""
         holders = self._steps.get(next(iter(nodes)), ())
-        return all(unread in step.nodes or unread in inputs_of(step) for step in holders)
+        return all(unread in step.nodes or unread in step.inputs() for step in holders)
 
     def _replace(self, output: Any, value: Node, nodes: set[Node], steps: list[Step]) -> None:
         """Let readers of the call's output, a node or a structure of them, read it from ``value``."""

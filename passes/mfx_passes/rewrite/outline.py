@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from torch.fx import Graph, Node
 
-from mfx_passes.ir import Chain, ChainGraphs, Step, StepGraphs, inputs_of
+from mfx_passes.ir import Chain, ChainGraphs, Step, StepGraphs
 from mfx_passes.ops import sums
 from mfx_passes.rewrite.portable_graph import PortableGraph
 
@@ -15,7 +15,7 @@ from mfx_passes.rewrite.portable_graph import PortableGraph
 def outline(chain: Chain) -> tuple[ChainGraphs, list[Node], list[list[Node]]]:
     """The graphs of a chain, the nodes it captures, and for each step the nodes that others read (its side outputs)."""
     inside = chain.nodes
-    read = dict.fromkeys(node for step in chain.steps for node in inputs_of(step)[1:])
+    read = dict.fromkeys(node for step in chain.steps for node in step.inputs()[1:])
     captures = [node for node in read if node not in inside]
     sides = [side_outputs(step) for step in chain.steps]
     position = {node: i for i, node in enumerate([*captures, *(node for side in sides for node in side)])}
@@ -35,7 +35,7 @@ def _taps(chain: Chain) -> tuple[int, ...]:
 
 
 def _outline_step(step: Step, captures: dict[Node, int], sides: Sequence[Node]) -> StepGraphs:
-    inputs = inputs_of(step)
+    inputs = step.inputs()
     original = _graph_of(step, inputs, sides, without_skip=False)
     branch = original if step.kind == "map" else _graph_of(step, inputs, sides, without_skip=True)
     targets = [str(node.target) for node in original.nodes if node.op in ("call_module", "get_attr")]

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from mfx_passes import Refusal
 from tests.passes.harness import rewrite_model, rewritten, traced
 from tests.passes.refusals import REFUSALS
 from tests.passes.test_numbers import clones, same
@@ -21,6 +22,18 @@ def test_reasons(name: str) -> None:
         assert sum(bool(re.search(pattern, reason)) for reason in reasons) == count, reasons
     assert len(reasons) == sum(refusal.reasons.values()), reasons
     assert sum(len(graphs.steps) for graphs in result.chains) == refusal.steps
+
+
+def test_every_refusal_is_provoked() -> None:
+    provoked = {
+        rejection.refusal
+        for case in REFUSALS.values()
+        for rejection in rewritten(
+            traced(case.make(), case.example() if case.shapes else ()), case.selection
+        ).rewritten.findings.rejections
+    }
+    assert provoked == {*Refusal}
+    assert {refusal for refusal in Refusal if not refusal.remedy} == {Refusal.UNNAMED, Refusal.OTHER}
 
 
 @pytest.mark.parametrize("name", REFUSALS)

@@ -3,11 +3,9 @@
 import pytest
 
 import mfx
-from mfx.reports.explain.advice import advise_on_output, advise_on_weights, remedy
+from mfx.reports.explain.advice import advise_on_output, advise_on_weights
 from mfx.reports.explain.explain import branch_weights
 from tests.mfx.models import Stack
-from tests.passes.harness import rewritten, traced
-from tests.passes.refusals import REFUSALS
 
 
 @pytest.mark.parametrize("steps", range(2, 40))
@@ -43,14 +41,3 @@ def test_outputs():
     assert advise_on_output({"past_key_values": 12 * 2**20, "attentions": 0}) == [
         "the output's past_key_values escapes the chains: pass use_cache=False to save another 12.0 MiB"
     ]
-
-
-@pytest.mark.parametrize("name", [name for name in REFUSALS if name != "RefusedByName"])  # a reason made up there
-def test_every_reason_has_a_remedy(name):
-    refusal = REFUSALS[name]
-    result = rewritten(traced(refusal.make(), refusal.example() if refusal.shapes else ()), refusal.selection)
-    assert all(map(remedy, result.reasons.values()))
-
-
-def test_reasons_nobody_knows_have_none():
-    assert remedy("found out later") == ""

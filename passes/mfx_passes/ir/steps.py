@@ -1,25 +1,12 @@
-"""What the passes hand to each other: residual adds, steps, chains, rejections, findings."""
+"""Residual adds, steps and chains in a graph, and the same cut out as graphs of their own."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch.fx import Graph, Node
-
-
-def inputs_of(step: Step) -> list[Node]:
-    """What a step reads from outside: its state first, then its captures (parameters and buffers are no captures)."""
-    captures = [node for node in _reads(step) if node is not step.skip and node.op != "get_attr"]
-    return [step.skip, *captures]
-
-
-def _reads(step: Step) -> list[Node]:
-    # In program order: sets of nodes are in no order, and graphs must come out the same every time.
-    return sorted({source for node in step.nodes for source in node.all_input_nodes} - step.nodes)
-
 
 Kind = Literal["residual", "map"]
 
@@ -41,33 +28,6 @@ class ModuleCall:
     kwargs: Mapping[str, Any]
     output: Any
     nodes: frozenset[Node]
-
-
-@dataclass(frozen=True, eq=False)
-class Rejection:
-    """A residual add that stays as it was.
-
-    Args:
-        node: the node of the sum, in the graph as captured.
-        reason: why, and where it helps, what could be done about it.
-    """
-
-    node: Node
-    reason: str
-
-    @property
-    def path(self) -> str:
-        """Module whose forward holds the sum, ``""`` for the root."""
-        return enclosing_path(self.node)
-
-    @property
-    def source(self) -> str:
-        """``file:line`` of the sum in the user's code, ``""`` if it was not recorded."""
-        return source_line(self.node)
-
-    def __str__(self) -> str:
-        where = ", ".join(filter(None, (self.path and f"in {self.path}", self.source)))
-        return f"{self.node.name}{f' ({where})' if where else ''}: {self.reason}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -111,6 +71,15 @@ class Step:
     kind: Kind
     path: str
 
+    @property
+    def reads(self) -> list[Node]:
+        """All that its nodes read from outside, in program order."""
+        return sorted({source for node in self.nodes for source in node.all_input_nodes} - self.nodes)
+
+    def inputs(self) -> list[Node]:
+        """Return its state first, then its captures: what it reads from outside but parameters and buffers."""
+        return [self.skip, *(node for node in self.reads if node is not self.skip and node.op != "get_attr")]
+
 
 @dataclass(eq=False)
 class Chain:
@@ -138,44 +107,6 @@ class Chain:
     def nodes(self) -> set[Node]:
         """Everything the steps own."""
         return set().union(*(step.nodes for step in self.steps))
-
-
-@dataclass(frozen=True)
-class Findings:
-    """Chains, outermost first, and the residual adds that are in none.
-
-    Args:
-        chains: those that were found; a chain inside of another's branch comes after it.
-        rejections: residual adds that stay as they were, and why.
-        reread: from states to the nodes that are read in their place since `relayout`; the values are the same.
-    """
-
-    chains: list[Chain] = field(default_factory=list)
-    rejections: list[Rejection] = field(default_factory=list)
-    reread: dict[Node, Node] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which residual adds may be rewritten at all.
-
-    Args:
-        min_steps: shorter chains stay as they are.
-        only: chain names or module paths (shell patterns); None allows all.
-        skip: chain names or module paths (shell patterns) to leave alone.
-        refused: names of sums known not to fit, and why.
-        within: module path of the part of a model that the graph is of; chains and steps are named as in the model.
-        forward_only: the graph is never differentiated, so no branch runs again.
-        marked: only the steps that `whole_steps.mark_steps` marked; all other residual adds stay as they are.
-    """
-
-    min_steps: int = 2
-    only: tuple[str, ...] | None = None
-    skip: tuple[str, ...] = ()
-    refused: Mapping[str, str] = field(default_factory=dict)
-    within: str = ""
-    marked: bool = False
-    forward_only: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,33 +146,3 @@ class ChainGraphs:
     name: str
     steps: tuple[StepGraphs, ...]
     taps: tuple[int, ...]
-
-
-_MARK = "momentum_chain"
-
-
-def tag_momentum_call(node: Node, chain: str) -> None:
-    """Note on a node that it runs a chain; the note stays with the node through other people's passes."""
-    node.meta["custom"] = {**(node.meta.get("custom") or {}), _MARK: chain}
-
-
-def is_momentum_call(node: Node) -> bool:
-    """Whether a node runs a chain that was rewritten before."""
-    return node.op == "call_module" and _MARK in (node.meta.get("custom") or {})
-
-
-_INDEX = re.compile(r"@\d+$")
-
-
-def enclosing_path(node: Node) -> str:
-    """Path of the innermost module whose forward made the node; a called module counts as its own."""
-    stack = node.meta.get("nn_module_stack")
-    if not stack:
-        return str(node.target) if node.op in ("call_module", "get_attr") else ""
-    return _INDEX.sub("", str(next(reversed(stack.values()))[0]))
-
-
-def source_line(node: Node) -> str:
-    """``file:line`` of the innermost recorded frame, ``""`` if none was recorded."""
-    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
-    return ":".join(frames[-1]) if frames else ""

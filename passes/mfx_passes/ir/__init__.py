@@ -1,0 +1,29 @@
+"""What the passes hand to each other: residual adds, steps and chains of them, findings and rejections.
+
+The ground floor: it imports nothing of `mfx_passes`.
+"""
+
+from mfx_passes.ir.findings import Facts, Findings, Grounds, Rejection, Selection
+from mfx_passes.ir.nodes import enclosing_path, is_momentum_call, source_line, tag_momentum_call
+from mfx_passes.ir.refusals import Refusal
+from mfx_passes.ir.steps import Chain, ChainGraphs, Kind, ModuleCall, ResidualAdd, Step, StepGraphs
+
+__all__ = [
+    "Chain",
+    "ChainGraphs",
+    "Facts",
+    "Findings",
+    "Grounds",
+    "Kind",
+    "ModuleCall",
+    "Refusal",
+    "Rejection",
+    "ResidualAdd",
+    "Selection",
+    "Step",
+    "StepGraphs",
+    "enclosing_path",
+    "is_momentum_call",
+    "source_line",
+    "tag_momentum_call",
+]

@@ -1,0 +1,92 @@
+"""The result of looking for chains in a graph, and the options of the search."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch.fx import Node
+
+from mfx_passes.ir.nodes import enclosing_path, source_line
+from mfx_passes.ir.refusals import Refusal
+from mfx_passes.ir.steps import Chain
+
+Facts = Mapping[str, object]
+Grounds = tuple[Refusal, Facts]
+
+
+@dataclass(frozen=True, eq=False)
+class Rejection:
+    """A residual add that stays as it was.
+
+    Args:
+        node: the node of the sum, in the graph as captured.
+        refusal: why.
+        facts: what the refusal's text names, by the names it has there.
+    """
+
+    node: Node
+    refusal: Refusal
+    facts: Facts = field(default_factory=dict)
+
+    @property
+    def reason(self) -> str:
+        """The refusal's text, with the facts."""
+        return self.refusal.reason.format_map(self.facts)
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it, ``""`` if nothing is known."""
+        return self.refusal.remedy
+
+    @property
+    def path(self) -> str:
+        """Module whose forward holds the sum, ``""`` for the root."""
+        return enclosing_path(self.node)
+
+    @property
+    def source(self) -> str:
+        """``file:line`` of the sum in the user's code, ``""`` if it was not recorded."""
+        return source_line(self.node)
+
+    def __str__(self) -> str:
+        where = ", ".join(filter(None, (self.path and f"in {self.path}", self.source)))
+        return f"{self.node.name}{f' ({where})' if where else ''}: {self.reason}"
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Chains, outermost first, and the residual adds that are in none.
+
+    Args:
+        chains: those that were found; a chain inside of another's branch comes after it.
+        rejections: residual adds that stay as they were, and why.
+        reread: from states to the nodes that are read in their place since `relayout`; the values are the same.
+    """
+
+    chains: list[Chain] = field(default_factory=list)
+    rejections: list[Rejection] = field(default_factory=list)
+    reread: dict[Node, Node] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which residual adds may be rewritten at all.
+
+    Args:
+        min_steps: shorter chains stay as they are.
+        only: chain names or module paths (shell patterns); None allows all.
+        skip: chain names or module paths (shell patterns) to leave alone.
+        refused: names of sums known not to fit, each with the refusal and its facts.
+        within: module path of the part of a model that the graph is of; chains and steps are named as in the model.
+        forward_only: the graph is never differentiated, so no branch runs again.
+        marked: only the steps that `named_steps.mark_steps` marked; all other residual adds stay as they are.
+    """
+
+    min_steps: int = 2
+    only: tuple[str, ...] | None = None
+    skip: tuple[str, ...] = ()
+    refused: Mapping[str, Grounds] = field(default_factory=dict)
+    within: str = ""
+    marked: bool = False
+    forward_only: bool = False

@@ -1,0 +1,36 @@
+"""Facts about single nodes: tags of momentum calls, module paths, source lines."""
+
+from __future__ import annotations
+
+import re
+
+from torch.fx import Node
+
+_MARK = "momentum_chain"
+
+
+def tag_momentum_call(node: Node, chain: str) -> None:
+    """Note on a node that it runs a chain; the note stays with the node through other people's passes."""
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), _MARK: chain}
+
+
+def is_momentum_call(node: Node) -> bool:
+    """Whether a node runs a chain that was rewritten before."""
+    return node.op == "call_module" and _MARK in (node.meta.get("custom") or {})
+
+
+_INDEX = re.compile(r"@\d+$")
+
+
+def enclosing_path(node: Node) -> str:
+    """Path of the innermost module whose forward made the node; a called module counts as its own."""
+    stack = node.meta.get("nn_module_stack")
+    if not stack:
+        return str(node.target) if node.op in ("call_module", "get_attr") else ""
+    return _INDEX.sub("", str(next(reversed(stack.values()))[0]))
+
+
+def source_line(node: Node) -> str:
+    """``file:line`` of the innermost recorded frame, ``""`` if none was recorded."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return ":".join(frames[-1]) if frames else ""
