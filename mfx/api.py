@@ -17,7 +17,7 @@ from mfx.modules.restore import attributes_restored
 from mfx.modules.tree_copy import M, net_of
 from mfx.net.build import rewritten
 from mfx.net.forward import forward_of
-from mfx.options.options import check_options
+from mfx.options.options import Options
 from mfx.program.chain_call import holds_chain
 from mfx.text import described
 from mfx_passes import MfxError
@@ -80,18 +80,8 @@ def momentumize(
     """
     if not isinstance(model, nn.Module):
         raise MfxError(f"momentumize takes a torch.nn.Module, not {described(model)}.")
-    options = check_options(
-        gamma=gamma,
-        velocity=velocity,
-        arithmetic=arithmetic,
-        memory_budget=memory_budget,
-        recompute=recompute,
-        min_steps=min_steps,
-        only=only,
-        skip=skip,
-        capture=capture,
-        example_inputs=example_inputs,
-        verify=verify,
+    options = Options(
+        gamma, velocity, arithmetic, memory_budget, recompute, min_steps, only, skip, capture, example_inputs, verify
     )
     return rewritten(model, options)
 

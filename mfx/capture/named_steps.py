@@ -93,7 +93,7 @@ class NamedStepModules:
 
 def named_steps_of(net: nn.Module, options: Options) -> NamedStepModules | None:
     """The modules of a net, or of a part of one, that are steps as a whole; None if none were named."""
-    return NamedStepModules(net, options.layers, options.selection.within) if options.layers else None
+    return NamedStepModules(net, options.layers, options.within) if options.layers else None
 
 
 def check_steps(graph: Graph, steps: Mapping[str, int], rejections: Collection[Rejection]) -> None:

@@ -6,6 +6,7 @@ import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import fields
 from types import CodeType
 from typing import Any
 
@@ -18,7 +19,7 @@ from mfx.compat import compiling as compat_compiling
 from mfx.compat import dynamo as compat_dynamo
 from mfx.compiler.call_site import calls_a_net
 from mfx.compiler.compiled_graphs import CompiledGraph, remember
-from mfx.options.options import Options, check_options
+from mfx.options.options import Options
 from mfx.program.assembly import Assembly
 from mfx.program.codegen import BackendCompiler, to_function
 from mfx.program.memory_plans import NetPlans, call_key
@@ -29,7 +30,8 @@ from mfx_passes import MfxError
 from mfx_passes.rewrite.portable_graph import copy_graph
 
 _HOLDERS_KEPT = 8
-_OPTIONS = ("gamma", "velocity", "arithmetic", "memory_budget", "recompute", "min_steps", "only", "skip", "verify")
+_NOT_OFFERED = ("capture", "example_inputs", "layers", "within")
+_OPTIONS = tuple(field.name for field in fields(Options) if field.name not in _NOT_OFFERED)
 
 
 def momentum(
@@ -67,7 +69,7 @@ def momentum(
     function = Assembly(
         entry.graph, entry.calls, compiler, recompute_between=entry.recompute_between, verify=entry.verify
     )
-    plans = NetPlans(checked.memory_budget) if checked.plans else None
+    plans = NetPlans(checked.budget) if checked.plans else None
     mode = compat_compiling.mode_of_compiled()
     holders.tell(lambda net: CompiledGraph(entry, net, checked, mode))
 
@@ -165,7 +167,7 @@ def _checked(options: dict[str, Any]) -> Options:
             f"options of the backend 'mfx': {', '.join(unknown)} unknown. There are inner, inner_mode, "
             f"inner_options, {', '.join(_OPTIONS)}."
         )
-    checked = check_options(**options)
+    checked = Options(**options)
     if not isinstance(checked.velocity, str):
         raise MfxError("velocity modules need the model itself: use mfx.momentumize, or velocity='zero' or 'residual'.")
     return checked

@@ -11,7 +11,7 @@ from torch.fx import Node, Proxy
 
 from mfx.net.state_dict import note_gamma
 from mfx.options.gamma import Gamma
-from mfx.options.options import check_options
+from mfx.options.options import Options
 from mfx.program.chain_call import Momentum
 from mfx.text import described
 from mfx_passes import ChainGraphs, MfxError, StepGraphs
@@ -70,7 +70,7 @@ class MomentumNet(nn.Module):
         if init_speed and not isinstance(init_function, nn.Module):
             raise MfxError(f"init_speed=True needs a module as init_function, not {described(init_function)}.")
         budget = 1.0 if use_backprop else 0.0
-        options = check_options(arithmetic=arithmetic, memory_budget=budget, verify=verify)
+        options = Options(arithmetic=arithmetic, memory_budget=budget, verify=verify)
         self.network = nn.Module()
         for name, module in modules.items():
             self.network.add_module(name, module)
@@ -84,7 +84,7 @@ class MomentumNet(nn.Module):
             gamma=Gamma.of(gamma, or_one=True),
             velocity="module" if init_speed else "zero",
             arithmetic=options.arithmetic,
-            memory_budget=options.memory_budget,
+            memory_budget=options.budget,
             verify=options.verify,
         )
         note_gamma(self)

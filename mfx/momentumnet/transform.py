@@ -14,9 +14,9 @@ from mfx.momentumnet.momentum_net import check_flags
 from mfx.net.build import rewritten
 from mfx.net.forward import forward_of
 from mfx.net.gammas import gammas_of
-from mfx.options.options import Layer, Options, check_options
+from mfx.options.options import Layer, Options
 from mfx.text import described
-from mfx_passes import MfxError, Selection
+from mfx_passes import MfxError
 
 
 def transform_to_momentumnet(
@@ -61,7 +61,7 @@ def transform_to_momentumnet(
         raise MfxError(f"transform_to_momentumnet takes a torch.nn.Module, not {described(model)}.")
     check_flags(use_backprop=use_backprop, is_residual=is_residual, keep_first_layer=keep_first_layer)
     budget = 1.0 if use_backprop else 0.0
-    options = check_options(gamma=gamma, memory_budget=budget, arithmetic=arithmetic, verify=verify, capture="auto")
+    options = Options(gamma=gamma, memory_budget=budget, arithmetic=arithmetic, verify=verify)
     if sub_layers is None:
         if is_residual:
             raise MfxError(
@@ -74,7 +74,7 @@ def transform_to_momentumnet(
     for path in paths:
         check_layer(model, path)
     layers = tuple(Layer(path, keep_first_layer, is_residual) for path in paths)
-    options = replace(options, layers=layers, selection=Selection(min_steps=1, marked=True))
+    options = replace(options, layers=layers, min_steps=1)
     return rewritten(model, _with_earlier(model, options))
 
 

@@ -42,7 +42,7 @@ def rewritten(model: M, options: Options) -> M:
 
 
 def _rewrite_graph_module(net: fx.GraphModule, options: Options) -> bool:
-    if options.memory_budget.share is None or options.recompute is not None:
+    if options.budget.share is None or options.recompute is not None:
         raise MfxError(
             "a number of bytes and recompute='all' are for a net as a whole and need the model itself; a GraphModule "
             "takes a memory_budget from 0 to 1, which then holds for each chain."

@@ -40,7 +40,7 @@ class RewrittenForward(Overlay):
     def __init__(self, net: nn.Module, options: Options) -> None:
         self.net = net
         self.options = options
-        self.plans = NetPlans(options.memory_budget) if options.plans else None
+        self.plans = NetPlans(options.budget) if options.plans else None
         self.bypassed = 0
         self.per_module = False
         self.known_chains: set[str] = set()  # of all graphs there ever were, and of the net this one is a copy of
@@ -160,7 +160,8 @@ class RewrittenForward(Overlay):
             MfxError: an option names a chain that the model does not have.
         """
         if self.options.example_inputs is not None:
-            entry = self.entry_for(*self.options.example_inputs[0], **self.options.example_inputs[1])
+            args, kwargs = self.options.example_call
+            entry = self.entry_for(*args, **kwargs)
         elif self.options.capture != "dynamo":
             entry = self.symbolic.prepare()
         else:

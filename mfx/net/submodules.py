@@ -40,8 +40,7 @@ class SubmoduleForward(RewrittenForward):
     is_part = True
 
     def __init__(self, net: nn.Module, whole: RewrittenForward, path: str) -> None:
-        selection = replace(whole.options.selection, within=path)
-        super().__init__(net, replace(whole.options, selection=selection, example_inputs=None))
+        super().__init__(net, replace(whole.options, within=path, example_inputs=None))
         self.whole = whole
         self.path = path
 

@@ -1,8 +1,8 @@
-"""What a user may ask of `mfx.momentumize`, checked once."""
+"""The options of `mfx.momentumize`: a frozen dataclass that checks itself."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from typing import Any, TypeVar
@@ -17,30 +17,93 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Options:
-    """The checked arguments of `mfx.momentumize`, which documents them."""
+class Layer:
+    """One entry of ``sub_layers`` with its settings; see `mfx.transform_to_momentumnet`."""
 
-    gamma: float | Mapping[str, float]
-    velocity: str | nn.Module | Mapping[str, nn.Module]
-    arithmetic: str
-    memory_budget: MemoryBudget
-    verify: str
-    selection: Selection
-    capture: str = "auto"
-    example_inputs: tuple[tuple[Any, ...], dict[str, Any]] | None = None
-    layers: tuple[Layer, ...] = ()  # of `mfx.transform_to_momentumnet`
+    path: str
+    keep_first: bool
+    is_residual: bool
+
+
+@dataclass(frozen=True)
+class Options:
+    """The arguments of `mfx.momentumize`, which documents them, in its order and with its defaults.
+
+    Args:
+        layers: layers that `mfx.transform_to_momentumnet` turns into chains; no other chain is looked for then.
+        within: path of the submodule that the options are for, "" for the net itself.
+
+    Raises:
+        MfxError: an option has a value it cannot have, or one that this version does not offer.
+    """
+
+    gamma: float | Mapping[str, float] = 0.9
+    velocity: str | nn.Module | Mapping[str, nn.Module] = "zero"
+    arithmetic: str = "exact"
+    memory_budget: float | str = 0.0
     recompute: str | None = None
+    min_steps: int = 2
+    only: str | Sequence[str] | None = None
+    skip: str | Sequence[str] | None = None
+    capture: str = "auto"
+    example_inputs: Any = None
+    verify: str = "warn"
+    layers: tuple[Layer, ...] = ()
+    within: str = ""
+
+    def __post_init__(self) -> None:
+        check_gamma(self.gamma)
+        _check_velocity(self.velocity)
+        _check_choice("arithmetic", self.arithmetic, ("exact", "float"))
+        _check_choice("verify", self.verify, ("warn", "raise", "off"))
+        _check_choice("capture", self.capture, ("auto", "symbolic", "dynamo"))
+        MemoryBudget.of(self.memory_budget)
+        if self.recompute is not None and self.recompute != "all":
+            raise MfxError(
+                f"recompute={self.recompute!r}: must be None (only the steps of the chains run again) or 'all' (what "
+                "lies between the chains, too)."
+            )
+        if not isinstance(self.min_steps, int) or isinstance(self.min_steps, bool) or self.min_steps < 1:
+            raise MfxError(
+                f"min_steps={self.min_steps!r}: the number of steps a chain must have is an integer of at least 1."
+            )
+        only, skip = _patterns("only", self.only), _patterns("skip", self.skip)
+        if only == ():
+            raise MfxError(
+                "only is empty, so nothing would be rewritten; give it chain names or module paths, or None for all."
+            )
+        gamma = dict(self.gamma) if isinstance(self.gamma, Mapping) else self.gamma
+        self.__dict__.update(gamma=gamma, only=only, skip=skip)  # copies: the caller may change theirs later
+
+    @property
+    def budget(self) -> MemoryBudget:
+        """The memory budget, parsed."""
+        return MemoryBudget.of(self.memory_budget)
+
+    @property
+    def selection(self) -> Selection:
+        """Which residual adds may be rewritten."""
+        only, skip = _patterns("only", self.only), _patterns("skip", self.skip)
+        return Selection(self.min_steps, only, skip or (), within=self.within, marked=bool(self.layers))
+
+    @property
+    def example_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Example inputs as positional and named arguments: a mapping names them, a tuple or list lists them."""
+        inputs = self.example_inputs
+        if isinstance(inputs, Mapping):
+            return (), {str(name): value for name, value in inputs.items()}
+        return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
     @property
     def plans(self) -> bool:
-        """Whether what a net keeps is planned for the net as a whole."""
-        return self.memory_budget.is_partial or (self.recompute is not None and self.memory_budget.share != 1.0)
+        """True if one plan for the whole net says what is kept."""
+        return self.budget.is_partial or (self.recompute is not None and self.budget.share != 1.0)
 
     def gamma_of(self, chain: str) -> Gamma:
-        """The momentum of a chain.
+        """Return the momentum of a chain.
 
         Raises:
-            MfxError: the chain is in no key of a mapping.
+            MfxError: gamma is a mapping without a key for the chain.
         """
         if not isinstance(self.gamma, Mapping):
             return Gamma.of(self.gamma)
@@ -52,29 +115,29 @@ class Options:
         return Gamma.of(value)
 
     def velocity_of(self, chain: str) -> str | nn.Module:
-        """The initial velocity of a chain: ``"zero"``, ``"residual"`` or a module; zero where a mapping is silent."""
+        """Return the initial velocity of a chain: ``"zero"``, ``"residual"`` or a module; zero if no key fits."""
         if isinstance(self.velocity, Mapping):
             module = look_up(self.velocity, chain)
             return "zero" if module is None else module
         return self.velocity
 
     def check_chains(self, chains: Collection[str]) -> None:
-        """Check that whatever is given by chain name is given for a chain that is there.
+        """Check that each key of a mapping by chain name fits a chain.
 
         Raises:
-            MfxError: it is not.
+            MfxError: one does not.
         """
         for option in ("gamma", "velocity") if chains else ():
             check_names(option, getattr(self, option), chains)
 
     def with_gamma(self, gamma: float | Mapping[str, float], chains: Collection[str]) -> Options:
-        """The same options at another momentum; of ``chains``, those that a mapping says nothing about keep theirs."""
+        """Return the same options at another momentum; those of ``chains`` that a mapping leaves out keep theirs."""
         if not isinstance(gamma, Mapping):
             return replace(self, gamma=gamma)
         before = self.gamma if isinstance(self.gamma, Mapping) else {"*": self.gamma}
         gamma = {name: value for name, value in gamma.items() if not chains or any(_fits(name, c) for c in chains)}
         named = {chain: value for chain in chains if (value := look_up(gamma, chain)) is not None}
-        now = {**named, **gamma}  # what is said last goes before what was said before
+        now = {**named, **gamma}  # new keys go before old ones
         return replace(self, gamma={**now, **{name: value for name, value in before.items() if name not in now}})
 
 
@@ -82,7 +145,7 @@ def check_names(option: str, value: Any, chains: Collection[str]) -> None:
     """Check that every key of a mapping by chain name is the name of a chain, or a pattern that fits one.
 
     Raises:
-        MfxError: it is not.
+        MfxError: one is not.
     """
     for pattern in value if isinstance(value, Mapping) else ():
         if not any(_fits(pattern, chain) for chain in chains):
@@ -94,67 +157,21 @@ def _fits(pattern: str, chain: str) -> bool:
 
 
 def look_up(mapping: Mapping[str, T], chain: str) -> T | None:
-    """The value under a chain's own name, else under the first pattern that fits it."""
+    """Return the value under a chain's own name, else under the first pattern that fits it."""
     if chain in mapping:
         return mapping[chain]
     return next((value for pattern, value in mapping.items() if fnmatchcase(chain, pattern)), None)
 
 
-def check_options(
-    *,
-    gamma: Any = 0.9,
-    velocity: Any = "zero",
-    arithmetic: Any = "exact",
-    memory_budget: Any = 0.0,
-    recompute: Any = None,
-    min_steps: Any = 2,
-    only: Any = None,
-    skip: Any = None,
-    capture: Any = "auto",
-    example_inputs: Any = None,
-    verify: Any = "warn",
-) -> Options:
-    """Check all options before anything is done with them; the defaults are those of `mfx.momentumize`.
-
-    Raises:
-        MfxError: an option has a value it cannot have, or one that this version does not offer.
-    """
-    check_gamma(gamma)
-    _check_velocity(velocity)
-    _one_of("arithmetic", arithmetic, ("exact", "float"))
-    _one_of("verify", verify, ("warn", "raise", "off"))
-    _one_of("capture", capture, ("auto", "symbolic", "dynamo"))
-    budget = MemoryBudget.of(memory_budget)
-    if recompute is not None and recompute != "all":
-        raise MfxError(
-            f"recompute={recompute!r}: must be None (only the steps of the chains run again) or 'all' (what lies "
-            "between the chains, too)."
-        )
-    if not isinstance(min_steps, int) or isinstance(min_steps, bool) or min_steps < 1:
-        raise MfxError(f"min_steps={min_steps!r}: the number of steps a chain must have is an integer of at least 1.")
-    chosen = None if only is None else _patterns("only", only)
-    if chosen == ():
-        raise MfxError(
-            "only is empty, so nothing would be rewritten; give it chain names or module paths, or None for all."
-        )
-    selection = Selection(min_steps, chosen, () if skip is None else _patterns("skip", skip))
-    gamma = dict(gamma) if isinstance(gamma, Mapping) else gamma  # the caller may change theirs later
-    inputs = None if example_inputs is None else _as_call(example_inputs)
-    return Options(gamma, velocity, arithmetic, budget, verify, selection, capture, inputs, recompute=recompute)
-
-
-def _as_call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Example inputs as positional and named arguments: a mapping names them, a tuple or list lists them."""
-    if isinstance(inputs, Mapping):
-        return (), {str(name): value for name, value in inputs.items()}
-    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
-
-
 def check_gamma(gamma: Any, *, or_one: bool = False) -> None:
-    """Check a momentum, or a mapping from chain names to momenta; whether one may be 1 is ``or_one``.
+    """Check a momentum, or a mapping from chain names to momenta.
+
+    Args:
+        gamma: the momentum, or the mapping.
+        or_one: allow γ = 1.
 
     Raises:
-        MfxError: it is neither, or not one that can be had.
+        MfxError: it is neither, or a γ is out of range.
     """
     values = gamma.values() if isinstance(gamma, Mapping) else (gamma,)
     if isinstance(gamma, Mapping) and not (gamma and all(isinstance(name, str) for name in gamma)):
@@ -166,7 +183,9 @@ def check_gamma(gamma: Any, *, or_one: bool = False) -> None:
 def _check_velocity(velocity: Any) -> None:
     if isinstance(velocity, nn.Module) or (isinstance(velocity, str) and velocity in ("zero", "residual")):
         return
-    if isinstance(velocity, Mapping) and all(_is_named_module(*item) for item in velocity.items()):
+    if isinstance(velocity, Mapping) and all(
+        isinstance(name, str) and isinstance(module, nn.Module) for name, module in velocity.items()
+    ):
         return
     raise MfxError(
         f"velocity={velocity!r}: the velocity before the first step is 'zero', 'residual' (that of the first branch), "
@@ -174,26 +193,15 @@ def _check_velocity(velocity: Any) -> None:
     )
 
 
-def _is_named_module(name: Any, module: Any) -> bool:
-    return isinstance(name, str) and isinstance(module, nn.Module)
-
-
-def _one_of(name: str, value: Any, values: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: Any, values: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in values:
         raise MfxError(f"{name}={value!r}: must be {' or '.join(map(repr, values))}.")
 
 
-def _patterns(name: str, value: Any) -> tuple[str, ...]:
+def _patterns(name: str, value: Any) -> tuple[str, ...] | None:
+    if value is None:
+        return None
     patterns = (value,) if isinstance(value, str) else tuple(value) if isinstance(value, Iterable) else (None,)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise MfxError(f"{name}={value!r}: must be a chain name or module path, or several of them.")
     return patterns
-
-
-@dataclass(frozen=True)
-class Layer:
-    """One entry of ``sub_layers``, and what was said about it; see `mfx.transform_to_momentumnet`."""
-
-    path: str
-    keep_first: bool
-    is_residual: bool

@@ -193,7 +193,7 @@ def rewrite_captured(
         net.training,
         guards,
         assigned,
-        options.selection.within,
+        options.within,
         recompute_between=options.plans and options.recompute == "all",
         verify=options.verify,
     )
@@ -207,19 +207,14 @@ def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:
         gamma=options.gamma_of(graphs.name),
         velocity=velocity if isinstance(velocity, str) else "module",
         arithmetic=options.arithmetic,
-        memory_budget=options.memory_budget,
+        memory_budget=options.budget,
         plans=options.plans,
         verify=options.verify,
     )
 
 
 def _selection(options: Options, captured: Captured, refused: Mapping[str, Grounds]) -> Selection:
-    return replace(with_refused(options, refused).selection, forward_only=captured.forward_only)
-
-
-def with_refused(options: Options, refused: Mapping[str, Grounds]) -> Options:
-    """The same options, with some sums left out."""
-    return replace(options, selection=replace(options.selection, refused=dict(refused))) if refused else options
+    return replace(options.selection, refused=dict(refused), forward_only=captured.forward_only)
 
 
 def steps_of(findings: Findings) -> dict[str, Step]:

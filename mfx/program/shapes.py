@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,14 +16,19 @@ from mfx.capture.captured import Captured
 from mfx.modules.tree_copy import tree_copy
 from mfx.options.options import Options
 from mfx.program.chain_call import Stream
-from mfx.program.rewritten import RewrittenGraph, with_refused
+from mfx.program.rewritten import RewrittenGraph
 from mfx_passes import Findings, MfxError, find_chains
+from mfx_passes.ir import Grounds
 
 
 def find_with_shapes(
-    net: nn.Module, captured: Captured, options: Options, inputs: Mapping[str, Any]
+    net: nn.Module,
+    captured: Captured,
+    options: Options,
+    inputs: Mapping[str, Any],
+    refused: Mapping[str, Grounds] | None = None,
 ) -> Findings | None:
-    """What is found in a graph once shapes are known; None if they cannot be had without running the model."""
+    """Return what is found in a graph once shapes are known; None if they cannot be had without running the model."""
     graph, _ = captured.copy()
     try:
         with compat.fake_mode() as mode:
@@ -34,7 +40,7 @@ def find_with_shapes(
             _Shapes(shadow, graph).run(*fake)
     except Exception:  # whatever goes wrong on tensors without values may go well on real ones
         return None
-    return find_chains(graph, captured.modules_of(net), options.selection)
+    return find_chains(graph, captured.modules_of(net), replace(options.selection, refused=refused or {}))
 
 
 def shadow_of(net: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
@@ -80,7 +86,7 @@ def stream_shapes(
         arguments = bind(net, signature, args, kwargs)
     except MfxError:
         return {}
-    found = find_with_shapes(net, entry.captured, with_refused(options, entry.refused), arguments)
+    found = find_with_shapes(net, entry.captured, options, arguments, entry.refused)
     return {} if found is None else _at_start(found)
 
 

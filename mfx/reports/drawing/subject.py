@@ -12,7 +12,7 @@ from torch import fx, nn
 from mfx.capture.captured import CaptureError
 from mfx.modules.tree_copy import net_of
 from mfx.net.forward import RewrittenForward, forward_of
-from mfx.options.options import check_options
+from mfx.options.options import Options
 from mfx.program.chain_call import Momentum, Stream
 from mfx.program.rewritten import RewrittenGraph
 from mfx.program.shapes import stream_shapes
@@ -62,7 +62,7 @@ def shown_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any])
     """
     forward = forward_of(model)
     if forward is None:
-        forward = RewrittenForward(net_of(model), check_options())
+        forward = RewrittenForward(net_of(model), Options())
     if forward.per_module:
         return _parts(forward)
     with warnings.catch_warnings():

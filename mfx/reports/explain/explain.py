@@ -16,7 +16,7 @@ from mfx.compiler.compiled_graphs import found_for, named_graphs
 from mfx.modules.tree_copy import net_of
 from mfx.momentumnet.momentum_net import MomentumNet, check_state
 from mfx.net.forward import RewrittenForward, forward_of
-from mfx.options.options import check_options
+from mfx.options.options import Options
 from mfx.program.chain_call import Momentum, Stream
 from mfx.program.rewritten import RewrittenGraph
 from mfx.program.shapes import stream_shapes
@@ -63,7 +63,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         return _explain_momentum_net(model, args, kwargs)
     forward = forward_of(model)
     if forward is None:
-        forward = RewrittenForward(net_of(model), check_options())
+        forward = RewrittenForward(net_of(model), Options())
     if forward.per_module:
         return _explain_parts(type(model).__name__, forward, _NOT_ONE_GRAPH if args or kwargs else "")
     entry = _entry(forward, args, kwargs)

@@ -249,7 +249,7 @@ def test_the_mode_is_the_inner_backends(given, monkeypatch):
         made.append((inner, settings))
         return to_function
 
-    monkeypatch.setattr(mfx.backend, "BackendCompiler", spy)
+    monkeypatch.setattr("mfx.compiler.backend.BackendCompiler", spy)
     torch.compile(Blocks(), backend=momentum, **given)(torch.randn(2, 5))
     assert made == [("inductor", {"mode": "reduce-overhead"})]
 

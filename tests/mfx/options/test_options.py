@@ -1,0 +1,51 @@
+"""Options are the arguments of `mfx.momentumize`, checked by themselves."""
+
+import inspect
+from dataclasses import fields, replace
+
+import pytest
+from torch import nn
+
+import mfx
+from mfx.options.options import Options
+
+
+def test_the_options_are_the_arguments_of_momentumize():
+    _, *arguments = inspect.signature(mfx.momentumize).parameters.values()
+    options = fields(Options)[: len(arguments)]
+    assert [(argument.name, argument.default) for argument in arguments] == [(o.name, o.default) for o in options]
+
+
+def test_a_copy_is_checked_like_the_first():
+    options = Options(only="blocks*", memory_budget="24GiB")
+    assert replace(options, within="encoder").selection.only == ("blocks*",)
+    with pytest.raises(mfx.MfxError, match="min_steps=0"):
+        replace(options, min_steps=0)
+
+
+def test_what_the_caller_changes_later_changes_nothing():
+    gamma, skip = {"*": 0.5}, ["head"]
+    options = Options(gamma=gamma, skip=skip)
+    gamma["*"], skip[0] = 2.0, "stem"
+    assert options.gamma == {"*": 0.5}
+    assert options.selection.skip == ("head",)
+
+
+def test_each_argument_reaches_its_option(monkeypatch):
+    given = {
+        "gamma": 0.5,
+        "velocity": "residual",
+        "arithmetic": "float",
+        "memory_budget": 0.25,
+        "recompute": "all",
+        "min_steps": 3,
+        "only": ("encoder",),
+        "skip": ("head",),
+        "capture": "dynamo",
+        "example_inputs": {"x": 1},
+        "verify": "raise",
+    }
+    monkeypatch.setattr("mfx.api.rewritten", lambda model, options: options)
+    options = mfx.momentumize(nn.Identity(), **given)
+    assert {name: getattr(options, name) for name in given} == given
+    assert options.example_call == ((), {"x": 1})
