@@ -18,6 +18,18 @@ def listed(names: list[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
+def shorten(text: str, characters: int) -> str:
+    """Return a text with its middle cut out if it is too long: the ends of paths tell most.
+
+    >>> shorten("encoder.layers.encoder_layer_11", 15)
+    'encoder…ayer_11'
+    """
+    if len(text) <= characters:
+        return text
+    half = (characters - 1) // 2
+    return f"{text[: characters - 1 - half]}…{text[-half:]}"
+
+
 def without_chains(model: nn.Module) -> str:
     """What to say of a model in which there is nothing to rewrite."""
     return (

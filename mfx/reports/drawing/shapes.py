@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mfx.reports.drawing.boxes import Box, ChainBox, Fold, ModuleBox, StepLine, ValueBox
-from mfx.reports.markup import attribute, escape, fit, width
+from mfx.reports.markup import attribute, escape, width
+from mfx.text import shorten
 
 FONT = 13.0
 _SMALL = 11.0
@@ -61,18 +62,18 @@ def line(x: float, y: float, text: str, style: str = "", *, anchor: str = "start
 
 
 def _value(box: ValueBox) -> Shape:
-    name = fit(box.name, _CHARACTERS)
+    name = shorten(box.name, _CHARACTERS)
     across = width(name, FONT) + 3 * _PAD
     rectangle = f'<rect class="value" width="{across:g}" height="26" rx="13"/>'
     return Shape(across, 26, (rectangle, line(across / 2, 17.5, name, anchor="middle")))
 
 
 def _module(box: ModuleBox) -> Shape:
-    name, kind = fit(box.name, _CHARACTERS - 14), fit(box.kind, 24)
+    name, kind = shorten(box.name, _CHARACTERS - 14), shorten(box.kind, 24)
     across = width(f"{name}  {kind}".strip(), FONT) + 2 * _PAD
     text = f'{escape(name)}<tspan class="dim">  {escape(kind)}</tspan>'
     elements = (
-        f"<title>{escape(fit(box.about, 1000))}</title>",
+        f"<title>{escape(shorten(box.about, 1000))}</title>",
         f'<rect class="box" width="{across:g}" height="28" rx="4"/>',
         f'<text x="{_PAD:g}" y="18.5">{text}</text>',
     )
@@ -81,7 +82,7 @@ def _module(box: ModuleBox) -> Shape:
 
 def _chain(box: ChainBox) -> Shape:
     folds = [_fold(fold) for fold in box.folds]
-    name, facts = fit(box.name, _CHARACTERS), fit(box.facts, 76)
+    name, facts = shorten(box.name, _CHARACTERS), shorten(box.facts, 76)
     across = max(width(name, FONT), width(facts, _SMALL), *(fold.width for fold in folds)) + 2 * _PAD
     y = 46.0
     inside = []
@@ -108,7 +109,7 @@ def _fold(fold: Fold) -> Shape:
         elements.append(drawn.at(left, y))
         y += drawn.height
         across = max(across, drawn.width)
-    place = fit(fold.place or "the model itself", _CHARACTERS + 8)
+    place = shorten(fold.place or "the model itself", _CHARACTERS + 8)
     elements.append(line(left, y + 11, place, "small"))
     if fold.count > 1:
         elements.append(line(left - 14, (y + 4) / 2 + 4.5, f"×{fold.count}", "count", anchor="end"))
@@ -117,8 +118,8 @@ def _fold(fold: Fold) -> Shape:
 
 
 def _row(row: StepLine) -> Shape:
-    text = fit(row.text, _CHARACTERS)
-    elements = [f"<g><title>{escape(row.text)} ({escape(fit(row.about, 1000))})</title>{line(0, 14.5, text)}</g>"]
+    text = shorten(row.text, _CHARACTERS)
+    elements = [f"<g><title>{escape(row.text)} ({escape(shorten(row.about, 1000))})</title>{line(0, 14.5, text)}</g>"]
     y, across = _LINE, width(text, FONT)
     for box in row.inner:
         drawn = _chain(box)

@@ -14,13 +14,13 @@ from mfx.reports.explain.estimate import Estimate
 from mfx.reports.explain.notebook import page
 from mfx.reports.explain.tables import (
     Contents,
-    chain_rows,
+    chain_table,
     groups,
     headline,
-    memory_rows,
+    memory_table,
     policies,
     sources,
-    step_rows,
+    step_table,
 )
 from mfx.reports.explain.terminal import text
 from mfx_passes import Rejection
@@ -63,10 +63,10 @@ class Explanation:
         chains = self.chains
         return Contents(
             headline=headline(self.model, chains, self.rejections),
-            chains=chain_rows(chains),
+            chains=chain_table(chains),
             sources=[(chain.name, sources(chain)) for chain in chains],
-            steps=[(chain.name, step_rows(chain)) for chain in chains],
-            memory=memory_rows(chains, self.estimate),
+            steps=[(chain.name, step_table(chain)) for chain in chains],
+            memory=memory_table(chains, self.estimate),
             unpredicted=self.unpredicted,
             policies=policies(chains),
             advice=self.advice,

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from html import escape
+from collections.abc import Iterable
 
-from mfx.reports.explain.tables import CHAINS, MEMORY, STEPS, Contents, RejectedGroup, Rows
+from mfx.reports.explain.tables import Contents, RejectedGroup
+from mfx.reports.markup import Markup, element, joined
+from mfx.reports.table import Table
 
 _STYLE = """
 .mfx{color:inherit;background:transparent;font-size:.95em}
@@ -19,51 +20,43 @@ _STYLE = """
 """
 
 
-def page(contents: Contents) -> str:
+def page(contents: Contents) -> Markup:
     """Return the tables as HTML, with every name escaped."""
-    parts = [
-        f"<strong>{escape(contents.headline)}</strong>",
-        _table(CHAINS, contents.chains),
-        _table(MEMORY, contents.memory, "number"),
+    return element(
+        "div",
+        element("style", Markup(_STYLE)),
+        element("strong", contents.headline),
+        _table(contents.chains),
+        _table(contents.memory, "number"),
         _paragraph("memory could not be predicted", contents.unpredicted),
-        _list("kept between forward and backward", (f"{name}: {policy}" for name, policy in contents.policies)),
+        _list("kept between forward and backward", [f"{name}: {policy}" for name, policy in contents.policies]),
         _list("what could be done", contents.advice),
         _rejections(contents.rejections),
         _paragraph("hooks on these modules do not run", ", ".join(contents.flat)),
-        *(_steps(name, rows) for name, rows in contents.steps),
-    ]
-    return f'<div class="mfx"><style>{_STYLE}</style>{"".join(parts)}</div>'
+        *(element("details", element("summary", f"steps of {name}"), _table(steps)) for name, steps in contents.steps),
+        class_="mfx",
+    )
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], style: str = "") -> str:
-    if not rows:
-        return ""
-    body = "".join(_row(row, "td") for row in rows)
-    return f'<div class="wide"><table class="{style}">{_row(head, "th")}{body}</table></div>'
+def _table(table: Table, style: str = "") -> Markup | None:
+    return element("div", table.html(style), class_="wide") if table.rows else None
 
 
-def _row(cells: Iterable[str], tag: str) -> str:
-    return f"<tr>{''.join(f'<{tag}>{escape(cell)}</{tag}>' for cell in cells)}</tr>"
+def _paragraph(title: str, what: str) -> Markup | None:
+    return element("p", f"{title}: {what}") if what else None
 
 
-def _paragraph(title: str, what: str) -> str:
-    return f"<p>{escape(title)}: {escape(what)}</p>" if what else ""
+def _list(title: str, items: Iterable[str]) -> Markup | None:
+    found = [element("li", item) for item in items]
+    return joined(element("p", f"{title}:"), element("ul", *found)) if found else None
 
 
-def _list(title: str, items: Iterable[str]) -> str:
-    found = "".join(f"<li>{escape(item)}</li>" for item in items)
-    return f"<p>{escape(title)}:</p><ul>{found}</ul>" if found else ""
+def _rejections(groups: Iterable[RejectedGroup]) -> Markup | None:
+    found = [_group(group) for group in groups]
+    return joined(element("p", "left as they are:"), *found) if found else None
 
 
-def _rejections(groups: Iterable[RejectedGroup]) -> str:
-    found = []
-    for group in groups:
-        to_do = f"<br><small>to do: {escape(group.remedy)}</small>" if group.remedy else ""
-        places = "".join(f"<li>{escape(place)}</li>" for place in group.places)
-        summary = f"{len(group.places)} × {escape(group.reason)}{to_do}"
-        found.append(f"<details><summary>{summary}</summary><ul>{places}</ul></details>")
-    return f"<p>left as they are:</p>{''.join(found)}" if found else ""
-
-
-def _steps(chain: str, rows: Rows) -> str:
-    return f"<details><summary>steps of {escape(chain)}</summary>{_table(STEPS, rows)}</details>"
+def _group(group: RejectedGroup) -> Markup:
+    to_do = joined(Markup("<br>"), element("small", f"to do: {group.remedy}")) if group.remedy else None
+    summary = element("summary", f"{len(group.places)} × {group.reason}", to_do)
+    return element("details", summary, element("ul", *(element("li", place) for place in group.places)))

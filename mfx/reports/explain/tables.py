@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from mfx.reports.explain.data import ExplainedChain
 from mfx.reports.explain.estimate import Estimate
+from mfx.reports.table import Table
 from mfx.text import amount, count, ratio, size
 from mfx_passes import Rejection
 
-CHAINS = ("chain", "steps", "kind", "gamma", "arithmetic", "weights of the branches", "state")
-MEMORY = ("alive between forward and backward", "plain", "mfx", "", "recomputed")
-STEPS = ("step", "weight", "also reads", "source")
+_CHAINS = ("chain", "steps", "kind", "gamma", "arithmetic", "weights of the branches", "state")
+_MEMORY = ("alive between forward and backward", "plain", "mfx", "", "recomputed")
+_STEPS = ("step", "weight", "also reads", "source")
 
 Rows = list[tuple[str, ...]]
 
@@ -34,10 +35,10 @@ class Contents:
 
     Attributes:
         headline: what was found, in one line.
-        chains: one row per chain, under ``CHAINS``.
+        chains: one row per chain.
         sources: name of each chain, and where its steps lie.
-        steps: name of each chain, and one row per step, under ``STEPS``.
-        memory: what a training step takes, under ``MEMORY``.
+        steps: name of each chain, and a table with one row per step.
+        memory: what a training step takes.
         unpredicted: why nothing could be said of memory although there were inputs.
         policies: name of each chain with known shapes, and what it keeps of its stream.
         advice: what could be done.
@@ -46,10 +47,10 @@ class Contents:
     """
 
     headline: str
-    chains: Rows
+    chains: Table
     sources: Rows
-    steps: list[tuple[str, Rows]]
-    memory: Rows
+    steps: list[tuple[str, Table]]
+    memory: Table
     unpredicted: str
     policies: Rows
     advice: tuple[str, ...]
@@ -66,9 +67,9 @@ def headline(model: str, chains: Sequence[ExplainedChain], rejections: Sequence[
     )
 
 
-def chain_rows(chains: Iterable[ExplainedChain]) -> Rows:
-    """Return one row per chain, under ``CHAINS``."""
-    return [
+def chain_table(chains: Iterable[ExplainedChain]) -> Table:
+    """Return a table with one row per chain."""
+    rows = [
         (
             chain.name,
             str(len(chain.steps)),
@@ -80,12 +81,13 @@ def chain_rows(chains: Iterable[ExplainedChain]) -> Rows:
         )
         for chain in chains
     ]
+    return Table(_CHAINS, rows)
 
 
-def memory_rows(chains: Iterable[ExplainedChain], estimate: Estimate | None) -> Rows:
-    """Return what a training step takes, under ``MEMORY``: by chain, then all of it, then the peak."""
+def memory_table(chains: Iterable[ExplainedChain], estimate: Estimate | None) -> Table:
+    """Return what a training step takes: by chain, then all of it, then the peak."""
     if estimate is None:
-        return []
+        return Table(_MEMORY, ())
     plain, momentum = estimate.plain, estimate.momentum
     rows = [
         _bytes(chain.name, chain.memory.plain, chain.memory.kept, amount(chain.memory.recomputed, "FLOP"))
@@ -96,7 +98,7 @@ def memory_rows(chains: Iterable[ExplainedChain], estimate: Estimate | None) -> 
     share = f" (+{extra / plain.flops:.0%})" if plain.flops else ""
     rows.append(_bytes("all of the model", plain.kept, momentum.kept, f"{amount(extra, 'FLOP')}{share}"))
     rows.append(_bytes("peak, in the backward pass", plain.peak, momentum.peak, ""))
-    return rows
+    return Table(_MEMORY, rows, numbers=4)
 
 
 def policies(chains: Iterable[ExplainedChain]) -> Rows:
@@ -118,12 +120,13 @@ def sources(chain: ExplainedChain) -> str:
     return f"{' … '.join(dict.fromkeys((paths[0], paths[-1])))}{where}"
 
 
-def step_rows(chain: ExplainedChain) -> Rows:
-    """Return one row per step of a chain, under ``STEPS``."""
-    return [
+def step_table(chain: ExplainedChain) -> Table:
+    """Return a table with one row per step of a chain."""
+    rows = [
         (step.path, f"{weight:.3f}", ", ".join(step.captures), short_place(step.source))
         for step, weight in zip(chain.steps, chain.weights, strict=True)
     ]
+    return Table(_STEPS, rows)
 
 
 def short_place(source: str) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from mfx.reports.markup import Markup, element, joined
 from mfx.reports.page.memory_lines import legend, lines
-from mfx.reports.profile.result import Profile
-from mfx.reports.profile.rows import ProfileRow
-from mfx.text import amount, count, duration, ratio, size
+from mfx.reports.profile.result import Profile, measures, notes_of
+from mfx.reports.table import Table
+from mfx.text import amount, count, ratio, size
 
 _ROWS = 40  # places shown per reason
 _NOTHING = "–"
@@ -59,9 +58,9 @@ def memory(profile: Profile | None, why_not: str) -> Markup:
     if profile is None:
         return joined(element("h2", "Memory over time"), element("p", f"Not measured: {why_not}", class_="dim"))
     head = ("way to train", "kept", "peak", "time", "FLOPs")
-    body = [_measured(row, profile.rows[0]) for row in profile.rows]
-    notes = [f"{row.name}: {row.note}" for row in profile.rows if row.note]
-    notes += [f"{name}: not measured: {reason}" for name, reason in profile.skipped]
+    first = profile.rows[0]
+    body = [(row.name, *map(" · ".join, measures(row, first))) for row in profile.rows]
+    notes = notes_of(profile)
     return joined(
         element("h2", "Memory over time"),
         element("figure", lines(profile.rows), legend(profile.rows)),
@@ -71,7 +70,7 @@ def memory(profile: Profile | None, why_not: str) -> Markup:
             f"gradients do not count. A ring marks the end of the forward pass. Times: median of {profile.repeats}.",
             class_="dim",
         ),
-        _table(head, body, numbers=4),
+        Table(head, body, numbers=4).page(),
         element("ul", *(element("li", note) for note in notes)) if notes else None,
     )
 
@@ -80,7 +79,7 @@ def chains(found: Mapping[str, Any], text: str) -> Markup:
     """One row per chain; what could be done; and all that `mfx.explain` says."""
     head = ("chain", "state", "arithmetic", "steps", "γ", "branches count", "plain keeps", "mfx keeps", "recomputes")
     rows = [_chain(chain) for chain in found["chains"]]
-    table = _table(head, rows, numbers=6) if rows else element("p", "None.", class_="dim")
+    table = Table(head, rows, numbers=6).page() if rows else element("p", "None.", class_="dim")
     advice = [element("li", advice) for advice in found.get("advice", ())]
     return joined(
         element("h2", "Chains"),
@@ -115,19 +114,6 @@ def code(title: str, text: str) -> Markup:
 
 def _card(number: str, about: str) -> Markup:
     return element("div", element("b", number), about, class_="card")
-
-
-def _measured(row: ProfileRow, first: ProfileRow) -> tuple[str, ...]:
-    cells = [row.name]
-    for name, shown in (
-        ("kept_bytes", size),
-        ("peak_bytes", size),
-        ("seconds", duration),
-        ("flops", partial(amount, unit="FLOP")),
-    ):
-        value = getattr(row, name)
-        cells.append(f"{shown(value)} · {ratio(value, getattr(first, name))}")
-    return tuple(cells)
 
 
 def _chain(chain: Mapping[str, Any]) -> tuple[str, ...]:
@@ -166,18 +152,3 @@ def _reason(reason: str, places: Sequence[Mapping[str, Any]]) -> Markup:
 def _place(place: Mapping[str, Any]) -> list[str]:
     where = ", ".join(filter(None, (place.get("path"), place.get("source"))))
     return [f" in {where}"] if where else []
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], *, numbers: int) -> Markup:
-    """A table whose last columns are numbers."""
-    first = len(head) - numbers  # a narrow page shows the labels beside the cells
-
-    def cell(tag: str, position: int, text: str) -> Markup:
-        kind = "name" if position == 0 else "number" if position >= first else None
-        return element(tag, text, class_=kind, data_label=head[position])
-
-    def cells(tag: str, row: Sequence[str]) -> Markup:
-        return element("tr", *(cell(tag, position, text) for position, text in enumerate(row)))
-
-    body = element("tbody", *(cells("td", row) for row in rows))
-    return element("div", element("table", element("thead", cells("th", head)), body), class_="wide")

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import html
 import textwrap
 from dataclasses import asdict, dataclass
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mfx.reports.markup import Markup, element, joined
 from mfx.reports.profile.rows import ProfileRow
+from mfx.reports.table import WIDTH, Table
 from mfx.text import amount, duration, ratio, size
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_WIDTH = 100
-_HEADER = ("variant", "kept", "", "peak", "", "time", "", "FLOPs", "")
+_HEAD = ("variant", "kept", "", "peak", "", "time", "", "FLOPs", "")
 
 
 @dataclass(frozen=True)
@@ -43,9 +44,9 @@ class Profile:
 
     def table(self) -> str:
         """The variants as lines of text, with ratios to the first."""
-        lines = [self._headline(), "", *_aligned([_HEADER, *map(self._cells, self.rows)]), ""]
-        for name, note in self._notes():
-            lines += textwrap.wrap(f"{name}: {note}", _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
+        lines = [self._headline(), "", *self._table().lines(), ""]
+        for note in notes_of(self):
+            lines += textwrap.wrap(note, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
         return "\n".join(lines).rstrip()
 
     def plot(self, path: str | Path | None = None) -> Figure:
@@ -76,37 +77,28 @@ class Profile:
         }
 
     def _repr_html_(self) -> str:
-        rows = [_html_row("th", _HEADER), *(_html_row("td", self._cells(row)) for row in self.rows)]
-        notes = [f"<br><small>{html.escape(f'{name}: {note}')}</small>" for name, note in self._notes()]
-        return f"<p>{html.escape(self._headline())}</p><table>{''.join(rows)}</table><p>{''.join(notes)}</p>"
+        notes = [joined(Markup("<br>"), element("small", note)) for note in notes_of(self)]
+        return joined(element("p", self._headline()), self._table().html(), element("p", *notes))
 
     def _headline(self) -> str:
         return f"{self.model}, one training step on {self.device}; ratios are to {self.rows[0].name}"
 
-    def _cells(self, row: ProfileRow) -> tuple[str, ...]:
-        first = self.rows[0]
-        return (
-            row.name,
-            *(size(row.kept_bytes), ratio(row.kept_bytes, first.kept_bytes)),
-            *(size(row.peak_bytes), ratio(row.peak_bytes, first.peak_bytes)),
-            *(duration(row.seconds), ratio(row.seconds, first.seconds)),
-            *(amount(row.flops, "FLOP"), ratio(row.flops, first.flops)),
-        )
-
-    def _notes(self) -> list[tuple[str, str]]:
-        """What is to be said of single variants."""
-        skipped = [(name, f"not measured: {reason}") for name, reason in self.skipped]
-        return [*((row.name, row.note) for row in self.rows if row.note), *skipped]
+    def _table(self) -> Table:
+        rows = [(row.name, *chain.from_iterable(measures(row, self.rows[0]))) for row in self.rows]
+        return Table(_HEAD, rows, numbers=len(_HEAD) - 1)
 
 
-def _aligned(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for name, *cells in rows:
-        numbers = (cell.rjust(width) for cell, width in zip(cells, widths[1:], strict=True))
-        lines.append("  ".join([name.ljust(widths[0]), *numbers]).rstrip())
-    return lines
+def measures(row: ProfileRow, first: ProfileRow) -> list[tuple[str, str]]:
+    """Return what a step takes, each with its ratio to that of the first row: kept, peak, time and FLOPs."""
+    return [
+        (size(row.kept_bytes), ratio(row.kept_bytes, first.kept_bytes)),
+        (size(row.peak_bytes), ratio(row.peak_bytes, first.peak_bytes)),
+        (duration(row.seconds), ratio(row.seconds, first.seconds)),
+        (amount(row.flops, "FLOP"), ratio(row.flops, first.flops)),
+    ]
 
 
-def _html_row(tag: str, cells: tuple[str, ...]) -> str:
-    return f"<tr>{''.join(f'<{tag}>{html.escape(cell)}</{tag}>' for cell in cells)}</tr>"
+def notes_of(profile: Profile) -> list[str]:
+    """Return what there is to say of single variants: what was run, or why nothing was."""
+    notes = [f"{row.name}: {row.note}" for row in profile.rows if row.note]
+    return notes + [f"{name}: not measured: {reason}" for name, reason in profile.skipped]

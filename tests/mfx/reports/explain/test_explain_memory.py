@@ -12,7 +12,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import mfx
-from mfx.reports.explain.tables import memory_rows
+from mfx.reports.explain.tables import memory_table
 from tests.mfx.models import ConvNet, Stack, images, inputs
 from tests.mfx.net.test_submodules import Branching
 
@@ -270,7 +270,7 @@ def test_models_in_parts_are_not_predicted():
 def test_a_notebook_shows_what_a_terminal_does():
     explanation = mfx.explain(Stack(depth=2), inputs())
     page, text = explanation._repr_html_(), str(explanation)
-    for row in memory_rows(explanation.chains, explanation.estimate):
+    for row in memory_table(explanation.chains, explanation.estimate).rows:
         assert "".join(f"<td>{cell}</td>" for cell in row) in page
         assert all(cell in text for cell in row)
     assert all(advice in page for advice in explanation.advice)
