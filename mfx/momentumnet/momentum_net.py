@@ -12,7 +12,7 @@ from torch.fx import Node, Proxy
 from mfx.net.state_dict import note_gamma
 from mfx.options.gamma import Gamma
 from mfx.options.options import Options
-from mfx.program.chain_call import Momentum
+from mfx.program.chain_call import Momentum, Stream
 from mfx.text import described
 from mfx_passes import ChainGraphs, MfxError, StepGraphs
 from mfx_passes.ir import Kind
@@ -117,6 +117,15 @@ class MomentumNet(nn.Module):
         """
         v0 = self.init_function(x) if self.init_speed and self.init_function is not None else None
         return self.chain(x, (args, kwargs), {"network": self.network}, v0)
+
+    def streams(self, x: Any = None, *_: Any, **__: Any) -> dict[str, Stream]:
+        """Return shape and dtype of the chain's state in a call with these arguments, by the chain's name.
+
+        Raises:
+            MfxError: x is not a floating-point tensor.
+        """
+        check_state(x)
+        return {self.chain.chain: (tuple(x.shape), x.dtype)}
 
     @property
     def gamma(self) -> float:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -14,18 +13,13 @@ from torch.fx import Graph
 from torch.utils import _pytree as pytree
 
 from mfx import compat
-from mfx.capture.arguments import bind
 from mfx.engine.memory.flops import FlopCounter
-from mfx.net.forward import RewrittenForward
+from mfx.net.views import Inputs, View
 from mfx.program.chain_call import Momentum
-from mfx.program.codegen import GraphCompiler, to_function
+from mfx.program.codegen import to_function
 from mfx.program.memory_plans import NetPlans
-from mfx.program.rewritten import RewrittenGraph
 from mfx.program.shapes import shadow_of, undivided
 from mfx.reports.explain.rehearsal import Observer, Rehearsed
-
-Calls = Mapping[str, Momentum]
-Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -64,45 +58,25 @@ class Estimate:
     held: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Rehearsal:
-    """What is rehearsed.
-
-    Attributes:
-        net: the model.
-        calls: its momentum calls, by name.
-        run: runs a copy of the model, with these calls in the place of its own, on arguments; what lies between the
-            calls by functions that a compiler makes.
-        reruns_rest: whether what lies between the calls runs again in the backward pass, too.
-    """
-
-    net: nn.Module
-    calls: Calls
-    run: Callable[[nn.Module, Calls, Inputs, GraphCompiler], Any]
-    reruns_rest: bool = False
-
-
-def estimate(
-    subject: Rehearsal, args: tuple[Any, ...], kwargs: Mapping[str, Any], optional: tuple[str, ...] = ()
-) -> Estimate:
+def estimate(view: View, args: tuple[Any, ...], kwargs: Mapping[str, Any], optional: tuple[str, ...] = ()) -> Estimate:
     """Rehearse a training step on tensors without values, which takes neither their memory nor their time.
 
     The backward pass starts at the loss, if the output names one, else at the output's first entry. Whatever device the
     tensors are on, the operations are those of a CPU.
 
     Args:
-        subject: what to rehearse, in the training mode that it is in.
+        view: the graph to rehearse, in the training mode that its module is in.
         args: arguments of the call; any device, meta too.
         kwargs: arguments by name.
         optional: keys of the output that the user might do without.
     """
-    plans = _plans(subject.calls.values())
+    plans = _plans(view.all_calls.values())
     if plans is not None:  # the first step keeps as little as can be, and shows what is to be had for the budget
-        _Stage(subject, args, kwargs, plans=plans).training_step()
-    usage, output_keys = _Stage(subject, args, kwargs, plans=plans).training_step()
-    plain = _Stage(subject, args, kwargs, plain=True).training_step()[0] if subject.calls else usage
+        _Stage(view, args, kwargs, plans=plans).training_step()
+    usage, output_keys = _Stage(view, args, kwargs, plans=plans).training_step()
+    plain = _Stage(view, args, kwargs, plain=True).training_step()[0] if view.all_calls else usage
     wanted = tuple(key for key in optional if key in output_keys)
-    return Estimate(plain, usage, _Stage(subject, args, kwargs, plans=plans).held(wanted) if wanted else {})
+    return Estimate(plain, usage, _Stage(view, args, kwargs, plans=plans).held(wanted) if wanted else {})
 
 
 def _plans(calls: Iterable[Momentum]) -> NetPlans | None:
@@ -110,50 +84,12 @@ def _plans(calls: Iterable[Momentum]) -> NetPlans | None:
     return next((NetPlans(call.budget) for call in calls if call.plans is not None), None)
 
 
-def of_entry(forward: RewrittenForward, entry: RewrittenGraph) -> Rehearsal:
-    """A net, by one of its rewritten graphs."""
-    inner = _calls_in(forward.net)  # of momentum nets that the user put into the model
-
-    def run(net: nn.Module, calls: Calls, inputs: Inputs, compiler: GraphCompiler) -> Any:
-        args, kwargs = inputs
-        _put(net, {path: calls[f"{path}()"] for path in inner})
-        own = copy.copy(entry)
-        own.calls = {name: calls[name] for name in entry.calls}
-        if entry.captured.frame is not None:
-            return own.call(net, args, kwargs, compiler)
-        return own.run(net, bind(net, forward.__signature__, args, kwargs), compiler)
-
-    calls = {**{f"{path}()": call for path, call in inner.items()}, **entry.calls}
-    return Rehearsal(forward.net, calls, run, entry.recompute_between)
-
-
-def of_module(module: nn.Module) -> Rehearsal:
-    """A module that holds its momentum calls: a graph module that was rewritten, a momentum net."""
-
-    def run(net: nn.Module, calls: Calls, inputs: Inputs, compiler: GraphCompiler) -> Any:
-        args, kwargs = inputs
-        _put(net, calls)
-        return net(*args, **kwargs)
-
-    return Rehearsal(module, _calls_in(module), run)
-
-
-def _calls_in(net: nn.Module) -> dict[str, Momentum]:
-    """The momentum calls that are modules in a net, by path."""
-    return {path: inner for path, inner in net.named_modules() if isinstance(inner, Momentum)}
-
-
-def _put(net: nn.Module, calls: Calls) -> None:
-    for path, call in calls.items():
-        net.set_submodule(path, call)
-
-
 class _Stage:
     """A copy of a model and of a call's arguments, all of tensors without values, and an observer."""
 
     def __init__(
         self,
-        subject: Rehearsal,
+        view: View,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         *,
@@ -166,17 +102,17 @@ class _Stage:
             def fake(tensor: Tensor) -> Tensor:
                 return fakes.setdefault(id(tensor), self._fake(undivided(tensor)))
 
-            self._net = shadow_of(subject.net, fake)
+            self._net = shadow_of(view.module, fake)
             self._inputs: Inputs = pytree.tree_map_only(Tensor, fake, (args, dict(kwargs)))
         own = [*self._net.parameters(), *self._net.buffers()]
         self._trained = [tensor for tensor in own if tensor.requires_grad]
         self._counter = FlopCounter()
         self._observer = Observer(own, self._counter)
         self._calls = {
-            name: Rehearsed(call, self._observer, plain=plain, plans=plans) for name, call in subject.calls.items()
+            name: Rehearsed(call, self._observer, plain=plain, plans=plans) for name, call in view.all_calls.items()
         }
         self._plans = plans
-        self._subject = subject
+        self._view = view
 
     def training_step(self) -> tuple[Usage, tuple[str, ...]]:
         """What a training step takes, and the keys of the output."""
@@ -208,11 +144,11 @@ class _Stage:
         return freed
 
     def _run(self) -> Any:
-        subject = self._subject
-        compiler = self._watched if subject.reruns_rest else to_function
+        view = self._view
+        compiler = self._watched if view.recompute_between else to_function
         passing = nullcontext() if self._plans is None else self._plans.forward_pass("rehearsal")
-        with passing, self._observer.in_call(subject.reruns_rest):
-            return subject.run(self._net, self._calls, self._inputs, compiler)
+        with passing, self._observer.in_call(view.recompute_between):
+            return view.run(self._net, self._calls, self._inputs, compiler)
 
     def _watched(self, graph: Graph) -> Callable[..., Any]:
         return self._observer.step("", to_function(graph))

@@ -1,34 +1,24 @@
-"""Which chains a model has, which residual adds are in none and why."""
+"""Explains which chains a model has, which residual adds are in none and why."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
-from mfx.api import graphs
-from mfx.capture.captured import CaptureError
 from mfx.compat import compiled_model
-from mfx.compiler.compiled_graphs import found_for, named_graphs
-from mfx.modules.tree_copy import net_of
-from mfx.momentumnet.momentum_net import MomentumNet, check_state
-from mfx.net.forward import RewrittenForward, forward_of
-from mfx.options.options import Options
-from mfx.program.chain_call import Momentum, Stream
-from mfx.program.rewritten import RewrittenGraph
-from mfx.program.shapes import stream_shapes
+from mfx.net.views import View, views_of
+from mfx.program.chain_call import Momentum
 from mfx.reports.explain.advice import OPTIONAL_OUTPUTS
 from mfx.reports.explain.data import ChainMemory, ExplainedChain, ExplainedStep
-from mfx.reports.explain.estimate import Estimate, Rehearsal, estimate, of_entry, of_module
+from mfx.reports.explain.estimate import Estimate, estimate
 from mfx.reports.explain.explanation import Explanation
 from mfx.reports.explain.storage import explain_storage
 from mfx.text import described
-from mfx_passes import Findings, MfxError, Rejection, StepGraphs, find_chains
+from mfx_passes import MfxError, StepGraphs
 from mfx_passes.ir import source_line
-from mfx_passes.rewrite.portable_graph import copy_graph
 
 _NOT_REHEARSED = "compiled graphs are not rehearsed; mfx.explain the model that was compiled"
 _NOT_ONE_GRAPH = "the model cannot be captured as one graph, so its modules are rewritten each on its own"
@@ -51,127 +41,47 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     """
     if not isinstance(model, nn.Module):
         raise MfxError(f"explain takes a torch.nn.Module, not {described(model)}.")
-    compiled = compiled_model(model)
-    if compiled is not None:
-        if forward_of(compiled) is not None:
-            return explain(compiled, *args, **kwargs)
-        return _explain_compiled(compiled, _NOT_REHEARSED if args or kwargs else "")
-    calls = [module for module in model.modules() if isinstance(module, Momentum)]
-    if isinstance(model, fx.GraphModule) and calls:
-        return _explain_graph_module(model, calls, args, kwargs)
-    if isinstance(model, MomentumNet):
-        return _explain_momentum_net(model, args, kwargs)
-    forward = forward_of(model)
-    if forward is None:
-        forward = RewrittenForward(net_of(model), Options())
-    if forward.per_module:
-        return _explain_parts(type(model).__name__, forward, _NOT_ONE_GRAPH if args or kwargs else "")
-    entry = _entry(forward, args, kwargs)
-    findings = entry.findings(forward.net, forward.options)
-    streams = (
-        stream_shapes(forward.net, forward.__signature__, forward.options, entry, args, kwargs)
-        if args or kwargs
-        else {}
+    views = views_of(model, args, kwargs, "mfx.explain(model, *inputs)")
+    predicted, unpredicted = _predict(model, views, args, kwargs) if args or kwargs else (None, "")
+    chains = {
+        (view.path, name, len(call.graphs.steps)): _explain_chain(view, call, predicted)
+        for view in views
+        for name, call in view.calls.items()
+    }  # a chain that several compiled graphs have counts once, and so does a rejection
+    rejections = {(view.path, str(refused)): refused for view in views for refused in view.findings().rejections}
+    return Explanation(
+        type(_written(model)).__name__,
+        tuple(sorted(chains.values(), key=lambda chain: chain.name)),
+        tuple(rejections.values()),
+        views[0].graphs() if views else {},
+        tuple(path for view in views if view.is_whole for path in view.flat),
+        predicted,
+        unpredicted,
     )
-    found = _Found(type(model).__name__, entry.calls.values(), findings, forward.graphs(), entry.flat, streams)
-    return found.explained(*_predict(of_entry(forward, entry), args, kwargs))
 
 
-def _explain_parts(name: str, whole: RewrittenForward, unpredicted: str) -> Explanation:
-    """A net that is rewritten module by module: what its last call found in each."""
-    chains: list[ExplainedChain] = []
-    rejections: list[Rejection] = []
-    for part in whole.parts():
-        if part.active is not None:
-            findings = part.active.findings(part.net, part.options)
-            explained = _Found(name, part.active.calls.values(), findings, {}, part.active.flat, {}).explained()
-            chains += explained.chains
-            rejections += explained.rejections
-    chains.sort(key=lambda chain: chain.name)
-    return Explanation(name, tuple(chains), tuple(rejections), whole.graphs(), (), unpredicted=unpredicted)
+def _written(model: nn.Module) -> nn.Module:
+    """Return the model as the user wrote it, without ``torch.compile`` around it."""
+    compiled = compiled_model(model)
+    return model if compiled is None else compiled
 
 
-def _explain_compiled(model: nn.Module, unpredicted: str) -> Explanation:
-    """What the backend "mfx" found in each graph that TorchDynamo made of a model; a chain in several of them, once."""
-    chains: dict[tuple[str, int], ExplainedChain] = {}
-    rejections: dict[str, Rejection] = {}
-    for graph in found_for(model):
-        findings = graph.rewritten.findings(graph.net, graph.options)
-        found = _Found("", graph.rewritten.calls.values(), findings, {}, graph.rewritten.flat, {}).explained()
-        chains |= {(chain.name, len(chain.steps)): chain for chain in found.chains}
-        rejections |= {str(rejection): rejection for rejection in found.rejections}
-    ordered = tuple(sorted(chains.values(), key=lambda chain: chain.name))
-    every = tuple(rejections.values())
-    return Explanation(type(model).__name__, ordered, every, named_graphs(model), (), unpredicted=unpredicted)
-
-
-def _explain_graph_module(
-    module: fx.GraphModule, calls: Iterable[Momentum], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> Explanation:
-    """A graph module that was rewritten already: its chains are gone from the graph, and lie in the calls."""
-    findings = find_chains(copy_graph(module.graph), dict(module.named_modules()))
-    found = _Found(type(module).__name__, calls, findings, graphs(module), (), {})
-    return found.explained(*_predict(of_module(module), args, kwargs))
-
-
-def _explain_momentum_net(net: MomentumNet, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Explanation:
-    streams = {}
-    if args or kwargs:
-        x: Any = args[0] if args else kwargs.get("x")
-        check_state(x)
-        streams[net.chain.chain] = tuple(x.shape), x.dtype
-    found = _Found(type(net).__name__, [net.chain], Findings(), {}, (), streams)
-    return found.explained(*_predict(of_module(net), args, kwargs))
-
-
-def _predict(subject: Rehearsal, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Estimate | None, str]:
-    """What a training step takes, or why that cannot be said."""
-    if not args and not kwargs:
-        return None, ""
+def _predict(
+    model: nn.Module, views: Sequence[View], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Estimate | None, str]:
+    """Return what a training step takes, or why that cannot be said."""
+    if not views or not views[0].is_whole:
+        return None, _NOT_ONE_GRAPH if compiled_model(model) is None else _NOT_REHEARSED
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they are a real step's to give
-            return estimate(subject, args, kwargs, tuple(OPTIONAL_OUTPUTS)), ""
+            warnings.simplefilter("ignore")  # a real step gives them
+            return estimate(views[0], args, kwargs, tuple(OPTIONAL_OUTPUTS)), ""
     except Exception as error:  # whatever goes wrong on tensors without values may go well on real ones
         return None, f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
-@dataclass(frozen=True)
-class _Found:
-    """What is known of a model before anything is predicted."""
-
-    name: str
-    calls: Iterable[Momentum]
-    findings: Findings
-    graphs: Mapping[str, fx.GraphModule]
-    flat: tuple[str, ...]
-    streams: Mapping[str, Stream]
-
-    def explained(self, found: Estimate | None = None, unpredicted: str = "") -> Explanation:
-        chains = [_explain_chain(call, self.streams.get(call.chain, call.stream), found) for call in self.calls]
-        chains.sort(key=lambda chain: chain.name)
-        rejections = tuple(self.findings.rejections)
-        return Explanation(self.name, tuple(chains), rejections, self.graphs, self.flat, found, unpredicted)
-
-
-def _entry(forward: RewrittenForward, args: Any, kwargs: Any) -> RewrittenGraph:
-    """The graph for these inputs, else the one that was run last, else that for default arguments."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="mfx: ")  # what they say is in the explanation
-        if args or kwargs:
-            return forward.entry_for(*args, **kwargs)
-        active = forward.active
-        if active is not None and active.holds():
-            return active
-        try:
-            return forward.prepare()
-        except CaptureError as error:
-            raise CaptureError(
-                f"With inputs, mfx.explain(model, *inputs), TorchDynamo is asked, too. Without: {error}"
-            ) from error
-
-
-def _explain_chain(call: Momentum, stream: Stream | None, found: Estimate | None) -> ExplainedChain:
+def _explain_chain(view: View, call: Momentum, found: Estimate | None) -> ExplainedChain:
+    stream = view.streams.get(call.chain, call.stream)
     steps = tuple(_explain_step(step) for step in call.graphs.steps)
     weights = branch_weights(len(steps), call.gamma.value, residual_start=call.velocity == "residual")
     storage = None if stream is None else explain_storage(call, *stream)

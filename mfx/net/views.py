@@ -1,0 +1,304 @@
+"""The graphs of a model, one view of each: the answer for explain, draw, profile and the command line."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+from torch import fx, nn
+from typing_extensions import override
+
+from mfx.capture.arguments import bind
+from mfx.capture.captured import CaptureError, signature_of
+from mfx.compat import compiled_model
+from mfx.compiler.compiled_graphs import found_for, named_graphs
+from mfx.modules.tree_copy import net_of
+from mfx.net.forward import RewrittenForward, forward_of
+from mfx.options.options import Options
+from mfx.program.chain_call import Momentum, Stream, holds_chain
+from mfx.program.codegen import GraphCompiler
+from mfx.program.rewritten import RewrittenGraph
+from mfx.program.shapes import stream_shapes
+from mfx_passes import Findings, find_chains
+from mfx_passes.rewrite.portable_graph import copy_graph
+
+Calls = Mapping[str, Momentum]
+Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class View(ABC):
+    """A graph that a model runs, with its momentum calls.
+
+    Attributes:
+        module: the module whose forward the graph is.
+        calls: the momentum calls, by name.
+        title: names the graph, where a model has several; else empty.
+        path: path of the module in the model.
+        streams: shape and dtype of the chains' states in the call in question, by chain name.
+        is_whole: True if the graph is all that a call of the model runs.
+    """
+
+    module: nn.Module
+    calls: Calls
+    title: str = ""
+    path: str = ""
+    streams: Mapping[str, Stream] = field(default_factory=dict)
+    is_whole: bool = True
+
+    @property
+    def all_calls(self) -> Calls:
+        """The momentum calls, and those of momentum nets inside the module."""
+        return _calls_in(self.module)
+
+    @property
+    def flat(self) -> tuple[str, ...]:
+        """Paths of modules whose own ``forward`` does not run, because their operations belong to several steps."""
+        return ()
+
+    @property
+    def recompute_between(self) -> bool:
+        """True if what lies between the chains runs again in the backward pass."""
+        return False
+
+    @abstractmethod
+    def findings(self) -> Findings:
+        """Return the chains and rejections of the graph before it was rewritten, found anew."""
+
+    @abstractmethod
+    def graph_module(self) -> fx.GraphModule:
+        """Return the rewritten graph as a module."""
+
+    @abstractmethod
+    def graphs(self) -> Mapping[str, fx.GraphModule]:
+        """Return all rewritten graphs that the model has so far, by training mode."""
+
+    def run(self, module: nn.Module, calls: Calls, inputs: Inputs, compiler: GraphCompiler) -> Any:
+        """Run a copy of the module, with other momentum calls in the place of ``all_calls``.
+
+        Args:
+            module: the copy.
+            calls: these calls, by name.
+            inputs: arguments of the call, and those by name.
+            compiler: makes functions of what lies between the calls.
+        """
+        _replace(module, calls)
+        args, kwargs = inputs
+        return module(*args, **kwargs)
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class GraphView(View):
+    """A rewritten graph of a net, of a module inside it, or of a compiled model.
+
+    Attributes:
+        graph: the rewritten graph.
+        options: how it was rewritten.
+        all_graphs: returns all rewritten graphs of the model.
+    """
+
+    graph: RewrittenGraph
+    options: Options
+    all_graphs: Callable[[], Mapping[str, fx.GraphModule]]
+
+    @property
+    @override
+    def all_calls(self) -> Calls:
+        return {**{f"{path}()": call for path, call in _calls_in(self.module).items()}, **self.calls}
+
+    @property
+    @override
+    def flat(self) -> tuple[str, ...]:
+        return self.graph.flat
+
+    @property
+    @override
+    def recompute_between(self) -> bool:
+        return self.graph.recompute_between
+
+    @override
+    def findings(self) -> Findings:
+        return self.graph.findings(self.module, self.options)
+
+    @override
+    def graph_module(self) -> fx.GraphModule:
+        return self.graph.graph_module(self.module)
+
+    @override
+    def graphs(self) -> Mapping[str, fx.GraphModule]:
+        return self.all_graphs()
+
+    @override
+    def run(self, module: nn.Module, calls: Calls, inputs: Inputs, compiler: GraphCompiler) -> Any:
+        _replace(module, {path: calls[f"{path}()"] for path in _calls_in(self.module)})
+        graph = copy.copy(self.graph)
+        graph.calls = {name: calls[name] for name in self.calls}
+        args, kwargs = inputs
+        if graph.captured.frame is not None:
+            return graph.call(module, args, kwargs, compiler)
+        return graph.run(module, bind(module, signature_of(self.module), args, kwargs), compiler)
+
+
+@dataclass(frozen=True, eq=False)
+class GraphModuleView(View):
+    """A graph module that was rewritten: its chains are gone from the graph and lie in the calls."""
+
+    module: fx.GraphModule
+
+    @override
+    def findings(self) -> Findings:
+        return find_chains(copy_graph(self.module.graph), dict(self.module.named_modules()))
+
+    @override
+    def graph_module(self) -> fx.GraphModule:
+        return self.module
+
+    @override
+    def graphs(self) -> Mapping[str, fx.GraphModule]:
+        return {"train" if self.module.training else "eval": self.module}
+
+
+class ChainView(View):
+    """A module that calls its chains itself, without a graph, as a `mfx.MomentumNet` does."""
+
+    @override
+    def findings(self) -> Findings:
+        return Findings()
+
+    @override
+    def graph_module(self) -> fx.GraphModule:
+        return fx.symbolic_trace(self.module)  # a momentum net refuses that, with the reason
+
+    @override
+    def graphs(self) -> Mapping[str, fx.GraphModule]:
+        return {}
+
+
+@runtime_checkable
+class HasStreams(Protocol):
+    """A module that calls its chains itself, and tells shape and dtype of their states."""
+
+    def streams(self, *args: Any, **kwargs: Any) -> Mapping[str, Stream]:
+        """Return shape and dtype of the chains' states in a call with these arguments, by chain name."""
+
+
+def views_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], usage: str) -> list[View]:
+    """Return a view of the graph that a call runs, or of each graph where there are several.
+
+    Without arguments, it is the graph that ran last, else that for default arguments. A model that is not momentumized
+    is captured and rewritten as `mfx.momentumize` does by default.
+
+    Args:
+        model: any module.
+        args: arguments of the call.
+        kwargs: arguments by name.
+        usage: how the user gives arguments, for the message of an error.
+
+    Raises:
+        MfxError: the model cannot be captured.
+    """
+    compiled = compiled_model(model)
+    if compiled is not None:
+        return _of_compiled(compiled) if forward_of(compiled) is None else views_of(compiled, args, kwargs, usage)
+    given = bool(args or kwargs)
+    if isinstance(model, fx.GraphModule) and (calls := _calls_in(model)):
+        return [GraphModuleView(model, calls)]
+    if holds_chain(model):
+        streams = model.streams(*args, **kwargs) if given and isinstance(model, HasStreams) else {}
+        return [ChainView(model, _own_calls(model), streams=streams)]
+    forward = forward_of(model) or RewrittenForward(net_of(model), Options())
+    if forward.per_module:
+        return _of_modules(forward)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="mfx: ")  # an explanation says what they say
+        graph = _graph_for(forward, args, kwargs, usage)
+        streams = (
+            stream_shapes(forward.net, forward.__signature__, forward.options, graph, args, kwargs) if given else {}
+        )
+    return [_of_graph(forward, graph, streams)]
+
+
+def last_views(net: nn.Module) -> list[View]:
+    """Return views of the graphs that a net ran last; nothing is captured."""
+    forward = forward_of(net)
+    if forward is None:
+        holders = ((path, module) for path, module in net.named_modules() if holds_chain(module))
+        return [ChainView(module, _own_calls(module), path=path) for path, module in holders]
+    if forward.per_module:
+        return _of_modules(forward)
+    return [] if forward.active is None else [_of_graph(forward, forward.active, {})]
+
+
+def _of_compiled(model: nn.Module) -> list[View]:
+    named = named_graphs(model)
+    return [
+        GraphView(
+            found.net,
+            found.rewritten.calls,
+            title=name,
+            is_whole=False,
+            graph=found.rewritten,
+            options=found.options,
+            all_graphs=lambda: named,
+        )
+        for name, found in zip(named, found_for(model), strict=True)
+    ]
+
+
+def _of_modules(forward: RewrittenForward) -> list[View]:
+    paths = {module: path for path, module in forward.net.named_modules()}
+    return [
+        GraphView(
+            inner.net,
+            inner.active.calls,
+            title=f"{paths[inner.net]}, rewritten by itself",
+            path=paths[inner.net],
+            is_whole=False,
+            graph=inner.active,
+            options=inner.options,
+            all_graphs=forward.graphs,
+        )
+        for inner in forward.parts()
+        if inner.active is not None
+    ]
+
+
+def _of_graph(forward: RewrittenForward, graph: RewrittenGraph, streams: Mapping[str, Stream]) -> View:
+    return GraphView(
+        forward.net,
+        graph.calls,
+        streams=streams,
+        graph=graph,
+        options=forward.options,
+        all_graphs=forward.graphs,
+    )
+
+
+def _graph_for(
+    forward: RewrittenForward, args: tuple[Any, ...], kwargs: Mapping[str, Any], usage: str
+) -> RewrittenGraph:
+    if args or kwargs:
+        return forward.entry_for(*args, **kwargs)
+    if forward.active is not None and forward.active.holds():
+        return forward.active
+    try:
+        return forward.prepare()
+    except CaptureError as error:
+        raise CaptureError(f"With inputs, {usage}, TorchDynamo is asked, too. Without: {error}") from error
+
+
+def _calls_in(module: nn.Module) -> Calls:
+    return {path: inner for path, inner in module.named_modules() if isinstance(inner, Momentum)}
+
+
+def _own_calls(module: nn.Module) -> Calls:
+    return {name: child for name, child in module.named_children() if isinstance(child, Momentum)}
+
+
+def _replace(module: nn.Module, calls: Calls) -> None:
+    for path, call in calls.items():
+        module.set_submodule(path, call)
