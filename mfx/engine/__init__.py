@@ -5,14 +5,16 @@ from mfx.engine.chain import run_chain
 from mfx.engine.memory.plan import ChainCost, ChainPlan, NetPlan, StepCost, make_plan
 from mfx.engine.memory.storage import states_by_end
 from mfx.engine.scope import enclosing_keeps, measure, recomputing
-from mfx.engine.steps import ChainOutput, StepFunction
+from mfx.engine.steps import ChainCache, ChainOutput, ChainSettings, StepFunction
 
 __all__ = [
     "ARITHMETICS",
     "BLOCK_KERNELS",
+    "ChainCache",
     "ChainCost",
     "ChainOutput",
     "ChainPlan",
+    "ChainSettings",
     "FusedKernels",
     "Kernels",
     "NetPlan",

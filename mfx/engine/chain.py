@@ -2,54 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mfx.compat import under_transform
-from mfx.engine.arithmetic import ARITHMETICS, BLOCK_KERNELS, Kernels, State
 from mfx.engine.arithmetic.base import wide
-from mfx.engine.flags import notice_overflow, read_pending, verify_chain, verify_step, warn_once
+from mfx.engine.flags import notice_overflow, read_pending, warn_once
 from mfx.engine.memory.plan import ChainPlan, StepCost
 from mfx.engine.memory.storage import choose_storage
 from mfx.engine.recompute.layout import StateLayout
 from mfx.engine.recompute.runners import FromInputs, FromTape, Ordinary, Runner
 from mfx.engine.recompute.saved import tensors_in
 from mfx.engine.scope import enclosing_is_recorded, enclosing_keeps, inside_chain
-from mfx.engine.steps import ChainCache, ChainOutput, StepFunction
+from mfx.engine.steps import ChainCache, ChainCall, ChainOutput, ChainSettings, StepFunction
 from mfx.engine.update import Enter, Update, UpdateContext, velocity_dummy
 from mfx.options.gamma import Gamma
 from mfx_passes.errors import MfxError
 
-Velocity = Literal["residual"] | Tensor | None
 _ZERO = Gamma(0, 1)
-
-
-@dataclass(frozen=True)
-class _Call:
-    """The arguments of one call."""
-
-    name: str
-    steps: Sequence[StepFunction]
-    captures: Sequence[Any]
-    root: Any
-    gamma: Gamma
-    arithmetic: type[State]
-    plan: ChainPlan
-    costs: list[StepCost] | None
-    velocity: Velocity
-    taps: Sequence[int]
-    memory: ChainCache
-    verify: str
-    kernels: Kernels
-
-    @property
-    def keeps_all(self) -> bool:
-        return len(self.plan.kept) >= len(self.steps)
 
 
 def run_chain(
@@ -58,21 +31,17 @@ def run_chain(
     x: Tensor,
     captures: Sequence[Any],
     root: Any,
+    settings: ChainSettings,
     *,
-    gamma: Gamma,
-    arithmetic: str = "exact",
-    memory_budget: float | ChainPlan = 0.0,
-    velocity: Velocity = None,
+    v0: Tensor | None = None,
     taps: Sequence[int] = (),
-    memory: ChainCache | None = None,
-    verify: str = "warn",
+    cache: ChainCache | None = None,
     costs: list[StepCost] | None = None,
-    kernels: Kernels = BLOCK_KERNELS,
 ) -> ChainOutput:
     """Run a chain of steps with momentum: v ← γ·v + (1−γ)·f(x), x ← x + v (Sander et al., ICML 2021).
 
     Inside torch.func transforms, and with forward-mode differentiation, the recurrence runs by ordinary operations,
-    which these understand, and nothing is rebuilt.
+    which these support, and nothing is recomputed.
 
     Args:
         name: the chain's name, for messages.
@@ -80,45 +49,34 @@ def run_chain(
         x: the stream's tensor before the first step, of any shape and floating dtype.
         captures: other values the steps read, tensors or not.
         root: object through which the steps find their modules and parameters, at every call.
-        gamma: γ. At 0 the steps' ``original`` functions run, and of each only the input is kept.
-        arithmetic: "exact" or "float".
-        memory_budget: 0.0 to rebuild what the backward pass needs; 1.0 to keep it, as ordinary backpropagation does;
-            or which steps do what. The function is the same. Inside a step of another chain it is as in that step.
-        velocity: v before the first step: zero, a tensor like ``x`` (which gets a gradient), or "residual": such that v
-            after the first step is f(x).
-        taps: numbers of steps 1 ≤ t < len(steps) after which x is asked for.
-        memory: what is to be remembered between calls of this chain, a dictionary owned by the caller.
-        verify: what to do if a backward pass in exact arithmetic does not end where the forward pass began: "warn",
-            "raise" or "off". On a CPU at once, elsewhere at the next call with the same ``memory``.
-        costs: a list that takes in what each step that may run again costs, found out by watching it.
-        kernels: who does the elementwise work of exact arithmetic; what comes out is the same.
+        settings: how the chain runs. Inside a step of another chain its plan is that of the step: all or nothing kept.
+        v0: v before the first step, like ``x``; it gets a gradient. None is zero, or what ``settings.velocity`` says.
+        taps: numbers of steps 1 ≤ t < len(steps) after which x is returned, too.
+        cache: the dictionary in which calls of this chain keep what later calls need; the caller owns it.
+        costs: a list to which the measured cost of each step that may be recomputed is appended.
 
     Raises:
         MfxError: if a branch's value does not fit the stream, or values leave the range of exact arithmetic; in the
-            backward pass, if the second run of a step cannot be or was not as the first.
+            backward pass, if a recomputation fails or differs from the forward pass.
     """
-    if arithmetic not in ARITHMETICS:
-        raise MfxError(f"arithmetic must be one of {sorted(ARITHMETICS)}, not {arithmetic!r}")
-    memory = {} if memory is None else memory
-    read_pending(memory)
-    state = ARITHMETICS[arithmetic]
-    plan = _plan(memory_budget, state, gamma, x.dtype, len(steps))
-    call = _Call(name, steps, captures, root, gamma, state, plan, costs, velocity, taps, memory, verify, kernels)
+    cache = {} if cache is None else cache
+    read_pending(cache)
+    plan = _plan(settings, x.dtype, len(steps))
+    call = ChainCall(name, steps, captures, root, settings, plan, v0, taps, cache, costs)
     with inside_chain(recorded := _decide_recorded(call, x), keeps=call.keeps_all):
-        if gamma.is_zero:
+        if settings.gamma.is_zero:
             return _run_original(call, x)
         return _run_recorded(call, x) if recorded else _run_plain(call, x)
 
 
-def _plan(
-    memory_budget: float | ChainPlan, arithmetic: type[State], gamma: Gamma, dtype: torch.dtype, steps: int
-) -> ChainPlan:
-    if (keeps := enclosing_keeps()) is not None:
-        memory_budget = 1.0 if keeps else 0.0
-    if isinstance(memory_budget, ChainPlan):
-        return memory_budget
-    policy = choose_storage(arithmetic, gamma, dtype, steps, memory_budget).policy
-    return ChainPlan(frozenset(range(steps) if policy == "activations" else ()), policy == "inputs")
+def _plan(settings: ChainSettings, dtype: torch.dtype, steps: int) -> ChainPlan:
+    keeps = enclosing_keeps()
+    if keeps:
+        return ChainPlan.keep_all(steps)
+    if keeps is None and settings.plan is not None:
+        return settings.plan
+    storage = choose_storage(settings.arithmetic, settings.gamma, dtype, steps)
+    return ChainPlan(frozenset(), storage.policy == "inputs")
 
 
 class _Collector:
@@ -141,7 +99,7 @@ class _Collector:
         return ChainOutput(self._x, tuple(self._taps[t] for t in self._asked), tuple(self._sides))
 
 
-def _decide_recorded(call: _Call, x: Tensor) -> bool:
+def _decide_recorded(call: ChainCall, x: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False  # torch.export looks on: there is no backward pass to rebuild anything for
     if under_transform():
@@ -150,26 +108,25 @@ def _decide_recorded(call: _Call, x: Tensor) -> bool:
                 f"chain {call.name}: inside torch.func transforms and forward-mode differentiation nothing is rebuilt; "
                 "activations are kept as in ordinary backpropagation. Use memory_budget=1.0 if that is what you want"
             )
-            warn_once("transform", message, call.memory)
+            warn_once("transform", message, call.cache)
         return False
     recorded = enclosing_is_recorded()
     return _needs_grad(call, x) if recorded is None else recorded
 
 
-def _needs_grad(call: _Call, x: Tensor) -> bool:
+def _needs_grad(call: ChainCall, x: Tensor) -> bool:
     if not torch.is_grad_enabled():
         return False
-    if any(t.requires_grad for t in tensors_in((x, call.velocity, tuple(call.captures)))):
+    if any(t.requires_grad for t in tensors_in((x, call.v0, tuple(call.captures)))):
         return True
     layouts = (StateLayout(call.root, step.targets, step.path) for step in call.steps)
     tensors = (place.get() for layout in layouts for place in layout.places(call.root))
     return any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
-def _run_original(call: _Call, x: Tensor) -> ChainOutput:
-    runner: Runner = Ordinary(call.root, call.captures, original=True)
-    if _recomputes(call):
-        runner = _from_inputs(call, x, original=True)
+def _run_original(call: ChainCall, x: Tensor) -> ChainOutput:
+    recomputes = _recomputes(call)
+    runner = FromInputs(call, x.device, original=True) if recomputes else Ordinary(call, original=True)
     out = _Collector(call.taps)
     for index, step in enumerate(call.steps):
         x, *side = runner.run(index, step, x, _ZERO)
@@ -177,16 +134,15 @@ def _run_original(call: _Call, x: Tensor) -> ChainOutput:
     return out.finish()
 
 
-def _run_plain(call: _Call, x: Tensor) -> ChainOutput:
+def _run_plain(call: ChainCall, x: Tensor) -> ChainOutput:
     """The recurrence by ordinary operations: without a backward pass, or for transforms that cannot be recorded."""
-    runner = Ordinary(call.root, call.captures, original=False)
+    runner = Ordinary(call, original=False)
     dtype, state = x.dtype, x.to(wide(x.dtype))
-    v = call.velocity.to(state.dtype) if isinstance(call.velocity, Tensor) else None
+    v = None if call.v0 is None else call.v0.to(state.dtype)
     out = _Collector(call.taps)
-    for index, step in enumerate(call.steps):
-        y, *side = runner.run(index, step, x, call.gamma)
+    for index, (step, gamma) in enumerate(zip(call.steps, _gammas(call), strict=True)):
+        y, *side = runner.run(index, step, x, gamma)
         _check_fits(call, step, x, y)
-        gamma = _gamma_at(call, index)
         f = y - state if step.kind == "map" else _as(state.dtype, y)
         v = f * gamma.complement if v is None else torch.add(v * gamma.value, f, alpha=gamma.complement)
         state = state + v
@@ -195,20 +151,19 @@ def _run_plain(call: _Call, x: Tensor) -> ChainOutput:
     return out.finish()
 
 
-def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
+def _run_recorded(call: ChainCall, x: Tensor) -> ChainOutput:
     """The recurrence in the chain's arithmetic, under autograd."""
     runner = _choose_runner(call, x)
     tape, walked = (runner.tape, runner.walked) if isinstance(runner, FromTape) else (None, range(0))
-    v = call.velocity if isinstance(call.velocity, Tensor) else None
-    state = call.arithmetic.start(x, v, reversible=tape is not None, kernels=call.kernels)
+    v, settings = call.v0, call.settings
+    state = settings.arithmetic.start(x, v, reversible=tape is not None, kernels=settings.kernels)
     if state.rounds_input:
         x = Enter.apply(x, state)
     out = _Collector(call.taps)
     dummy = velocity_dummy(x)
-    spacing = call.arithmetic.anchor_every(call.gamma, x.dtype) or len(call.steps)
+    spacing = settings.arithmetic.anchor_every(settings.gamma, x.dtype) or len(call.steps)
     on_cpu = x.device.type == "cpu"
-    for index, step in enumerate(call.steps):
-        gamma = _gamma_at(call, index)
+    for index, (step, gamma) in enumerate(zip(call.steps, _gammas(call), strict=True)):
         if state.verifiable and index == walked.start > 0:
             state.remember_start()
         y, *side = runner.run(index, step, x, gamma)
@@ -218,10 +173,11 @@ def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
         on_tape = bool(call.taps or side) or out.has_sides
         last = tape if is_end and not on_tape else None
         what = f"{call.name}: the stream after step {step.path}"
-        x, v = Update.apply(x, v, y, UpdateContext(state, step.kind, gamma, call.gamma, index > 0, dummy, what, last))
+        link = UpdateContext(state, step.kind, gamma, settings.gamma, index > 0, dummy, what, last)
+        x, v = Update.apply(x, v, y, link)
         out.add(x, side)
         if (on_cpu or index == len(call.steps) - 1) and (overflowed := state.overflowed()) is not None:
-            notice_overflow(f"chain {call.name}, at or before step {step.path}", overflowed, call.memory)
+            notice_overflow(f"chain {call.name}, at or before step {step.path}", overflowed, call.cache)
         position = index + 1 - walked.start
         if tape is not None and is_end and on_tape:
             tape.store_end(state, what)
@@ -230,46 +186,31 @@ def _run_recorded(call: _Call, x: Tensor) -> ChainOutput:
     return out.finish()
 
 
-def _choose_runner(call: _Call, x: Tensor) -> Runner:
+def _choose_runner(call: ChainCall, x: Tensor) -> Runner:
     if not _recomputes(call):
-        return Ordinary(call.root, call.captures, original=False)
+        return Ordinary(call, original=False)
     if call.plan.from_inputs:
-        return _from_inputs(call, x, original=False)
-    walked = call.plan.walked(len(call.steps))
-    return FromTape(*_common(call, x), **_options(call), walked=walked, verify=_verifier(call, verify_chain))
+        return FromInputs(call, x.device, original=False)
+    return FromTape(call, x.device)
 
 
-def _from_inputs(call: _Call, x: Tensor, *, original: bool) -> Runner:
-    return FromInputs(*_common(call, x), **_options(call), original=original, verify=_verifier(call, verify_step))
-
-
-def _common(call: _Call, x: Tensor) -> tuple[Any, ...]:
-    return call.name, call.root, call.captures, x.device, call.memory
-
-
-def _options(call: _Call) -> dict[str, Any]:
-    return {"kept": call.plan.kept, "costs": call.costs}
-
-
-def _verifier(call: _Call, verify: Callable[..., None]) -> Callable[..., None] | None:
-    checked = call.arithmetic.verifiable and call.verify != "off"
-    return partial(verify, call.name, call.memory, call.verify) if checked else None
-
-
-def _recomputes(call: _Call) -> bool:
+def _recomputes(call: ChainCall) -> bool:
     # Under no_grad in a branch of a recorded chain the arithmetic is the recorded one, but nothing is saved.
     return not call.keeps_all and torch.is_grad_enabled() and enclosing_is_recorded() is True
 
 
-def _gamma_at(call: _Call, index: int) -> Gamma:
-    return _ZERO if index == 0 and isinstance(call.velocity, str) else call.gamma
+def _gammas(call: ChainCall) -> list[Gamma]:
+    """Return γ of each step."""
+    gamma = call.settings.gamma
+    first = _ZERO if call.settings.velocity == "residual" else gamma
+    return [first, *[gamma] * (len(call.steps) - 1)]
 
 
 def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
 
 
-def _check_fits(call: _Call, step: StepFunction, x: Tensor, y: object) -> None:
+def _check_fits(call: ChainCall, step: StepFunction, x: Tensor, y: object) -> None:
     if not isinstance(y, Tensor):
         found = f"a {type(y).__name__}"
     elif y.shape != x.shape:

@@ -16,39 +16,39 @@ _ADVICE = (
 )
 
 
-def notice_overflow(place: str, overflowed: Tensor, memory: ChainCache) -> None:
+def notice_overflow(place: str, overflowed: Tensor, cache: ChainCache) -> None:
     """Raise an MfxError that names ``place`` if ``overflowed``, the largest value that was too large, is not 0."""
-    _read(overflowed, "raise", lambda largest: _overflow_message(place, largest), memory)
+    _read(overflowed, "raise", lambda largest: _overflow_message(place, largest), cache)
 
 
-def verify_chain(name: str, memory: ChainCache, action: str, same: Tensor) -> None:
+def verify_chain(name: str, cache: ChainCache, action: str, same: Tensor) -> None:
     """Act if a walk back did not end where the forward pass began."""
     error = (
         f"chain {name}: rebuilding the activations did not lead back to where the forward pass began, so gradients are "
         f"wrong: some step did not compute the same values twice. {_ADVICE}"
     )
-    _read(~same, action, lambda _: error, memory)
+    _read(~same, action, lambda _: error, cache)
 
 
-def verify_step(name: str, memory: ChainCache, action: str, path: str, same: Tensor) -> None:
+def verify_step(name: str, cache: ChainCache, action: str, path: str, same: Tensor) -> None:
     """Act if the second run of a step did not give what the first gave."""
     error = (
         f"chain {name}, step {path}: the second run, in the backward pass, did not compute the values of the first, so "
         f"gradients are those of other values. {_ADVICE}"
     )
-    _read(~same, action, lambda _: error, memory)
+    _read(~same, action, lambda _: error, cache)
 
 
-def read_pending(memory: ChainCache) -> None:
+def read_pending(cache: ChainCache) -> None:
     """Act on what earlier calls left to be read."""
-    for flag, action, message in memory.pop("pending", ()):
+    for flag, action, message in cache.pop("pending", ()):
         if value := flag.item():
-            _act(action, message(value), memory)
+            _act(action, message(value), cache)
 
 
-def warn_once(topic: str, message: str, memory: ChainCache) -> None:
+def warn_once(topic: str, message: str, cache: ChainCache) -> None:
     """Warn, unless this chain has warned about this topic: many steps, and every pass, would say the same."""
-    warned = memory.setdefault("warned", set())
+    warned = cache.setdefault("warned", set())
     if topic not in warned:
         warned.add(topic)
         warnings.warn(f"mfx: {message}", stacklevel=4)
@@ -61,15 +61,15 @@ def _overflow_message(place: str, largest: float) -> str:
     )
 
 
-def _read(flag: Tensor, action: str, message: Callable[[float], str], memory: ChainCache) -> None:
+def _read(flag: Tensor, action: str, message: Callable[[float], str], cache: ChainCache) -> None:
     """Act on ``flag``, unless it is 0, now if that waits for nothing, else at the next call."""
     if flag.device.type != "cpu":
-        memory.setdefault("pending", []).append((flag, action, message))
+        cache.setdefault("pending", []).append((flag, action, message))
     elif value := flag.item():
-        _act(action, message(value), memory)
+        _act(action, message(value), cache)
 
 
-def _act(action: str, message: str, memory: ChainCache) -> None:
+def _act(action: str, message: str, cache: ChainCache) -> None:
     if action == "raise":
         raise MfxError(message)
-    warn_once("values", message, memory)
+    warn_once("values", message, cache)

@@ -1,12 +1,18 @@
-"""What a chain is made of and what running it gives."""
+"""The data that a chain's call takes and gives: steps, settings, the call itself, its output."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
+
+from mfx.engine.arithmetic import BLOCK_KERNELS, Kernels, State
+from mfx.engine.memory.plan import ChainPlan, StepCost
+from mfx.options.gamma import Gamma
+
+ChainCache = dict[Any, Any]
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,59 @@ class StepFunction:
     targets: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class ChainSettings:
+    """How a chain runs, made once and handed on as one object.
+
+    Attributes:
+        gamma: γ. At 0 the steps' ``original`` functions run, and of each only the input is kept.
+        arithmetic: the state that the chain's numbers are kept in.
+        velocity: v before the first step: "zero"; "residual": such that v after the first step is f(x); "module": an
+            argument of the call.
+        verify: "warn", "raise" or "off": what to do if a backward pass in exact arithmetic does not end where the
+            forward pass began. On a CPU at once, elsewhere at the next call with the same cache.
+        plan: what the steps keep for the backward pass; None: as little as possible. The function is the same.
+        kernels: the implementation of the elementwise work of exact arithmetic. The values are the same.
+    """
+
+    gamma: Gamma
+    arithmetic: type[State]
+    velocity: str = "zero"
+    verify: str = "warn"
+    plan: ChainPlan | None = None
+    kernels: Kernels = BLOCK_KERNELS
+
+
+@dataclass(frozen=True)
+class ChainCall:
+    """The arguments of one call of a chain, see `run_chain`.
+
+    Attributes:
+        plan: what the steps of this call keep, decided.
+    """
+
+    name: str
+    steps: Sequence[StepFunction]
+    captures: Sequence[Any]
+    root: Any
+    settings: ChainSettings
+    plan: ChainPlan
+    v0: Tensor | None
+    taps: Sequence[int]
+    cache: ChainCache
+    costs: list[StepCost] | None
+
+    @property
+    def keeps_all(self) -> bool:
+        """True if all steps keep their activations, as ordinary backpropagation does."""
+        return len(self.plan.kept) >= len(self.steps)
+
+    @property
+    def verifies(self) -> bool:
+        """True if recomputations are compared with the forward pass."""
+        return self.settings.arithmetic.verifiable and self.settings.verify != "off"
+
+
 @dataclass
 class ChainOutput:
     """``x`` after the last step, ``taps``: x after the steps asked for, ``sides``: each step's side outputs."""
@@ -39,6 +98,3 @@ class ChainOutput:
     x: Tensor
     taps: tuple[Tensor, ...]
     sides: tuple[tuple[Any, ...], ...]
-
-
-ChainCache = dict[Any, Any]

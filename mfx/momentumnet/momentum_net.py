@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node, Proxy
 
+from mfx.engine import ARITHMETICS, ChainPlan, ChainSettings
 from mfx.net.state_dict import note_gamma
 from mfx.options.gamma import Gamma
 from mfx.options.options import Options
@@ -81,11 +82,13 @@ class MomentumNet(nn.Module):
         self.is_residual = is_residual
         self.chain = Momentum(
             _graphs(type(self).__name__, list(modules), "residual" if is_residual else "map"),
-            gamma=Gamma.of(gamma, or_one=True),
-            velocity="module" if init_speed else "zero",
-            arithmetic=options.arithmetic,
-            memory_budget=options.budget,
-            verify=options.verify,
+            ChainSettings(
+                gamma=Gamma.of(gamma, or_one=True),
+                arithmetic=ARITHMETICS[options.arithmetic],
+                velocity="module" if init_speed else "zero",
+                verify=options.verify,
+                plan=ChainPlan.keep_all(len(modules)) if use_backprop else None,
+            ),
         )
         note_gamma(self)
 

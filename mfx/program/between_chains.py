@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.fx import Graph, Interpreter, Node
 from torch.utils._pytree import tree_iter
 
-from mfx.engine import ChainPlan, StepCost, StepFunction, measure, run_chain
+from mfx.engine import ARITHMETICS, ChainCache, ChainPlan, ChainSettings, StepCost, StepFunction, measure, run_chain
 from mfx.engine.memory.cuts import NodeCost, SegmentCost
 from mfx.engine.memory.measure import StepMeasure, storages_by_address
 from mfx.engine.recompute.layout import resolve
@@ -35,7 +35,7 @@ class BetweenChains:
     Args:
         body: the nodes as a graph of their own.
         compiler: what makes functions of graphs.
-        verify: see `run_chain`.
+        verify: see `ChainSettings`.
     """
 
     def __init__(self, body: Graph, compiler: GraphCompiler, verify: str) -> None:
@@ -105,9 +105,10 @@ class _Piece:
 
     def __init__(self, function: Any, targets: tuple[str, ...], name: str, verify: str) -> None:
         self.function = function
-        self._targets, self._name, self._verify = targets, name, verify
+        self._targets, self._name = targets, name
+        self._settings = ChainSettings(Gamma(0, 1), ARITHMETICS["exact"], verify=verify, plan=_AGAIN)
         self._steps: dict[tuple[int, int], StepFunction] = {}
-        self._memory: dict[Any, Any] = {}
+        self._cache: ChainCache = {}
 
     def run(self, root: Any, keep: bool, *inputs: Any) -> Any:
         """Run it, and keep its activations or its inputs."""
@@ -126,10 +127,8 @@ class _Piece:
             inputs[position],
             others,
             root,
-            gamma=Gamma(0, 1),
-            memory_budget=_AGAIN,
-            memory=self._memory,
-            verify=self._verify,
+            self._settings,
+            cache=self._cache,
             costs=costs,
         )
         return result.sides[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -12,9 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mfx import compat
-from mfx.engine import ARITHMETICS, BLOCK_KERNELS, StepFunction, run_chain, states_by_end
+from mfx.engine import ChainCache, ChainSettings, StepFunction, run_chain, states_by_end
 from mfx.options.gamma import Gamma
-from mfx.options.memory_budget import MemoryBudget
 from mfx.program.codegen import BackendCompiler, GraphCompiler, to_function
 from mfx.program.memory_plans import ChainShare, NetPlans, share_of
 from mfx_passes import ChainGraphs, MfxError
@@ -29,38 +29,20 @@ class Momentum(nn.Module):
 
     Args:
         graphs: the steps.
-        gamma: the momentum; may be set to another at any time, calls that are under way keep theirs.
-        velocity: ``"zero"``, ``"residual"``, or ``"module"`` (v₀ is an argument of the call).
-        arithmetic: ``"exact"`` or ``"float"``.
-        memory_budget: 0.0 keeps no activations, 1.0 keeps all; what is in between, or a number of bytes, holds for all
-            chains of a net together.
-        plans: whether the net makes a plan of what is kept.
-        verify: ``"warn"``, ``"raise"`` or ``"off"``: what happens if a recomputation was not reproducible.
+        settings: how the chain runs. They may be replaced at any time; calls that are under way keep theirs.
+        plans: the plans under a memory budget for a chain that is called alone; None if it has none. Inside a net those
+            of the net hold.
     """
 
-    def __init__(
-        self,
-        graphs: ChainGraphs,
-        *,
-        gamma: Gamma,
-        velocity: str = "zero",
-        arithmetic: str = "exact",
-        memory_budget: MemoryBudget | float = 0.0,
-        plans: bool = False,
-        verify: str = "warn",
-    ) -> None:
+    def __init__(self, graphs: ChainGraphs, settings: ChainSettings, plans: NetPlans | None = None) -> None:
         super().__init__()
         self.graphs = graphs
-        self.gamma = gamma
-        self.velocity = velocity
-        self.arithmetic = arithmetic
-        self.budget = MemoryBudget.of(memory_budget)
-        self.plans = NetPlans(self.budget) if plans else None
-        self.verify = verify
+        self.settings = settings
+        self.plans = plans
         self.stream: Stream | None = None  # what the last call ran on
         self.compiler: GraphCompiler = to_function
         self._steps: dict[GraphCompiler, tuple[StepFunction, ...]] = {}
-        self._memory: dict[Any, Any] = {}
+        self._cache: ChainCache = {}
 
     @property
     def chain(self) -> str:
@@ -68,9 +50,13 @@ class Momentum(nn.Module):
         return self.graphs.name
 
     @property
-    def memory_budget(self) -> float:
-        """1.0 if all activations are kept, else 0.0."""
-        return 1.0 if self.budget.share == 1.0 else 0.0
+    def gamma(self) -> Gamma:
+        """The momentum."""
+        return self.settings.gamma
+
+    @gamma.setter
+    def gamma(self, gamma: Gamma) -> None:
+        self.settings = replace(self.settings, gamma=gamma)
 
     def forward(
         self,
@@ -79,7 +65,7 @@ class Momentum(nn.Module):
         roots: Mapping[str, Any],
         v0: Tensor | None = None,
         *,
-        gamma: Gamma | None = None,
+        settings: ChainSettings | None = None,
         compiler: GraphCompiler | None = None,
     ) -> Tensor | tuple[Any, ...]:
         """Run the chain.
@@ -89,7 +75,7 @@ class Momentum(nn.Module):
             captures: what else the steps read.
             roots: the attributes of the model that the steps reach into.
             v0: the velocity before the first step, if a module computes it.
-            gamma: the momentum of this call, if it is not to be the module's present one.
+            settings: those of this call, if not the module's present ones.
             compiler: what makes functions of the steps' graphs, if not what the module has for that.
 
         Returns:
@@ -106,9 +92,9 @@ class Momentum(nn.Module):
         self._check_velocity(x, v0)
         if compat.runs_for_real():
             self.stream = tuple(x.shape), x.dtype
-        gamma = self.gamma if gamma is None else gamma
-        with self._share(x, gamma) as share:
-            return self._run(x, captures, roots, v0, gamma, compiler, share)
+        settings = self.settings if settings is None else settings
+        with self._share(x, settings) as share:
+            return self._run(x, captures, roots, v0, settings, compiler, share)
 
     def _run(
         self,
@@ -116,38 +102,39 @@ class Momentum(nn.Module):
         captures: Sequence[Any],
         roots: Mapping[str, Any],
         v0: Tensor | None,
-        gamma: Gamma,
+        settings: ChainSettings,
         compiler: GraphCompiler | None,
         share: ChainShare | None,
     ) -> Tensor | tuple[Any, ...]:
+        if share is not None and share.plan is not None:
+            settings = replace(settings, plan=share.plan)
+        if isinstance(compiler, BackendCompiler):
+            settings = replace(settings, kernels=compiler.kernels)
         result = run_chain(
             self.chain,
             self._steps_by(compiler or self.compiler),
             x,
             tuple(captures),
             SimpleNamespace(**{name: _as_it_is_now(root, compiler) for name, root in roots.items()}),
-            gamma=gamma,
-            velocity="residual" if self.velocity == "residual" else v0,
-            arithmetic=self.arithmetic,
-            memory_budget=share.plan if share is not None and share.plan is not None else self.memory_budget,
+            settings,
+            v0=v0,
             taps=self.graphs.taps,
-            memory=self._memory,
-            verify=self.verify,
+            cache=self._cache,
             costs=None if share is None else share.costs,
-            kernels=compiler.kernels if isinstance(compiler, BackendCompiler) else BLOCK_KERNELS,
         )
         outputs = (result.x, *result.taps, *(value for side in result.sides for value in side))
         return outputs if len(outputs) > 1 else result.x
 
     @contextmanager
-    def _share(self, x: Tensor, gamma: Gamma) -> Iterator[ChainShare | None]:
+    def _share(self, x: Tensor, settings: ChainSettings) -> Iterator[ChainShare | None]:
         """The chain's share of the net's budget; of its own, where it is called alone."""
         if self.plans is None or not all(type(size) is int for size in x.shape):
             yield None
             return
-        call = self.chain, gamma, self.arithmetic, tuple(x.shape), x.dtype, x.requires_grad
+        gamma, arithmetic = settings.gamma, settings.arithmetic
+        call = self.chain, gamma, arithmetic, tuple(x.shape), x.dtype, x.requires_grad
         with self.plans.forward_pass(call):
-            states = states_by_end(ARITHMETICS[self.arithmetic], gamma, x.dtype, x.numel(), len(self.graphs.steps))
+            states = states_by_end(arithmetic, gamma, x.dtype, x.numel(), len(self.graphs.steps))
             yield share_of(call, states)
 
     def _check_velocity(self, x: Tensor, v0: Any) -> None:
@@ -184,15 +171,17 @@ class Momentum(nn.Module):
 
     def extra_repr(self) -> str:
         """What ``print(net)`` shows."""
-        return f"{self.chain}: {len(self.graphs.steps)} steps, gamma={self.gamma.value:g}, {self.arithmetic}"
+        return (
+            f"{self.chain}: {len(self.graphs.steps)} steps, gamma={self.gamma.value:g}, {self.settings.arithmetic.name}"
+        )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "compiler": to_function, "_steps": {}, "_memory": {}}
+        return {**self.__dict__, "compiler": to_function, "_steps": {}, "_cache": {}}
 
 
 def _as_it_is_now(root: Any, compiler: GraphCompiler | None) -> Any:
-    """A chain inside a branch keeps its γ for the branch's second run, whatever it is set to in between."""
-    return partial(root, gamma=root.gamma, compiler=compiler) if isinstance(root, Momentum) else root
+    """Fix the settings of a chain inside a branch, so that the recomputation runs with those of the forward pass."""
+    return partial(root, settings=root.settings, compiler=compiler) if isinstance(root, Momentum) else root
 
 
 def holds_chain(module: nn.Module) -> bool:

@@ -67,7 +67,7 @@ class _Pass:
         """Whether this pass has gone as the one that the plan was made for."""
         return self.plan is not None and self.plan.calls[: len(self.calls)] == tuple(self.calls)
 
-    def make_plan(self, amount: MemoryBudget) -> _Plan:
+    def make_plan(self, budget: MemoryBudget) -> _Plan:
         shares = self.shares
         costs = [ChainCost(tuple(s.costs or ()), t) for s, t in zip(shares, self.states, strict=True)]
         runs = {number: share.run for number, share in enumerate(shares) if share.run is not None}
@@ -75,7 +75,7 @@ class _Pass:
         cuts: list[tuple[int, ...]] = [()] * len(costs)
         for number, found in zip(runs, choose_cuts([*runs.values()], at_once), strict=True):
             cuts[number], costs[number] = found, runs[number].cost(found)
-        return _Plan(tuple(self.calls), tuple(cuts), make_plan(costs, fraction=amount.share, limit=amount.size))
+        return _Plan(tuple(self.calls), tuple(cuts), make_plan(costs, fraction=budget.share, limit=budget.size))
 
 
 class _Now(threading.local):
@@ -92,11 +92,11 @@ class NetPlans:
     made of that holds.
 
     Args:
-        amount: the budget.
+        budget: of the net.
     """
 
-    def __init__(self, amount: MemoryBudget) -> None:
-        self._amount = amount
+    def __init__(self, budget: MemoryBudget) -> None:
+        self.budget = budget
         self._plans: dict[Hashable, _Plan] = {}
         self._coming: dict[Hashable, _Plan] = {}
         self._warned = False
@@ -125,15 +125,15 @@ class NetPlans:
             return
         if not any(share.costs for share in done.shares):
             return
-        amount, coming = self._amount, done.make_plan(self._amount)
+        budget, coming = self.budget, done.make_plan(self.budget)
         self._coming[key], plan = coming, coming.net
         for table in (self._coming, self._plans):
             while len(table) > _KEPT:
                 del table[next(iter(table))]
-        if amount.share is None and plan.kept > amount.size and not self._warned:
+        if budget.share is None and plan.kept > budget.size and not self._warned:
             self._warned = True
             warnings.warn(
-                f"mfx: memory_budget={amount}: this net cannot do with less than {round(plan.kept)} bytes between "
+                f"mfx: memory_budget={budget}: this net cannot do with less than {round(plan.kept)} bytes between "
                 "forward and backward, and keeps those. Use a smaller "
                 "batch, or recompute='all', which runs what lies between the chains again, too.",
                 stacklevel=2,

@@ -12,10 +12,12 @@ from torch import fx, nn
 from mfx.capture.captured import Captured
 from mfx.capture.guards import ModuleGuard, guards_of
 from mfx.capture.named_steps import check_steps
+from mfx.engine import ARITHMETICS, ChainPlan, ChainSettings
 from mfx.options.options import Options
 from mfx.program.assembly import Assembly
 from mfx.program.chain_call import Momentum
 from mfx.program.codegen import GraphCompiler, to_function
+from mfx.program.memory_plans import NetPlans
 from mfx.program.scope import Scope
 from mfx.program.velocity import velocity_target
 from mfx_passes import ChainGraphs, Findings, Step, StepGraphs, find_chains, paths, rewrite_graph
@@ -202,15 +204,14 @@ def rewrite_captured(
 def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:
     """The module that runs a chain as the options say."""
     velocity = options.velocity_of(graphs.name)
-    return Momentum(
-        graphs,
+    settings = ChainSettings(
         gamma=options.gamma_of(graphs.name),
+        arithmetic=ARITHMETICS[options.arithmetic],
         velocity=velocity if isinstance(velocity, str) else "module",
-        arithmetic=options.arithmetic,
-        memory_budget=options.budget,
-        plans=options.plans,
         verify=options.verify,
+        plan=ChainPlan.keep_all(len(graphs.steps)) if options.budget.share == 1.0 else None,
     )
+    return Momentum(graphs, settings, NetPlans(options.budget) if options.plans else None)
 
 
 def _selection(options: Options, captured: Captured, refused: Mapping[str, Grounds]) -> Selection:

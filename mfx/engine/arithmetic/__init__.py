@@ -6,4 +6,4 @@ from mfx.engine.arithmetic.kernels import BLOCK_KERNELS, Kernels
 
 __all__ = ["ARITHMETICS", "BLOCK_KERNELS", "ExactState", "FloatState", "Frozen", "FusedKernels", "Kernels", "State"]
 
-ARITHMETICS: dict[str, type[State]] = {"exact": ExactState, "float": FloatState}
+ARITHMETICS: dict[str, type[State]] = {state.name: state for state in (ExactState, FloatState)}

@@ -28,6 +28,7 @@ class State(ABC):
     gives, ``retreat_v`` with what the branch gave. A state that was thawed owns its tensors only once it has moved.
     """
 
+    name: ClassVar[str]  # as the user writes it
     verifiable: ClassVar[bool]  # walking back leads to where it came from, bit for bit
     rounds_input: ClassVar[bool]  # the first branch reads something other than the chain's input
 

@@ -27,6 +27,7 @@ class ExactState(State):
     The integers are float64 while they are known to be small enough for that, and int64 from then on.
     """
 
+    name = "exact"
     verifiable = True
     rounds_input = True
 

@@ -69,6 +69,7 @@ def _steps_within(gamma: float, error: float) -> int:
 class FloatState(State):
     """For a float32 stream, ``x`` is the stream tensor itself. Steps are out of place on x, in place on an own v."""
 
+    name = "float"
     verifiable = False
     rounds_input = False
 

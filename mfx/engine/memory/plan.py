@@ -51,6 +51,11 @@ class ChainPlan:
     kept: frozenset[int]
     from_inputs: bool
 
+    @classmethod
+    def keep_all(cls, steps: int) -> ChainPlan:
+        """The plan by which all of so many steps keep their activations."""
+        return cls(frozenset(range(steps)), from_inputs=False)
+
     def walked(self, steps: int) -> range:
         """The steps from the first that runs again to the last."""
         again = [step for step in range(steps) if step not in self.kept]

@@ -34,7 +34,7 @@ class Storage:
 
 
 def choose_storage(
-    arithmetic: type[State], gamma: Gamma, dtype: torch.dtype, steps: int, memory_budget: float
+    arithmetic: type[State], gamma: Gamma, dtype: torch.dtype, steps: int, *, keeps_all: bool = False
 ) -> Storage:
     """What a chain of so many steps keeps: whichever takes less. The function is the same.
 
@@ -45,13 +45,13 @@ def choose_storage(
         gamma: γ.
         dtype: of the stream.
         steps: T.
-        memory_budget: 1.0 to keep all.
+        keeps_all: whether all activations are kept.
     """
     inputs = float(dtype.itemsize * steps)
     if gamma.is_zero:
-        return Storage("inputs" if memory_budget < 1 else "activations", math.inf, inputs, 0, 0.0)
+        return Storage("activations" if keeps_all else "inputs", math.inf, inputs, 0, 0.0)
     states = arithmetic.bytes_kept(gamma, dtype, steps)
-    if memory_budget >= 1:
+    if keeps_all:
         return Storage("activations", states, inputs, 0, 0.0)
     if states >= inputs:
         return Storage("inputs", states, inputs, 0, 0.0)

@@ -71,7 +71,7 @@ class Autocast:
 class StepEnvironment:
     """One step's surroundings in one forward pass.
 
-    Made just before the branch runs; ``settle`` follows just after. ``memory`` remembers what lies where, and for each
+    Made just before the branch runs; ``settle`` follows just after. ``cache`` remembers what lies where, and for each
     set of training flags which tensors the branch changes. That is found out at the first call, by version and also by
     value: BatchNorm's kernel changes the running statistics without raising their version.
 
@@ -87,7 +87,7 @@ class StepEnvironment:
         targets: tuple[str, ...],
         path: str,
         key: Any,
-        memory: ChainCache,
+        cache: ChainCache,
         clock: RandomClock,
         cast: Autocast,
     ) -> None:
@@ -95,7 +95,7 @@ class StepEnvironment:
         self._clock, self._autocast = clock, cast
         self._random: tuple[Tensor, ...] | None = clock.now
         self._random_after: tuple[Tensor, ...] = ()
-        layout = self._layout = layout_of(memory, key, root, targets, path)
+        layout = self._layout = layout_of(cache, key, root, targets, path)
         self._flags = layout.flags
         self._places = layout.places(root)
         self.tensors = layout.tensors(self._places)

@@ -118,15 +118,15 @@ class StateLayout:
                 yield from self._inside(child, f"{path}.{name}")
 
 
-def layout_of(memory: dict[Any, Any], key: Any, root: Any, targets: Sequence[str], step_path: str) -> StateLayout:
+def layout_of(cache: dict[Any, Any], key: Any, root: Any, targets: Sequence[str], step_path: str) -> StateLayout:
     """The step's layout as remembered under ``key``, or made anew if it is another one by now.
 
     Raises:
         MfxError: if the model has lost what the step reads.
     """
-    layout: StateLayout | None = memory.get(key)
+    layout: StateLayout | None = cache.get(key)
     if layout is None or not layout.holds(root):
-        layout = memory[key] = StateLayout(root, targets, step_path)
+        layout = cache[key] = StateLayout(root, targets, step_path)
     return layout
 
 

@@ -194,9 +194,9 @@ def _chain_box(call: Momentum, model: Model) -> ChainBox:
         merged = tuple(_merged(rows[offset:last:period]) for offset in range(start, start + period))
         folds.append(Fold(count, merged, _place(steps[start:last])))
     facts = [f"{len(steps)} step{'s' * (len(steps) != 1)}", f"γ = {call.gamma.value:g}"]
-    facts.append(f"{call.arithmetic} arithmetic" if not call.gamma.is_zero else "the original function")
-    if call.velocity != "zero":
-        facts.append(f"v₀: {call.velocity}")
+    facts.append(f"{call.settings.arithmetic.name} arithmetic" if not call.gamma.is_zero else "the original function")
+    if call.settings.velocity != "zero":
+        facts.append(f"v₀: {call.settings.velocity}")
     stream = model.streams.get(call.chain, call.stream)
     if stream is not None:
         facts.append(f"state {'×'.join(map(str, stream[0]))} {str(stream[1]).removeprefix('torch.')}")

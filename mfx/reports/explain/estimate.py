@@ -81,7 +81,7 @@ def estimate(view: View, args: tuple[Any, ...], kwargs: Mapping[str, Any], optio
 
 def _plans(calls: Iterable[Momentum]) -> NetPlans | None:
     """For the budget that the calls share; None if it is all or nothing."""
-    return next((NetPlans(call.budget) for call in calls if call.plans is not None), None)
+    return next((NetPlans(call.plans.budget) for call in calls if call.plans is not None), None)
 
 
 class _Stage:

@@ -83,10 +83,10 @@ def _predict(
 def _explain_chain(view: View, call: Momentum, found: Estimate | None) -> ExplainedChain:
     stream = view.streams.get(call.chain, call.stream)
     steps = tuple(_explain_step(step) for step in call.graphs.steps)
-    weights = branch_weights(len(steps), call.gamma.value, residual_start=call.velocity == "residual")
+    weights = branch_weights(len(steps), call.gamma.value, residual_start=call.settings.velocity == "residual")
     storage = None if stream is None else explain_storage(call, *stream)
     memory = None if found is None else _memory(call.chain, found)
-    return ExplainedChain(call.chain, steps, call.gamma.value, call.arithmetic, weights, storage, memory)
+    return ExplainedChain(call.chain, steps, call.gamma.value, call.settings.arithmetic.name, weights, storage, memory)
 
 
 def _memory(chain: str, found: Estimate) -> ChainMemory:

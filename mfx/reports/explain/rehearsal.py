@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +13,11 @@ from torch import Tensor
 from torch.fx import Graph
 from typing_extensions import override
 
+from mfx.engine import ChainPlan
 from mfx.engine.memory.flops import FlopCounter
 from mfx.engine.scope import recomputing
 from mfx.meter import StorageLedger, storages
 from mfx.options.gamma import Gamma
-from mfx.options.memory_budget import MemoryBudget
 from mfx.program.chain_call import Momentum
 from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.memory_plans import NetPlans
@@ -130,7 +131,8 @@ class Rehearsed(Momentum):
         self.__dict__.update(call.__getstate__())  # as a copy that shares nothing that changes
         self.plans = plans if call.plans is not None else None
         if plain:
-            self.gamma, self.budget = Gamma(0, 1), MemoryBudget.of(1.0)
+            keep_all = ChainPlan.keep_all(len(self.graphs.steps))
+            self.settings = replace(self.settings, gamma=Gamma(0, 1), plan=keep_all)
         self.compiler = self._watched
         self.observer = observer
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from mfx.engine.arithmetic import ARITHMETICS
 from mfx.engine.memory.storage import choose_storage
 from mfx.program.chain_call import Momentum
 from mfx.text import count, size
@@ -55,7 +54,9 @@ class ExplainedStorage:
 def explain_storage(call: Momentum, shape: tuple[int, ...], dtype: torch.dtype) -> ExplainedStorage:
     """What a call of a chain on a stream of this shape and dtype keeps, decided as the call itself decides."""
     steps, elements = len(call.graphs.steps), math.prod(shape)
-    found = choose_storage(ARITHMETICS[call.arithmetic], call.gamma, dtype, steps, call.memory_budget)
+    plan, arithmetic = call.settings.plan, call.settings.arithmetic
+    keeps_all = plan is not None and len(plan.kept) == steps
+    found = choose_storage(arithmetic, call.gamma, dtype, steps, keeps_all=keeps_all)
     states = None if math.isinf(found.states) else round(found.states * elements)
     inputs = round(found.inputs * elements)
     if found.policy == "activations":
@@ -63,9 +64,9 @@ def explain_storage(call: Momentum, shape: tuple[int, ...], dtype: torch.dtype) 
     elif call.gamma.is_zero:
         reason = f"gamma = 0: nothing can be walked back, the inputs of {steps} steps take {size(inputs)}"
     else:
-        kind = _STATES[call.arithmetic] + (f" with {count(found.anchors, 'anchor')}" if found.anchors else "")
+        kind = _STATES[arithmetic.name] + (f" with {count(found.anchors, 'anchor')}" if found.anchors else "")
         takes = "an anchor every other step or so" if states is None else size(states)
         reason = f"{kind}: {takes}; inputs of {steps} steps: {size(inputs)}"
-    if call.budget.is_partial:
-        reason += f"; as far as memory_budget={call.budget} goes, steps keep their activations instead"
+    if call.plans is not None and call.plans.budget.is_partial:
+        reason += f"; as far as memory_budget={call.plans.budget} goes, steps keep their activations instead"
     return ExplainedStorage(tuple(shape), dtype, found.policy, states, inputs, found.anchors, found.error, reason)

@@ -6,7 +6,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfx.engine import ChainOutput, StepFunction, run_chain
+from mfx.engine import (
+    ARITHMETICS,
+    BLOCK_KERNELS,
+    ChainOutput,
+    ChainPlan,
+    ChainSettings,
+    Kernels,
+    StepFunction,
+    run_chain,
+)
 from mfx.options.gamma import Gamma
 
 WIDTH = 6
@@ -53,10 +62,32 @@ def make_steps(
     return [step(i) for i in range(len(root.blocks))]
 
 
-def run(root: Root, steps: Sequence[StepFunction], x: Tensor, captures: Sequence[Any] = (), **kw: Any) -> ChainOutput:
-    """``run_chain`` with a float γ, and a verification that raises."""
-    gamma = Gamma.of(kw.pop("gamma", 0.9))
-    return run_chain("blocks", steps, x, captures, root, gamma=gamma, **{"verify": "raise", **kw})
+def run(
+    root: Any,
+    steps: Sequence[StepFunction],
+    x: Tensor,
+    captures: Sequence[Any] = (),
+    *,
+    gamma: float | Gamma = 0.9,
+    arithmetic: str = "exact",
+    memory_budget: float | ChainPlan = 0.0,
+    velocity: Tensor | str | None = None,
+    verify: str = "raise",
+    kernels: Kernels = BLOCK_KERNELS,
+    **call: Any,
+) -> ChainOutput:
+    """``run_chain`` with a float γ, and a verification that raises; ``memory_budget`` is 0.0, 1.0 or a plan."""
+    plan = memory_budget if isinstance(memory_budget, ChainPlan) else None
+    settings = ChainSettings(
+        gamma if isinstance(gamma, Gamma) else Gamma.of(gamma),
+        ARITHMETICS[arithmetic],
+        velocity=velocity if isinstance(velocity, str) else "zero",
+        verify=verify,
+        plan=ChainPlan.keep_all(len(steps)) if memory_budget == 1.0 else plan,
+        kernels=kernels,
+    )
+    v0 = velocity if isinstance(velocity, Tensor) else None
+    return run_chain("blocks", steps, x, captures, root, settings, v0=v0, **call)
 
 
 def recurrence(

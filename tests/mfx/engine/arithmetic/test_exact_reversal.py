@@ -4,9 +4,10 @@ from fractions import Fraction
 
 import torch
 
-from mfx.engine import StepFunction, run_chain
+from mfx.engine import StepFunction
 from mfx.engine.arithmetic import ExactState
 from mfx.options.gamma import Gamma
+from tests.mfx.engine.chains import run
 from tests.sampling import grid
 
 GAMMAS = [1e-3, 0.01, 0.1, 0.3, 0.5, 0.9, 0.99, 0.9999]
@@ -88,7 +89,7 @@ def test_every_state_is_rebuilt(monkeypatch, gamma, chain, dtype):
     ends = []
     advance = ExactState.advance
     monkeypatch.setattr(ExactState, "advance", lambda state, *a: (advance(state, *a), ends.append(whole(state.X)))[0])
-    out = run_chain("c", spy.steps, x.requires_grad_(), (), None, gamma=fraction, velocity=v, verify="raise").x
+    out = run(None, spy.steps, x.requires_grad_(), gamma=gamma, velocity=v).x
     real = recurrence(spy, kind, fraction)
     (out * torch.linspace(-1, 1, out.numel(), dtype=dtype)).sum().backward()
     assert torch.isfinite(x.grad).all()

@@ -4,8 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mfx.engine import StepFunction, run_chain
-from mfx.options.gamma import Gamma
+from mfx.engine import StepFunction
 from tests.mfx.engine.chains import WIDTH, error, gradients, make_root, make_steps, recurrence, run, weights_like
 
 ARITHMETICS = ["exact", "float"]
@@ -258,9 +257,3 @@ def test_float_error_is_bounded_at_depth_64(kind, gamma, dtype, bound):
         for b in (0.0, 1.0)
     )
     assert error(found, expected) < bound
-
-
-def test_arithmetic_is_known():
-    root, steps, x = chain(2)
-    with pytest.raises(Exception, match="arithmetic must be one of"):
-        run_chain("c", steps, x, (), root, gamma=Gamma.of(0.5), arithmetic="decimal")

@@ -227,14 +227,14 @@ def test_backward_in_another_thread(how):
 
 
 def test_two_threads_train_on_the_same_weights(how):
-    """One memory, two calls at once, as some evaluation loops do."""
+    """One cache, two calls at once, as some evaluation loops do."""
     root, steps, _ = make()
-    memory, found = {}, [None, None]
+    cache, found = {}, [None, None]
     xs = [data(), data().detach().mul(2).requires_grad_()]
 
     def work(i):
         for _ in range(3):
-            found[i] = torch.autograd.grad(total(run(root, steps, xs[i], memory=memory, **how).x), xs[i])[0]
+            found[i] = torch.autograd.grad(total(run(root, steps, xs[i], cache=cache, **how).x), xs[i])[0]
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
     for thread in threads:

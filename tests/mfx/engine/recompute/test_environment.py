@@ -27,11 +27,11 @@ def with_batch_norm():
     return nn.Sequential(block(WIDTH, nn.Dropout(0.3)), nn.BatchNorm1d(WIDTH), nn.Dropout(0.2))
 
 
-def train(root, how, budget, calls=2, memory=None):
+def train(root, how, budget, calls=2, cache=None):
     torch.manual_seed(1)
     x = torch.randn(5, WIDTH)
     for _ in range(calls):
-        run(root, make_steps(root), x, memory_budget=budget, memory=memory, **how).x.pow(2).sum().backward()
+        run(root, make_steps(root), x, memory_budget=budget, cache=cache, **how).x.pow(2).sum().backward()
     return {
         **root.state_dict(),
         **{f"{n}.grad": p.grad for n, p in root.named_parameters()},
@@ -49,14 +49,14 @@ def rebuilt_to(steps):
     return predict(Gamma.of(0.9), torch.float32, steps).error
 
 
-@pytest.mark.parametrize("memory", [None, {}])
+@pytest.mark.parametrize("cache", [None, {}])
 @pytest.mark.parametrize("shared", [False, True])
-def test_dropout_and_batch_norm_leave_what_plain_training_leaves(how, shared, memory):
+def test_dropout_and_batch_norm_leave_what_plain_training_leaves(how, shared, cache):
     root = make_root(10, with_batch_norm)
     if shared:
         root.blocks = nn.ModuleList([root.blocks[0]] * 10)
     other = copy.deepcopy(root)
-    found, expected = train(root, how, 0.0, memory=memory), train(other, how, 1.0)
+    found, expected = train(root, how, 0.0, cache=cache), train(other, how, 1.0)
     assert found.keys() == expected.keys()
     scale = max(g.abs().max().item() for name, g in expected.items() if name.endswith("grad"))
     for name in found:
@@ -103,7 +103,7 @@ class Counter(nn.Module):
 def test_buffers_changed_in_any_way(how):
     root = make_root(9, Counter)
     other = copy.deepcopy(root)
-    found, expected = train(root, how, 0.0, memory={}), train(other, how, 1.0)
+    found, expected = train(root, how, 0.0, cache={}), train(other, how, 1.0)
     assert found["blocks.0.replaced"] == 2
     assert len(found["blocks.0.grown"]) == 2
     scale = max(g.abs().max().item() for name, g in expected.items() if name.endswith("grad"))
@@ -117,9 +117,9 @@ def test_buffers_changed_in_any_way(how):
 def test_running_statistics_after_a_first_call_that_did_not_move_them(how):
     results = []
     for budget in (0.0, 1.0):
-        root, memory = make_root(9, lambda: nn.BatchNorm1d(WIDTH)), {}
+        root, cache = make_root(9, lambda: nn.BatchNorm1d(WIDTH)), {}
         for x in (torch.zeros(5, WIDTH), torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))):
-            run(root, make_steps(root), x, memory_budget=budget, memory=memory, **how).x.square().sum().backward()
+            run(root, make_steps(root), x, memory_budget=budget, cache=cache, **how).x.square().sum().backward()
         results.append(root.state_dict())
     assert results[0]["blocks.0.running_mean"].any()
     assert all(torch.equal(value, results[1][name]) for name, value in results[0].items())
@@ -144,17 +144,17 @@ class Late(nn.Module):
 
 
 def test_buffers_that_change_from_the_second_call_on(how):
-    root, memory, x = make_root(9, lambda: Late(replace=True)), {}, torch.randn(5, WIDTH)
+    root, cache, x = make_root(9, lambda: Late(replace=True)), {}, torch.randn(5, WIDTH)
     for _ in range(3):
-        run(root, make_steps(root), x, memory=memory, **how).x.sum().backward()
+        run(root, make_steps(root), x, cache=cache, **how).x.sum().backward()
     assert all(block.seen == 2 for block in root.blocks)
 
 
 def test_buffers_written_into_from_the_second_call_on(how):
-    root, memory, x = make_root(9, lambda: Late(replace=False)), {}, torch.randn(5, WIDTH)
+    root, cache, x = make_root(9, lambda: Late(replace=False)), {}, torch.randn(5, WIDTH)
 
     def loss():
-        return run(root, make_steps(root), x, memory=memory, **how).x.sum()
+        return run(root, make_steps(root), x, cache=cache, **how).x.sum()
 
     loss().backward()
     with pytest.raises(MfxError, match=r"blocks\.8: this step wrote into blocks\.8\.seen, .* next call on it is kept"):
@@ -314,9 +314,9 @@ def test_graph_dies_with_its_last_reference(how, taps, backward):
 
 def test_flags_that_were_not_read_at_once_are_read_at_the_next_call():
     root, x = make_root(3), torch.randn(5, WIDTH)
-    memory = {
+    cache = {
         "pending": [(torch.tensor(False), "raise", "{}".format), (torch.tensor(7.0), "raise", "late news: {}".format)]
     }
     with pytest.raises(MfxError, match=r"late news: 7\.0"):
-        run(root, make_steps(root), x, memory=memory)
-    run(root, make_steps(root), x, memory=memory)
+        run(root, make_steps(root), x, cache=cache)
+    run(root, make_steps(root), x, cache=cache)

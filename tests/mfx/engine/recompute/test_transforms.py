@@ -90,10 +90,10 @@ def test_afterwards_activations_are_left_out_again():
 
 @pytest.mark.filterwarnings("error")
 def test_one_warning_that_activations_are_kept():
-    root, memory = make_root(3), {}
+    root, cache = make_root(3), {}
 
     def call(x, budget):
-        return run(root, make_steps(root), x, memory=memory, memory_budget=budget).x.sum()
+        return run(root, make_steps(root), x, cache=cache, memory_budget=budget).x.sum()
 
     x = X.float()
     vmap(grad(lambda x: call(x, 1.0)))(x)
