@@ -1,6 +1,6 @@
 """mfx: train deep residual networks without storing their activations."""
 
-from mfx.api import graphs, momentumize, original, trace
+from mfx.api import graphs, momentumize, original, to_networkx, trace
 from mfx.engine import recomputing
 from mfx.meter import ActivationMeter
 from mfx.momentumnet.momentum_net import MomentumNet
@@ -31,6 +31,7 @@ __all__ = [
     "recomputing",
     "schedule",
     "set_gamma",
+    "to_networkx",
     "trace",
     "transform_to_momentumnet",
 ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
@@ -19,8 +19,12 @@ from mfx.net.build import rewritten
 from mfx.net.forward import forward_of
 from mfx.options.options import Options
 from mfx.program.chain_call import holds_chain
+from mfx.program.networkx_view import view_of
 from mfx.text import described
 from mfx_passes import MfxError
+
+if TYPE_CHECKING:
+    import networkx as nx
 
 
 def momentumize(
@@ -155,3 +159,51 @@ def graphs(net: nn.Module) -> dict[str, fx.GraphModule]:
     if isinstance(net, fx.GraphModule):
         return {"train" if net.training else "eval": net}
     raise MfxError(f"{type(net).__name__} has not been momentumized; call mfx.momentumize(model) first.")
+
+
+def to_networkx(net: nn.Module) -> nx.DiGraph:
+    """Return the rewritten graphs of a net as a ``networkx.DiGraph``, for queries of one's own and for GraphML.
+
+    Nodes are those of the graphs of `mfx.graphs`, edges their data flow. A chain is one node with the role
+    ``"momentum call"``, behind what it runs: the nodes of its branches and, as ``CALL.0``, ``CALL.1`` and so on, the
+    states in which its steps end. The attributes of nodes are those of `mfx_passes.to_networkx`, text and integers
+    only, and ``graph``, the name of their graph in `mfx.graphs`.
+
+    Args:
+        net: a momentumized net, or what ``torch.compile(model, backend="mfx")`` returned. Where it has several graphs
+            so far, their nodes are called ``"train: NAME"``, ``"eval: NAME"`` and so on; of one graph alone:
+            ``to_networkx(mfx.graphs(net)["train"])``.
+
+    Returns:
+        An acyclic graph, without nodes if no graph was needed so far.
+
+    Raises:
+        MfxError: the net has not been momentumized.
+
+    Example:
+        >>> import torch
+        >>> from torch import nn
+        >>> import mfx
+        >>> class Net(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+        ...     def forward(self, x):
+        ...         for layer in self.layers:
+        ...             x = x + layer(x)
+        ...         return x
+        >>> view = mfx.to_networkx(mfx.momentumize(Net(), example_inputs=torch.zeros(1, 4)))
+        >>> [(name, facts["step"]) for name, facts in view.nodes.items() if facts.get("role") == "sum"]
+        [('momentum_layers.0', 0), ('momentum_layers.1', 1)]
+        >>> sorted(view.successors("momentum_layers.0"))
+        ['momentum_layers.1', 'momentum_layers.1.layers_1']
+    """
+    import networkx as nx
+
+    found = graphs(net)
+    whole = nx.DiGraph()
+    for title, module in found.items():
+        view = view_of(module)
+        nx.set_node_attributes(view, title, "graph")
+        whole.update(nx.relabel_nodes(view, {name: f"{title}: {name}" for name in view}) if len(found) > 1 else view)
+    return whole

@@ -12,6 +12,7 @@ Pure graph work: nothing here runs a model or knows about autograd. The road, on
     outline, rewrite   steps cut out as graphs; one momentum call per chain
 """
 
+from mfx_passes.analysis.networkx_view import to_networkx
 from mfx_passes.errors import MfxError
 from mfx_passes.find.chains import find_chains
 from mfx_passes.ir import (
@@ -44,4 +45,5 @@ __all__ = [
     "StepGraphs",
     "find_chains",
     "rewrite_graph",
+    "to_networkx",
 ]

@@ -1,10 +1,15 @@
+import networkx as nx
+
 from examples import inspect_graph
 
 
 def test_it_shows_a_graph_before_and_after(tmp_path, capsys):
-    svg = tmp_path / "a.svg"
-    by_hand, resnet = inspect_graph.main(["--size", "32", "--lines", "12", "--svg", str(svg)])
+    svg, graphml = tmp_path / "a.svg", tmp_path / "a.graphml"
+    by_hand, resnet = inspect_graph.main(
+        ["--size", "32", "--lines", "12", "--svg", str(svg), "--graphml", str(graphml)]
+    )
     assert "layer1" in svg.read_text(encoding="utf-8")
+    assert "momentum_layer1" in nx.read_graphml(graphml)
     assert capsys.readouterr().out == f"{by_hand}\n\n{resnet}\n"
     titles = [line for line in by_hand.splitlines() if line.startswith("Handwritten: ")]
     assert titles == [
@@ -12,6 +17,7 @@ def test_it_shows_a_graph_before_and_after(tmp_path, capsys):
         "Handwritten: 1 chain of 4 steps, 1 residual add left as they are",
         "Handwritten: the graph before",
         "Handwritten: the graph after: one call per chain",
+        "Handwritten: what reads the states besides the next step",
         "Handwritten: the branch of the first step of the chain root",
     ]
     before, after, branch = by_hand.split("def forward(self, x):")[1:]

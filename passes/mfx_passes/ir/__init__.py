@@ -4,7 +4,7 @@ The ground floor: it imports nothing of `mfx_passes`.
 """
 
 from mfx_passes.ir.findings import Facts, Findings, Grounds, Rejection, Selection
-from mfx_passes.ir.nodes import enclosing_path, is_momentum_call, source_line, tag_momentum_call
+from mfx_passes.ir.nodes import enclosing_path, is_momentum_call, momentum_chain, source_line, tag_momentum_call
 from mfx_passes.ir.refusals import Refusal
 from mfx_passes.ir.steps import Chain, ChainGraphs, Kind, ModuleCall, ResidualAdd, Step, StepGraphs
 
@@ -24,6 +24,7 @@ __all__ = [
     "StepGraphs",
     "enclosing_path",
     "is_momentum_call",
+    "momentum_chain",
     "source_line",
     "tag_momentum_call",
 ]

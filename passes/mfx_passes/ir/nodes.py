@@ -14,9 +14,14 @@ def tag_momentum_call(node: Node, chain: str) -> None:
     node.meta["custom"] = {**(node.meta.get("custom") or {}), _MARK: chain}
 
 
+def momentum_chain(node: Node) -> str | None:
+    """Return the name of the chain that a node runs, None if it is not a momentum call."""
+    return (node.meta.get("custom") or {}).get(_MARK) if node.op == "call_module" else None
+
+
 def is_momentum_call(node: Node) -> bool:
-    """Whether a node runs a chain that was rewritten before."""
-    return node.op == "call_module" and _MARK in (node.meta.get("custom") or {})
+    """True if a node runs a chain that was rewritten before."""
+    return momentum_chain(node) is not None
 
 
 _INDEX = re.compile(r"@\d+$")
