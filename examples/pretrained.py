@@ -35,7 +35,7 @@ GAMMAS = (0.0, 1 / 1024, 1 / 256, 1 / 64, 1 / 16, 1 / 8, 1 / 4, 1 / 2, 3 / 4, 0.
 DEPTHS = (6, 12, 24)
 DEPTH_GAMMAS = (0.0, 1 / 64, 0.9)
 TEMPERATURE = 0.05  # of the contrastive loss
-PARAPHRASES = Path(__file__).with_name("paraphrases.tsv")
+PARAPHRASES = Path(__file__).parent / "data" / "paraphrases.tsv"
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 import mfx
-from examples.benchmarks.command import on_threads, parser_of, write_rows
+from examples.benchmarks.command import on_threads, parser_of, write_results
 from mfx.engine.arithmetic import ARITHMETICS, State
 from mfx.engine.arithmetic.digit_store import DigitStore
 from mfx.options.gamma import Gamma
@@ -214,7 +214,8 @@ def bits(gamma: Gamma, depths: Sequence[int]) -> list[Bits]:
     return rows
 
 
-def _tables(steps: Sequence[Training], recurrences: Sequence[Alone], store: Sequence[Bits]) -> str:
+def table(steps: Sequence[Training], recurrences: Sequence[Alone], store: Sequence[Bits]) -> str:
+    """Return the three tables in Markdown."""
     lines = ["| training step | ms | to plain | to float |", "|---|--:|--:|--:|"]
     lines += [f"| {r.method} | {1e3 * r.seconds:.0f} | {r.to_plain:.2f} | {r.to_float:.2f} |" for r in steps]
     lines += ["", "| one step alone | ms | MB | GB/s | copying the same bytes, ms | times that |"]
@@ -280,10 +281,10 @@ def main(argv: Sequence[str] | None = None) -> tuple[list[Training], list[Alone]
         steps = training(shape, depth, rounds, options.device)
         recurrences = alone(shape, rounds, options.device)
     store = [row for gamma in gammas for row in bits(Gamma.of(gamma), depths)]
-    print(_tables(steps, recurrences, store))
+    print(table(steps, recurrences, store))
     print("\n" + _verdict(steps, recurrences))
     print("\n" + roofline(shape, depth))
-    write_rows({"training": steps, "alone": recurrences, "store": store}, options.json)
+    write_results(__file__, options, {"training": steps, "alone": recurrences, "store": store})
     return steps, recurrences, store
 
 

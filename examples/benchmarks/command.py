@@ -1,4 +1,4 @@
-"""What the benchmarks' commands have in common: options, threads, files of rows."""
+"""Command-line options, threads and result files, shared by the benchmarks."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["on_threads", "parser_of", "write_rows"]
+T = TypeVar("T")
 
 
 def parser_of(description: str | None, *, quick: str, on_device: bool = True, draws: bool = True) -> Any:
-    """A parser of ``--quick``, ``--tiny`` and ``--json``, to which a script can add.
+    """Return a parser of ``--quick``, ``--tiny`` and ``--json``, to which a script can add.
 
     Args:
         description: the script's docstring.
         quick: what ``--quick`` leaves out.
-        on_device: whether there are ``--device`` and ``--threads``, too.
-        draws: whether there is ``--plot``, too.
+        on_device: True to add ``--device`` and ``--threads``.
+        draws: True to add ``--plot``.
     """
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help=f"{quick}: under a minute")
@@ -38,7 +38,7 @@ def parser_of(description: str | None, *, quick: str, on_device: bool = True, dr
 
 @contextmanager
 def on_threads(count: int) -> Iterator[None]:
-    """Have torch compute with so many threads."""
+    """Let torch compute with ``count`` threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -47,12 +47,27 @@ def on_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def write_rows(rows: Sequence[Any] | Mapping[str, Sequence[Any]], path: Path | None) -> None:
-    """Write dataclasses as JSON, in lists by name if there are several; nothing without a path."""
-    if path is None:
+def write_results(script: str, options: argparse.Namespace, rows: Sequence[Any] | Mapping[str, Sequence[Any]]) -> None:
+    """Write rows as JSON to ``options.json``, with the command that gave them; nothing without a path.
+
+    Args:
+        script: the benchmark's ``__file__``.
+        options: its parsed options.
+        rows: dataclasses, in lists by name if there are several tables.
+    """
+    if options.json is None:
         return
-    if isinstance(rows, Mapping):
-        data: Any = {name: [asdict(row) for row in each] for name, each in rows.items()}
-    else:
-        data = [asdict(row) for row in rows]
-    path.write_text(json.dumps(data, indent=1))
+    size = [f"--{name}" for name in ("quick", "tiny") if getattr(options, name)]
+    command = " ".join(["python", f"examples/benchmarks/{Path(script).name}", *size])
+    named = rows if isinstance(rows, Mapping) else {"rows": rows}
+    data = {name: [asdict(row) for row in each] for name, each in named.items()}
+    options.json.write_text(json.dumps({"command": command, "torch": torch.__version__, **data}, indent=1) + "\n")
+
+
+def read_rows(results: Mapping[str, Any], row: type[T], name: str = "rows") -> list[T]:
+    """Return the rows of one table in what `write_results` wrote, as instances of ``row``."""
+    return [row(**{key: _as_written(value) for key, value in each.items()}) for each in results[name]]
+
+
+def _as_written(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

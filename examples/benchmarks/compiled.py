@@ -19,8 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +28,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models import VisionTransformer
 
 import mfx
+from examples.benchmarks.command import parser_of, write_results
 
 Call = Callable[[Tensor], Tensor]
 BASE = "checkpoint per block, compiled"
@@ -66,12 +66,14 @@ class Row:
 
     Attributes:
         method: how the model is trained.
+        depths: layers of the shallow and the deep model.
         step_seconds: median, of the shallow model.
         compile_seconds: for the shallow and the deep model, if measured.
         kept_bytes: after the forward pass, of the shallow and the deep model, if measured.
     """
 
     method: str
+    depths: tuple[int, int]
     step_seconds: float
     compile_seconds: tuple[float, float] | None = None
     kept_bytes: tuple[int, int] | None = None
@@ -146,7 +148,8 @@ def measure_compile(method: str, size: Size, depth: int) -> dict[str, float]:
 def in_process(method: str, size: str, depth: int) -> dict[str, float]:
     """`measure_compile` in a process of its own, with an empty cache."""
     with tempfile.TemporaryDirectory() as cache:
-        command = [sys.executable, __file__, "--one", method, str(depth), f"--{size}"]
+        command = [sys.executable, __file__, "--one", method, str(depth)]
+        command += [] if size == "full" else [f"--{size}"]
         environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -173,18 +176,18 @@ def measure(name: str) -> list[Row]:
     rows = []
     for method, seconds in steps.items():
         if method not in AT_TWO_DEPTHS:
-            rows.append(Row(method, seconds))
+            rows.append(Row(method, size.depths, seconds))
             continue
         shallow, deep = (in_process(method, name, depth) for depth in size.depths)
         times = shallow["seconds"], deep["seconds"]
-        rows.append(Row(method, seconds, times, (int(shallow["bytes"]), int(deep["bytes"]))))
+        rows.append(Row(method, size.depths, seconds, times, (int(shallow["bytes"]), int(deep["bytes"]))))
     return rows
 
 
-def table(rows: Sequence[Row], size: Size) -> str:
+def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, with ratios."""
     base = next(row for row in rows if row.method == BASE)
-    shallow, deep = size.depths
+    shallow, deep = base.depths
     heads = ["method", "step, to checkpoint's", f"compile, {shallow} layers", f"{deep} layers", "ratio"]
     heads += [f"kept, {shallow} layers", f"{deep} layers", "ratio"]
     lines = [f"| {' | '.join(heads)} |", "|---|--:|--:|--:|--:|--:|--:|--:|"]
@@ -200,24 +203,18 @@ def table(rows: Sequence[Row], size: Size) -> str:
 
 def main(argv: Sequence[str] | None = None) -> list[Row]:
     """Runs the benchmark; returns one row per method."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--quick", action="store_const", dest="size", const="quick", help="small models")
-    group.add_argument("--tiny", action="store_const", dest="size", const="tiny", help="to see that it runs")
-    group.add_argument("--full", action="store_const", dest="size", const="full", help="the default")
-    parser.add_argument("--json", type=Path, help="where to write the numbers")
+    parser = parser_of(__doc__, quick="small models", on_device=False, draws=False)
     parser.add_argument("--one", nargs=2, metavar=("METHOD", "DEPTH"), help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
-    name = options.size or "full"
+    name = "tiny" if options.tiny else "quick" if options.quick else "full"
     torch.set_num_threads(1)
     if options.one:
         method, depth = options.one
         print(json.dumps(measure_compile(method, SIZES[name], int(depth))))
         return []
     rows = measure(name)
-    print(table(rows, SIZES[name]))
-    if options.json:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2))
+    print(table(rows))
+    write_results(__file__, options, rows)
     return rows
 
 

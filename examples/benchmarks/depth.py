@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import mfx
 from examples.benchmarks.blocks import Residual
-from examples.benchmarks.command import on_threads, parser_of, write_rows
+from examples.benchmarks.command import on_threads, parser_of, write_results
 
 WIDTH = 64
 GIB = 2**30
@@ -146,7 +146,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     with on_threads(options.threads):
         rows = measure(depths, batch, rounds, options.device, options.limit)
     print(table(rows))
-    write_rows(rows, options.json)
+    write_results(__file__, options, rows)
     if options.plot is not None:
         plot(rows, options.plot)
     return rows

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 import mfx
 from examples.benchmarks.blocks import Residual
-from examples.benchmarks.command import on_threads, parser_of, write_rows
+from examples.benchmarks.command import on_threads, parser_of, write_results
 from examples.benchmarks.contenders import WIDTH, Forward, compiled, eager, step
 
 
@@ -217,7 +217,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             compiling = (batch, depth) == sizes[0] and not (options.quick or options.tiny)  # minutes
             rows += compare(batch, depth, rounds, options.device, compiling=compiling)
     print(table(rows))
-    write_rows(rows, options.json)
+    write_results(__file__, options, rows)
     if options.plot is not None:
         plot(rows, options.plot)
     return rows

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import mfx
 from examples.benchmarks.blocks import Residual
-from examples.benchmarks.command import on_threads, parser_of, write_rows
+from examples.benchmarks.command import on_threads, parser_of, write_results
 
 WIDTH = 8
 ONCE = ("plain", "recurrence", "mfx, float, all kept")  # the others run every branch twice
@@ -129,7 +129,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     with on_threads(1):
         rows = measure(8, 2) if options.tiny else measure(options.depth, repeats)
     print(table(rows))
-    write_rows(rows, options.json)
+    write_results(__file__, options, rows)
     return rows
 
 

@@ -20,7 +20,7 @@ from torchvision.models import resnet152
 from tqdm import tqdm
 
 import mfx
-from examples.benchmarks.command import on_threads, parser_of, write_rows
+from examples.benchmarks.command import on_threads, parser_of, write_results
 
 ROOM = 32 * 2**30
 METHODS: Mapping[str, dict[str, Any] | None] = {
@@ -155,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             rows += compare(f"ResNet-152, {size} px", resnet152, size, (1, 2))
         rows += compare(f"CIFAR ResNet-{depth}", lambda: CifarResNet(depth), 32, (1, 2))
     print(table(rows))
-    write_rows(rows, options.json)
+    write_results(__file__, options, rows)
     return rows
 
 

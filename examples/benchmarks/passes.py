@@ -11,18 +11,17 @@ time, least of the repetitions, in turns; the exponent is that of the straight l
 from __future__ import annotations
 
 import gc
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
 import mfx
-from examples.benchmarks.command import parser_of
+from examples.benchmarks.command import parser_of, write_results
 
 WIDTH = 4
 MAX_RATIO, MAX_EXPONENT = 2.0, 1.15  # what is aimed at: ResNet-152, and stacks
@@ -161,8 +160,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
     ]
     rows += [measure(*resnet(name), rounds) for name in tqdm(names, unit="ResNet")]
     print(table(rows))
-    if options.json is not None:
-        options.json.write_text(json.dumps([{**asdict(row), "ratio": row.ratio} for row in rows], indent=1))
+    write_results(__file__, options, rows)
     if options.plot is not None:
         plot(rows, options.plot)
     return rows

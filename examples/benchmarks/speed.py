@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import mfx
-from examples.benchmarks.command import on_threads, parser_of, write_rows
+from examples.benchmarks.command import on_threads, parser_of, write_results
 
 Built = tuple[nn.Module, dict[str, Any]]
 METHODS: dict[str, Any] = {
@@ -194,7 +194,7 @@ def main(argv: Sequence[str] | None = None) -> list[Row]:
             for row in measure(name, build, size, rounds, options.device)
         ]
     print(table(rows))
-    write_rows(rows, options.json)
+    write_results(__file__, options, rows)
     if options.plot is not None:
         plot(rows, options.plot)
     return rows

@@ -6,6 +6,7 @@ import torch
 import mfx
 from examples.benchmarks import arithmetic, contenders, depth, memory, overhead, passes, speed
 from examples.benchmarks.blocks import Residual
+from examples.benchmarks.command import read_rows
 
 
 @pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")  # memcnn, where it is installed
@@ -24,7 +25,7 @@ def test_the_memory_benchmark_measures_every_method(capsys, tmp_path):
     assert [row.flops for row in shares] == sorted(row.flops for row in shares)
     assert [row.after_forward for row in shares] == sorted((row.after_forward for row in shares), reverse=True)
     assert found["mfx, float"].after_forward < found["plain"].after_forward
-    assert len(json.loads(file.read_text())) == len(rows)
+    assert read_rows(json.loads(file.read_text()), type(rows[0])) == rows
     assert png.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("| mfx, exact |") == 1
 
@@ -63,10 +64,10 @@ def test_the_compiled_benchmark_measures_a_method_and_prints_ratios():
     tokens = size.batch * ((size.image // 8) ** 2 + 1)
     assert found["bytes"] > tokens * size.width * 4  # at least the state
     rows = [
-        compiled.Row(compiled.BASE, 0.5),
-        compiled.Row("other", 1.0, (1.0, 1.5), (2**20, 3 * 2**20)),
+        compiled.Row(compiled.BASE, size.depths, 0.5),
+        compiled.Row("other", size.depths, 1.0, (1.0, 1.5), (2**20, 3 * 2**20)),
     ]
-    *_, base, other = compiled.table(rows, size).splitlines()
+    *_, base, other = compiled.table(rows).splitlines()
     assert base == f"| {compiled.BASE} | 1.00 |"
     assert other == "| other | 2.00 | 1.0 s | 1.5 s | 1.50 | 1.00 MiB | 3.00 MiB | 3.00 |"
 
@@ -100,7 +101,7 @@ def test_the_depth_benchmark_shows_what_a_block_costs(capsys, tmp_path):
     assert units["checkpoint"] == 1  # the input
     assert units["mfx, gamma=0"] == pytest.approx(1, abs=0.01)  # and a few bytes of notes
     assert units["mfx, float"] < 0.5
-    assert len(json.loads(file.read_text())) == len(rows)
+    assert read_rows(json.loads(file.read_text()), type(rows[0])) == rows
     assert png.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("| mfx, exact |") == 4
 
@@ -124,7 +125,7 @@ def test_the_speed_benchmark_measures_every_method(capsys, tmp_path):
     assert [row.method for row in rows] == list(speed.METHODS)
     assert rows[0].time == rows[0].peak == rows[0].flops == rows[1].to_checkpoint == 1
     assert all(1 < row.flops <= 4 / 3 for row in rows[1:])
-    assert len(json.loads(file.read_text())) == len(rows)
+    assert read_rows(json.loads(file.read_text()), type(rows[0])) == rows
     assert png.read_bytes().startswith(b"\x89PNG")
     assert capsys.readouterr().out.count("| ResNet-18 |") == 4
 
@@ -143,7 +144,7 @@ def test_the_passes_benchmark_measures_stacks_and_resnets(capsys, tmp_path):
     assert [(row.model, row.blocks, row.nodes) for row in rows[:2]] == [("stack", 4, 22), ("stack", 8, 42)]
     assert rows[2].blocks == 8
     assert all(row.momentumize > 0 for row in rows)
-    assert len(json.loads(file.read_text())) == len(rows)
+    assert read_rows(json.loads(file.read_text()), type(rows[0])) == rows
     assert png.read_bytes().startswith(b"\x89PNG")
     assert "Ratio of resnet18" in capsys.readouterr().out
 

@@ -14,7 +14,7 @@ from tests.zoo.catalogue import LIBRARIES
 from tests.zoo.row import Row
 from tests.zoo.table import markdown
 
-FOLDER = Path(__file__).parents[2] / "examples" / "zoo"
+FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks" / "zoo"
 PACKAGES = {"torchvision": "torchvision", "timm": "timm", "vit_pytorch": "vit-pytorch", "huggingface": "transformers"}
 
 
