@@ -199,7 +199,7 @@ def capture_of(net: nn.Module) -> str:
     forward = forward_of(net)
     if forward is None:
         return "symbolic"  # only such a graph says at once that there is nothing to rewrite
-    if forward.in_parts:
+    if forward.per_module:
         return "module by module"
     assert forward.active is not None
     return "symbolic" if forward.active.captured.frame is None else "dynamo"
