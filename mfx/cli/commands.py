@@ -19,7 +19,7 @@ from mfx.cli.inputs import made
 from mfx.cli.parser import version
 from mfx.cli.spec import build
 from mfx.net.forward import forward_of
-from mfx.reports.drawing.subject import shown_of
+from mfx.net.views import views_of
 from mfx.reports.page import check_file, page_of, write
 
 _OPTIONS = ("arithmetic", "memory_budget", "recompute", "velocity", "min_steps", "only", "skip", "capture")
@@ -158,13 +158,15 @@ def _measured(words: Namespace, subject: CommandSubject) -> tuple[mfx.Profile | 
 
 
 def _code(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return the code of every graph of a net before and after it was rewritten, each with a title."""
     found = []
-    for shown in shown_of(net, args, kwargs):
-        where = f"{shown.title}: " if shown.title else ""
-        before, _ = shown.entry.captured.copy()
-        found.append((f"{where}before: as captured", _source(before)))
-        if shown.entry.calls:
-            found.append((f"{where}after: rewritten", _source(shown.entry.graph)))
+    for view in views_of(net, args, kwargs, "--input"):
+        where = f"{view.title}: " if view.title else ""
+        before = view.captured()
+        if before is not None and (view.is_whole or view.calls):
+            found.append((f"{where}before: as captured", _source(before)))
+        if view.calls:
+            found.append((f"{where}after: rewritten", _source(view.graph_module().graph)))
     return found
 
 

@@ -15,7 +15,7 @@ from typing_extensions import override
 from mfx.capture.arguments import bind
 from mfx.capture.captured import CaptureError, signature_of
 from mfx.compat import compiled_model
-from mfx.compiler.compiled_graphs import found_for, named_graphs
+from mfx.compiler.compiled_graphs import CompiledGraph, found_for, named_graphs
 from mfx.modules.tree_copy import net_of
 from mfx.net.forward import RewrittenForward, forward_of
 from mfx.options.options import Options
@@ -38,7 +38,8 @@ class View(ABC):
         module: the module whose forward the graph is.
         calls: the momentum calls, by name.
         title: names the graph, where a model has several; else empty.
-        path: path of the module in the model.
+        path: path of the module in the net, where its graph is of a part of the net: steps are named as in the net,
+            nodes as in the module.
         streams: shape and dtype of the chains' states in the call in question, by chain name.
         is_whole: True if the graph is all that a call of the model runs.
     """
@@ -72,6 +73,10 @@ class View(ABC):
     @abstractmethod
     def graph_module(self) -> fx.GraphModule:
         """Return the rewritten graph as a module."""
+
+    def captured(self) -> fx.Graph | None:
+        """Return the graph before it was rewritten; None if it is not known."""
+        return None
 
     @abstractmethod
     def graphs(self) -> Mapping[str, fx.GraphModule]:
@@ -127,6 +132,11 @@ class GraphView(View):
     @override
     def graph_module(self) -> fx.GraphModule:
         return self.graph.graph_module(self.module)
+
+    @override
+    def captured(self) -> fx.Graph:
+        graph, _ = self.graph.captured.copy()
+        return graph
 
     @override
     def graphs(self) -> Mapping[str, fx.GraphModule]:
@@ -219,7 +229,7 @@ def views_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         streams = (
             stream_shapes(forward.net, forward.__signature__, forward.options, graph, args, kwargs) if given else {}
         )
-    return [_of_graph(forward, graph, streams)]
+    return [_of_graph(forward, graph, forward.graphs, streams=streams)]
 
 
 def last_views(net: nn.Module) -> list[View]:
@@ -230,51 +240,40 @@ def last_views(net: nn.Module) -> list[View]:
         return [ChainView(module, _own_calls(module), path=path) for path, module in holders]
     if forward.per_module:
         return _of_modules(forward)
-    return [] if forward.active is None else [_of_graph(forward, forward.active, {})]
+    return [] if forward.active is None else [_of_graph(forward, forward.active, forward.graphs)]
 
 
 def _of_compiled(model: nn.Module) -> list[View]:
     named = named_graphs(model)
     return [
-        GraphView(
-            found.net,
-            found.rewritten.calls,
-            title=name,
-            is_whole=False,
-            graph=found.rewritten,
-            options=found.options,
-            all_graphs=lambda: named,
-        )
+        _of_graph(found, found.rewritten, lambda: named, title=name, is_whole=False)
         for name, found in zip(named, found_for(model), strict=True)
     ]
 
 
 def _of_modules(forward: RewrittenForward) -> list[View]:
-    paths = {module: path for path, module in forward.net.named_modules()}
+    titles = {module: f"{path}, rewritten by itself" for path, module in forward.net.named_modules()}
     return [
-        GraphView(
-            inner.net,
-            inner.active.calls,
-            title=f"{paths[inner.net]}, rewritten by itself",
-            path=paths[inner.net],
-            is_whole=False,
-            graph=inner.active,
-            options=inner.options,
-            all_graphs=forward.graphs,
-        )
+        _of_graph(inner, inner.active, forward.graphs, title=titles[inner.net], is_whole=False)
         for inner in forward.parts()
         if inner.active is not None
     ]
 
 
-def _of_graph(forward: RewrittenForward, graph: RewrittenGraph, streams: Mapping[str, Stream]) -> View:
+def _of_graph(
+    where: RewrittenForward | CompiledGraph,
+    graph: RewrittenGraph,
+    all_graphs: Callable[[], Mapping[str, fx.GraphModule]],
+    **attributes: Any,
+) -> View:
     return GraphView(
-        forward.net,
+        where.net,
         graph.calls,
-        streams=streams,
+        path=graph.within,
         graph=graph,
-        options=forward.options,
-        all_graphs=forward.graphs,
+        options=where.options,
+        all_graphs=all_graphs,
+        **attributes,
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any, Union
@@ -11,7 +11,7 @@ from typing import Any, Union
 from torch import fx, nn
 
 from mfx.api import momentumize
-from mfx.net.forward import forward_of
+from mfx.net.views import last_views
 from mfx.program.chain_call import Momentum
 from mfx.reports.profile.checkpoint_baseline import Checkpointed, blocks_of
 from mfx.reports.profile.untouched import apart, as_momentumized, copies
@@ -133,17 +133,5 @@ def _described(net: nn.Module) -> str:
 
 
 def _calls_of(net: nn.Module) -> list[tuple[str, Momentum]]:
-    """The chains' calls of the graphs that were run last, each with the path of the module that it belongs to."""
-    return list(_walk(net, ""))
-
-
-def _walk(net: nn.Module, path: str) -> Iterator[tuple[str, Momentum]]:
-    forward = forward_of(net)
-    if forward is None:
-        yield from ((path, module) for module in net.modules() if isinstance(module, Momentum))
-    elif forward.per_module:
-        paths = {module: name for name, module in net.named_modules()}
-        for part in forward.parts():
-            yield from ((paths[part.net], call) for call in (part.active.calls.values() if part.active else ()))
-    elif forward.active is not None:
-        yield from ((path, call) for call in forward.active.calls.values())
+    """Return the calls of the graphs that ran last, each with the path of the module that its steps look into."""
+    return [(view.path, call) for view in last_views(net) for call in view.calls.values()]
