@@ -15,6 +15,7 @@ from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.analysis.sizes import read_sizes_at_start
 from mfx_passes.find.chains import find_chains
+from mfx_passes.find.nesting import Nesting
 from mfx_passes.ir import ChainGraphs, Findings, ModuleCall, Selection
 from mfx_passes.rewrite.fold import fold_calls
 from mfx_passes.rewrite.rewrite import Insert, rewrite
@@ -56,14 +57,13 @@ def rewrite_graph(
     """
     findings = find_chains(graph, modules, selection)
     index = GraphIndex(graph, modules)
-    steps = [step for chain in findings.chains for step in chain.steps]
+    nesting = Nesting(findings.chains)
     for chain in findings.chains:
-        around = [step for step in steps if chain.start in step.nodes or step.skip is chain.start]
-        around = [step for step in around if step not in chain.steps and chain.nodes <= step.nodes]
-        read_sizes_at_start(graph, chain, index.sizes, around)
+        starts_in = [step for step in nesting.around(chain) if chain.start in step.nodes or step.skip is chain.start]
+        read_sizes_at_start(graph, chain, index.sizes, starts_in)
     sums = {node for chain in findings.chains for step in chain.steps for node in step.add.sums}
-    flat = fold_calls(graph, calls, findings, Mutations(index, sums))
-    rewrite(graph, findings.chains, modules, insert)
+    flat = fold_calls(graph, calls, nesting, findings.reread, Mutations(index, sums))
+    rewrite(graph, nesting, modules, insert)
     return Rewritten(findings, flat)
 
 

@@ -8,12 +8,13 @@ from fnmatch import fnmatchcase
 from itertools import groupby
 
 from torch import nn
-from torch.fx import Graph, Node
+from torch.fx import Graph
 
 from mfx_passes import paths
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.errors import MfxError
+from mfx_passes.find.nesting import Nesting
 from mfx_passes.find.normalize import normalize
 from mfx_passes.find.relayout import insert_detours, remove_unused
 from mfx_passes.find.residual_adds import find_adds, find_runs
@@ -85,17 +86,13 @@ def _long_enough(rows: Iterable[list[Step]], min_steps: int, rejections: list[Re
     return kept
 
 
-def _nest(chains: list[Chain], rejections: list[Rejection]) -> list[Chain]:
+def _nest(chains: Iterable[Chain], rejections: list[Rejection]) -> list[Chain]:
     """Order chains outermost first, and refuse those that lie partly inside a step of another one."""
-    owner: dict[Node, Step] = {}
-    nested = []
+    nesting = Nesting()
     for chain in sorted(chains, key=lambda chain: -len(chain.nodes)):
-        if len({id(owner.get(node)) for node in chain.nodes}) > 1:
+        if not nesting.add(chain):
             rejections += [Rejection(step.add.node, Refusal.CROSSING) for step in chain.steps]
-            continue
-        nested.append(chain)
-        owner.update((node, step) for step in chain.steps for node in step.nodes)
-    return nested
+    return nesting.chains
 
 
 def _name(chains: Sequence[Chain]) -> None:

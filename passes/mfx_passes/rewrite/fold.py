@@ -17,7 +17,7 @@ After::
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,39 +26,40 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from mfx_passes.analysis.mutations import Mutations
-from mfx_passes.ir import Chain, Findings, ModuleCall, Step
+from mfx_passes.find.nesting import Nesting
+from mfx_passes.ir import ModuleCall, Step
 from mfx_passes.ops.vocabulary import returns_operand
 
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
-def fold_calls(graph: Graph, calls: Sequence[ModuleCall], findings: Findings, mutations: Mutations) -> list[ModuleCall]:
+def fold_calls(
+    graph: Graph, calls: Sequence[ModuleCall], nesting: Nesting, reread: Mapping[Node, Node], mutations: Mutations
+) -> list[ModuleCall]:
     """Fold every call that can be folded, the outermost first; the chains are brought up to date.
 
     Returns:
         The calls that were not folded: their modules' own ``forward`` and hooks do not run.
     """
-    folder = _Folder(graph, findings, mutations)
+    folder = _Folder(graph, nesting, reread, mutations)
     # A call that does nothing but call another has the same nodes, and the shorter path.
     outermost_first = sorted(calls, key=lambda call: (-len(call.nodes), call.target.count(".")))
     flat = [call for call in outermost_first if not folder.fold(call)]
-    folder.update(findings.chains)
+    folder.update()
     return flat
 
 
 class _Folder:
-    def __init__(self, graph: Graph, findings: Findings, mutations: Mutations) -> None:
+    def __init__(self, graph: Graph, nesting: Nesting, reread: Mapping[Node, Node], mutations: Mutations) -> None:
         self._graph = graph
         self._mutations = mutations
-        self._reread = findings.reread
-        self._steps: dict[Node, list[Step]] = {}  # innermost last
+        self._nesting = nesting
+        self._reread = reread
         self._single: set[Node] = set()  # what no module call may swallow: sums that become part of the momentum call
         self._replaced: dict[Node, Node] = {}
         self._gone: set[Node] = set()
         self._items: list[Node] = []
-        for step in (step for chain in findings.chains for step in chain.steps):
-            for node in step.nodes:
-                self._steps.setdefault(node, []).append(step)
+        for step in (step for chain in nesting.chains for step in chain.steps):
             if step.kind == "residual":
                 self._single |= step.add.sums
 
@@ -74,7 +75,7 @@ class _Folder:
         with self._graph.inserting_before(first):
             folded = self._graph.call_module(call.target, self._current(call.args), self._current(call.kwargs))
         folded.meta = _meta(first, call)
-        self._replace(call.output, folded, nodes, self._steps.get(first, []))
+        self._replace(call.output, folded, nodes, self._nesting.holders(first))
         for node in sorted(nodes, reverse=True):
             self._graph.erase_node(node)
         self._gone |= nodes
@@ -108,8 +109,7 @@ class _Folder:
         return map_arg(args, lambda node: self._replaced.get(node, node))
 
     def _may_fold(self, call: ModuleCall, nodes: set[Node]) -> bool:
-        holders = {tuple(map(id, self._steps.get(node, ()))) for node in nodes}
-        if len(holders) > 1 or nodes & self._single:
+        if len({self._nesting.innermost(node) for node in nodes}) > 1 or nodes & self._single:
             return False
         inputs = {self._replaced.get(node, node) for node in _nodes_in([call.args, call.kwargs])}
         read = {source for node in nodes for source in node.all_input_nodes if source.op != "get_attr"} - nodes
@@ -124,7 +124,7 @@ class _Folder:
 
     def _may_read(self, unread: Node, nodes: set[Node]) -> bool:
         """An argument that the module does nothing with must not become a capture that nobody checked."""
-        holders = self._steps.get(next(iter(nodes)), ())
+        holders = self._nesting.holders(next(iter(nodes)))
         return all(unread in step.nodes or unread in step.inputs() for step in holders)
 
     def _replace(self, output: Any, value: Node, nodes: set[Node], steps: list[Step]) -> None:
@@ -147,10 +147,10 @@ class _Folder:
                 self._items.append(item)
                 self._replace(part, item, nodes, steps)
 
-    def update(self, chains: Sequence[Chain]) -> None:
+    def update(self) -> None:
         """Point the steps to what replaced their nodes, and drop the parts of outputs that nobody reads."""
         unread = self._erase_unread_items()
-        for step in (step for chain in chains for step in chain.steps):
+        for step in (step for chain in self._nesting.chains for step in chain.steps):
             step.skip = self._replaced.get(step.skip, step.skip)
             step.term = self._replaced.get(step.term, step.term)
             step.out = self._replaced.get(step.out, step.out)

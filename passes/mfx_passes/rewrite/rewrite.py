@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
 from collections.abc import Callable, Collection, Sequence
 from itertools import pairwise
 from typing import Any
 
 from torch.fx import Graph, Node
 
-from mfx_passes.ir import Chain, ChainGraphs, Step, tag_momentum_call
+from mfx_passes.find.nesting import Nesting
+from mfx_passes.ir import Chain, ChainGraphs, tag_momentum_call
 from mfx_passes.ops import vocabulary
 from mfx_passes.ops.vocabulary import Modules, reads_size_only
 from mfx_passes.rewrite.outline import outline
@@ -26,7 +26,7 @@ name is that of a module that computes the initial velocity from the state, hand
 """
 
 
-def rewrite(graph: Graph, chains: Sequence[Chain], modules: Modules, insert: Insert) -> None:
+def rewrite(graph: Graph, nesting: Nesting, modules: Modules, insert: Insert) -> None:
     """Replace chains, the innermost first, by momentum calls.
 
     Before::
@@ -41,12 +41,12 @@ def rewrite(graph: Graph, chains: Sequence[Chain], modules: Modules, insert: Ins
 
     Args:
         graph: the graph, changed in place.
-        chains: its chains, outermost first.
+        nesting: its chains.
         modules: the modules its nodes call.
         insert: takes each chain's graphs and names the module that runs them.
     """
-    rewriter = _Rewriter(graph, chains, modules, insert)
-    for chain in reversed(chains):
+    rewriter = _Rewriter(graph, nesting, modules, insert)
+    for chain in reversed(nesting.chains):
         rewriter.rewrite(chain)
     for node in reversed(graph.find_nodes(op="get_attr")):
         if not node.users:
@@ -57,15 +57,12 @@ def rewrite(graph: Graph, chains: Sequence[Chain], modules: Modules, insert: Ins
 class _Rewriter:
     """Rewrites chain after chain and keeps the steps that are still to come up to date."""
 
-    def __init__(self, graph: Graph, chains: Sequence[Chain], modules: Modules, insert: Insert) -> None:
+    def __init__(self, graph: Graph, nesting: Nesting, modules: Modules, insert: Insert) -> None:
         self._graph = graph
+        self._nesting = nesting
         self._modules = modules
         self._insert = insert
         self._replaced: dict[Node, Node] = {}
-        self._around: defaultdict[Node, list[Step]] = defaultdict(list)
-        for step in (step for chain in chains for step in chain.steps):
-            for node in step.nodes:
-                self._around[node].append(step)
 
     def rewrite(self, chain: Chain) -> None:
         for step in chain.steps:
@@ -86,7 +83,9 @@ class _Rewriter:
         read = [value for value in values if value.users]
         for value in set(values) - set(read) - {call}:
             self._graph.erase_node(value)
-        self._update(inside, {*added, *read})
+        for step in self._nesting.around(chain):
+            step.nodes -= inside
+            step.nodes |= {*added, *read}
 
     def _serve_early_readers(self, chain: Chain) -> None:
         """Who reads a state before the next step does gets a view of it that this step makes first.
@@ -105,9 +104,8 @@ class _Rewriter:
             view.meta = dict(step.out.meta)
             for node in early:
                 node.replace_input_with(step.out, view)
-            self._around[view] = self._around[first]
-            for owner in self._around[view]:
-                owner.nodes.add(view)
+            for holder in (after, *self._nesting.around(chain)):
+                holder.nodes.add(view)
 
     def _read_instead(self, outputs: Sequence[Node], values: Sequence[Node], inside: Collection[Node]) -> None:
         for old, new in zip(outputs, values, strict=True):
@@ -115,15 +113,6 @@ class _Rewriter:
                 user.replace_input_with(old, new)
             _protect(self._graph, new, self._modules)
             self._replaced[old] = new
-
-    def _update(self, gone: set[Node], added: set[Node]) -> None:
-        """Tell the steps around a rewritten chain what stands in its place."""
-        around = [step for step in self._around[next(iter(gone))] if gone <= step.nodes]
-        for step in around:
-            step.nodes -= gone
-            step.nodes |= added
-        for node in added:
-            self._around[node] = around
 
 
 def _move_behind(last: Node, late: Sequence[Node]) -> None:
