@@ -74,7 +74,7 @@ def momentum(
     holders.tell(lambda net: CompiledGraph(entry, net, checked, mode))
 
     def run(*values: Any) -> Any:
-        holder = Scope(holders.of(values), entry.captured.modules)
+        holder = Scope(entry.captured.modules, holders.of(values))
         taken = [values[position] for position in positions]
         with nullcontext() if plans is None else plans.forward_pass(call_key(taken)):
             return function(holder, *taken)

@@ -52,4 +52,4 @@ class Assembly:
             *inputs: the inputs of the graph.
         """
         segments = {name: partial(segment, holder) for name, segment in self._segments.items()}
-        return self._function(Scope(holder, {**self._calls, **segments}), *inputs)
+        return self._function(Scope({**self._calls, **segments}, holder), *inputs)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -15,13 +14,14 @@ from torch.utils._pytree import tree_iter
 from mfx.engine import ARITHMETICS, ChainCache, ChainPlan, ChainSettings, StepCost, StepFunction, measure, run_chain
 from mfx.engine.memory.cuts import NodeCost, SegmentCost
 from mfx.engine.memory.measure import StepMeasure, storages_by_address
-from mfx.engine.recompute.layout import resolve
 from mfx.options.gamma import Gamma
 from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.memory_plans import share_of
+from mfx.program.scope import Scope
 from mfx.program.segments import split_between_calls
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
+from mfx_passes.paths import resolve
 
 _AGAIN = ChainPlan(frozenset(), from_inputs=True)
 
@@ -52,7 +52,7 @@ class BetweenChains:
     def __call__(self, root: Any, *inputs: Any) -> Any:
         """What the nodes compute."""
         # As for a chain: what is read by path is put back for a second run in here, not in the model.
-        root = SimpleNamespace(**{name: getattr(root, name) for name in self._roots})
+        root = Scope({name: getattr(root, name) for name in self._roots})
         share = share_of((self._name, *map(_shape, inputs)), None)
         if share is None or not self._can_be_repeated(root):
             return self._plain(root, *inputs)
@@ -63,7 +63,7 @@ class BetweenChains:
             return outputs
         function, pieces = self._cut(share.cuts)
         calls = {name: partial(piece.run, root, i in share.plan.kept) for i, (name, piece) in enumerate(pieces.items())}
-        return function(_Calls(root, calls), *inputs)
+        return function(Scope(calls, root), *inputs)
 
     def _can_be_repeated(self, root: Any) -> bool:
         """Not if it changes an input in place: the second run would find it changed."""
@@ -87,17 +87,6 @@ class BetweenChains:
         nodes = _computed(body)
         name = f"between the chains, {nodes[0].name} to {nodes[-1].name}"
         return _Piece(self._compiler(body), _targets(body), name, self._verify)
-
-
-class _Calls:
-    """Where the short graph of a run finds its pieces."""
-
-    def __init__(self, root: Any, calls: Mapping[str, Callable[..., Any]]) -> None:
-        self.__dict__.update(calls)
-        self._root = root
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._root, name)
 
 
 class _Piece:

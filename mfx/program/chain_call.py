@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from mfx.engine import ChainCache, ChainSettings, StepFunction, run_chain, state
 from mfx.options.gamma import Gamma
 from mfx.program.codegen import BackendCompiler, GraphCompiler, to_function
 from mfx.program.memory_plans import ChainShare, NetPlans, share_of
+from mfx.program.scope import Scope
 from mfx_passes import ChainGraphs, MfxError
 
 Stream = tuple[tuple[int, ...], torch.dtype]
@@ -115,7 +115,7 @@ class Momentum(nn.Module):
             self._steps_by(compiler or self.compiler),
             x,
             tuple(captures),
-            SimpleNamespace(**{name: _as_it_is_now(root, compiler) for name, root in roots.items()}),
+            Scope({name: _as_it_is_now(root, compiler) for name, root in roots.items()}),
             settings,
             v0=v0,
             taps=self.graphs.taps,

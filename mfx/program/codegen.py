@@ -5,6 +5,7 @@ from __future__ import annotations
 import linecache
 import re
 from collections.abc import Callable
+from operator import attrgetter
 from types import FunctionType
 from typing import Any
 
@@ -54,8 +55,10 @@ class BackendCompiler:
             self._compiled[key] = torch.compile(to_function(shared), backend=self._inner, **self._settings)
         compiled = self._compiled[key]
 
+        getters = [attrgetter(path) for path in paths]
+
         def run(root: Any, *inputs: Any) -> Any:
-            return compiled(None, *inputs, *(_resolve(root, path) for path in paths))
+            return compiled(None, *inputs, *(get(root) for get in getters))
 
         return run
 
@@ -101,12 +104,6 @@ def _without_numbers(value: Any) -> Any:
 
 def _call(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module(*args, **kwargs)
-
-
-def _resolve(root: Any, path: str) -> Any:
-    for name in path.split("."):
-        root = getattr(root, name)
-    return root
 
 
 GraphCompiler = Callable[[Graph], Callable[..., Any]]  # what makes a function of a graph

@@ -128,7 +128,7 @@ class RewrittenGraph:
         assembly = Assembly(
             self.graph, self.calls, compiler, recompute_between=self.recompute_between, verify=self.verify
         )
-        return partial(assembly, Scope(net, self.captured.modules))
+        return partial(assembly, Scope(self.captured.modules, net))
 
     def graph_module(self, net: nn.Module) -> fx.GraphModule:
         """The rewritten graph as a module of its own, over the modules of ``net``."""

@@ -1,4 +1,4 @@
-"""Look a name up in one place first and in a second one otherwise."""
+"""Attributes looked up in one place first and in a second one otherwise."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from typing import Any
 
 
 class Scope:
-    """Where a rewritten graph finds its modules: the calls first, then the holder of all else."""
+    """The object whose attributes a graph reads and calls by path.
 
-    __slots__ = ("_calls", "_holder")
+    Args:
+        attributes: what it has itself.
+        fallback: object under whose attributes everything else is found.
+    """
 
-    def __init__(self, holder: Any, calls: Mapping[str, Any]) -> None:
-        self._holder = holder
-        self._calls = calls
+    def __init__(self, attributes: Mapping[str, Any], fallback: object = None) -> None:
+        self.__dict__.update(attributes)
+        self.__fallback = fallback
 
     def __getattr__(self, name: str) -> Any:
-        return self._calls[name] if name in self._calls else getattr(self._holder, name)
+        return getattr(self.__fallback, name)

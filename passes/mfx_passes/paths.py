@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import accumulate
+from operator import attrgetter
+from typing import Any
 
 
 def join(*paths: str) -> str:
@@ -54,3 +56,8 @@ def common(paths: Iterable[str]) -> str:
             break
         shared.append(names[0])
     return ".".join(shared)
+
+
+def resolve(root: Any, path: str) -> Any:
+    """Return what lies at a path under ``root``: ``root.layer.fc`` for "layer.fc", ``root`` itself for ""."""
+    return attrgetter(path)(root) if path else root

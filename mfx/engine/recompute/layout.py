@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from mfx_passes.errors import MfxError
+from mfx_passes.paths import resolve
 
 Flags = tuple[bool, ...]
 Table = dict[str, Any]  # one that modules keep tensors or modules in
@@ -128,13 +129,6 @@ def layout_of(cache: dict[Any, Any], key: Any, root: Any, targets: Sequence[str]
     if layout is None or not layout.holds(root):
         layout = cache[key] = StateLayout(root, targets, step_path)
     return layout
-
-
-def resolve(root: Any, path: str) -> Any:
-    """``root.a.b`` for "a.b"; ``root`` for ""."""
-    for name in filter(None, path.split(".")):
-        root = getattr(root, name)
-    return root
 
 
 def _loose(root: Any, path: str) -> TensorSlot:
