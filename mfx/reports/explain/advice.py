@@ -10,6 +10,7 @@ from mfx.text import size
 # What Hugging Face models return beside their result, and how to do without.
 OPTIONAL_OUTPUTS = {
     "past_key_values": "use_cache=False",
+    "cache": "use_cache=False",  # its name from transformers 5.24 on
     "hidden_states": "output_hidden_states=False",
     "encoder_hidden_states": "output_hidden_states=False",
     "decoder_hidden_states": "output_hidden_states=False",
