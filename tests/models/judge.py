@@ -170,18 +170,19 @@ VERDICTS: dict[str, Verdict] = {
 def judged(cases: Sequence[Case], *, zoo: Sequence[Case] = (), sample: int = 0) -> pytest.MarkDecorator:
     """Parametrizes a test with ``case`` and ``verdict``.
 
-    Every case that is judged by default is judged by the first verdict, and by two of the others, other ones every day.
+    Every case that is judged by default is judged by two verdicts, other ones every day.
 
     Args:
         cases: judged always.
         zoo: judged with ``-m zoo``.
         sample: how many of ``zoo`` are judged by default, others every day.
     """
-    every_day, *others = VERDICTS
     by_default = [*cases, *(sampling.sample(zoo, sample) if zoo else ())]
-    chosen = {(case.name, every_day) for case in by_default}
-    for i, case in enumerate(by_default):
-        chosen |= {(case.name, verdict) for verdict in sampling.sample(others, 2, offset=i)}
+    chosen = {
+        (case.name, verdict)
+        for i, case in enumerate(by_default)
+        for verdict in sampling.sample(list(VERDICTS), 2, offset=i)
+    }
     params = [
         _param(case, verdict, is_chosen=(case.name, verdict) in chosen)
         for verdict in VERDICTS
