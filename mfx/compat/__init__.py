@@ -1,4 +1,8 @@
-"""Every torch private that mfx leans on, by subject, with the versions it was read in."""
+"""Every private of torch that mfx uses, by subject, with the versions of torch in which it was read.
+
+Imports torch and nothing of mfx outside this package. What this file offers is light; ``compiling``, ``dynamo``,
+``given_up`` and ``inductor`` import TorchDynamo or Inductor and are imported where they are needed.
+"""
 
 from mfx.compat.autograd import (
     NO_TASK,
@@ -13,6 +17,8 @@ from mfx.compat.autograd import (
 from mfx.compat.compiled import compiled_model, is_inductor
 from mfx.compat.fake_tensors import fake_mode, fake_mode_of, is_fake, runs_for_real, unlogged
 from mfx.compat.fsdp import class_before_sharding, is_group, is_sharded, shards_of, share_shards
+from mfx.compat.fx import is_erased, search_autowrapped_in
+from mfx.compat.hooks import forward_hook_tables, has_state_dict_hook, hook_tables
 from mfx.compat.modes import (
     AutocastState,
     autocast_as,
@@ -20,10 +26,13 @@ from mfx.compat.modes import (
     has_modes,
     modes,
     modes_left,
+    modes_observed,
     outside_of_export,
     under_transform,
     without_modes,
+    written_arguments,
 )
+from mfx.compat.patching import patching
 from mfx.compat.transformer import plain_transformer_layers
 
 __all__ = [
@@ -38,7 +47,11 @@ __all__ = [
     "current_task",
     "fake_mode",
     "fake_mode_of",
+    "forward_hook_tables",
     "has_modes",
+    "has_state_dict_hook",
+    "hook_tables",
+    "is_erased",
     "is_fake",
     "is_group",
     "is_inductor",
@@ -48,13 +61,17 @@ __all__ = [
     "memory_of",
     "modes",
     "modes_left",
+    "modes_observed",
     "outside_of_export",
+    "patching",
     "plain_transformer_layers",
     "runs_for_real",
+    "search_autowrapped_in",
     "shards_of",
     "share_shards",
     "under_transform",
     "unlogged",
     "when_task_ends",
     "without_modes",
+    "written_arguments",
 ]

@@ -1,4 +1,4 @@
-"""Every torch private that mfx leans on, with the version it was read in."""
+"""Privates of autograd, the dispatcher and storages."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 
 NO_TASK = -1
 
-# Of an operation that draws random numbers, and looks at memory that only the CPU knows of.
+# For an operation that draws random numbers and reads memory that only the CPU can address.
 OPAQUE_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
 
 
 def current_task() -> int:
-    """A number for the backward pass that this thread is in, ``NO_TASK`` outside one (torch 2.11 to 2.15)."""
+    """Return the number of the backward pass that this thread is in, ``NO_TASK`` outside one (torch 2.11 to 2.15)."""
     return torch._C._current_graph_task_id()
 
 
@@ -25,7 +25,7 @@ def when_task_ends(callback: Callable[[], None]) -> None:
 
 
 def above_autograd() -> AbstractContextManager[object]:
-    """A context in which operations are recorded by autograd, also inside an operation (torch 2.11 to 2.15)."""
+    """Return a context in which autograd records operations, also inside an operation (torch 2.11 to 2.15)."""
     excluded = torch._C._dispatch_tls_local_exclude_set()
     for key in (torch._C.DispatchKey.AutogradFunctionality, torch._C.DispatchKey.ADInplaceOrView):
         excluded = excluded.remove(key)
@@ -33,17 +33,17 @@ def above_autograd() -> AbstractContextManager[object]:
 
 
 def memory_of(storage: torch.UntypedStorage) -> int:
-    """A number that tells a storage from all others alive, also where it holds nothing (torch 2.11 to 2.15)."""
+    """Return a number that no other living storage has, also if it holds nothing (torch 2.11 to 2.15)."""
     return int(storage._cdata)
 
 
 def keeps_graph() -> bool:
-    """Whether the backward pass that this thread is in was told to keep its graph (torch 2.11 to 2.15)."""
+    """True if the backward pass that this thread is in keeps its graph, or there is none (torch 2.11 to 2.15)."""
     return current_task() == NO_TASK or torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def leaves_of(tensors: Sequence[Tensor]) -> set[int]:
-    """Identities of the leaves of the autograd graph that tensors are computed from (torch 2.11 to 2.15)."""
+    """Return the identities of the leaves of the autograd graph of some tensors (torch 2.11 to 2.15)."""
     nodes = {tensor.grad_fn for tensor in tensors}
     leaves = {id(tensor) for tensor in tensors if tensor.grad_fn is None}
     waiting = list(nodes)

@@ -1,4 +1,4 @@
-"""What torch.compile returns, recognized without importing TorchDynamo."""
+"""Compiled models and Inductor, recognized without importing TorchDynamo."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import nn
 
 
 def compiled_model(module: nn.Module) -> nn.Module | None:
-    """The model that ``torch.compile`` made this module of; None if it is no such module (torch 2.11 to 2.15)."""
-    dynamo = sys.modules.get("torch._dynamo")  # whoever has compiled something has imported it
+    """Return the model inside a module that ``torch.compile`` returned; None for other modules (torch 2.11 to 2.15)."""
+    dynamo = sys.modules.get("torch._dynamo")  # imported before anything can be compiled
     return module._orig_mod if dynamo is not None and isinstance(module, dynamo.OptimizedModule) else None
 
 
 def is_inductor(backend: object) -> bool:
-    """Whether a backend of torch.compile, or its name, is Inductor; torch.compile itself names it so (2.11 to 2.14)."""
+    """True if a backend of torch.compile, or its name, is Inductor's (torch 2.11 to 2.14)."""
     return getattr(backend, "compiler_name", backend) == "inductor"

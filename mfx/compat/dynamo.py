@@ -1,10 +1,12 @@
-"""Every private of TorchDynamo that mfx leans on to look at a call, and to read its graph (torch 2.13 to 2.14)."""
+"""Privates of TorchDynamo by which a call is captured and its graph is read.
+
+All were read in torch 2.13 to 2.14.
+"""
 
 from __future__ import annotations
 
 import dis
 import logging
-import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -23,7 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.module_tracker import ModuleTracker
 
-from mfx.compat import fake_mode, plain_transformer_layers, unlogged
+from mfx.compat import fake_mode, patching, plain_transformer_layers, unlogged
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 ENTRANCES = (
@@ -39,19 +41,18 @@ EXITS = (
     torch._C._functorch._grad_decrement_nesting,
 )
 
-SWITCHES = (torch._C._set_grad_enabled, torch.nn.attention._sdpa_kernel)  # there and back by the same function
+SWITCHES = (torch._C._set_grad_enabled, torch.nn.attention._sdpa_kernel)  # the same function turns them on and off
 FUSED_LAYER = torch._transformer_encoder_layer_fwd  # what nn.TransformerEncoderLayer is in inference
 
 # The second where a branch of Python's goes by a number that was read from a tensor.
 DYNAMO_ERRORS = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
 
 _TOLD = "told to require a gradient"
-_LOCK = threading.RLock()
 _LOGGING = ("debug", "info", "warning", "warn", "error", "exception", "critical", "log", "warning_once", "info_once")
 
 
 class Seen:
-    """What Dynamo made of one call.
+    """What Dynamo made of one call: a graph, and guards.
 
     Attributes:
         graph: the tensor work of the call.
@@ -65,19 +66,19 @@ class Seen:
         self.inputs: Sequence[Any] = output.backend_input.example_inputs
 
     def holds(self, variables: Mapping[str, Any]) -> bool:
-        """Whether Dynamo's guards hold for these local variables of the function."""
+        """True if Dynamo's guards hold for these local variables of the function."""
         with _as_seen():
             return bool(self._guards.check(dict(variables)))
 
     def callable(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function that was called, with ``graph_function`` in the place of the graph."""
+        """Return the function that was called, with ``graph_function`` in the place of the graph."""
         return self._output.forward_callable(  # type: ignore[no-any-return]
             compiled_fn=graph_function, extra_globals=self._output.graph_capture_output.f_globals
         )
 
     @property
     def replaced_buffers(self) -> set[str]:
-        """Names of buffers that the call replaces by others: ``module._buffers.update({name: …})`` in Dynamo's code."""
+        """Names of buffers that the call replaces: ``module._buffers.update({name: …})`` in Dynamo's code."""
         names: set[str] = set()
         before, last, reading = "", "", False
         for instruction in dis.get_instructions(self._output.graph_capture_output.bytecode):
@@ -99,19 +100,19 @@ def see_call(
     history: MutableMapping[Any, Any] | None,
     any_float: bool,
 ) -> Seen:
-    """Have Dynamo look at one call of a bound method, as one graph or not at all.
+    """Capture one call of a bound method by Dynamo, as one graph or not at all.
 
     Args:
         function: the method.
         args: arguments of the call.
         kwargs: arguments by name.
         history: the sizes and integers of earlier calls, to which this call's are added; the graph holds for any value
-            of those that differ. None for a graph for those of this call alone.
-        any_float: whether it should then hold for any value of other numbers that differ, too, that Python code reads
-            off attributes and arguments. It reads each of them off a tensor, where a compiler of the graph breaks it.
+            of those that differ. None: the graph holds for those of this call alone.
+        any_float: the graph then also holds for any value of other numbers that differ and that Python code reads off
+            attributes and arguments. It reads each of them off a tensor, where a compiler of the graph breaks it.
 
     Raises:
-        Exception: whatever Dynamo raises where it has to break the graph.
+        Exception: what Dynamo raises where it has to break the graph.
     """
     from torch._dynamo.convert_frame import fullgraph_capture
     from torch._dynamo.utils import dynamo_timed, get_metrics_context
@@ -149,10 +150,10 @@ def see_call(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without warnings about what Dynamo does itself: it asks every tensor that it is given for its gradient.
+    """Hide warnings about what Dynamo does itself: it reads ``.grad`` of every tensor that it is given.
 
-    And inside of torch.export it warns of the side effects that it replays. What fails while it looks is said by its
-    exception.
+    Inside of torch.export it also warns of the side effects that it replays. What fails during the capture is an
+    exception and need not be logged.
     """
     with warnings.catch_warnings(), unlogged():
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
@@ -162,11 +163,11 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _own_tensors_may_require_gradients() -> Iterator[None]:
-    """``tensor.requires_grad = True`` is no part of the graph where the model has made the tensor itself.
+    """Leave ``tensor.requires_grad = True`` out of the graph where the model has made the tensor itself.
 
-    T5 and Wav2Vec2 say so for their checkpoints. Dynamo breaks the graph there.
-    No gradient depends on it but the tensor's own, for which the model would have to ask; and code that looks at
-    what requires a gradient sees that this does. See `_check_gradients_returned` for what remains.
+    T5 and Wav2Vec2 set it for their checkpoints. Dynamo breaks the graph there.
+    Only the tensor's own gradient depends on it, and the model would have to ask for that one; code that reads
+    ``requires_grad`` sees True. See `_check_gradients_returned` for what remains.
     """
     from torch._dynamo.variables import builtin
 
@@ -190,8 +191,8 @@ def _own_tensors_may_require_gradients() -> Iterator[None]:
 
 
 def _check_gradients_returned(graph: fx.Graph) -> None:
-    """What the graph returns must require gradients as it does in the model, or a caller could tell the difference."""
-    told: set[fx.Node] = set()  # and what is computed of these
+    """Check that what the graph returns requires gradients as in the model, or a caller could tell the difference."""
+    told: set[fx.Node] = set()  # with what is computed from these
     anyway: set[fx.Node] = set()
     for node in graph.nodes:
         if _TOLD in node.meta or not told.isdisjoint(node.all_input_nodes):
@@ -213,7 +214,7 @@ def _requires_grad(node: fx.Node) -> bool:
 
 @contextmanager
 def _checkpoints_are_calls() -> Iterator[None]:
-    """What the model checkpoints itself is called: as a graph of its own it could not note anything outside."""
+    """Capture what the model checkpoints itself as plain calls: a graph of its own could not write outside it."""
     from torch._dynamo.variables.higher_order_ops import CheckpointHigherOrderVariable
     from torch._higher_order_ops.wrap import TagActivationCheckpoint
 
@@ -240,24 +241,25 @@ def _hooks() -> Any:
 
 
 def _is_about_forward(guard: Any) -> bool:
-    """Whether a guard wants a module to be without a ``forward`` of its own: a part of a net may get one from us."""
+    """True if a guard wants a module without an instance ``forward``: mfx may give a submodule one."""
     if guard.guard_type != "NOT_PRESENT_IN_GENERIC_DICT":
         return False
-    attribute: str = guard.orig_guard.create_fn.keywords["attr"]  # its printed form names it in some versions only
+    attribute: str = guard.orig_guard.create_fn.keywords["attr"]  # printed in some versions only
     return attribute == "forward"
 
 
 @contextmanager
 def _as_seen() -> Iterator[None]:
-    """`nn.Transformer` decides nothing by looking at values or for want of gradients; nobody watches.
+    """Set up the surroundings in which a call is captured and its guards are checked.
 
-    A dispatch mode of the user's (a counter of FLOPs or bytes) is no condition of a graph, nor are the hooks by which
-    `torch.utils.flop_counter` follows modules; and a capture's operations without values are not for them to see.
+    `nn.Transformer` then takes the same path whatever the values are and whether or not gradients are on. A dispatch
+    mode of the user's (a counter of FLOPs or bytes) is not a condition of a graph, nor are the hooks by which
+    `torch.utils.flop_counter` follows modules; and they do not see a capture's operations on fake tensors.
     """
     from torch.nn.modules import module
 
     with (
-        _LOCK,  # what is patched belongs to all threads
+        patching(),
         plain_transformer_layers(),
         _without_trackers(module._global_forward_pre_hooks),
         _without_trackers(module._global_forward_hooks),
@@ -276,7 +278,7 @@ def _without_trackers(hooks: dict[int, Any]) -> AbstractContextManager[Any]:
 
 
 def sources(graph: fx.Graph) -> list[str]:
-    """Where in the caller's world each input of a graph comes from, as Dynamo writes it; "" for sizes."""
+    """Return the source of each input of a graph, as an expression that Dynamo writes; "" for sizes."""
     return [_source(node) for node in graph.find_nodes(op="placeholder")]
 
 
@@ -286,7 +288,7 @@ def _source(node: fx.Node) -> str:
 
 
 def with_plain_sizes(value: Any) -> Any:
-    """A fake tensor with the sizes it has in the call that was seen; None for what is no tensor of one size."""
+    """Return a fake tensor with the sizes of the captured call; None for what is not a tensor of known size."""
     if not isinstance(value, Tensor) or value.is_nested:
         return None
     sizes = [plain for size in value.shape if (plain := _plain(size)) is not None]
@@ -305,9 +307,9 @@ def _plain(size: Any) -> int | None:
 
 @contextmanager
 def remembering(history: MutableMapping[Any, Any]) -> Iterator[None]:
-    """Dynamo knows of these earlier calls and of no others, and adds what it looks at.
+    """Let Dynamo compare calls with these earlier ones only, and add the ones it captures.
 
-    Its own memory is of a function, so of all models of a class alike.
+    Its own memory is kept per function, so all models of a class would share it.
     """
     states = defaultdict(pgo.CodeState, history)
     with patch.object(pgo, "_CODE_STATE", states):

@@ -12,13 +12,13 @@ from torch import Tensor
 
 
 def fake_mode_of(tensors: Sequence[Tensor]) -> Any:
-    """The mode in which tensors without values were made, None if there are none (torch 2.11 to 2.15)."""
+    """Return the mode in which the fake ones of some tensors were made; None if none is fake (torch 2.11 to 2.15)."""
     return torch._guards.detect_fake_mode(list(tensors))
 
 
 @contextmanager
 def fake_mode() -> Iterator[Any]:
-    """A mode in which tensors have shapes, dtypes and devices but no values; what fails in it is not logged.
+    """Enter a mode in which tensors have shapes, dtypes and devices but no values; what fails in it is not logged.
 
     Read in torch 2.11 to 2.15.
     """
@@ -30,7 +30,7 @@ def fake_mode() -> Iterator[Any]:
 
 @contextmanager
 def unlogged() -> Iterator[None]:
-    """Within this context, what fails on tensors without values is an exception alone, and no lines on stderr, too."""
+    """Within this context, what fails on fake tensors is an exception only and is not logged to stderr as well."""
     log = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, log.disabled = log.disabled, True
     try:
@@ -40,12 +40,12 @@ def unlogged() -> Iterator[None]:
 
 
 def is_fake(value: object) -> bool:
-    """Whether a value is a tensor without data, made in a fake mode (torch 2.11 to 2.15)."""
+    """True if a value is a tensor without data, made in a fake mode (torch 2.11 to 2.15)."""
     from torch._subclasses.fake_tensor import FakeTensor
 
     return isinstance(value, FakeTensor)
 
 
 def runs_for_real() -> bool:
-    """False while torch.compile, torch.export or another fake mode looks at the code instead of running it."""
+    """False while torch.compile, torch.export or another fake mode traces the code (torch 2.11 to 2.15)."""
     return not torch.compiler.is_compiling() and torch._guards.detect_fake_mode() is None

@@ -10,32 +10,35 @@ from torch import Tensor, nn
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether ``tensor`` is a DTensor, which FSDP2 swaps for plain tensors while it computes."""
+    """True if ``tensor`` is a DTensor, which FSDP2 swaps for plain tensors while it computes (torch 2.13 to 2.15)."""
     return hasattr(tensor, "device_mesh")
 
 
 def shards_of(module: nn.Module) -> Any:
-    """What ``fully_shard`` keeps about ``module``, None if it was not applied to it (torch 2.13 to 2.15)."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")  # nobody has sharded anything before importing it
+    """Return the state that ``fully_shard`` keeps of ``module``, None if it was not applied (torch 2.13 to 2.15)."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")  # imported before anything can be sharded
     return module._get_fsdp_state() if fsdp is not None and isinstance(module, fsdp.FSDPModule) else None
 
 
 def class_before_sharding(module: nn.Module) -> type:
-    """The class that ``module`` had before ``fully_shard`` (torch 2.13 to 2.15)."""
+    """Return the class that ``module`` had before ``fully_shard`` (torch 2.13 to 2.15)."""
     sharded, _, before, *_ = type(module).__mro__
     assert sharded.__bases__[1] is before
     return before
 
 
 def is_group(shards: Any) -> bool:
-    """Whether several modules were sharded in one call (torch 2.13 to 2.15)."""
+    """True if several modules were sharded in one call (torch 2.13 to 2.15)."""
     return len(shards._modules) > 1
 
 
 def share_shards(module: nn.Module, copied: nn.Module, copies: Mapping[int, Any]) -> None:
-    """Let ``copied`` have the shards of ``module``, as modules that share parameters have them (torch 2.13 to 2.15).
+    """Give ``copied`` the shards of ``module``, as modules that share parameters have them (torch 2.13 to 2.15).
 
-    ``copies`` has the copies of the modules inside, by identity.
+    Args:
+        module: a module that `fully_shard` was applied to by itself.
+        copied: its copy.
+        copies: the copies of the modules inside, by identity of the module.
     """
     from torch.distributed._composable_state import _insert_module_state
 

@@ -1,4 +1,7 @@
-"""Every private of Inductor that mfx leans on (torch 2.13 to 2.14)."""
+"""Privates of Inductor: one loop for a graph of elementwise operations.
+
+All were read in torch 2.13 to 2.14.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +14,19 @@ from torch.fx import Graph, GraphModule
 
 from mfx import compat
 
-_EXAMPLE = 2**17  # elements; what is compiled is for any number of them
+_EXAMPLE = 2**17  # elements; the compiled loop is for any number of them
 _NARROW = 2**31  # fewer elements are counted in 32 bits, where that is quicker
 
 
 def elementwise(graph: Graph) -> Callable[..., None]:
-    """A function of elementwise operations that writes into its inputs, as one loop by Inductor.
+    """Compile a graph of elementwise operations, which writes into its inputs, to one loop by Inductor.
 
-    Called past Dynamo and autograd: what these look at in every call, to know that their graph holds, takes them ten
-    times as long as the loop over a few thousand elements. So whoever calls it sees to it that the inputs are plain
-    tensors, one-dimensional, and always of the same dtypes.
+    The function is called without Dynamo and autograd: their checks in every call take ten times as long as the loop
+    over a few thousand elements. So the caller must see to it that the inputs are plain tensors, one-dimensional, and
+    always of the same dtypes.
 
     Args:
-        graph: its inputs are tensors of one size, but for the last if that is of another one.
+        graph: its inputs are tensors of one size; only the last may be of another one.
 
     Returns:
         A function of None (see `mfx.program.GraphCompiler`) and the inputs.

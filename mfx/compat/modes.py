@@ -1,26 +1,33 @@
-"""Autocast, dispatch and function modes, transforms and export: read, left and entered."""
+"""Autocast, dispatch and function modes, transforms and export: read, observed, left and entered."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from mfx.compat.patching import patching
+
 
 def under_transform() -> bool:
-    """Whether a torch.func transform or forward-mode differentiation is around (torch 2.11 to 2.15)."""
+    """True within a torch.func transform or forward-mode differentiation (torch 2.11 to 2.15)."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
+
+_MODES = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
 
 AutocastState = tuple[torch.dtype, bool, bool]
 
 
 def autocast_state(device_type: str) -> AutocastState:
-    """Autocast for ``device_type``: its dtype, whether it is on, whether it caches (torch 2.11 to 2.15)."""
+    """Return autocast's state for ``device_type``: its dtype, if it is on, if it caches (torch 2.11 to 2.15)."""
     return (
         torch.get_autocast_dtype(device_type),
         torch.is_autocast_enabled(device_type),
@@ -29,7 +36,7 @@ def autocast_state(device_type: str) -> AutocastState:
 
 
 def modes() -> tuple[bool, ...]:
-    """What a model may switch while it runs: gradients, autocast, and which kernels of attention may be taken."""
+    """Return the switches that a model may change while it runs: gradients, autocast, kernels of attention."""
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
@@ -43,8 +50,40 @@ def modes() -> tuple[bool, ...]:
 
 
 @contextmanager
+def modes_observed(
+    entered: Callable[[str], object], left: Callable[[], object], seeded: Callable[[], object]
+) -> Iterator[None]:
+    """Observe the modes that this thread enters and leaves within the block (torch 2.11 to 2.15).
+
+    Methods of torch's classes are patched, for all threads; other threads are not observed.
+
+    Args:
+        entered: called with the name of a mode before it is entered.
+        left: called before a mode is left.
+        seeded: called before the state of the random generator is set.
+    """
+    thread = threading.get_ident()
+
+    def notifying(function: Callable[..., Any], notify: Callable[[], object]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            if threading.get_ident() == thread:
+                notify()
+            return function(*args)
+
+        return run
+
+    with patching(), ExitStack() as stack:
+        for mode in _MODES:
+            enter = notifying(mode.__enter__, partial(entered, mode.__name__))
+            stack.enter_context(patch.object(mode, "__enter__", enter))
+            stack.enter_context(patch.object(mode, "__exit__", notifying(mode.__exit__, left)))
+        stack.enter_context(patch.object(torch, "set_rng_state", notifying(torch.set_rng_state, seeded)))
+        yield
+
+
+@contextmanager
 def modes_left() -> Iterator[None]:
-    """After the block, modes are what they were, even if it failed before it could leave those that it had entered."""
+    """Put the modes back after the block, even if it fails before it leaves those that it has entered."""
     grad, *_, flash, efficient, math, cudnn = modes()
     depth, states = _autocast_depth(), {kind: autocast_state(kind) for kind in ("cpu", "cuda")}
     try:
@@ -74,24 +113,31 @@ def _autocast_depth() -> int:
 
 
 def autocast_as(device_type: str, state: AutocastState) -> AbstractContextManager[object]:
-    """A context that puts autocast for ``device_type`` into that state."""
+    """Return a context that puts autocast for ``device_type`` into that state."""
     dtype, enabled, caches = state
     return torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=caches)
 
 
 def has_modes() -> bool:
-    """Whether anybody looks on at operations, in a mode of this thread's (torch 2.11 to 2.15)."""
+    """True if a dispatch mode of this thread sees operations (torch 2.11 to 2.15)."""
     return torch._C._len_torch_dispatch_stack() > 0
 
 
 def without_modes() -> AbstractContextManager[object]:
-    """A context in which operations are what they are without anybody looking on (torch 2.11 to 2.15)."""
+    """Return a context in which no dispatch mode sees operations (torch 2.11 to 2.15)."""
     return _disable_current_modes()
+
+
+def written_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    """Return the arguments that an operation seen in a dispatch mode writes to (torch 2.11 to 2.15)."""
+    given: dict[Any, Any] = {**dict(enumerate(args)), **kwargs}
+    arguments = enumerate(operation._schema.arguments)
+    return [given.get(argument.name, given.get(i)) for i, argument in arguments if argument.is_write]
 
 
 @contextmanager
 def outside_of_export() -> Iterator[None]:
-    """If torch.export looks on: without its modes, in which new tensors have no values and which Dynamo minds.
+    """Leave the modes of torch.export, in which new tensors are fake and which Dynamo does not accept.
 
     Read in torch 2.13 to 2.14.
     """

@@ -12,7 +12,7 @@ from torch import Tensor
 
 @contextmanager
 def plain_transformer_layers() -> Iterator[None]:
-    """Have ``nn.TransformerEncoderLayer`` go the way that training takes, without its fused shortcut for inference.
+    """Have ``nn.TransformerEncoderLayer`` take the path of training, without its fused shortcut for inference.
 
     The shortcut decides by looking at shapes, which a symbolic trace does not have (torch 2.11 to 2.15).
     """
@@ -21,7 +21,7 @@ def plain_transformer_layers() -> Iterator[None]:
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        # The length is asked for by nothing but the guess whether a mask is causal: a hint that changes no value.
+        # The length serves only to guess if a mask is causal: a hint that changes no value.
         with (
             patch.object(transformer, "_get_seq_len", _no_length),
             patch.object(transformer, "_detect_is_causal_mask", _is_marked_causal),

@@ -17,6 +17,7 @@ from mfx.capture.dynamo.graph import tidy
 from mfx.capture.dynamo.sources import is_held_by_module, place
 from mfx.compat import compiling as compat_compiling
 from mfx.compat import dynamo as compat_dynamo
+from mfx.compat.given_up import when_given_up
 from mfx.compiler.call_site import calls_a_net
 from mfx.compiler.compiled_graphs import CompiledGraph, remember
 from mfx.options.options import Options
@@ -251,4 +252,4 @@ def _warn_given_up(code: CodeType, reason: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-compat_compiling.when_given_up(momentum, _warn_given_up)
+when_given_up(momentum, _warn_given_up)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from torch import nn
 
@@ -58,11 +57,6 @@ def drop_parts(net: nn.Module, called: set[str]) -> None:
         forward = module.__dict__.get("forward")
         if path and isinstance(forward, Overlay) and forward.is_part and not called.isdisjoint(paths.ancestors(path)):
             del module.__dict__["forward"]
-
-
-def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """A module's own hooks, of all kinds that surround a call of it."""
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 def _overlaid(module: nn.Module) -> tuple[str, ...]:

@@ -12,8 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from mfx.compat import is_fake, without_modes
-from mfx.modules.overlay import hook_tables
+from mfx.compat import hook_tables, is_fake, without_modes, written_arguments
 
 _ABSENT = object()
 
@@ -110,11 +109,8 @@ class _Changes(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        given: dict[Any, Any] = {**dict(enumerate(args)), **(kwargs or {})}
-        for position, argument in enumerate(func._schema.arguments):
-            if argument.is_write:
-                for tensor in pytree.tree_leaves(given.get(argument.name, given.get(position))):
-                    self._keep(tensor)
+        for tensor in pytree.tree_leaves(written_arguments(func, args, kwargs or {})):
+            self._keep(tensor)
         return func(*args, **(kwargs or {}))
 
     def _keep(self, tensor: Any) -> None:

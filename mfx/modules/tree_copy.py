@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mfx import compat
-from mfx.modules.overlay import Overlay, _extras, _overlaid, hook_tables
+from mfx.modules.overlay import Overlay, _extras, _overlaid
 from mfx_passes import MfxError
 
 
@@ -135,7 +135,7 @@ def _outside_hooks(model: nn.Module) -> Iterator[Any]:
     """Hooks that are somebody else's (a recorder's, a trainer's), who means to hear from the copy too."""
     inside = set(map(id, model.modules()))
     for module in model.modules():
-        for table in hook_tables(module):
+        for table in compat.hook_tables(module):
             for hook in table.values():
                 if not isinstance(hook, partial) and id(getattr(hook, "__self__", None)) not in inside:
                     yield hook

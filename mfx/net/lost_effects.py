@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mfx.modules.overlay import hook_tables
+from mfx.compat import hook_tables
 from mfx.program.rewritten import RewrittenGraph
 from mfx.text import listed
 from mfx_passes import paths

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
 
 
 _KEPT = 8  # graphs per set of arguments; a model whose attributes follow a schedule needs a new one for every value
-
-_CAPTURING = threading.RLock()  # a capture changes modules for a moment, and other threads may capture them too
 
 Run = Callable[[GraphCompiler], Any]
 
@@ -91,7 +88,7 @@ class SymbolicRoute:
             raise CaptureError(self._failures[mode])
         try:
             with (
-                _CAPTURING,
+                compat.patching(),
                 compat.outside_of_export(),
                 attributes_restored(self._owner.net) as marks,
                 without_parts(self._owner.net),
@@ -195,7 +192,7 @@ class DynamoRoute:
     def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
         net, options = self._owner.net, self._owner.options
         refuse_shards(net)
-        with _CAPTURING, compat.outside_of_export(), without_parts(net):
+        with compat.patching(), compat.outside_of_export(), without_parts(net):
             captured = self._captured(args, kwargs)
         if (steps := named_steps_of(net, options)) is not None:
             steps.mark(captured.graph)

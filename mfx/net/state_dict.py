@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from mfx import compat
 from mfx.net.forward import forward_of
 from mfx.net.gammas import gammas_of, gammas_to_be
 from mfx.options.gamma import Gamma
@@ -23,7 +24,7 @@ def note_gamma(net: nn.Module) -> None:
     There are no new keys: it goes where torch keeps the versions of modules, ``state_dict()._metadata``, which
     ``torch.save`` saves too. The weights of a model that was never momentumized say nothing and load in silence.
     """
-    if _note not in net._state_dict_hooks.values():
+    if not compat.has_state_dict_hook(net, _note):
         net.register_state_dict_post_hook(_note)
         net.register_load_state_dict_pre_hook(_compare)
 

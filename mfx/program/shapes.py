@@ -47,8 +47,8 @@ def shadow_of(net: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) -> n
     """A copy of a net, without hooks, in which every tensor is what ``fake`` makes of it."""
     shadow = tree_copy(net, fake)
     for inner in shadow.modules():
-        inner._forward_hooks.clear()
-        inner._forward_pre_hooks.clear()
+        for table in compat.forward_hook_tables(inner):
+            table.clear()
     return shadow
 
 

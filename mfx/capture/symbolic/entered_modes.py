@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from typing import Any
-from unittest.mock import patch
-
-import torch
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from mfx import compat
-
-_CLASSES = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
-_LOCK = threading.RLock()  # what is patched belongs to all threads
 
 
 class Modes:
@@ -26,7 +18,6 @@ class Modes:
     def __init__(self) -> None:
         self._entered: list[str] = []
         self._before = compat.modes()
-        self._thread = threading.get_ident()
 
     def check(self) -> None:
         """To be called wherever something is computed.
@@ -42,37 +33,9 @@ class Modes:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """See the modes that are entered in the course of the block."""
-        with _LOCK, ExitStack() as stack:
-            for mode in _CLASSES:
-                stack.enter_context(patch.object(mode, "__enter__", self._entering(mode)))
-                stack.enter_context(patch.object(mode, "__exit__", self._leaving(mode)))
-            stack.enter_context(patch.object(torch, "set_rng_state", self._resetting(torch.set_rng_state)))
+        with compat.modes_observed(self._entered.append, self._entered.pop, _refuse_seeds):
             yield
 
-    def _entering(self, mode: Any) -> Callable[..., Any]:
-        enter = mode.__enter__
 
-        def note(context: Any) -> Any:
-            if threading.get_ident() == self._thread:
-                self._entered.append(mode.__name__)
-            return enter(context)
-
-        return note
-
-    def _leaving(self, mode: Any) -> Callable[..., Any]:
-        leave = mode.__exit__
-
-        def note(context: Any, *error: Any) -> Any:
-            if threading.get_ident() == self._thread:
-                self._entered.pop()
-            return leave(context, *error)
-
-        return note
-
-    def _resetting(self, reset: Callable[..., Any]) -> Callable[..., Any]:
-        def note(state: Any) -> Any:
-            if threading.get_ident() == self._thread:
-                raise RuntimeError("it sets the state of the random generator, which a trace does not record")
-            return reset(state)
-
-        return note
+def _refuse_seeds() -> None:
+    raise RuntimeError("it sets the state of the random generator, which a trace does not record")

@@ -118,7 +118,8 @@ def _with_hooks_of_its_own(model: nn.Module) -> list[str]:
     return [
         name or type(model).__name__
         for name, module in model.named_modules()
-        for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        for table in compat.forward_hook_tables(module)
+        for hook in table.values()
         if (owner := _owner(hook)) is not None and id(owner) in owners
     ]
 

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.fx.node import map_aggregate
 from torch.nn.utils.parametrize import is_parametrized
 
+from mfx import compat
 from mfx.capture.symbolic.bytecode import parts_asked_for
 from mfx.capture.symbolic.entered_modes import Modes
 from mfx.capture.symbolic.leaf_modules import LOOKED_INTO, einops_functions, timm_functions, timm_modules
@@ -43,7 +44,7 @@ class SymbolicTracer(fx.Tracer):
         is_leaf: Callable[[nn.Module], bool] = lambda module: False,
     ) -> None:
         super().__init__(autowrap_functions=(*einops_functions(), *timm_functions(), torch.finfo, torch.iinfo))
-        self._autowrap_search.append(torch)  # which is where torch.finfo is looked up
+        compat.search_autowrapped_in(self, torch)  # which is where torch.finfo is looked up
         self._timm_modules = timm_modules()
         self._leaves, self._is_leaf = leaves, is_leaf
         self._opaque: set[str] = set()
@@ -134,7 +135,7 @@ class SymbolicTracer(fx.Tracer):
         if path is None:
             return attr_val
         known = parameter_proxy_cache.get(path)
-        if known is None or known.node._erased:
+        if known is None or compat.is_erased(known.node):
             parameter_proxy_cache[path] = self.create_proxy("get_attr", path, (), {})
         return parameter_proxy_cache[path]
 

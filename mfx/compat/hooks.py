@@ -1,0 +1,23 @@
+"""Tables of the hooks on modules, by which hooks can be listed, compared and taken away."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def forward_hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Return a module's own hooks before and after its forward, by number (torch 2.11 to 2.15)."""
+    return module._forward_pre_hooks, module._forward_hooks
+
+
+def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Return a module's own hooks, of all kinds that surround a call of it, by number (torch 2.11 to 2.15)."""
+    return *forward_hook_tables(module), module._backward_hooks, module._backward_pre_hooks
+
+
+def has_state_dict_hook(module: nn.Module, hook: Callable[..., Any]) -> bool:
+    """True if a module's ``state_dict`` calls a hook (torch 2.11 to 2.15)."""
+    return hook in module._state_dict_hooks.values()
