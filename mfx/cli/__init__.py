@@ -1,4 +1,7 @@
-"""``mfx`` and ``python -m mfx``: look at a model from a shell."""
+"""The command line ``mfx``, or ``python -m mfx``: explain, profile, draw and report a model from a shell.
+
+It uses the public API and may import everything but ``mfx.__main__``.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ def main(words: Sequence[str] | None = None) -> int:
     """Run one command.
 
     Args:
-        words: of the command line, without the program; by default those of this process.
+        words: words of the command line, without the program; by default those of this process.
 
     Returns:
-        The exit status: 0, or 1 if the model or the request cannot be served. Words that cannot be read leave by
-        ``SystemExit(2)``, as argparse does.
+        The exit status: 0, or 1 if the command fails. Words that cannot be read raise ``SystemExit(2)``, as argparse
+        does.
     """
     parser = make_parser()
     parsed = parser.parse_args(words)
@@ -34,7 +37,7 @@ def main(words: Sequence[str] | None = None) -> int:
             sys.stdout.flush()
     except UsageError as error:
         parser.error(str(error))
-    except BrokenPipeError:  # the reader has seen enough
+    except BrokenPipeError:  # the reader closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except KeyboardInterrupt:
@@ -55,13 +58,13 @@ def _message(error: Exception) -> str:
 
 @contextmanager
 def _warnings_as_lines() -> Iterator[None]:
-    """What mfx warns of, each once and without a place in mfx's own code; what others warn of is not asked for."""
-    said: set[str] = set()
+    """Print each of mfx's warnings once, without a place in mfx's own code; drop those of other packages."""
+    printed: set[str] = set()
 
     def show(message: Warning | str, *_: Any, **__: Any) -> None:
         text = str(message)
-        if text.startswith("mfx: ") and text not in said:
-            said.add(text)
+        if text.startswith("mfx: ") and text not in printed:
+            printed.add(text)
             print(f"mfx: warning: {text.removeprefix('mfx: ')}", file=sys.stderr)
 
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""What each command does."""
+"""The commands: explain, profile, draw and report."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch.fx import Graph
 
 import mfx
 from mfx.capture.captured import CaptureError
-from mfx.cli.inputs import made
+from mfx.cli.inputs import make_inputs
 from mfx.cli.parser import version
 from mfx.cli.spec import build
 from mfx.net.forward import forward_of
@@ -26,12 +26,12 @@ _OPTIONS = ("arithmetic", "memory_budget", "recompute", "velocity", "min_steps",
 
 
 class UsageError(Exception):
-    """What stands on the command line does not go together."""
+    """Words of the command line that do not go together."""
 
 
 @dataclass(frozen=True)
 class CommandSubject:
-    """The model, the arguments of a call, and how it is to be rewritten."""
+    """The model of a command, the arguments of a call, and the options of `mfx.momentumize`."""
 
     model: nn.Module
     args: tuple[Any, ...]
@@ -39,7 +39,7 @@ class CommandSubject:
     options: Mapping[str, Any]
 
     def rewritten(self) -> nn.Module:
-        """The momentumized net; one that is no one graph was called, so that it is known what it consists of."""
+        """Return the momentumized net; it is called once if it is not one graph, to capture its modules."""
         net = mfx.momentumize(self.model, **self.options)
         if (self.args or self.kwargs) and (forward := forward_of(net)) is not None:
             try:
@@ -50,21 +50,21 @@ class CommandSubject:
         return net
 
     def profile(self, words: Namespace) -> mfx.Profile:
-        """What training steps of the model take."""
+        """Profile the model."""
         how = {"against": words.against, "options": self.options, "repeats": words.repeats}
         return mfx.profile(self.model, *self.args, **how, **self.kwargs)
 
     def inputs_of(self, net: nn.Module) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """What to look at a net with: not a net in parts, which has its graphs already."""
+        """Return the inputs to explain a net with; none if its modules are rewritten, and captured, each on its own."""
         forward = forward_of(net)
         return ((), {}) if forward is not None and forward.per_module else (self.args, self.kwargs)
 
 
 def run(words: Namespace) -> None:
-    """Do what the command line says.
+    """Run the command of a command line.
 
     Raises:
-        MfxError: the model or the request cannot be served.
+        MfxError: the command fails.
         UsageError: the words do not go together.
     """
     try:
@@ -83,7 +83,7 @@ def _subject(words: Namespace) -> CommandSubject:
     model = build(words.spec, args, {**more, **kwargs}, words.config, words.device)
     if words.mode is not None:
         model.train(words.mode == "train")
-    return CommandSubject(model, *made(words.inputs, words.device), _options(words))
+    return CommandSubject(model, *make_inputs(words.inputs, words.device), _options(words))
 
 
 def _options(words: Namespace) -> dict[str, Any]:
@@ -146,7 +146,7 @@ def _report(words: Namespace) -> None:
 
 
 def _measured(words: Namespace, subject: CommandSubject) -> tuple[mfx.Profile | None, str]:
-    """A profile, or why there is none."""
+    """Return a profile, or None and the reason."""
     if not words.inputs:
         return None, "no inputs were given (--input)."
     if words.device == "meta":
@@ -171,7 +171,7 @@ def _code(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> l
 
 
 def _source(graph: Graph) -> str:
-    """A graph as code, without the deletions that it is run with."""
+    """Return a graph as code, without the ``x = None`` that free memory."""
     return re.sub(r";  [\w, =]+ = None$", "", graph.python_code("self").src, flags=re.MULTILINE)
 
 

@@ -25,11 +25,11 @@ class Input:
     """One input: a tensor to draw, or a plain value.
 
     Args:
-        name: of the argument; None for the next positional one.
-        shape: of the tensor; None for a plain value.
-        dtype: of the tensor. Floating-point values are drawn from the standard normal distribution, integers from
+        name: name of the argument; None for the next positional one.
+        shape: shape of the tensor; None for a plain value.
+        dtype: dtype of the tensor. Floating-point values are drawn from the standard normal distribution, integers from
             0 to ``below`` - 1.
-        below: see there.
+        below: upper bound of integers.
         value: the plain value.
     """
 
@@ -52,7 +52,7 @@ def read_input(text: str) -> Input:
     Input(name='use_cache', shape=None, dtype=torch.float32, below=2, value=False)
 
     Raises:
-        ValueError: it cannot be read; says why.
+        ValueError: it cannot be read; the message says why.
     """
     named = _NAMED.fullmatch(text)
     name, how, rest = (named["name"], named["how"], named["rest"]) if named else (None, "=", text)
@@ -60,12 +60,12 @@ def read_input(text: str) -> Input:
         try:
             return Input(name, None, value=ast.literal_eval(rest))
         except (ValueError, SyntaxError) as error:
-            raise ValueError(f"{rest!r} is no Python literal (True, None, 3, 'word', [1, 2])") from error
+            raise ValueError(f"{rest!r} is not a Python literal (True, None, 3, 'word', [1, 2])") from error
     found = _TENSOR.fullmatch(rest)
     if found is None or not (found["dtype"] or found["shape"]):
-        raise ValueError(f"{text!r} is no input; an input is [NAME=][DTYPE[%BELOW]:]SIZE,SIZE,… or NAME:=LITERAL")
+        raise ValueError(f"{text!r} is not an input; an input is [NAME=][DTYPE[%BELOW]:]SIZE,SIZE,… or NAME:=LITERAL")
     if found["dtype"] is not None and found["dtype"] not in _DTYPES:
-        raise ValueError(f"{found['dtype']!r} is no dtype for an input; there is {', '.join(_DTYPES)}")
+        raise ValueError(f"{found['dtype']!r} is not a dtype for an input; there is {', '.join(_DTYPES)}")
     dtype = _DTYPES[found["dtype"] or "float32"]
     below = int(found["below"] or _BELOW)
     if found["below"] and (dtype.is_floating_point or dtype.is_complex or below < 1):
@@ -74,12 +74,12 @@ def read_input(text: str) -> Input:
     return Input(name, shape, dtype, below)
 
 
-def made(inputs: list[Input], device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The inputs, always with the same values, as arguments of a call: positional ones, those by name."""
+def make_inputs(inputs: list[Input], device: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Make inputs, with the same values in every run; return positional arguments and arguments by name."""
     generator = torch.Generator().manual_seed(0)
     args, kwargs = [], {}
     for given in inputs:
-        value = given.value if given.shape is None else _drawn(given, device, generator)
+        value = given.value if given.shape is None else _draw(given, device, generator)
         if given.name is None:
             args.append(value)
         else:
@@ -87,7 +87,7 @@ def made(inputs: list[Input], device: str) -> tuple[tuple[Any, ...], dict[str, A
     return tuple(args), kwargs
 
 
-def _drawn(given: Input, device: str, generator: torch.Generator) -> torch.Tensor:
+def _draw(given: Input, device: str, generator: torch.Generator) -> torch.Tensor:
     assert given.shape is not None
     try:
         if torch.device(device).type == "meta":

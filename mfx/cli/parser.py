@@ -1,4 +1,4 @@
-"""What may stand on the command line."""
+"""The parser of the command line: commands, options and help texts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ exit status: 0 done; 1 the model or the request cannot be served; 2 the command 
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The parser of ``mfx`` and ``python -m mfx``."""
+    """Make the parser of ``mfx`` and ``python -m mfx``."""
     parser = argparse.ArgumentParser(
         "mfx", description=_ABOUT, epilog=_EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -141,7 +141,7 @@ def _measuring(parser: argparse.ArgumentParser) -> None:
 
 
 def _reading(read: Callable[[str], T]) -> Callable[[str], T]:
-    """A type for argparse, whose messages say why a word cannot be read."""
+    """Return a type for argparse whose messages say why a word cannot be read."""
 
     def typed(text: str) -> T:
         try:
@@ -153,7 +153,7 @@ def _reading(read: Callable[[str], T]) -> Callable[[str], T]:
 
 
 def _gamma(text: str) -> tuple[str | None, float]:
-    """A momentum, with the name or pattern of the chains it is for, or None.
+    """Read a momentum, with the name or pattern of the chains it is for, or None.
 
     >>> _gamma("1/64"), _gamma("layer3=0.5")
     ((None, 0.015625), ('layer3', 0.5))
@@ -162,7 +162,7 @@ def _gamma(text: str) -> tuple[str | None, float]:
     try:
         return (chain if equals else None), float(Fraction(number))
     except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"{number!r} is no number, such as 0.9 or 1/64") from error
+        raise ValueError(f"{number!r} is not a number, such as 0.9 or 1/64") from error
 
 
 def _budget(text: str) -> float | str:
@@ -173,7 +173,7 @@ def _budget(text: str) -> float | str:
 
 
 def version() -> str:
-    """Of mfx, and of the torch it runs on."""
+    """Return the versions of mfx and torch."""
     try:
         version = metadata.version("mfx")
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""From ``package.module:callable`` to a model."""
+"""Builds a model from ``package.module:callable`` and its arguments."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from mfx_passes.paths import is_inside
 
 
 def build(spec: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: Any, device: str) -> nn.Module:
-    """The model that a callable makes.
+    """Return the model that a callable makes.
 
     Args:
-        spec: ``package.module:callable``; a module that is there already does as well.
-        args: its arguments.
-        kwargs: those by name.
-        config: None, or what ``callable.config_class`` (of Hugging Face models) is made of, the first argument then.
-        device: where parameters are made.
+        spec: ``package.module:callable``, or the name of an instance of a module.
+        args: arguments of the callable.
+        kwargs: arguments by name.
+        config: None, or values for ``callable.config_class`` (of Hugging Face models), whose instance is then the
+            first argument.
+        device: device for the parameters.
 
     Raises:
-        MfxError: it is not there, it fails, or makes no module.
+        MfxError: the callable is not found, fails, or does not return a module.
     """
     found = find(spec)
     if isinstance(found, nn.Module):
@@ -49,15 +50,15 @@ def build(spec: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: A
 
 
 def find(spec: str) -> Any:
-    """What a SPEC names.
+    """Return the object that a SPEC names.
 
     Raises:
-        MfxError: it is not there; says what was looked for and what is called nearly the same.
+        MfxError: it is not found; the message suggests similar names.
     """
     module_name, colon, path = spec.partition(":")
     if not (colon and path and module_name):
         guess = ":".join(spec.strip(":").rsplit(".", 1)) if "." in spec else "torchvision.models:resnet18"
-        raise MfxError(f"{spec!r} is no package.module:callable. Did you mean {guess}?")
+        raise MfxError(f"{spec!r} is not a package.module:callable. Did you mean {guess}?")
     found: Any = _module(module_name)
     where = module_name
     for name in path.split("."):
@@ -68,7 +69,7 @@ def find(spec: str) -> Any:
 
 
 def call_arguments(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments as they stand between the parentheses of a call, or a JSON object of named ones.
+    """Read arguments as between the parentheses of a call, or from a JSON object of named ones.
 
     >>> call_arguments("3, 'a', depth=[1, 2]")
     ((3, 'a'), {'depth': [1, 2]})
@@ -76,13 +77,13 @@ def call_arguments(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
     ((), {'weights': None, 'depth': 3})
 
     Raises:
-        ValueError: they are not that; says why.
+        ValueError: they cannot be read; the message says why.
     """
     if text.lstrip().startswith("{"):
         try:
             return (), dict(json.loads(text))
         except ValueError:
-            pass  # a dictionary as Python writes it, perhaps
+            pass  # perhaps a Python dictionary
     try:
         call = ast.parse(f"f({text})", mode="eval").body
         if text.lstrip().startswith("{") and isinstance(call, ast.Call) and len(call.args) == 1 and not call.keywords:
@@ -102,17 +103,17 @@ def call_arguments(text: str) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def read_config(text: str) -> dict[str, Any]:
-    """A JSON object, or the JSON file that holds it.
+    """Read a JSON object, or a file that holds one.
 
     Raises:
-        ValueError: it is neither; says why.
+        ValueError: it is neither; the message says why.
     """
     try:
         if not text.lstrip().startswith("{"):
             text = Path(text).read_text(encoding="utf-8")
         return dict(json.loads(text))
     except OSError as error:
-        raise ValueError(f"{text!r} is no JSON object, and no file that can be read: {error.strerror}") from error
+        raise ValueError(f"{text!r} is neither a JSON object nor a file that can be read: {error.strerror}") from error
     except (ValueError, TypeError) as error:
         raise ValueError(f"not a JSON object: {error}") from error
 
@@ -162,7 +163,7 @@ def _called(name: str, function: Callable[..., Any], args: tuple[Any, ...], kwar
     except TypeError as error:
         raise MfxError(f"{name} takes other arguments: {error}. {_signature(function)}") from error
     except ValueError:
-        pass  # it does not say what it takes
+        pass  # without a signature
     try:
         return function(*args, **kwargs)
     except Exception as error:

@@ -1,4 +1,4 @@
-"""What could be done about what an explanation shows."""
+"""Advice about what an explanation shows."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from mfx.text import size
 
-# What Hugging Face models return beside their result, and how to do without.
+# Outputs of Hugging Face models beside their result, and the argument that leaves each out.
 OPTIONAL_OUTPUTS = {
     "past_key_values": "use_cache=False",
     "cache": "use_cache=False",  # its name from transformers 5.24 on
@@ -25,13 +25,13 @@ PRETRAINED = "to go on from trained weights, start at gamma=0 and raise it in tr
 
 
 def advise_on_weights(weights: Sequence[float], gamma: float) -> str:
-    """What to do where most branches of a chain count for less than half of what they did, ``""`` elsewhere.
+    """Return advice if most branches of a chain count for less than half of what they did, else ``""``.
 
     Branch t of T counts 1 − γ^(T−t), so half of the branches or more count for at least a half if and only if
     γ^(⌊T/2⌋+1) ≤ 1/2.
 
     Args:
-        weights: of the branches, first to last.
+        weights: weights of the branches, first to last.
         gamma: γ.
     """
     small = sum(weight < 0.5 for weight in weights)
@@ -45,7 +45,7 @@ def advise_on_weights(weights: Sequence[float], gamma: float) -> str:
 
 
 def advise_on_output(held: Mapping[str, int]) -> list[str]:
-    """How to save what is kept for nothing but the output.
+    """Return advice on memory that is kept for the output only.
 
     Args:
         held: bytes by key of the output.

@@ -1,4 +1,4 @@
-"""What an explanation says of steps, chains and memory."""
+"""The steps, chains and memory of an explanation, as data."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from mfx.reports.explain.storage import ExplainedStorage
 
 @dataclass(frozen=True, eq=False)
 class ExplainedStep:
-    """One step of a chain.
+    """A step of a chain, explained.
 
     Attributes:
         path: longest common module path of its branch.
         kind: ``"residual"``: x + f(x); ``"map"``: h(x), of which f = h(x) - x is taken (an activation or a
             normalisation follows the sum).
         branch: the graph of f, or of h.
-        captures: what else it reads, by name.
-        sides: values inside it that others read, by name.
+        captures: names of the other values that it reads.
+        sides: names of values inside it that other nodes read.
         source: ``file:line`` of the sum.
     """
 
@@ -38,7 +38,7 @@ class ExplainedStep:
         return tuple(node for node in self.branch.nodes if node.op not in ("placeholder", "output"))
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return plain data."""
         return {
             "path": self.path,
             "kind": self.kind,
@@ -51,13 +51,13 @@ class ExplainedStep:
 
 @dataclass(frozen=True)
 class ChainMemory:
-    """What a chain's calls take in one training step, predicted.
+    """The predicted memory and work of a chain's calls in one training step.
 
     Attributes:
-        plain: bytes that came to be in the chain and are alive between forward and backward, with ordinary
+        plain: bytes allocated in the chain and alive between forward and backward, with ordinary
             backpropagation through the original model.
-        kept: the same, as mfx runs it.
-        recomputed: floating-point operations of the second runs of its branches.
+        kept: the same bytes, as mfx runs the chain.
+        recomputed: floating-point operations that the recomputation of its branches takes.
     """
 
     plain: int
@@ -67,7 +67,7 @@ class ChainMemory:
 
 @dataclass(frozen=True, eq=False)
 class ExplainedChain:
-    """One chain.
+    """A chain, explained.
 
     Attributes:
         name: longest common module path of its steps.
@@ -75,8 +75,8 @@ class ExplainedChain:
         gamma: the momentum as it is represented.
         arithmetic: ``"exact"`` or ``"float"``.
         weights: how much each step's branch counts in the end, relative to the model at γ = 0.
-        storage: what is kept for the backward pass of the stream, and why; None where the shapes are not known.
-        memory: what the chain takes with mfx and without; None where nothing could be predicted.
+        storage: the part of the stream kept for the backward pass, and the reason; None if shapes are not known.
+        memory: memory with mfx and without; None if nothing could be predicted.
     """
 
     name: str
@@ -89,16 +89,16 @@ class ExplainedChain:
 
     @property
     def kind(self) -> str:
-        """The kind of its steps."""
+        """The kinds of its steps."""
         return "+".join(sorted({step.kind for step in self.steps}))
 
     @property
     def advice(self) -> str:
-        """What to do about small weights; ``""`` where they are not."""
+        """Advice about small weights; ``""`` if there are none."""
         return advise_on_weights(self.weights, self.gamma)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return plain data."""
         return {
             "name": self.name,
             "gamma": self.gamma,

@@ -1,4 +1,4 @@
-"""What a training step takes with and without mfx, from a step that nobody computes."""
+"""Predicts what a training step takes with and without mfx, by a rehearsal on tensors without values."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mfx.reports.explain.rehearsal import Observer, Rehearsed
 
 @dataclass(frozen=True)
 class Usage:
-    """What one training step takes.
+    """Memory and work of one training step.
 
     Attributes:
         kept: bytes alive between forward and backward, the output among them, as `mfx.ActivationMeter` counts:
@@ -32,8 +32,8 @@ class Usage:
         peak: the most bytes alive at once, parameters' gradients not among them; with large states handled in one
             piece, as on a GPU. A CPU takes them block by block, so that exact arithmetic may take less there.
         flops: floating-point operations of matrix products, convolutions and attention.
-        chains: bytes of ``kept`` that came to be in each chain, by name.
-        recomputed: those of the ``flops`` that second runs of each chain's branches take, by name.
+        chains: bytes of ``kept`` that were allocated in each chain, by name.
+        recomputed: those of the ``flops`` that the recomputation of each chain's branches takes, by name.
     """
 
     kept: int
@@ -50,7 +50,7 @@ class Estimate:
     Attributes:
         plain: the original.
         momentum: the rewritten one.
-        held: bytes between forward and backward that are alive only because the output has them, by the output's key.
+        held: bytes alive between forward and backward only because they are part of the output, by the output's key.
     """
 
     plain: Usage
@@ -68,24 +68,24 @@ def estimate(view: View, args: tuple[Any, ...], kwargs: Mapping[str, Any], optio
         view: the graph to rehearse, in the training mode that its module is in.
         args: arguments of the call; any device, meta too.
         kwargs: arguments by name.
-        optional: keys of the output that the user might do without.
+        optional: keys of the output that the user may not need.
     """
     plans = _plans(view.all_calls.values())
-    if plans is not None:  # the first step keeps as little as can be, and shows what is to be had for the budget
-        _Stage(view, args, kwargs, plans=plans).training_step()
-    usage, output_keys = _Stage(view, args, kwargs, plans=plans).training_step()
-    plain = _Stage(view, args, kwargs, plain=True).training_step()[0] if view.all_calls else usage
+    if plans is not None:  # the first step keeps as little as possible and measures what the budget buys
+        _Rehearsal(view, args, kwargs, plans=plans).training_step()
+    usage, output_keys = _Rehearsal(view, args, kwargs, plans=plans).training_step()
+    plain = _Rehearsal(view, args, kwargs, plain=True).training_step()[0] if view.all_calls else usage
     wanted = tuple(key for key in optional if key in output_keys)
-    return Estimate(plain, usage, _Stage(view, args, kwargs, plans=plans).held(wanted) if wanted else {})
+    return Estimate(plain, usage, _Rehearsal(view, args, kwargs, plans=plans).held(wanted) if wanted else {})
 
 
 def _plans(calls: Iterable[Momentum]) -> NetPlans | None:
-    """For the budget that the calls share; None if it is all or nothing."""
+    """Return plans for the budget that the calls share; None if it is all or nothing."""
     return next((NetPlans(call.plans.budget) for call in calls if call.plans is not None), None)
 
 
-class _Stage:
-    """A copy of a model and of a call's arguments, all of tensors without values, and an observer."""
+class _Rehearsal:
+    """A copy of a model and of a call's arguments on tensors without values, and an observer."""
 
     def __init__(
         self,
@@ -115,7 +115,7 @@ class _Stage:
         self._view = view
 
     def training_step(self) -> tuple[Usage, tuple[str, ...]]:
-        """What a training step takes, and the keys of the output."""
+        """Rehearse a training step; return its usage and the keys of the output."""
         observer = self._observer
         hooks = [tensor.register_post_accumulate_grad_hook(observer.leave_out_grad) for tensor in self._trained]
         try:
@@ -133,7 +133,7 @@ class _Stage:
         return Usage(kept, observer.peak, self._counter.flops, in_chains, recomputed), keys
 
     def held(self, keys: tuple[str, ...]) -> dict[str, int]:
-        """What is freed when the output is left without these entries, one after the other."""
+        """Return the bytes that are freed when these entries are deleted from the output, one after the other."""
         with compat.unlogged(), self._mode, torch.enable_grad(), self._observer:
             output = dict(self._run())
             freed = {}
@@ -146,8 +146,8 @@ class _Stage:
     def _run(self) -> Any:
         view = self._view
         compiler = self._watched if view.recompute_between else to_function
-        passing = nullcontext() if self._plans is None else self._plans.forward_pass("rehearsal")
-        with passing, self._observer.in_call(view.recompute_between):
+        forward_pass = nullcontext() if self._plans is None else self._plans.forward_pass("rehearsal")
+        with forward_pass, self._observer.in_call(view.recompute_between):
             return view.run(self._net, self._calls, self._inputs, compiler)
 
     def _watched(self, graph: Graph) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ _NOT_ONE_GRAPH = "the model cannot be captured as one graph, so its modules are 
 
 
 def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
-    """Which chains a model has, which residual adds are in none and why.
+    """Explain which chains a model has, and which residual adds are in none and why.
 
     Args:
         model: a model, or a net that `mfx.momentumize` returned, or ``torch.compile(model, backend="mfx")`` after a
@@ -36,7 +36,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         **kwargs: inputs by name.
 
     Raises:
-        MfxError: ``model`` is no module, or cannot be captured.
+        MfxError: ``model`` is not a module, or cannot be captured.
         TypeError: its forward takes other arguments.
     """
     if not isinstance(model, nn.Module):
@@ -100,7 +100,7 @@ def _explain_step(step: StepGraphs) -> ExplainedStep:
 
 
 def branch_weights(steps: int, gamma: float, *, residual_start: bool = False) -> tuple[float, ...]:
-    """How much of each branch f_t reaches the end of a chain of T steps: 1 − γ^(T−t), for t = 0 … T − 1.
+    """Return how much of each branch f_t reaches the end of a chain of T steps: 1 − γ^(T−t), for t = 0 … T − 1.
 
     From the recurrence v ← γ·v + (1−γ)·f_t, x ← x + v: after step t its share of v decays by γ at every step, and x
     collects (1−γ)·(1 + γ + … + γ^(T−t−1)). If v is f_0 after the first step, that one collects 1 + γ + … + γ^(T−1).
@@ -108,7 +108,7 @@ def branch_weights(steps: int, gamma: float, *, residual_start: bool = False) ->
     Args:
         steps: T.
         gamma: γ.
-        residual_start: whether the initial velocity is that of the first branch.
+        residual_start: True if the initial velocity is that of the first branch.
     """
     weights = [1 - gamma ** (steps - t) for t in range(steps)]
     if residual_start:

@@ -1,4 +1,4 @@
-"""What mfx found in a model, what it left alone and why, and what that takes: as objects and as data."""
+"""An explanation: chains, rejections and memory of a model, as objects, as text and as data."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ class Explanation:
     ``str()`` is at most 100 columns wide; notebooks show tables.
 
     Attributes:
-        model: the name of its class.
-        chains: what is, or would be, rewritten.
+        model: name of the model's class.
+        chains: the chains that are, or would be, rewritten.
         rejections: residual adds that stay as they are, with reasons.
         graphs: the rewritten graphs.
         flat: modules whose own ``forward`` and hooks do not run, because their operations belong to several steps.
-        estimate: what a training step takes with mfx and without, predicted; None without inputs.
-        unpredicted: why there is no ``estimate`` although there were inputs.
+        estimate: predicted memory and work of a training step with mfx and without; None without inputs.
+        unpredicted: reason why there is no ``estimate`` although there were inputs.
     """
 
     model: str
@@ -52,14 +52,14 @@ class Explanation:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """What could be done about chains and outputs; what could be done about rejections is said with these."""
+        """Advice about chains and outputs; a rejection has its own remedy."""
         advice = [f"{chain.name}: {chain.advice}" for chain in self.chains if chain.advice]
         advice += [PRETRAINED] if advice else []
         return (*advice, *(() if self.estimate is None else advise_on_output(self.estimate.held)))
 
     @property
     def contents(self) -> Contents:
-        """All of this as rows of text."""
+        """The explanation as tables and lines of text."""
         chains = self.chains
         return Contents(
             headline=headline(self.model, chains, self.rejections),
@@ -81,7 +81,7 @@ class Explanation:
         return page(self.contents)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but the graphs, as plain data, which ``json.dumps`` takes.
+        """Return everything but the graphs as plain data, for ``json.dumps``.
 
         Returns:
             ``model``; ``chains``, each with ``name``, ``gamma``, ``arithmetic``, ``weights``, ``advice``, ``storage``

@@ -1,4 +1,4 @@
-"""An explanation for a notebook: tables that take their colours from what is around them, light or dark."""
+"""An explanation for a notebook: tables that inherit their colours from the page, light or dark."""
 
 from __future__ import annotations
 

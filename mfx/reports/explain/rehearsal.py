@@ -1,4 +1,4 @@
-"""A training step on tensors without values: what it would keep, its peak, and its work."""
+"""Observes a training step on tensors without values: the bytes alive, their peak, and recomputed work."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from mfx.program.memory_plans import NetPlans
 
 _CPU = torch.device("cpu")
 
-# What the momentum call asks of values, and the answer in a step in which nothing is wrong.
-_QUESTIONS = {
-    torch.ops.aten._local_scalar_dense.default: 0,  # the largest of these values; whether two runs differ
+# Operations by which a momentum call inspects values, and their results in a step without faults.
+_ANSWERS = {
+    torch.ops.aten._local_scalar_dense.default: 0,  # the largest value; 1 if two runs differ
     torch.ops.aten.equal.default: True,  # of a buffer, or of a generator's state, before and after
 }
 
 
 class Observer(StorageLedger):
-    """Sees every operation on tensors without values, and the bytes that they would take.
+    """Observes every operation on tensors without values, and the bytes that they would take.
 
-    What the momentum call asks of values (is one out of range, are two tensors the same) is answered as in a step in
-    which nothing is wrong. A model that asks is not answered.
+    Where a momentum call inspects values (is one out of range, are two tensors equal), the result is that of a step
+    without faults. Where the model does, it fails.
 
     Args:
         excluded: parameters and buffers; they never count, nor do their gradients.
         counter: counts the floating-point operations.
 
     Attributes:
-        recomputed: operations of second runs, by chain; a chain inside another's branch counts for both.
+        recomputed: operations of recomputation, by chain; a chain inside another's branch counts for both.
     """
 
     def __init__(self, excluded: Sequence[Tensor], counter: FlopCounter) -> None:
@@ -54,12 +54,12 @@ class Observer(StorageLedger):
         self._homes: dict[int, tuple[str, ...]] = {}
 
     def live_in(self, chain: str) -> int:
-        """Bytes alive that came to be in the calls of a chain."""
+        """Return the bytes alive that were allocated in the calls of a chain."""
         return sum(size for key, (_, size) in self._born.items() if chain in self._homes[key])
 
     @contextmanager
     def calling(self, chain: str) -> Iterator[None]:
-        """Within this context, a chain is run."""
+        """Within this context, allocations count for a chain."""
         before, self._chains = self._chains, (*self._chains, chain)
         try:
             with self.in_call(True):
@@ -69,7 +69,7 @@ class Observer(StorageLedger):
 
     @contextmanager
     def in_call(self, value: bool) -> Iterator[None]:
-        """Within this context, questions about values come from momentum calls, or not."""
+        """Within this context, values are inspected by momentum calls (True) or by the model (False)."""
         before, self._in_call = self._in_call, value
         try:
             yield
@@ -77,11 +77,11 @@ class Observer(StorageLedger):
             self._in_call = before
 
     def step(self, chain: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A step's function, whose work is noted as the chain's if it runs a second time."""
+        """Wrap a step's function so that its work counts for the chain when it is recomputed."""
 
         def run(*args: Any) -> Any:
             before, flops = self._chains, self._counter.flops
-            if recomputing() and chain not in before:  # in the backward pass nobody is in the chain's call
+            if recomputing() and chain not in before:  # the backward pass runs outside the chain's call
                 self._chains = (*before, chain)
             try:
                 with self.in_call(False):
@@ -99,8 +99,8 @@ class Observer(StorageLedger):
     ) -> Any:
         if func is torch.ops.prim.device.default:
             return func(*args)
-        if self._in_call and func in _QUESTIONS:
-            return _QUESTIONS[func]
+        if self._in_call and func in _ANSWERS:
+            return _ANSWERS[func]
         kwargs = kwargs or {}
         if kwargs.get("device") is not None:
             kwargs = {**kwargs, "device": _CPU}  # whatever device the graph was captured on
@@ -118,17 +118,17 @@ class Observer(StorageLedger):
 
 
 class Rehearsed(Momentum):
-    """A chain's call that an observer watches.
+    """A momentum call that reports to an observer.
 
     Args:
         call: the call.
-        observer: who watches.
-        plain: run what the user wrote and keep what ordinary backpropagation keeps.
-        plans: what the rehearsal has learned for a memory budget, if it is not all or nothing; not the net's own.
+        observer: the observer.
+        plain: True to run the original model and keep what ordinary backpropagation keeps.
+        plans: the rehearsal's own plans for a memory budget; None if the budget is all or nothing.
     """
 
     def __init__(self, call: Momentum, observer: Observer, *, plain: bool, plans: NetPlans | None = None) -> None:
-        self.__dict__.update(call.__getstate__())  # as a copy that shares nothing that changes
+        self.__dict__.update(call.__getstate__())  # a copy that shares no mutable state
         self.plans = plans if call.plans is not None else None
         if plain:
             keep_all = ChainPlan.keep_all(len(self.graphs.steps))

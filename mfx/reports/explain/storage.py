@@ -1,4 +1,4 @@
-"""What a chain keeps between forward and backward, and why: for `mfx.explain`."""
+"""The part of a stream that a chain keeps between forward and backward, and the reason."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _STATES = {"exact": "integer states and a store of digits", "float": "states"}
 
 @dataclass(frozen=True)
 class ExplainedStorage:
-    """What one call of a chain keeps for its backward pass, of its stream.
+    """The part of its stream that one call of a chain keeps for its backward pass.
 
     Attributes:
         shape: of the stream.
         dtype: of the stream.
-        policy: ``"states"`` that are walked back, ``"inputs"`` of all steps, or ``"activations"``, as ordinary
+        policy: ``"states"`` that others are rebuilt from, ``"inputs"`` of all steps, or ``"activations"``, as ordinary
             backpropagation does.
-        states: bytes that states take, with the store of digits or with anchors; None where they cannot be walked back.
+        states: bytes that states take, with the digit store or with anchors; None if none can be rebuilt.
         inputs: bytes that the steps' inputs take.
-        anchors: how many states beside the end state are among those states.
+        anchors: number of states beside the end state among those states.
         error: predicted relative error in a rebuilt state; 0 if it is the forward pass's, bit for bit.
-        reason: why this policy.
+        reason: the reason for this policy.
     """
 
     shape: tuple[int, ...]
@@ -42,17 +42,17 @@ class ExplainedStorage:
 
     @property
     def kept(self) -> int | None:
-        """Bytes kept; None where that is not for the chain to say (``"activations"``)."""
+        """Bytes kept; None if autograd decides that (``"activations"``)."""
         return {"states": self.states, "inputs": self.inputs}.get(self.policy)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data."""
+        """Return plain data."""
         dtype = str(self.dtype).removeprefix("torch.")
         return {**self.__dict__, "shape": list(self.shape), "dtype": dtype, "kept": self.kept}
 
 
 def explain_storage(call: Momentum, shape: tuple[int, ...], dtype: torch.dtype) -> ExplainedStorage:
-    """What a call of a chain on a stream of this shape and dtype keeps, decided as the call itself decides."""
+    """Explain what a call of a chain on a stream of this shape and dtype keeps, by the same decision as the call's."""
     steps, elements = len(call.graphs.steps), math.prod(shape)
     plan, arithmetic = call.settings.plan, call.settings.arithmetic
     keeps_all = plan is not None and len(plan.kept) == steps

@@ -34,14 +34,14 @@ class Contents:
     """The contents of an explanation, for a terminal or a notebook to lay out.
 
     Attributes:
-        headline: what was found, in one line.
+        headline: a summary in one line.
         chains: one row per chain.
-        sources: name of each chain, and where its steps lie.
+        sources: name of each chain, and the places of its steps.
         steps: name of each chain, and a table with one row per step.
         memory: what a training step takes.
-        unpredicted: why nothing could be said of memory although there were inputs.
+        unpredicted: reason why memory could not be predicted although there were inputs.
         policies: name of each chain with known shapes, and what it keeps of its stream.
-        advice: what could be done.
+        advice: advice, one line each.
         rejections: residual adds that stay as they are, by reason.
         flat: paths of modules whose hooks do not run.
     """
@@ -59,7 +59,7 @@ class Contents:
 
 
 def headline(model: str, chains: Sequence[ExplainedChain], rejections: Sequence[Rejection]) -> str:
-    """Return what was found, in one line."""
+    """Return a summary in one line."""
     steps = sum(len(chain.steps) for chain in chains)
     return (
         f"{model}: {count(len(chains), 'chain')} of {count(steps, 'step')}, "
@@ -130,7 +130,7 @@ def step_table(chain: ExplainedChain) -> Table:
 
 
 def short_place(source: str) -> str:
-    """Return ``file:line`` without the way to the installed packages or to the working directory.
+    """Return ``file:line`` without the path to the installed packages or to the working directory.
 
     >>> short_place("/usr/lib/python3/site-packages/timm/models/vit.py:7")
     'timm/models/vit.py:7'

@@ -1,4 +1,4 @@
-"""``torch.utils.checkpoint`` around the blocks of a model, for comparison."""
+"""The baseline with ``torch.utils.checkpoint`` around the blocks of a model."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ class Checkpointed:
 
     Args:
         net: the model; these modules' ``forward`` is replaced on the instance.
-        paths: of the modules.
+        paths: paths of the modules.
 
     Attributes:
-        called: paths of those that were called, in the order of their first call. Others a model may go past, and call
-            what is inside.
+        called: paths of the modules that were called, in the order of their first call. A model may skip a module and
+            call only what is inside it.
     """
 
     def __init__(self, net: nn.Module, paths: Iterable[str]) -> None:
@@ -41,7 +41,7 @@ class Checkpointed:
 
 
 def blocks_of(net: nn.Module, calls: Iterable[tuple[str, Momentum]]) -> tuple[str, ...]:
-    """The modules that one would checkpoint to train a model's chains: its blocks.
+    """Return the modules that a user would checkpoint to train a model's chains: its blocks.
 
     A block is the smallest module with one or more whole branches of a chain in it, but not with all of them: a
     ``Bottleneck`` of a ResNet, an ``EncoderBlock`` of a ViT. Where the branches have no such module, because the code
@@ -49,7 +49,7 @@ def blocks_of(net: nn.Module, calls: Iterable[tuple[str, Momentum]]) -> tuple[st
 
     Args:
         net: the model.
-        calls: its chains' calls, each with the path of the module in which its steps look up what they call.
+        calls: its momentum calls, each with the path of the module that the steps' targets start from.
 
     Returns:
         Paths of modules, none of them inside another.
@@ -69,7 +69,7 @@ def _is_block(path: str, steps: Sequence[StepGraphs]) -> bool:
 
 
 def _is_called(net: nn.Module, path: str) -> bool:
-    """Whether there is a module, and it computes something: a ``ModuleList`` does not."""
+    """True if there is a module that computes something, which a ``ModuleList`` does not."""
     module: Any = net
     for name in path.split("."):
         module = getattr(module, name, None)

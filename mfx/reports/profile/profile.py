@@ -1,4 +1,4 @@
-"""Training steps of a model, made in several ways and measured side by side."""
+"""Measures training steps of a model in several variants side by side."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def profile(
     progress: bool | None = None,
     **kwargs: Any,
 ) -> Profile:
-    """Make a training step of a model in several ways; what activations it keeps, at worst, in what time and work.
+    """Measure a training step of a model in several ways: activations kept, their peak, time and work.
 
     The steps are made on copies that share the parameters' values, in training mode; a model that is in training mode
     keeps parts of it that are not. Model, gradients, buffers and random generators are afterwards what they were.
-    Counted are activations: see `mfx.ActivationMeter`. Each gradient is freed as soon as it is accumulated.
+    Activations are counted: see `mfx.ActivationMeter`. Each gradient is freed as soon as it is accumulated.
 
     Args:
         model: any module, on one device, a CPU or a GPU (CUDA); a momentumized net, too.
@@ -54,9 +54,9 @@ def profile(
             called as the model is, as it is.
         loss: from the model's output to a scalar. By default the output's ``.loss``, else the sum of all floating-point
             tensors in it.
-        options: of `mfx.momentumize`, for ``"momentum"``; a momentumized net keeps its own if there are none.
-        repeats: steps to take the time of; the variants take turns.
-        progress: whether to show a progress bar, for which tqdm must be installed; by default, on a terminal.
+        options: options of `mfx.momentumize`, for ``"momentum"``; a momentumized net keeps its own if there are none.
+        repeats: number of timed steps; the variants take turns.
+        progress: True to show a progress bar, for which tqdm must be installed; by default, on a terminal.
         **kwargs: inputs by name.
 
     Raises:
@@ -85,13 +85,13 @@ def profile(
 def _measure(
     variants: Sequence[Variant], step: TrainingStep, models: Sequence[nn.Module], repeats: int, progress: bool | None
 ) -> tuple[tuple[ProfileRow, ...], tuple[tuple[str, str], ...]]:
-    """The rows, and the variants that did not run, each with the reason."""
+    """Return the rows, and the variants that did not run, each with the reason."""
     rows: dict[str, ProfileRow] = {}
     skipped: list[tuple[str, str]] = []
     for variant in _with_progress(variants, "measuring", progress):
         modules = [*models, *([] if variant.net is None else [variant.net])]
         try:
-            _from_same_state(variant, step.run)  # what is done once, at the first call, is no part of a step
+            _from_same_state(variant, step.run)  # the work of the first call, done once, is not part of a step
         except Exception as error:
             if variant.wrapped is None:
                 raise
@@ -109,7 +109,7 @@ def _measure(
 
 
 def _from_same_state(variant: Variant, run: Callable[[Variant], T]) -> T:
-    """Every step draws the same random numbers."""
+    """Run a step with the same random numbers as every other step."""
     with undisturbed(variant.net if variant.net is not None else nn.Module()):
         return run(variant)
 
@@ -121,10 +121,10 @@ def _why(error: Exception) -> str:
 
 
 def _device_of(model: nn.Module, args: Any, kwargs: Any) -> torch.device:
-    """Where the model is; without parameters, where the inputs are.
+    """Return the model's device; without parameters, the inputs' device.
 
     Raises:
-        MfxError: bytes cannot be counted there, or it is in several places.
+        MfxError: bytes cannot be counted there, or the model is on several devices.
     """
     inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     devices = list(dict.fromkeys(tensor.device for tensor in parameters_of([model]) or inputs))
@@ -140,12 +140,12 @@ def _device_of(model: nn.Module, args: Any, kwargs: Any) -> torch.device:
 
 
 def _modules_in(value: Any) -> list[nn.Module]:
-    """The modules that a user put into an argument."""
+    """Return the modules in a user's argument."""
     return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, nn.Module)]
 
 
 def _with_progress(items: Sequence[T], what: str, progress: bool | None) -> Iterable[T]:
-    """Show a progress bar, if that is wanted and possible; on None, tqdm looks for a terminal."""
+    """Show a progress bar if wanted and possible; with None, tqdm checks for a terminal."""
     if progress is False:
         return items
     try:

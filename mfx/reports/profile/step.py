@@ -1,4 +1,4 @@
-"""Floating-point operations of what runs."""
+"""A training step of a variant, run, timed and measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mfx.reports.profile.variants import Variant
 from mfx_passes import MfxError
 
 Loss = Callable[[Any], Tensor]
-_POINTS = 1000  # that a timeline has at most
+_POINTS = 1000  # of a timeline, at most
 
 
 class TrainingStep:
@@ -27,9 +27,9 @@ class TrainingStep:
 
     Args:
         args: the model's arguments.
-        kwargs: those by name.
-        loss: from the model's output to a scalar; None for the default.
-        device: where it is measured.
+        kwargs: arguments by name.
+        loss: function from the model's output to a scalar; None for the default.
+        device: device to measure on.
     """
 
     def __init__(self, args: Any, kwargs: Any, loss: Loss | None, device: torch.device) -> None:
@@ -38,7 +38,7 @@ class TrainingStep:
         self._device = device
 
     def run(self, variant: Variant) -> None:
-        """Make a step.
+        """Run a step.
 
         Raises:
             MfxError: there is nothing to differentiate.
@@ -47,7 +47,7 @@ class TrainingStep:
         self._value(variant, args, kwargs).backward()
 
     def seconds(self, variant: Variant) -> float:
-        """Make a step, and take the time."""
+        """Run a step; return the seconds it took."""
         args, kwargs = copies(*self._inputs)
         self._synchronize()
         start = time.perf_counter()
@@ -56,7 +56,7 @@ class TrainingStep:
         return time.perf_counter() - start
 
     def measured(self, variant: Variant, parameters: Sequence[Tensor]) -> ProfileRow:
-        """Make a step, and count bytes and operations; the time is not taken."""
+        """Run a step; return its bytes and operations, without a time."""
         args, kwargs = copies(*self._inputs)
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         meter = ActivationMeter([*parameters, *inputs], timeline=True, device=self._device)
@@ -97,7 +97,7 @@ class TrainingStep:
 
 
 def _default_loss(output: Any) -> Tensor:
-    """What the output calls its loss, as Hugging Face's do, else the sum of all of it that has a gradient."""
+    """Return the output's ``.loss``, as Hugging Face models have, else the sum of its tensors that have a gradient."""
     named = getattr(output, "loss", None)
     if isinstance(named, Tensor):
         return named
@@ -112,7 +112,7 @@ def _default_loss(output: Any) -> Tensor:
 
 
 def _thinned(live: Sequence[int]) -> tuple[tuple[float, int], ...]:
-    """From (0, 0) on, the bytes after each operation; of many operations in a row, those after the worst."""
+    """Return the bytes after each operation from (0, 0) on; of many operations in a row, the maximum."""
     count = len(live)
     points = min(count, _POINTS)
     runs = (range(number * count // points, (number + 1) * count // points) for number in range(points))
@@ -121,6 +121,6 @@ def _thinned(live: Sequence[int]) -> tuple[tuple[float, int], ...]:
 
 
 def parameters_of(modules: Sequence[nn.Module]) -> list[Tensor]:
-    """Parameters and buffers, each once."""
+    """Return parameters and buffers, each once."""
     tensors = chain.from_iterable(chain(module.parameters(), module.buffers()) for module in modules)
     return list({id(tensor): tensor for tensor in tensors}.values())

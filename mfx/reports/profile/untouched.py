@@ -1,4 +1,4 @@
-"""Training steps that leave no trace in the user's model."""
+"""Copies of the model and restored state, so that training steps leave the user's model unchanged."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def check_values(model: nn.Module) -> None:
     """Check that a model has values to compute with.
 
     Raises:
-        MfxError: it has not.
+        MfxError: a parameter or buffer has no values.
     """
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if is_lazy(tensor):
@@ -32,9 +32,9 @@ def check_values(model: nn.Module) -> None:
 
 
 def apart(model: M) -> M:
-    """A copy of a model in training mode over the same parameter values, with buffers and gradients of its own.
+    """Copy a model over the same parameter values, in training mode, with buffers and gradients of its own.
 
-    Of a momentumized net, it is a copy of the net before it was.
+    A momentumized net is copied as it was before.
 
     Raises:
         MfxError: the model cannot be copied.
@@ -43,7 +43,7 @@ def apart(model: M) -> M:
 
 
 def as_momentumized(model: M) -> M | None:
-    """The same of a momentumized net as it is; None for any other model."""
+    """Copy a momentumized net in the same way, as it is; return None for any other model."""
     if forward_of(model) is None:
         return None
     return _in_training(copy.deepcopy(model, {id(t): _stand_in(t) for t in chain(model.parameters(), model.buffers())}))
@@ -54,7 +54,7 @@ def _in_training(net: M) -> M:
 
 
 def copies(args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """The same arguments, with tensors that may be changed in place, and have a ``.grad`` of their own."""
+    """Return the same arguments with copies of tensors, to be changed in place and to have a ``.grad`` of their own."""
     return pytree.tree_map_only(Tensor, _copy, (args, kwargs))  # type: ignore[no-any-return]
 
 
@@ -70,7 +70,7 @@ def _copy(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Put the gradients and buffers of modules back at the end; within, their gradients are freed as they come."""
+    """Restore the gradients and buffers of modules at the end; inside, gradients are freed as they are accumulated."""
     modules = list(modules)
     parameters = {id(p): p for module in modules for p in module.parameters()}.values()
     gradients = [(parameter, parameter.grad) for parameter in parameters]

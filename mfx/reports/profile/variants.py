@@ -1,4 +1,4 @@
-"""What a profile compares: a model trained in several ways."""
+"""The variants that a profile compares: a model trained in several ways."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Variant:
     """One way to train a model.
 
     Attributes:
-        name: as the user called it.
-        run: computes the model's output.
-        net: the module that is run, if it is one.
-        note: says what was run, once it was.
-        wrapped: paths of the modules under ``torch.utils.checkpoint``, once it was run; None for other variants.
+        name: name in the user's ``against``.
+        run: function that computes the model's output.
+        net: the module that is run; None if ``run`` is not a module.
+        note: describes what was run; to be called after the first run.
+        wrapped: paths of the modules under ``torch.utils.checkpoint``, after the first run; None for other variants.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Variant:
 def variants_of(
     model: nn.Module, args: Any, kwargs: Any, against: Against, options: Mapping[str, Any] | None
 ) -> list[Variant]:
-    """The variants asked for.
+    """Return the variants asked for.
 
     Raises:
         MfxError: there is no variant of such a name, or the model cannot be copied or captured.
@@ -57,7 +57,7 @@ def variants_of(
         )
 
     asked = "momentum" in [way for way in ways.values() if isinstance(way, str)]
-    rewritten = cache(partial(_rewritten, model, options))  # to capture a model may take seconds
+    rewritten = cache(partial(_rewritten, model, options))  # capturing may take seconds
 
     def variant(name: str, way: Way) -> Variant:
         if way == "plain":
@@ -84,14 +84,14 @@ def _ways(against: Against) -> dict[str, Way]:
         known = way in _NAMES if isinstance(way, str) else isinstance(way, Mapping) or callable(way)
         if not known or not isinstance(name, str):
             raise MfxError(
-                f"against: {way!r} is no variant. Those with a name are {', '.join(_NAMES)}; a mapping from names to "
-                "modules, functions, or options of mfx.momentumize gives variants of your own."
+                f"against: {way!r} is not a variant. Those with a name are {', '.join(_NAMES)}; a mapping from names "
+                "to modules, functions, or options of mfx.momentumize gives variants of your own."
             )
     return ways
 
 
 def _rewritten(model: nn.Module, options: Mapping[str, Any] | None) -> nn.Module:
-    """The model momentumized; a momentumized net as it is, unless there are options."""
+    """Momentumize the model; return a momentumized net as it is, unless there are options."""
     already = as_momentumized(model) if options is None else None
     if already is not None:
         return already
@@ -101,7 +101,7 @@ def _rewritten(model: nn.Module, options: Mapping[str, Any] | None) -> nn.Module
 
 
 def _calls_in_a_run(rewritten: nn.Module, args: Any, kwargs: Any, *, warn: bool) -> list[tuple[str, Momentum]]:
-    """The chains' calls of a net, which are known once it has run, however it is captured."""
+    """Run a net, which may capture it only now, and return its momentum calls."""
     given, named = copies(args, kwargs)
     with warnings.catch_warnings():
         if not warn:
@@ -133,5 +133,5 @@ def _described(net: nn.Module) -> str:
 
 
 def _calls_of(net: nn.Module) -> list[tuple[str, Momentum]]:
-    """Return the calls of the graphs that ran last, each with the path of the module that its steps look into."""
+    """Return the calls of the graphs that ran last, each with the path that their targets start from."""
     return [(view.path, call) for view in last_views(net) for call in view.calls.values()]

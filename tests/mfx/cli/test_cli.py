@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import mfx
 from mfx.cli import main
-from mfx.cli.inputs import made, read_input
+from mfx.cli.inputs import make_inputs, read_input
 from mfx.cli.spec import call_arguments
 from tests.mfx.models import Stack
 
@@ -127,7 +127,7 @@ def test_integer_named_and_plain_inputs(capsys: pytest.CaptureFixture[str]) -> N
 
 def test_inputs_are_the_same_every_time_and_in_their_range() -> None:
     given = [read_input(text) for text in ("int32%7:50", "3,2", "bool:4", "float64:")]
-    (first, *rest), named = made(given, "cpu")
+    (first, *rest), named = make_inputs(given, "cpu")
     assert named == {}
     assert first.dtype == torch.int32
     assert set(first.tolist()) == set(range(7))
@@ -136,9 +136,9 @@ def test_inputs_are_the_same_every_time_and_in_their_range() -> None:
         ((4,), torch.bool),
         ((), torch.float64),
     ]
-    again, _ = made(given, "cpu")
+    again, _ = make_inputs(given, "cpu")
     assert all(torch.equal(x, y) for x, y in zip((first, *rest), again, strict=True))
-    on_meta, _ = made(given, "meta")
+    on_meta, _ = make_inputs(given, "meta")
     assert [x.device.type for x in on_meta] == ["meta"] * 4
 
 
@@ -193,7 +193,7 @@ def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["explain", "tests.mfx.models.Stack"], "Did you mean tests.mfx.models:Stack?"),
-        (["explain", "Stack"], "'Stack' is no package.module:callable. Did you mean torchvision.models:resnet18?"),
+        (["explain", "Stack"], "'Stack' is not a package.module:callable. Did you mean torchvision.models:resnet18?"),
         (["explain", "tests.mfx.models:Stakc"], "there is no 'Stakc' in tests.mfx.models; there is Stack"),
         (["explain", "tests.mfx.modles:Stack"], "there is no module 'tests.mfx.modles'; there is models"),
         (
@@ -233,9 +233,9 @@ def test_what_cannot_be_served(capsys: pytest.CaptureFixture[str], words: list[s
         ([], "the following arguments are required: COMMAND"),
         (["explian", STACK], "invalid choice: 'explian'"),
         (["explain"], "the following arguments are required: SPEC"),
-        (["explain", STACK, "--gamma", "high"], "--gamma: 'high' is no number, such as 0.9 or 1/64"),
+        (["explain", STACK, "--gamma", "high"], "--gamma: 'high' is not a number, such as 0.9 or 1/64"),
         (["explain", STACK, "--gamma", "0.1", "--gamma", "0.2"], "--gamma is given twice for all chains"),
-        (["explain", STACK, "--input", "8x3"], "--input: '8x3' is no input; an input is [NAME=][DTYPE"),
+        (["explain", STACK, "--input", "8x3"], "--input: '8x3' is not an input; an input is [NAME=][DTYPE"),
         (["explain", STACK, "--args", "x"], "--args: 'x' cannot be read as Python literals"),
         (["explain", STACK, "--kwargs", "3"], "--kwargs takes arguments by name"),
         (["explain", STACK, "--config", "[1"], "--config: "),

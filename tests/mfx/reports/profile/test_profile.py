@@ -362,8 +362,11 @@ def test_resnet18(recwarn):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"against": ("plain", "momentun")}, "'momentun' is no variant. Those with a name are plain, checkpoint, mom"),
-        ({"against": {"mine": 3}}, "3 is no variant"),
+        (
+            {"against": ("plain", "momentun")},
+            "'momentun' is not a variant. Those with a name are plain, checkpoint, mom",
+        ),
+        ({"against": {"mine": 3}}, "3 is not a variant"),
         ({"against": ()}, "name one variant or more of plain, checkpoint, momentum"),
         ({"against": None}, "against=None: name one variant or more"),
         ({"repeats": 0}, "repeats=0: the number of steps"),
