@@ -1,4 +1,4 @@
-"""``python -m mfx``."""
+"""The command ``python -m mfx``."""
 
 import sys
 

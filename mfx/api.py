@@ -1,4 +1,4 @@
-"""The one line: from a model to the same model with momentum chains."""
+"""The public functions that make a momentumized net and show its graphs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def momentumize(
     example_inputs: Any = None,
     verify: str = "warn",
 ) -> M:
-    """The same model with every chain of residual adds x + f(x) turned into reversible momentum steps.
+    """Return the same model with every chain of residual adds x + f(x) turned into reversible momentum steps.
 
     A chain computes v ← γ·v + (1−γ)·f(x), x ← x + v (Sander, Ablin, Blondel, Peyré, "Momentum Residual Neural
     Networks", ICML 2021). Its backward pass rebuilds its activations instead of storing them. For γ > 0 this is
@@ -57,26 +57,26 @@ def momentumize(
             computes it from x. These very modules, not copies, live under ``velocity.``, once per chain.
         arithmetic: ``"exact"``: rebuilt activations are the forward pass's, bit for bit; ``"float"``: within 6e-6
             relative in float32, less memory in short chains.
-        memory_budget: how much of the chains' activations is kept for the backward pass; the function is the same. 0.0
-            keeps none, 1.0 all (ordinary backpropagation), b in between at most m₀ + b·(m₁ − m₀) bytes, where the
-            one keeps m₀ and the other m₁: those of the steps that save the most FLOPs per byte. Or a number of bytes
-            above 1 for the net, such as ``"24GiB"``. The first call on inputs of new shapes keeps as little as it can,
-            and watches what the steps cost.
-        recompute: ``"all"``: what lies between the chains (stem, projections, head) runs again in the backward pass as
-            well, in pieces, within the same budget; None: autograd keeps what it keeps.
+        memory_budget: share of the chains' activations that is kept for the backward pass; the function is the same.
+            0.0 keeps none (m₀ bytes), 1.0 all (m₁ bytes, ordinary backpropagation), b in between at most
+            m₀ + b·(m₁ − m₀) bytes: those of the steps that save the most FLOPs per byte. Or a number of bytes above 1
+            for the net, such as ``"24GiB"``. The first call on inputs of new shapes keeps as little as it can, and
+            measures what the steps cost.
+        recompute: ``"all"``: what lies between the chains (stem, projections, head) is recomputed in the backward pass
+            as well, in pieces, within the same budget; None: autograd keeps what it keeps.
         min_steps: chains with fewer steps stay as they were.
         only: chain names or module paths (shell patterns) to rewrite, all others stay as they were.
         skip: chain names or module paths (shell patterns) to leave as they were.
-        capture: ``"symbolic"``: by symbolic tracing; ``"dynamo"``: by TorchDynamo, which looks at the first call and at
-            later ones that differ in what the graph depends on; ``"auto"``: by the first if it can, else by the second.
+        capture: ``"symbolic"``: by symbolic tracing; ``"dynamo"``: by TorchDynamo, which captures the first call and
+            later ones that differ in what the graph depends on; ``"auto"``: symbolic tracing if it works, else Dynamo.
         example_inputs: arguments of a call to capture at once instead of at the first call: one input, a tuple of
             inputs, or a mapping from argument names to inputs. Nothing is computed with them.
-        verify: ``"warn"``, ``"raise"`` or ``"off"``: what happens when the backward pass in exact arithmetic does not
+        verify: ``"warn"``, ``"raise"`` or ``"off"``: the reaction when the backward pass in exact arithmetic does not
             arrive where the forward pass began, because a step did not compute the same values twice.
 
     Returns:
         A model of the same class that shares all parameters and buffers with ``model``, with the same ``state_dict``
-        keys. What moves or casts parameters in place, such as ``.to()``, therefore moves those of both. Without any
+        keys. Operations that move or cast parameters in place, such as ``.to()``, therefore change both. Without any
         chain, ``model`` itself, and a warning.
 
     Raises:
@@ -91,7 +91,7 @@ def momentumize(
 
 
 def trace(model: nn.Module) -> fx.GraphModule:
-    """A model's forward pass as a graph, by mfx's symbolic tracer.
+    """Return a model's forward pass as a graph, traced by mfx's symbolic tracer.
 
     Arguments without a default value are the graph's inputs; the others are fixed to their default.
 
@@ -113,13 +113,13 @@ def trace(model: nn.Module) -> fx.GraphModule:
 
 @contextmanager
 def original(net: nn.Module) -> Iterator[nn.Module]:
-    """Within this context, a momentumized net computes what it did before it was rewritten, on the same weights.
+    """Run a momentumized net as the original model, on the same weights, within this context.
 
     Args:
         net: a momentumized net, or a module that contains some.
 
     Raises:
-        MfxError: there is no momentumized net in it.
+        MfxError: it contains no momentumized net.
     """
     if not isinstance(net, nn.Module):
         raise MfxError(f"original takes a momentumized net, not {described(net)}.")
@@ -136,14 +136,14 @@ def original(net: nn.Module) -> Iterator[nn.Module]:
 
 
 def graphs(net: nn.Module) -> dict[str, fx.GraphModule]:
-    """The rewritten graphs of a net that were needed so far.
+    """Return the rewritten graphs that a net has needed so far.
 
     Args:
-        net: a momentumized net, or what ``torch.compile(model, backend="mfx")`` returned.
+        net: a momentumized net, or the result of ``torch.compile(model, backend="mfx")``.
 
     Returns:
         One module per graph, over the net's own modules: ``"train"``, ``"eval"``, and ``"train#2"`` and so on for other
-        values of arguments that are no tensors, and where parts of the net are in another mode than the rest.
+        values of arguments that are not tensors, and where submodules are in another mode than the rest.
 
     Raises:
         MfxError: the net has not been momentumized.
@@ -170,7 +170,7 @@ def to_networkx(net: nn.Module) -> nx.DiGraph:
     only, and ``graph``, the name of their graph in `mfx.graphs`.
 
     Args:
-        net: a momentumized net, or what ``torch.compile(model, backend="mfx")`` returned. Where it has several graphs
+        net: a momentumized net, or the result of ``torch.compile(model, backend="mfx")``. Where it has several graphs
             so far, their nodes are called ``"train: NAME"``, ``"eval: NAME"`` and so on; of one graph alone:
             ``to_networkx(mfx.graphs(net)["train"])``.
 

@@ -20,15 +20,15 @@ class ActivationMeter:
     """Measures the bytes of activations alive inside a ``with`` block, through forward and backward.
 
     On a CPU every storage that a torch operation creates inside the block counts, with its whole size, from the
-    operation's return until the storage is freed: what autograd saved, gradients in flight, the output, whatever
-    somebody holds. A storage counts once, however many views it has. Not counted are
+    operation's return until the storage is freed: what autograd saved, gradients in flight, the output, anything
+    that is still referenced. A storage counts once, however many views it has. Not counted are
 
     * what existed before the block (parameters, inputs, buffers), also when seen through a view or changed in place;
     * the tensors in ``exclude`` and the ``.grad`` that autograd leaves on them. Only the accumulated gradient is left
-      out: one that is held back to be accumulated later is alive like any other tensor;
-    * scratch memory within one operation, and what happens inside an operation that is opaque to torch's dispatcher
-      (a custom operator, a compiled graph), of which only the results are seen;
-    * tensors without a storage of their own (sparse, MKL-DNN), or whose storage holds nothing (meta and fake tensors).
+      out: one that is held back to be accumulated later counts like any other tensor;
+    * scratch memory within one operation, and all but the results of an operation that is opaque to torch's dispatcher
+      (a custom operator, a compiled graph);
+    * tensors without a storage of their own (sparse, MKL-DNN), or with an empty one (meta and fake tensors).
 
     On a CUDA device the caching allocator's numbers are used, relative to those at the block's start: scratch memory
     and opaque operations count, sizes are rounded up as the allocator does, and the device's peak statistics are reset.
@@ -37,7 +37,7 @@ class ActivationMeter:
         exclude: tensors that never count, nor does their ``.grad``; usually ``model.parameters()``.
         count_grads: count the ``.grad`` of ``exclude`` after all.
         timeline: keep ``.timeline``.
-        device: where to measure; by default the device of the first tensor in ``exclude``, else the CPU.
+        device: the device to measure on; by default the device of the first tensor in ``exclude``, else the CPU.
 
     Raises:
         ValueError: the device is neither CPU nor CUDA.
@@ -72,7 +72,7 @@ class ActivationMeter:
 
     @property
     def live(self) -> int:
-        """Bytes alive now. After the block: what is still alive of it."""
+        """Bytes alive now; after the block, those of its storages that are still alive."""
         return self._ledger.live
 
     @property
@@ -123,7 +123,7 @@ class StorageLedger(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        # A storage that comes in was there before, unless its birth was seen. (torch.tensor() builds one unseen, then
+        # An argument's storage existed before, unless its creation was seen. (torch.tensor() creates one unseen, then
         # lifts it.)
         before = frozenset() if func in _LIFTS else self._keys(tree_iter((args, kwargs)))
         result = func(*args, **kwargs)
@@ -137,12 +137,12 @@ class StorageLedger(TorchDispatchMode):
         return result
 
     def leave_out_grad(self, owner: torch.Tensor) -> None:
-        """From now on, do not count the gradient that has been left on a parameter."""
+        """Stop counting the gradient that autograd has left on a parameter."""
         for storage in self._storages([owner.grad]):
             self._forget(memory_of(storage))
 
     def _storages(self, leaves: Iterable[object]) -> Iterator[torch.UntypedStorage]:
-        """The storages of ``leaves`` that count."""
+        """Return the storages of ``leaves`` that count."""
         return (storage for storage in storages(leaves) if storage.device.type != "meta")
 
     def _keys(self, leaves: Iterable[object]) -> frozenset[int]:
@@ -163,7 +163,7 @@ _LIFTS = (torch.ops.aten.lift_fresh.default, torch.ops.aten.lift.default)
 
 
 def storages(leaves: Iterable[object]) -> Iterator[torch.UntypedStorage]:
-    """The storages of tensors among ``leaves`` that have one of their own."""
+    """Yield the storages of the tensors among ``leaves`` that have one of their own."""
     for leaf in leaves:
         if isinstance(leaf, torch.Tensor) and leaf.layout == torch.strided:
             yield leaf.untyped_storage()
@@ -172,11 +172,11 @@ def storages(leaves: Iterable[object]) -> Iterator[torch.UntypedStorage]:
 class _AllocatorLedger:
     """The caching allocator's count since entering, less the gradients that have been left out.
 
-    The allocator knows one peak since its last reset, gradients included; so it is read, and reset, each time the
-    amount left out changes.
+    The allocator has one peak since its last reset, gradients included; so it is read, and reset, each time the
+    number of bytes left out changes.
     """
 
-    _BLOCK = 512  # the allocator rounds every request up to a multiple of this
+    _BLOCK = 512  # bytes; the allocator rounds every request up to a multiple of them
 
     def __init__(self, device: torch.device, grad_owners: Sequence[torch.Tensor], timeline: bool) -> None:
         self.timeline: list[int] = []
@@ -226,7 +226,7 @@ class _AllocatorLedger:
 
 
 class _Sampler(TorchDispatchMode):
-    """Reads an allocator's count after each operation; the allocator keeps it on the host, so nobody waits."""
+    """Reads an allocator's count after each operation; the allocator keeps it on the host, so nothing waits."""
 
     def __init__(self, ledger: _AllocatorLedger) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""γ as training goes on."""
+"""γ as a function of the training step: schedules, and the scheduler that sets it."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class GammaScheduler:
             `mfx.schedule.cosine` make some.
 
     Raises:
-        MfxError: the schedule gives what no γ can be, or the net has not been momentumized.
+        MfxError: the schedule gives an invalid γ, or the net has not been momentumized.
 
     Attributes:
-        last_step: the step that the present γ is for.
+        last_step: the step that the current γ is for.
     """
 
     def __init__(self, net: nn.Module, schedule: Schedule) -> None:
@@ -52,26 +52,26 @@ class GammaScheduler:
         """Go on to the next step's γ; usually after every ``optimizer.step()``, or after every epoch.
 
         Raises:
-            MfxError: the schedule gives what no γ can be; the net stays at the γ it has.
+            MfxError: the schedule gives an invalid γ; the net keeps the γ it has.
         """
         self._set(self.last_step + 1, self.schedule(self.last_step + 1))
 
     def get_last_gamma(self) -> float | dict[str, float]:
-        """What the schedule last gave."""
+        """Return the γ that the schedule gave last."""
         return dict(self._last) if isinstance(self._last, dict) else self._last
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the schedule stands, as plain data; the schedule itself is not in it."""
+        """Return the scheduler's state as plain data; the schedule itself is not part of it."""
         return {"last_step": self.last_step, "gamma": self.get_last_gamma()}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Stand where another scheduler stood, and set the net to the γ it had.
+        """Continue from another scheduler's state, and set the net to its γ.
 
         Args:
             state_dict: from `state_dict`.
 
         Raises:
-            MfxError: the γ in it fits no chain of this net.
+            MfxError: the γ in it fits none of this net's chains.
         """
         self._set(state_dict["last_step"], state_dict["gamma"])
 
@@ -88,7 +88,7 @@ class Annealing:
     In between it gives multiples of 1/1024, simple fractions that fixed point multiplies by with small errors.
 
     Args:
-        steps: how many steps it takes.
+        steps: number of steps from start to end.
         start: γ at step 0.
         end: γ from step ``steps`` on.
         shape: ``"linear"``, or ``"cosine"``: slow at both ends.
@@ -100,7 +100,7 @@ class Annealing:
     shape: Literal["linear", "cosine"]
 
     def __call__(self, step: int) -> float:
-        """γ for a step."""
+        """Return γ for a step."""
         if step <= 0 or step >= self.steps:
             return self.start if step <= 0 < self.steps else self.end
         done = step / self.steps
@@ -111,15 +111,15 @@ class Annealing:
 
 
 def linear(steps: int, start: float = 0.0, end: float = 0.9) -> Annealing:
-    """A schedule that takes γ from ``start`` to ``end`` evenly, in so many steps.
+    """Return a schedule that takes γ from ``start`` to ``end`` evenly.
 
     Args:
-        steps: how many steps it takes, at least 1.
+        steps: number of steps from start to end, at least 1.
         start: γ at step 0.
         end: γ from step ``steps`` on.
 
     Raises:
-        MfxError: there is no such schedule.
+        MfxError: an argument is out of range.
 
     >>> schedule = linear(steps=4, end=0.5)
     >>> [schedule(step) for step in range(6)]
@@ -129,15 +129,15 @@ def linear(steps: int, start: float = 0.0, end: float = 0.9) -> Annealing:
 
 
 def cosine(steps: int, start: float = 0.0, end: float = 0.9) -> Annealing:
-    """A schedule that takes γ from ``start`` to ``end`` along half a cosine: slow at first and in the end.
+    """Return a schedule that takes γ from ``start`` to ``end`` along half a cosine: slow at both ends.
 
     Args:
-        steps: how many steps it takes, at least 1.
+        steps: number of steps from start to end, at least 1.
         start: γ at step 0.
         end: γ from step ``steps`` on.
 
     Raises:
-        MfxError: there is no such schedule.
+        MfxError: an argument is out of range.
 
     >>> schedule = cosine(steps=4, end=0.5)
     >>> [schedule(step) for step in (0, 2, 4, 100)]

@@ -1,4 +1,4 @@
-"""Words that messages to the user have in common."""
+"""Numbers, names and sentences as messages and reports show them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from torch import nn
 
 
 def described(value: object) -> str:
-    """What was given in a module's place, for messages."""
+    """Return a phrase for a value that should have been a module, for messages."""
     if isinstance(value, type):
         return f"the class {value.__name__}"
     name = type(value).__name__
@@ -14,7 +14,7 @@ def described(value: object) -> str:
 
 
 def listed(names: list[str]) -> str:
-    """The first few names."""
+    """Return the first few names as a list in words."""
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
@@ -31,7 +31,7 @@ def shorten(text: str, characters: int) -> str:
 
 
 def without_chains(model: nn.Module) -> str:
-    """What to say of a model in which there is nothing to rewrite."""
+    """Return the warning for a model in which there is nothing to rewrite."""
     return (
         f"{type(model).__name__} has no chain of residual adds to rewrite and is returned unchanged. Looked for: two "
         "or more sums x + f(x) in a row, where the sum is the x of the next one. mfx.explain(model) lists what came "
@@ -40,7 +40,7 @@ def without_chains(model: nn.Module) -> str:
 
 
 def size(number: float) -> str:
-    """Bytes.
+    """Return a number of bytes in words.
 
     >>> size(512), size(1536), size(3 * 2**40)
     ('512 B', '1.5 KiB', '3.0 TiB')
@@ -53,7 +53,7 @@ def size(number: float) -> str:
 
 
 def amount(number: float, unit: str) -> str:
-    """A number of something there are many of, by powers of ten.
+    """Return a large number of units, abbreviated by powers of ten.
 
     >>> amount(1234567, "FLOP"), amount(17, "FLOP")
     ('1.23 MFLOP', '17 FLOP')
@@ -66,7 +66,7 @@ def amount(number: float, unit: str) -> str:
 
 
 def count(number: int, noun: str) -> str:
-    """How many of something.
+    """Return a number with its noun, in the plural where needed.
 
     >>> count(1, "step"), count(3, "step")
     ('1 step', '3 steps')
@@ -75,7 +75,7 @@ def count(number: int, noun: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Time.
+    """Return a time in words.
 
     >>> duration(0.05), duration(2.5)
     ('50.0 ms', '2.50 s')
@@ -84,7 +84,7 @@ def duration(seconds: float) -> str:
 
 
 def ratio(value: float, first: float) -> str:
-    """How many times as much, ``"–"`` if there is nothing to compare with.
+    """Return a value as a multiple of another, ``"–"`` if that one is 0.
 
     >>> ratio(3, 4), ratio(3, 0)
     ('0.75×', '–')

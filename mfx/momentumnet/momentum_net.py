@@ -1,4 +1,4 @@
-"""A momentum net made of functions: the class of the momentumnet package, on the runtime of this one."""
+"""A momentum net made of functions: the class of the momentumnet package, run by mfx's engine."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class MomentumNet(nn.Module):
     Args:
         functions: modules, at least one, that are called as ``f(x, *args, **kwargs)`` and return a tensor with the
             shape, dtype and device of x. One module may be there several times.
-        gamma: momentum, 0 <= γ <= 1. At 1 the velocity stays what it was before the first step, and what the functions
-            give counts nothing.
-        init_speed: whether the velocity before the first step is ``init_function(x)``; else it is 0.
+        gamma: momentum, 0 <= γ <= 1. At 1 the velocity stays what it was before the first step, and the values of
+            the functions have no weight.
+        init_speed: True for the velocity ``init_function(x)`` before the first step; else it is 0.
         init_function: a module. Without ``init_speed`` it is kept, with its parameters, but not called.
         use_backprop: True for ordinary backpropagation, which keeps all activations; False to rebuild them in the
             backward pass. The function is the same.
@@ -93,7 +93,7 @@ class MomentumNet(nn.Module):
         note_gamma(self)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The state after the last step.
+        """Return the state after the last step.
 
         Args:
             x: the state before the first, of any shape and floating dtype.
@@ -101,7 +101,7 @@ class MomentumNet(nn.Module):
             **kwargs: further arguments by name.
 
         Raises:
-            MfxError: x is not floating-point, or what a function gave does not fit it.
+            MfxError: x is not floating-point, or the value of a function does not fit it.
         """
         check_state(x)
         if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting():
@@ -111,7 +111,7 @@ class MomentumNet(nn.Module):
         return self.run(x, args, kwargs)
 
     def run(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What ``forward`` does with a state that is one, wherever it is called.
+        """Run the steps, without the check of x and wherever it is called.
 
         Args:
             x: the state before the first step.
@@ -124,6 +124,11 @@ class MomentumNet(nn.Module):
     def streams(self, x: Any = None, *_: Any, **__: Any) -> dict[str, Stream]:
         """Return shape and dtype of the chain's state in a call with these arguments, by the chain's name.
 
+        Args:
+            x: the state before the first step.
+            *_: further arguments of every function, which do not matter here.
+            **__: further arguments by name, which do not matter here.
+
         Raises:
             MfxError: x is not a floating-point tensor.
         """
@@ -132,7 +137,7 @@ class MomentumNet(nn.Module):
 
     @property
     def gamma(self) -> float:
-        """The momentum; may be set, see `mfx.set_gamma`."""
+        """The momentum, which may be set; see `mfx.set_gamma`."""
         return self.chain.gamma.value
 
     @gamma.setter
@@ -146,21 +151,21 @@ class MomentumNet(nn.Module):
 
     @property
     def init_function(self) -> nn.Module | None:
-        """The module that computes the first velocity, if there is one."""
+        """The module that computes the first velocity, or None."""
         return self.network._modules.get("init")
 
     def extra_repr(self) -> str:
-        """What ``print(net)`` shows."""
+        """Return the settings that ``print(net)`` shows."""
         return f"use_backprop={self.use_backprop}, is_residual={self.is_residual}, init_speed={self.init_speed}"
 
 
 def call_function(module: nn.Module, x: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A function's value, as a step's graph asks for it."""
+    """Return a function's value; the call in a step's graph."""
     return module(x, *args, **kwargs)
 
 
 def _graphs(name: str, functions: list[str], kind: Kind) -> ChainGraphs:
-    """Steps that call one module each; their captures are the further arguments, positional ones and named ones."""
+    """Return steps that call one module each; their captures are the further arguments, positional and named."""
     steps = []
     for function in functions:
         branch = _graph(function, None if kind == "residual" else mapped)
@@ -169,13 +174,13 @@ def _graphs(name: str, functions: list[str], kind: Kind) -> ChainGraphs:
     return ChainGraphs(name, tuple(steps), ())
 
 
-def _graph(function: str, mark: Any) -> PortableGraph:
+def _graph(function: str, marker: Any) -> PortableGraph:
     graph = PortableGraph()
     x, args, kwargs = (graph.placeholder(name) for name in ("x", "args", "kwargs"))
     module = graph.create_node("get_attr", f"network.{function}")
     value: Node = graph.call_function(call_function, (module, x, args, kwargs))
-    if mark is not None:
-        value = graph.call_function(mark, (x, value))
+    if marker is not None:
+        value = graph.call_function(marker, (x, value))
     graph.output((value,))
     return graph
 
@@ -196,7 +201,7 @@ def check_state(x: Any) -> None:
     """Check that a momentum net can run on a value.
 
     Raises:
-        MfxError: it is no floating-point tensor.
+        MfxError: it is not a floating-point tensor.
     """
     if isinstance(x, Proxy):
         raise MfxError(

@@ -1,4 +1,4 @@
-"""A model's layers turned into momentum nets: the function of the momentumnet package."""
+"""Whole layers of a model turned into momentum nets: the function of the momentumnet package."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def transform_to_momentumnet(
     arithmetic: str = "exact",
     verify: str = "warn",
 ) -> M:
-    """The same model with whole layers turned into momentum nets, as the momentumnet package does it.
+    """Return the same model with whole layers turned into momentum nets, as the momentumnet package does.
 
     Without ``sub_layers`` this is `mfx.momentumize`: chains of residual adds are found in the graph of the model. With
     them, every module in such a layer is one step, whatever it does inside: the modules B of a layer compute
@@ -40,11 +40,11 @@ def transform_to_momentumnet(
         model: a model that can be traced symbolically; it stays as it is. With ``sub_layers``, also a net that this
             function returned: its layers stay momentum nets, at their γ.
         sub_layers: paths of ``Sequential`` or ``ModuleList`` layers, such as ``"encoder.layers"``, whose modules are
-            called one after the other, each on the state that the one before gave and on whatever else.
+            called one after the other, each on the state that the one before gave and on any further arguments.
         gamma: momentum, 0 <= γ < 1.
         use_backprop: True for ordinary backpropagation, which keeps all activations. The function is the same.
-        is_residual: whether a module is the branch f of a step x + f(x), not the whole step. A sum that the model
-            writes around f is part of the step; where there is none, f is added to x nevertheless.
+        is_residual: True if a module is the branch f of a step x + f(x), not the whole step. A sum that the model
+            writes around f is part of the step; without one, f is added to x nevertheless.
         keep_first_layer: with ``sub_layers``, leave the first module of each layer as it is; it may change the shape.
         arithmetic: ``"exact"`` or ``"float"``; see `mfx.momentumize`.
         verify: ``"warn"``, ``"raise"`` or ``"off"``; see `mfx.momentumize`.
@@ -54,8 +54,8 @@ def transform_to_momentumnet(
         keys.
 
     Raises:
-        MfxError: an argument is wrong; the model has no such layer, or cannot be traced; the modules of a layer are no
-            chain, or change the state's shape.
+        MfxError: an argument is wrong; the model has no such layer, or cannot be traced; the modules of a layer are
+            not a chain, or change the state's shape.
     """
     if not isinstance(model, nn.Module):
         raise MfxError(f"transform_to_momentumnet takes a torch.nn.Module, not {described(model)}.")
@@ -90,7 +90,7 @@ def _paths(sub_layers: Any) -> tuple[str, ...]:
 
 
 def _with_earlier(model: nn.Module, options: Options) -> Options:
-    """The options, with the layers that were transformed before and their γ."""
+    """Add the layers that were transformed before, with their γ, to the options."""
     forward = forward_of(model)
     if forward is None:
         return options

@@ -15,7 +15,7 @@ _LARGEST_DENOMINATOR = 2**14
 
 @dataclass(frozen=True)
 class Gamma:
-    """γ = ``numerator`` / ``denominator`` in [0, 1], 1 for a `mfx.MomentumNet` alone: what every mode computes with.
+    """γ = ``numerator`` / ``denominator`` in [0, 1], the same in every mode; 1 only for a `mfx.MomentumNet`.
 
     >>> Gamma.of(0.9)
     Gamma(numerator=9, denominator=10)
@@ -26,14 +26,14 @@ class Gamma:
 
     @classmethod
     def of(cls, value: float, *, or_one: bool = False) -> Gamma:
-        """The fraction that ``value`` is, else the simplest within 1e-6 of it, with a denominator of at most 2**14.
+        """Return the fraction that ``value`` is, else the simplest within 1e-6 of it; denominators go up to 2**14.
 
         Args:
             value: γ.
-            or_one: whether it may be 1, at which the velocity stays what it was before the first step.
+            or_one: allow γ = 1, at which the velocity stays what it was before the first step.
 
         Raises:
-            MfxError: if ``value`` is not a real number in [0, 1), or is too close to 0 or 1 to be told from it.
+            MfxError: ``value`` is not a real number in [0, 1), or too close to 0 or 1 to be told from it.
         """
         given: object = value
         is_number = isinstance(given, numbers.Real) and not isinstance(given, bool)
@@ -72,12 +72,12 @@ class Gamma:
 
     @property
     def is_zero(self) -> bool:
-        """Whether the chain is the network it was made from."""
+        """True if γ is 0, where a chain computes what the original model does."""
         return self.numerator == 0
 
 
 def _simplest_between(low: Fraction, high: Fraction) -> Fraction:
-    """The fraction with the smallest denominator in [low, high], found by walking down the Stern–Brocot tree."""
+    """Return the fraction with the smallest denominator in [low, high], by descending the Stern–Brocot tree."""
     whole = math.floor(low)
     if whole == low:
         return Fraction(whole)

@@ -1,4 +1,4 @@
-"""A memory budget as a user writes it: a share, or a number of bytes."""
+"""The memory budget of a net: a share, or a number of bytes."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _UNITS = {"": 1, "B": 1} | {
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """A share of what plain backpropagation keeps beyond the minimum; a number of bytes where ``share`` is None."""
+    """A share of the bytes that plain backpropagation keeps beyond the minimum; ``size`` bytes if ``share`` is None."""
 
     share: float | None
     size: int = 0
 
     @property
     def is_partial(self) -> bool:
-        """Whether some steps may keep their activations while others do not."""
+        """True if some steps may keep their activations while others do not."""
         return self.share not in (0.0, 1.0)
 
     @classmethod
     def of(cls, value: Any) -> MemoryBudget:
-        """The amount that a user means: a number from 0 to 1, a number of bytes, or a text like ``"24GiB"``.
+        """Parse a budget: a number from 0 to 1, a number of bytes, or a text like ``"24GiB"``.
 
         Raises:
             MfxError: it is none of these.
