@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import fx, nn
 
-from mfx.capture.arguments import check_signature, specialize_defaults
+from mfx.capture.arguments import bind_defaults, check_signature
 from mfx.capture.captured import signature_of
 from mfx.capture.symbolic.trace import capture as capture_symbolically
 from mfx.compat import compiled_model
@@ -107,7 +107,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     signature = signature_of(root)
     check_signature(root, signature)
     with attributes_restored(root):
-        captured = capture_symbolically(root, specialize_defaults(signature), None, holds_chain)
+        captured = capture_symbolically(root, bind_defaults(signature), None, holds_chain)
     return fx.GraphModule(root, captured.graph, class_name=type(model).__name__)
 
 

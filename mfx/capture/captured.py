@@ -3,34 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from mfx.capture.binding import Binding
 from mfx_passes import MfxError, ModuleCall
 from mfx_passes.rewrite.portable_graph import PortableGraph, copy_graph, dump_calls, load_calls
-
-if TYPE_CHECKING:
-    GuardedCall = Any
 
 
 class CaptureError(MfxError):
     """A model, or a call of it, that one way of capturing cannot follow; another way may."""
-
-
-@dataclass(frozen=True)
-class Specialization:
-    """How the arguments of a forward pass are split: tensors go through the graph, the rest is fixed in it.
-
-    Args:
-        inputs: names of the arguments that are tensors, in the order of the signature.
-        constants: names and values of the others.
-    """
-
-    inputs: tuple[str, ...]
-    constants: Mapping[str, Any]
 
 
 @dataclass(eq=False)
@@ -41,20 +25,18 @@ class Captured:
         graph: one placeholder per tensor argument.
         calls: the module calls that were walked through.
         walked: path and module of every module that was walked through; the graph holds for these modules only.
-        specialization: what the graph takes and what is fixed in it.
+        binding: the calls that the graph serves, and how their arguments reach it.
         modules: modules that the graph calls and the model does not have.
         values: tensors without data by node name, where they are known: shapes, dtypes and devices.
-        frame: the call that it was captured from, if Dynamo did; the graph holds under its conditions only.
-        forward_only: whether one of these is that no gradients are recorded.
+        forward_only: True if the graph serves only calls in which no gradients are recorded.
     """
 
     graph: PortableGraph
     calls: list[ModuleCall]
     walked: dict[str, nn.Module]
-    specialization: Specialization
+    binding: Binding
     modules: dict[str, nn.Module] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
-    frame: GuardedCall | None = None
     forward_only: bool = False
 
     def modules_of(self, net: nn.Module) -> dict[str, nn.Module]:

@@ -43,7 +43,7 @@ class CommandSubject:
         net = mfx.momentumize(self.model, **self.options)
         if (self.args or self.kwargs) and (forward := forward_of(net)) is not None:
             try:
-                forward.entry_for(*self.args, **self.kwargs)
+                forward.table.graph_for(self.args, self.kwargs)
             except CaptureError:
                 with torch.no_grad():
                     net(*self.args, **self.kwargs)

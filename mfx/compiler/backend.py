@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from mfx.capture.captured import Captured, Specialization
+from mfx.capture.binding import ByName
+from mfx.capture.captured import Captured
 from mfx.capture.dynamo.graph import tidy
 from mfx.capture.dynamo.sources import is_held_by_module, place
 from mfx.compat import compiling as compat_compiling
@@ -182,7 +183,7 @@ def _rewrite(
     modules, positions = tidy(module, paths, lambda key, source: ".".join(place(source)))
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
     names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
-    captured = Captured(copy_graph(module.graph), [], {}, Specialization(names, {}), modules, values)
+    captured = Captured(copy_graph(module.graph), [], {}, ByName(names, {}), modules, values)
     return rewrite_captured(holder, captured, options, {}, {}), positions
 
 

@@ -31,8 +31,9 @@ def _contradict(one: RewrittenGraph, other: RewrittenGraph) -> bool:
         return False  # one of them may still lose steps
     if not (one.changes_function or other.changes_function):
         return False  # both are the model
-    if one.captured.frame is None and other.captured.frame is None:
-        return one.captured.specialization == other.captured.specialization and one.chain_lengths != other.chain_lengths
+    key, other_key = one.captured.binding.key, other.captured.binding.key
+    if key is not None and other_key is not None:
+        return key == other_key and one.chain_lengths != other.chain_lengths  # other arguments may lead to other chains
     return _misses(one, other) or _misses(other, one)
 
 

@@ -9,9 +9,9 @@ from torch import fx, nn
 from mfx.capture.captured import CaptureError
 from mfx.capture.named_steps import announce_blocks
 from mfx.modules.tree_copy import M, net_of, tree_copy
-from mfx.net.forward import RewrittenForward
+from mfx.net.forward import NetForward
 from mfx.net.state_dict import note_gamma
-from mfx.net.submodules import install_parts
+from mfx.net.submodules import install_submodules
 from mfx.options.options import Options
 from mfx.program.rewritten import make_momentum
 from mfx.text import without_chains
@@ -28,8 +28,8 @@ def rewritten(model: M, options: Options) -> M:
         return module
     net = net_of(model)
     announce_blocks(net, options.layers)
-    forward = RewrittenForward(net, options)
-    install_parts(forward)
+    forward = NetForward(net, options)
+    install_submodules(forward)
     try:
         if not forward.prepare().calls:
             return _unchanged(model)

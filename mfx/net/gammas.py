@@ -7,7 +7,7 @@ from itertools import chain
 
 from torch import fx, nn
 
-from mfx.net.forward import RewrittenForward, forward_of
+from mfx.net.forward import NetForward, forward_of
 from mfx.options.gamma import Gamma
 from mfx.options.options import check_gamma, check_names, look_up
 from mfx.program.chain_call import Momentum
@@ -45,17 +45,17 @@ def set_gamma(net: nn.Module, gamma: float | Mapping[str, float]) -> None:
     all_calls = [*calls, *chain.from_iterable(map(_calls, forwards))]
     before = [forward.options for forward in forwards], [call.gamma for call in all_calls]
     for forward in forwards:
-        forward.options = forward.options.with_gamma(gamma, _chains(forward))
+        forward.table.options = forward.options.with_gamma(gamma, _chains(forward))
     for call in all_calls:
         value = look_up(gamma, call.chain) if isinstance(gamma, Mapping) else gamma
         call.gamma = call.gamma if value is None else Gamma.of(value, or_one=only_of_functions)
     try:
         for forward in forwards:  # graphs that differ in their chains were the same function at gamma = 0
-            for entry in forward.all_entries:
-                forward.check_same_function(entry)
+            for graph in forward.table.graphs:
+                forward.table.check(graph)
     except MfxError:
         for forward, options in zip(forwards, before[0], strict=True):
-            forward.options = options
+            forward.table.options = options
         for call, old in zip(all_calls, before[1], strict=True):
             call.gamma = old
         raise
@@ -67,10 +67,10 @@ def gammas_of(module: nn.Module) -> dict[str, Gamma]:
     if forward is None:
         return {call.chain: call.gamma for call in module.children() if isinstance(call, Momentum)}
     if forward.per_module:
-        return {name: gamma for part in forward.parts() for name, gamma in gammas_of(part.net).items()}
+        return {name: gamma for inner in forward.submodules() for name, gamma in gammas_of(inner.net).items()}
     if calls := _calls(forward):
         return {call.chain: call.gamma for call in calls}
-    return {name: forward.options.gamma_of(name) for name in sorted(forward.known_chains)}
+    return {name: forward.options.gamma_of(name) for name in sorted(forward.table.known_chains)}
 
 
 def gammas_to_be(module: nn.Module, chains: Iterable[str]) -> dict[str, Gamma]:
@@ -83,10 +83,10 @@ def gammas_to_be(module: nn.Module, chains: Iterable[str]) -> dict[str, Gamma]:
     return {name: options.gamma_of(name) for name in chains if known is None or look_up(known, name) is not None}
 
 
-def _calls(forward: RewrittenForward) -> list[Momentum]:
+def _calls(forward: NetForward) -> list[Momentum]:
     active = [] if forward.active is None else [forward.active]
-    return [call for entry in (*forward.all_entries, *active) for call in entry.calls.values()]
+    return [call for graph in (*forward.table.graphs, *active) for call in graph.calls.values()]
 
 
-def _chains(forward: RewrittenForward) -> set[str]:
+def _chains(forward: NetForward) -> set[str]:
     return {call.chain for call in _calls(forward)}

@@ -1,205 +1,201 @@
-"""The two routes from a call to the rewritten graph that runs it; each keeps a table of the graphs it has found."""
+"""The two routes from a call to a rewritten graph: symbolic tracing, and TorchDynamo."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from torch import nn
 
 from mfx import compat
-from mfx.capture.arguments import bind, check_signature, key_of, specialize, specialize_defaults
-from mfx.capture.captured import Captured, CaptureError, Specialization
+from mfx.capture.arguments import bind, bind_defaults, check_constants, check_signature
+from mfx.capture.binding import ByName
+from mfx.capture.captured import Captured, CaptureError, signature_of
 from mfx.capture.named_steps import named_steps_of
 from mfx.capture.symbolic.trace import capture
 from mfx.modules.overlay import without_parts
 from mfx.modules.restore import attributes_restored
 from mfx.net.sharded import refuse_shards
+from mfx.options.options import Options
 from mfx.program.chain_call import holds_chain
-from mfx.program.codegen import GraphCompiler
 from mfx.program.rewritten import RewrittenGraph, rewrite_captured, steps_of
 from mfx.program.shapes import find_with_shapes
 
-if TYPE_CHECKING:
-    RewrittenForward = Any
-
-
 _KEPT = 8  # graphs per set of arguments; a model whose attributes follow a schedule needs a new one for every value
-
-Run = Callable[[GraphCompiler], Any]
 
 
 class SymbolicRoute:
-    """Traces the model without running it, once per training mode and set of arguments that are no tensors.
+    """Traces the model without running it, once per training mode and set of arguments that are not tensors.
 
     Args:
-        owner: whose graphs these are.
+        net: the net.
+
+    Attributes:
+        graphs: the graphs that are kept, oldest first.
     """
 
-    def __init__(self, owner: RewrittenForward) -> None:
-        self._owner = owner
-        self._entries: dict[Hashable, list[RewrittenGraph]] = {}
+    def __init__(self, net: nn.Module) -> None:
+        self._net = net
+        self.graphs: list[RewrittenGraph] = []
         self._failures: dict[Hashable, str] = {}
 
-    @property
-    def entries(self) -> list[RewrittenGraph]:
-        """Every graph there is, oldest first within a set of arguments."""
-        return [entry for entries in self._entries.values() for entry in entries]
+    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph | None:
+        """Return the graph that serves a call, None if there is none."""
+        for graph in self.graphs:
+            if graph.serves(self._net, args, kwargs):
+                return graph
+        return None
 
-    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[RewrittenGraph, Run]:
-        """The graph that fits a call, and how to run it.
-
-        Raises:
-            CaptureError: there is none.
-        """
-        net, signature = self._owner.net, self._owner.__signature__
-        arguments = bind(net, signature, args, kwargs)
-        entry = self._entry(specialize(arguments))
-        entry = entry if entry.shapes_known else self._probe(entry, arguments)
-        return entry, partial(entry.run, net, arguments)
-
-    def prepare(self) -> RewrittenGraph:
-        """The graph for default arguments, made before any call.
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options) -> RewrittenGraph:
+        """Capture and rewrite a graph for a call.
 
         Raises:
-            CaptureError: there is none.
+            CaptureError: the model cannot be traced.
         """
-        check_signature(self._owner.net, self._owner.__signature__)
-        return self._entry(specialize_defaults(self._owner.__signature__))
+        return self.capture_bound(bind(self._net, signature_of(self._net), args, kwargs), options)
 
-    def _entry(self, specialization: Specialization) -> RewrittenGraph:
-        key = key_of(self._owner.net, specialization)
-        for entry in self._entries.get(key, ()):
-            if entry.holds():
-                return entry
-        self._forget_replaced_modules()
-        entry = self._capture(key, specialization)
-        self._owner.check_same_function(entry)
-        if torch.compiler.is_exporting():
-            return entry  # its constants may be tensors without values: it is for this once
-        self._owner.adopt(entry)
-        self._entries[key] = [*self._entries.get(key, ()), entry][-_KEPT:]
-        return entry
+    def bind_defaults(self) -> ByName:
+        """Bind arguments at their defaults.
 
-    def _capture(self, key: Hashable, specialization: Specialization) -> RewrittenGraph:
-        mode = key, self._owner.net.training
+        Raises:
+            CaptureError: the forward cannot be traced for want of names, or a default is not plain.
+        """
+        signature = signature_of(self._net)
+        check_signature(self._net, signature)
+        binding = bind_defaults(signature)
+        check_constants(self._net, binding)
+        return binding
+
+    def find_bound(self, binding: ByName) -> RewrittenGraph | None:
+        """Return the graph that serves calls of this binding, None if there is none."""
+        bound = (graph for graph in self.graphs if graph.captured.binding.key == binding.key)
+        return next((graph for graph in bound if graph.holds()), None)
+
+    def capture_bound(self, binding: ByName, options: Options) -> RewrittenGraph:
+        """Capture and rewrite a graph for calls of this binding.
+
+        Raises:
+            CaptureError: the model cannot be traced.
+        """
+        net = self._net
+        check_constants(net, binding)
+        self.graphs = [graph for graph in self.graphs if graph.in_place()]
+        mode = binding.key, net.training
         if mode in self._failures:
             raise CaptureError(self._failures[mode])
         try:
-            with (
-                compat.patching(),
-                compat.outside_of_export(),
-                attributes_restored(self._owner.net) as marks,
-                without_parts(self._owner.net),
-            ):
-                captured = capture(
-                    self._owner.net, specialization, named_steps_of(self._owner.net, self._owner.options), holds_chain
-                )
+            with compat.patching(), compat.outside_of_export(), attributes_restored(net) as changed, without_parts(net):
+                captured = capture(net, binding, named_steps_of(net, options), holds_chain)
         except CaptureError as error:
             # else there is nothing to fall back on, or other conditions than in a call: try again
-            if self._owner.options.capture != "symbolic" and not torch.compiler.is_exporting():
+            if options.capture != "symbolic" and not torch.compiler.is_exporting():
                 self._failures[mode] = str(error)
             raise
-        entry = rewrite_captured(self._owner.net, captured, self._owner.options, {}, marks)
-        self._owner.mention_marks(entry)
-        return entry
+        return rewrite_captured(net, captured, options, {}, changed)
 
-    def _forget_replaced_modules(self) -> None:
-        for entries in self._entries.values():
-            entries[:] = [entry for entry in entries if entry.in_place()]
+    def keep(self, graph: RewrittenGraph) -> None:
+        """Keep a graph for later calls; the oldest one goes if there are many for the same arguments."""
+        key = graph.captured.binding.key
+        alike = [other for other in self.graphs if other.captured.binding.key == key]
+        if len(alike) == _KEPT:
+            self.graphs.remove(alike[0])
+        self.graphs.append(graph)
 
-    def _probe(self, entry: RewrittenGraph, arguments: Mapping[str, Any]) -> RewrittenGraph:
-        """At an entry's first call, drop the steps that do not fit the shapes of real inputs."""
-        if not (compat.runs_for_real() or torch.compiler.is_exporting()):
-            return entry
-        net, options = self._owner.net, self._owner.options
+    def fit(
+        self,
+        graph: RewrittenGraph,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        options: Options,
+        warn: Callable[[str], None],
+    ) -> RewrittenGraph | None:
+        """Return a graph without the steps that do not fit the shapes of a call, and keep it in place of the other.
+
+        None if the shapes cannot be had without running the model; then the graph stays.
+        """
+        net = self._net
         # Nothing for autograd, nor for a checkpoint around this call, to save.
         with compat.outside_of_export(), torch.no_grad():
-            found = find_with_shapes(net, entry.captured, options, arguments)
-        rejections = {} if found is None else {rejection.node.name: rejection for rejection in found.rejections}
-        steps = steps_of(entry.findings(net, options))
+            found = find_with_shapes(net, graph.captured, options, args, kwargs)
+        graph.shapes_known = True
+        if found is None:
+            return None
+        rejections = {rejection.node.name: rejection for rejection in found.rejections}
+        steps = steps_of(graph.findings(net, options))
         rejected = {name: rejections[name] for name in steps if name in rejections}
+        if not rejected:
+            return graph
         refused = {name: (rejection.refusal, rejection.facts) for name, rejection in rejected.items()}
-        better = rewrite_captured(net, entry.captured, options, refused, entry.assigned) if refused else entry
-        better.shapes_known = True
-        for entries in self._entries.values():
-            entries[:] = [better if old is entry else old for old in entries]
+        fitting = rewrite_captured(net, graph.captured, options, refused, graph.assigned)
+        fitting.shapes_known = True
+        self.graphs = [fitting if other is graph else other for other in self.graphs]
         for name, rejection in rejected.items():
             path = steps[name].path or "the model"
-            self._owner.warn(f"the residual add {name} in {path} is left as it was: {rejection.reason}.")
-        if found is not None:
-            self._owner.check_same_function(better)
-        return better
+            warn(f"the residual add {name} in {path} is left as it was: {rejection.reason}.")
+        return fitting
 
 
 class DynamoRoute:
-    """Lets Dynamo look at a call of the model, once per set of conditions that Dynamo finds it to depend on.
+    """Has Dynamo capture a call of the model, once per set of conditions that Dynamo finds it to depend on.
 
     The first graph is for the sizes it was captured with; where one of these changes, a graph follows that is for any
     value of it. (One for any value of any size, at once, takes Dynamo minutes where a model cuts images into windows.)
-    Numbers that are no tensors (attributes, arguments) are part of a graph, until there are so many graphs that one had
-    better be for any value of those that changed.
+    Numbers that are not tensors (attributes, arguments) are part of a graph, until there are so many graphs that one
+    had better be for any value of those that changed.
 
     Args:
-        owner: whose graphs these are.
+        net: the net.
+
+    Attributes:
+        graphs: the graphs that are kept, the one that was used last first.
     """
 
-    def __init__(self, owner: RewrittenForward) -> None:
-        self._owner = owner
-        self.entries: list[RewrittenGraph] = []
+    def __init__(self, net: nn.Module) -> None:
+        self._net = net
+        self.graphs: list[RewrittenGraph] = []
         self._history: dict[Any, Any] = {}
 
-    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[RewrittenGraph, Run]:
-        """The graph that fits a call, and how to run it.
-
-        Raises:
-            CaptureError: there is none.
-        """
-        net = self._owner.net
-        is_exporting = torch.compiler.is_exporting()
-        entry = None if is_exporting else self._fitting(args, kwargs)
-        if entry is None:
-            entry = self._capture(args, kwargs)
-            self._owner.check_same_function(entry)
-            if is_exporting:
-                return entry, partial(entry.call, net, args, kwargs)  # of tensors without values: it is for this once
-            if not self._owner.is_part:
-                self._owner.options.check_chains(entry.chain_lengths)
-            self._owner.adopt(entry)
-            self.entries = [entry, *self.entries[: 4 * _KEPT - 1]]
-        return entry, partial(entry.call, net, args, kwargs)
-
-    def _captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
-        from mfx.capture.dynamo.call import capture_call  # imports TorchDynamo, which takes a second
-
-        call = partial(capture_call, self._owner.net, args, kwargs)
-        try:
-            return call(history=self._history, any_float=len(self.entries) >= _KEPT)
-        except CaptureError:
-            if not self.entries:
-                raise
-            return call(history=None, any_float=False)  # what cannot be said for other sizes can be for these
-
-    def _fitting(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph | None:
-        for position, entry in enumerate(self.entries):
-            frame = entry.captured.frame
-            if frame is not None and frame.holds(self._owner.net, args, kwargs):
-                self.entries.insert(0, self.entries.pop(position))
-                return entry
+    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph | None:
+        """Return the graph that serves a call, None if there is none."""
+        for position, graph in enumerate(self.graphs):
+            if graph.serves(self._net, args, kwargs):
+                self.graphs.insert(0, self.graphs.pop(position))
+                return graph
         return None
 
-    def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
-        net, options = self._owner.net, self._owner.options
+    def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options) -> RewrittenGraph:
+        """Capture and rewrite a graph for a call.
+
+        Raises:
+            CaptureError: the model cannot be captured as one graph.
+        """
+        net = self._net
         refuse_shards(net)
         with compat.patching(), compat.outside_of_export(), without_parts(net):
             captured = self._captured(args, kwargs)
         if (steps := named_steps_of(net, options)) is not None:
             steps.mark(captured.graph)
-        entry = rewrite_captured(net, captured, options, {}, {})
-        entry.shapes_known = True  # Dynamo knows all shapes
-        return entry
+        graph = rewrite_captured(net, captured, options, {}, {})
+        graph.shapes_known = True  # Dynamo captures with shapes
+        return graph
+
+    def _captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+        from mfx.capture.dynamo.call import capture_call  # imports TorchDynamo, which takes a second
+
+        call = partial(capture_call, self._net, args, kwargs)
+        try:
+            return call(history=self._history, any_float=len(self.graphs) >= _KEPT)
+        except CaptureError:
+            if not self.graphs:
+                raise
+            return call(history=None, any_float=False)  # what cannot be said for other sizes can be for these
+
+    def keep(self, graph: RewrittenGraph) -> None:
+        """Keep a graph for later calls; the one that was used longest ago goes if there are many."""
+        self.graphs = [graph, *self.graphs[: 4 * _KEPT - 1]]
 
     def __getstate__(self) -> dict[str, Any]:
         # What Dynamo saw cannot be pickled, and speaks of these very modules.
-        return {**self.__dict__, "entries": [], "_history": {}}
+        return {**self.__dict__, "graphs": [], "_history": {}}

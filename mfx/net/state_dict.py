@@ -14,7 +14,7 @@ from mfx.net.gammas import gammas_of, gammas_to_be
 from mfx.options.gamma import Gamma
 
 _KEY = "mfx.gamma"
-_IN_PARTS = "mfx.per_module"
+_PER_MODULE = "mfx.in_parts"  # as in older checkpoints
 _ZERO = Gamma(0, 1)  # of a chain that was not rewritten
 
 
@@ -32,7 +32,7 @@ def note_gamma(net: nn.Module) -> None:
 def _note(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     if gammas := gammas_of(net):
         metadata[_KEY] = {chain: (gamma.numerator, gamma.denominator) for chain, gamma in gammas.items()}
-        metadata[_IN_PARTS] = _is_in_parts(net)
+        metadata[_PER_MODULE] = _is_per_module(net)
 
 
 def _compare(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:
@@ -40,7 +40,7 @@ def _compare(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Ma
     now = gammas_to_be(net, saved)
     if not now or not saved:
         return
-    if metadata.get(_IN_PARTS) and not _is_in_parts(net) and any(gamma != _ZERO for gamma in saved.values()):
+    if metadata.get(_PER_MODULE) and not _is_per_module(net) and any(gamma != _ZERO for gamma in saved.values()):
         warnings.warn(
             f"mfx: the weights given to this {type(net).__name__} are those of a net that was rewritten module by "
             "module, because a call of it was no one graph. This net is not, so far; as one graph it may have other "
@@ -53,7 +53,7 @@ def _compare(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Ma
         warnings.warn(f"mfx: {_message(type(net).__name__, others, saved, now)}", stacklevel=4)
 
 
-def _is_in_parts(net: nn.Module) -> bool:
+def _is_per_module(net: nn.Module) -> bool:
     forward = forward_of(net)
     return forward is not None and forward.per_module
 

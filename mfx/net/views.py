@@ -12,12 +12,11 @@ from typing import Any, Protocol, runtime_checkable
 from torch import fx, nn
 from typing_extensions import override
 
-from mfx.capture.arguments import bind
-from mfx.capture.captured import CaptureError, signature_of
+from mfx.capture.captured import CaptureError
 from mfx.compat import compiled_model
 from mfx.compiler.compiled_graphs import CompiledGraph, found_for, named_graphs
 from mfx.modules.tree_copy import net_of
-from mfx.net.forward import RewrittenForward, forward_of
+from mfx.net.forward import NetForward, forward_of
 from mfx.options.options import Options
 from mfx.program.chain_call import Momentum, Stream, holds_chain
 from mfx.program.codegen import GraphCompiler
@@ -148,9 +147,7 @@ class GraphView(View):
         graph = copy.copy(self.graph)
         graph.calls = {name: calls[name] for name in self.calls}
         args, kwargs = inputs
-        if graph.captured.frame is not None:
-            return graph.call(module, args, kwargs, compiler)
-        return graph.run(module, bind(module, signature_of(self.module), args, kwargs), compiler)
+        return graph(module, args, kwargs, compiler)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,15 +217,13 @@ def views_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     if holds_chain(model):
         streams = model.streams(*args, **kwargs) if given and isinstance(model, HasStreams) else {}
         return [ChainView(model, _own_calls(model), streams=streams)]
-    forward = forward_of(model) or RewrittenForward(net_of(model), Options())
+    forward = forward_of(model) or NetForward(net_of(model), Options())
     if forward.per_module:
         return _of_modules(forward)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="mfx: ")  # an explanation says what they say
         graph = _graph_for(forward, args, kwargs, usage)
-        streams = (
-            stream_shapes(forward.net, forward.__signature__, forward.options, graph, args, kwargs) if given else {}
-        )
+        streams = stream_shapes(forward.net, forward.options, graph, args, kwargs) if given else {}
     return [_of_graph(forward, graph, forward.graphs, streams=streams)]
 
 
@@ -251,17 +246,17 @@ def _of_compiled(model: nn.Module) -> list[View]:
     ]
 
 
-def _of_modules(forward: RewrittenForward) -> list[View]:
+def _of_modules(forward: NetForward) -> list[View]:
     titles = {module: f"{path}, rewritten by itself" for path, module in forward.net.named_modules()}
     return [
         _of_graph(inner, inner.active, forward.graphs, title=titles[inner.net], is_whole=False)
-        for inner in forward.parts()
+        for inner in forward.submodules()
         if inner.active is not None
     ]
 
 
 def _of_graph(
-    where: RewrittenForward | CompiledGraph,
+    where: NetForward | CompiledGraph,
     graph: RewrittenGraph,
     all_graphs: Callable[[], Mapping[str, fx.GraphModule]],
     **attributes: Any,
@@ -277,11 +272,9 @@ def _of_graph(
     )
 
 
-def _graph_for(
-    forward: RewrittenForward, args: tuple[Any, ...], kwargs: Mapping[str, Any], usage: str
-) -> RewrittenGraph:
+def _graph_for(forward: NetForward, args: tuple[Any, ...], kwargs: Mapping[str, Any], usage: str) -> RewrittenGraph:
     if args or kwargs:
-        return forward.entry_for(*args, **kwargs)
+        return forward.table.graph_for(args, kwargs)
     if forward.active is not None and forward.active.holds():
         return forward.active
     try:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, partial
+from itertools import chain
 from typing import Any
 
 from torch import fx, nn
@@ -94,41 +95,42 @@ class RewrittenGraph:
         steps = [step.original for call in self.calls.values() for step in call.graphs.steps]
         return {str(node.target) for graph in (self.graph, *steps) for node in graph.find_nodes(op="call_module")}
 
-    def computes(self, path: str) -> bool:
-        """Whether a module, by its path in the net, has a share in the graph."""
+    @cached_property
+    def _computed(self) -> frozenset[str]:
+        """Paths in the net of all modules that nodes of the graph lie in."""
         inner = {paths.join(self.within, enclosing_path(node)) for node in self.captured.graph.nodes}
-        return any(paths.is_inside(other, path) for other in inner)
+        return frozenset(chain.from_iterable(map(paths.ancestors, inner)))
+
+    def computes(self, path: str) -> bool:
+        """True if the module at this path in the net has a share in the graph."""
+        return path in self._computed
+
+    def serves(self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """True if the graph is one for this call."""
+        binding = self.captured.binding
+        return binding.holds(net, args, kwargs) and (binding.guards_modules or self.holds())
 
     def holds(self) -> bool:
-        """Whether the modules the trace walked through are as they were."""
-        if self.captured.frame is not None:
-            return self.in_place()  # attributes are Dynamo's to guard, and the model may set them
+        """True if the modules that the capture walked through are as they were."""
+        if self.captured.binding.guards_modules:
+            return self.in_place()  # the model may set their attributes
         return all(guard.holds() for guard in self.guards)
 
     def in_place(self) -> bool:
-        """Whether these modules are still there, in whatever training mode."""
+        """True if these modules are still there, in whatever training mode."""
         return all(guard.in_place() for guard in self.guards)
 
-    def run(self, net: nn.Module, inputs: Mapping[str, Any], compiler: GraphCompiler = to_function) -> Any:
-        """Run the rewritten graph on the modules of ``net``, by functions that ``compiler`` makes."""
-        if compiler not in self._functions:
-            self._functions[compiler] = self._assemble(net, compiler)
-        return self._functions[compiler](*(inputs[name] for name in self.captured.specialization.inputs))
-
-    def call(
+    def __call__(
         self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiler: GraphCompiler = to_function
     ) -> Any:
-        """Make the call that the graph was captured from, with other tensors; for graphs that have a frame."""
+        """Run the rewritten graph on the modules of ``net``, by functions that ``compiler`` makes."""
         if compiler not in self._functions:
-            assert self.captured.frame is not None
-            self._functions[compiler] = self.captured.frame.callable(self._assemble(net, compiler))
+            assembly = Assembly(
+                self.graph, self.calls, compiler, recompute_between=self.recompute_between, verify=self.verify
+            )
+            graph_function = partial(assembly, Scope(self.captured.modules, net))
+            self._functions[compiler] = self.captured.binding.function(graph_function)
         return self._functions[compiler](net, *args, **kwargs)
-
-    def _assemble(self, net: nn.Module, compiler: GraphCompiler) -> Callable[..., Any]:
-        assembly = Assembly(
-            self.graph, self.calls, compiler, recompute_between=self.recompute_between, verify=self.verify
-        )
-        return partial(assembly, Scope(self.captured.modules, net))
 
     def graph_module(self, net: nn.Module) -> fx.GraphModule:
         """The rewritten graph as a module of its own, over the modules of ``net``."""

@@ -11,13 +11,12 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mfx import compat
-from mfx.capture.arguments import bind
 from mfx.capture.captured import Captured
 from mfx.modules.tree_copy import tree_copy
 from mfx.options.options import Options
 from mfx.program.chain_call import Stream
 from mfx.program.rewritten import RewrittenGraph
-from mfx_passes import Findings, MfxError, find_chains
+from mfx_passes import Findings, find_chains
 from mfx_passes.ir import Grounds
 
 
@@ -25,7 +24,8 @@ def find_with_shapes(
     net: nn.Module,
     captured: Captured,
     options: Options,
-    inputs: Mapping[str, Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
     refused: Mapping[str, Grounds] | None = None,
 ) -> Findings | None:
     """Return what is found in a graph once shapes are known; None if they cannot be had without running the model."""
@@ -33,11 +33,8 @@ def find_with_shapes(
     try:
         with compat.fake_mode() as mode:
             shadow = shadow_of(net, lambda tensor: mode.from_tensor(undivided(tensor)))
-            fake = [
-                pytree.tree_map_only(torch.Tensor, mode.from_tensor, inputs[name])
-                for name in captured.specialization.inputs
-            ]
-            _Shapes(shadow, graph).run(*fake)
+            fake_args, fake_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+            captured.binding.function(_Shapes(shadow, graph).run)(shadow, *fake_args, **fake_kwargs)
     except Exception:  # whatever goes wrong on tensors without values may go well on real ones
         return None
     return find_chains(graph, captured.modules_of(net), replace(options.selection, refused=refused or {}))
@@ -73,20 +70,15 @@ class _Shapes(fx.Interpreter):
 
 def stream_shapes(
     net: nn.Module,
-    signature: Any,
     options: Options,
     entry: RewrittenGraph,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> dict[str, Stream]:
     """Shape and dtype of each chain's state for these inputs, by chain name; empty where they cannot be had."""
-    if entry.captured.frame is not None:  # captured with shapes
+    if entry.captured.values:  # captured with shapes
         return _at_start(entry.findings(net, options))
-    try:
-        arguments = bind(net, signature, args, kwargs)
-    except MfxError:
-        return {}
-    found = find_with_shapes(net, entry.captured, options, arguments, entry.refused)
+    found = find_with_shapes(net, entry.captured, options, args, kwargs, entry.refused)
     return {} if found is None else _at_start(found)
 
 

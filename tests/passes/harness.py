@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from mfx.capture.arguments import specialize_defaults
+from mfx.capture.arguments import bind_defaults
 from mfx.capture.captured import signature_of
 from mfx.capture.symbolic.trace import capture
 from mfx_passes import ChainGraphs, ModuleCall, Rewritten, Selection, StepGraphs, rewrite_graph
@@ -36,7 +36,7 @@ class Traced:
 
 def traced(model: nn.Module, inputs: Sequence[Tensor] = ()) -> Traced:
     """Trace a model; with inputs, every node knows its value's shape and dtype."""
-    captured = capture(model, specialize_defaults(signature_of(model)))
+    captured = capture(model, bind_defaults(signature_of(model)))
     graph, calls = captured.copy()
     if inputs:
         _Values(model, graph=graph).run(*inputs)

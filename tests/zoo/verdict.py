@@ -18,6 +18,7 @@ from torch import nn
 from torch.nn.modules.dropout import _DropoutNd
 
 import mfx
+from mfx.capture.binding import ByName
 from mfx.net.forward import forward_of
 from mfx.program.chain_call import Momentum
 from tests.models.step import Outcome, assert_bit_equal, graph_of, is_identity, train_step, weigh
@@ -202,7 +203,7 @@ def capture_of(net: nn.Module) -> str:
     if forward.per_module:
         return "module by module"
     assert forward.active is not None
-    return "symbolic" if forward.active.captured.frame is None else "dynamo"
+    return "symbolic" if isinstance(forward.active.captured.binding, ByName) else "dynamo"
 
 
 _NAME, _SHAPE = re.compile(r"^\w+ (?=changes)"), re.compile(r"\([\d, ]+\)")

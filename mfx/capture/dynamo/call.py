@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mfx import compat
-from mfx.capture.captured import Captured, CaptureError, Specialization
+from mfx.capture.captured import Captured, CaptureError
 from mfx.capture.dynamo.graph import tidy
 from mfx.capture.dynamo.sources import is_held_by_module, place
 from mfx.compat.dynamo import DYNAMO_ERRORS, Seen, see_call, sources
@@ -42,6 +42,9 @@ class GuardedCall:
         modules: the modules of the model.
     """
 
+    guards_modules = True
+    key = None
+
     def __init__(
         self, seen: Seen, forward: FunctionType, positions: tuple[int, ...], modules: Iterable[nn.Module]
     ) -> None:
@@ -52,7 +55,9 @@ class GuardedCall:
         self.positions = positions
 
     def holds(self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
-        """Whether the graph is the one for this call."""
+        """True if the graph is the one for this call."""
+        if torch.compiler.is_exporting():
+            return False  # guards do not hold for tensors without values
         if any(_has_forward(module) and id(module) not in self._replaced for module in net.modules()):
             return False
         bound = self._signature.bind(net, *args, **kwargs)
@@ -61,7 +66,7 @@ class GuardedCall:
         closed_over = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
         return self._seen.holds({**closed_over, **bound.arguments})
 
-    def callable(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
+    def function(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
         """The forward with ``graph_function`` in the place of its tensor work; takes the model, then its arguments.
 
         Side effects of the original (a cache that is filled, an attribute that is set) happen as they did.
@@ -112,11 +117,9 @@ def capture_call(
     module = seen.graph
     names = {str(id(inner)): name for name, inner in net.named_modules()}
     modules, positions = tidy(module, list(_paths(net, seen)), lambda key, source: names.get(key))
-    inputs = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
-    frame = GuardedCall(seen, forward, positions, net.modules())
+    call = GuardedCall(seen, forward, positions, net.modules())
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
-    specialization, forward_only = Specialization(inputs, {}), not torch.is_grad_enabled()
-    return Captured(copy_graph(module.graph), [], {}, specialization, modules, values, frame, forward_only)
+    return Captured(copy_graph(module.graph), [], {}, call, modules, values, forward_only=not torch.is_grad_enabled())
 
 
 def _paths(net: nn.Module, seen: Seen) -> Iterator[str | None]:

@@ -6,23 +6,21 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from mfx import compat
+from mfx.capture.binding import ByName
+from mfx.capture.captured import Captured, CaptureError
 from mfx.capture.named_steps import NamedStepModules
 from mfx.capture.symbolic.tracer import SymbolicTracer
 from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import without_replacing
 from mfx_passes import MfxError
 from mfx_passes.rewrite.portable_graph import copy_graph, dump_calls, load_calls
-
-if TYPE_CHECKING:
-    pass
-from mfx.capture.captured import Captured, CaptureError, Specialization
 
 _READS = frozenset(
     {
@@ -40,7 +38,7 @@ _ADVICE = "Rewrite that line, momentumize the part of the model that can be trac
 
 def capture(
     model: nn.Module,
-    specialization: Specialization,
+    binding: ByName,
     steps: NamedStepModules | None = None,
     is_leaf: Callable[[nn.Module], bool] = lambda module: False,
 ) -> Captured:
@@ -48,14 +46,14 @@ def capture(
 
     Args:
         model: the model, in the training mode that the graph is for; it is left as it was.
-        specialization: which arguments are tensors, and the values of the others.
+        binding: which arguments are tensors, and the values of the others.
         steps: modules that are steps as a whole.
         is_leaf: True for other modules that are called as a whole.
 
     Raises:
         CaptureError: it cannot be traced, or the trace would hold for this one run only.
     """
-    tracer = SymbolicTracer(specialization.inputs, specialization.constants, steps.modules if steps else (), is_leaf)
+    tracer = SymbolicTracer(binding.inputs, binding.constants, steps.modules if steps else (), is_leaf)
     attributes = set(model.__dict__)
     with (
         without_replacing(model) as replaced,
@@ -93,7 +91,7 @@ def capture(
     if steps is not None:
         steps.mark(graph)
     kept = copy_graph(graph)
-    return Captured(kept, load_calls(dump_calls(tracer.calls), kept), tracer.walked, specialization)
+    return Captured(kept, load_calls(dump_calls(tracer.calls), kept), tracer.walked, binding)
 
 
 class _ValuesRead(TorchFunctionMode):

@@ -49,7 +49,7 @@ def test_a_second_call_captures_nothing():
     for _ in range(3):
         net(torch.randn(2, 4)).backward()
     assert "forward" in net.part.__dict__  # else this tests nothing
-    assert len(forward_of(net).all_entries) == 1
+    assert len(forward_of(net).table.graphs) == 1
 
 
 class Products(TorchDispatchMode):
@@ -69,7 +69,7 @@ def test_a_dispatch_mode_around_a_call_sees_the_rewritten_call_alone():
             net(x)
         assert products.count == 3  # one for each block; none from looking at the model
     net(x)
-    assert len(forward_of(net).all_entries) == 1
+    assert len(forward_of(net).table.graphs) == 1
 
 
 class Prompted(SubmoduleForward):
@@ -137,7 +137,7 @@ def test_flops_are_counted_from_the_first_call_on():
         counts.append(counter.get_total_flops())
     # Three products of 2x4 by 4x4 forth, again, and two of as many FLOPs each back; none for the gradient of x.
     assert counts == [2 * 2 * 4 * 4 * (3 + 3 + 2 * 3 - 1)] * 2
-    assert len(forward_of(net).all_entries) == 1
+    assert len(forward_of(net).table.graphs) == 1
 
 
 class Scaled(nn.Module):
@@ -181,7 +181,7 @@ def test_many_numbers_are_one_graph_in_the_end():
 
 def rows_and_columns(net):
     """For each of a net's graphs, the oldest first, the size of its input; None for any."""
-    guards = [str(entry.captured.frame._seen._guards) for entry in forward_of(net).dynamo.entries]
+    guards = [str(entry.captured.binding._seen._guards) for entry in forward_of(net).table.graphs]
     return [re.search(r"L\['x'\].*size=\[(.*?), 4\]", text).group(1) for text in guards[::-1]]
 
 

@@ -131,7 +131,7 @@ def test_as_a_backend(mode):
 
 @pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
 def test_a_symbolic_trace_says_that_it_would_lose_the_mode(mode):
-    with pytest.raises(mfx.MfxError, match=r"computed in .*test_other_modes.py:\d+"):
+    with pytest.raises(mfx.MfxError, match=r"computed in .*test_mode_regions.py:\d+"):
         mfx.momentumize(model_of(mode)[0], capture="symbolic")
 
 

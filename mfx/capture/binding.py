@@ -1,0 +1,118 @@
+"""The binding of a captured graph: the calls that it serves, and how their arguments reach its inputs."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+_PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, type)
+_PLAIN_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+class Binding(Protocol):
+    """The conditions under which a captured graph serves a call, and the way from the call's arguments to its inputs.
+
+    Attributes:
+        guards_modules: True if `holds` includes the attributes of the net's modules.
+    """
+
+    guards_modules: bool
+
+    @property
+    def key(self) -> Hashable | None:
+        """Equal for calls that one graph serves; None if bindings cannot be compared."""
+
+    def holds(self, net: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """True if the graph serves a call of the net with these arguments."""
+
+    def function(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return the forward with ``graph_function`` in place of the graph; it takes the net, then the arguments."""
+
+
+@dataclass(eq=False)
+class ByName:
+    """Arguments bound by name: tensors go through the graph, all else is fixed in it.
+
+    Args:
+        inputs: names of the arguments that are tensors, in the order of the signature.
+        constants: names and values of the others.
+        positional: names of the arguments that may come by position.
+        defaults: the default values that the signature has, by name.
+    """
+
+    inputs: tuple[str, ...]
+    constants: Mapping[str, Any]
+    positional: tuple[str, ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    guards_modules = False
+
+    @cached_property
+    def key(self) -> tuple[tuple[str, ...], tuple[tuple[str, Hashable], ...]]:
+        """The inputs, and the constants as `frozen` makes them; equal for calls that one graph serves.
+
+        Raises:
+            NotPlainError: a constant is not plain.
+        """
+        return self.inputs, tuple((name, frozen(value)) for name, value in self.constants.items())
+
+    def holds(self, net: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """True if the same arguments are tensors, and the others are equal to the constants."""
+        by_position = self.positional[: len(args)]
+        if len(args) > len(by_position) or not kwargs.keys().isdisjoint(by_position):
+            return False
+        given = self._given(args, kwargs)
+        inputs, constants = self.key
+        if len(given) != len(inputs) + len(constants):
+            return False
+        for name in inputs:
+            if not isinstance(given.get(name), Tensor):
+                return False
+        try:
+            for name, value in constants:
+                if name not in given or frozen(given[name]) != value:
+                    return False
+        except NotPlainError:
+            return False
+        return True
+
+    def function(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
+        """Return a function of the net and the arguments of a call; the net is not used."""
+
+        def call(net: Any, /, *args: Any, **kwargs: Any) -> Any:
+            given = self._given(args, kwargs)
+            return graph_function(*[given[name] for name in self.inputs])
+
+        return call
+
+    def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+        return {**self.defaults, **dict(zip(self.positional, args, strict=False)), **kwargs}
+
+
+class NotPlainError(TypeError):
+    """A value that is neither a tensor nor plain data."""
+
+    def __init__(self, value: Any) -> None:
+        super().__init__(type(value).__name__)
+        self.value = value
+
+
+def frozen(value: Any) -> Hashable:
+    """Return a plain value as something hashable that tells 1, 1.0 and True apart.
+
+    Raises:
+        NotPlainError: the value, or one inside of it, is not plain.
+    """
+    if isinstance(value, list | tuple):
+        return type(value), tuple(map(frozen, value))
+    if isinstance(value, dict):
+        return type(value), tuple((key, frozen(item)) for key, item in value.items())
+    if isinstance(value, (*_PLAIN, *_PLAIN_TORCH)):
+        return type(value), value
+    raise NotPlainError(value)

@@ -1,0 +1,118 @@
+"""The rewritten graphs of a net: found for a call, or captured, and checked against each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from mfx import compat
+from mfx.capture.arguments import refuse_nested
+from mfx.capture.captured import CaptureError
+from mfx.modules.overlay import drop_parts
+from mfx.net.agreement import check_agreement
+from mfx.net.lost_effects import lost_marks, of_lost_marks
+from mfx.net.routes import DynamoRoute, SymbolicRoute
+from mfx.net.warn_once import WarnOnce
+from mfx.options.options import Options
+from mfx.program.rewritten import RewrittenGraph
+
+
+class GraphTable:
+    """The rewritten graphs of a net: one per training mode and set of arguments that are not tensors.
+
+    Args:
+        net: the net.
+        options: how chains are rewritten.
+        warn: warns, once per message.
+
+    Attributes:
+        known_chains: names of the chains of all graphs that were ever admitted, also to the table this is a copy of.
+    """
+
+    def __init__(self, net: nn.Module, options: Options, warn: WarnOnce) -> None:
+        self.net = net
+        self.options = options
+        self.known_chains: set[str] = set()
+        self._warn = warn
+        self._symbolic = SymbolicRoute(net)
+        self._dynamo = DynamoRoute(net)
+
+    @property
+    def graphs(self) -> list[RewrittenGraph]:
+        """All rewritten graphs that are kept."""
+        return [*self._symbolic.graphs, *self._dynamo.graphs]
+
+    def graph_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
+        """Return the rewritten graph that a call with these arguments runs, or would run.
+
+        Raises:
+            CaptureError: the model cannot be captured for them.
+            MfxError: the graph would be of another function than the others.
+        """
+        refuse_nested(self.net, args, kwargs)
+        graph = self._symbolic.find(args, kwargs) or self._dynamo.find(args, kwargs) or self._capture(args, kwargs)
+        if graph.shapes_known or not (compat.runs_for_real() or torch.compiler.is_exporting()):
+            return graph
+        fitting = self._symbolic.fit(graph, args, kwargs, self.options, self._warn)
+        if fitting is None:
+            return graph
+        self.check(fitting)
+        return fitting
+
+    def graph_for_defaults(self) -> RewrittenGraph:
+        """Return the rewritten graph for the net's training mode and default arguments, by symbolic tracing.
+
+        Raises:
+            CaptureError: the model cannot be traced without a call.
+            MfxError: the graph would be of another function than the others.
+        """
+        binding = self._symbolic.bind_defaults()
+        graph = self._symbolic.find_bound(binding)
+        return graph or self._admit(self._symbolic.capture_bound(binding, self.options), self._symbolic)
+
+    def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
+        options = self.options
+        if options.capture == "dynamo":
+            return self._admit(self._dynamo.capture(args, kwargs, options), self._dynamo)
+        try:
+            return self._admit(self._symbolic.capture(args, kwargs, options), self._symbolic)
+        except CaptureError as untraceable:
+            if options.capture == "symbolic":
+                raise
+            try:
+                return self._admit(self._dynamo.capture(args, kwargs, options), self._dynamo)
+            except CaptureError as error:
+                raise CaptureError(f"{error} (Before that: {untraceable})") from error.__cause__
+
+    def _admit(self, graph: RewrittenGraph, route: SymbolicRoute | DynamoRoute) -> RewrittenGraph:
+        """Check a new graph, and keep it; the modules that it calls as a whole are left as they are."""
+        if lost := lost_marks(graph):
+            self._warn(of_lost_marks(type(self.net).__name__, lost))
+        self.check(graph)
+        if torch.compiler.is_exporting():
+            return graph  # its constants may be tensors without values: it is for this once
+        if graph.shapes_known:
+            self.check_names(graph)
+        self.known_chains.update(graph.chain_lengths)
+        drop_parts(self.net, graph.called_modules)
+        route.keep(graph)
+        return graph
+
+    def check(self, graph: RewrittenGraph) -> None:
+        """Check that a graph is of the same function as the others.
+
+        Raises:
+            MfxError: the chains are not the same, see `check_agreement`.
+        """
+        check_agreement(self.net, graph, self.graphs)
+
+    def check_names(self, graph: RewrittenGraph) -> None:
+        """Check that the options name chains of a graph.
+
+        Raises:
+            MfxError: an option names a chain that the model does not have.
+        """
+        self.options.check_chains(graph.chain_lengths)

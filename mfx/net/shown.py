@@ -1,0 +1,49 @@
+"""The attributes in which a net shows the graph that ran last."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from mfx.program.rewritten import RewrittenGraph
+
+
+class Shown:
+    """Sets ``graph``, ``code`` and ``print_readable`` on a net, as on a `torch.fx.GraphModule`.
+
+    Args:
+        net: the net; attributes of its own are left alone.
+        print_readable: the method of that name.
+
+    Attributes:
+        active: the graph that is shown.
+        names: names of the attributes that were set.
+    """
+
+    def __init__(self, net: nn.Module, print_readable: Callable[..., str]) -> None:
+        self._net = net
+        self._print_readable = print_readable
+        self.active: RewrittenGraph | None = None
+        self.names: tuple[str, ...] = ()
+
+    def show(self, graph: RewrittenGraph) -> None:
+        """Show a graph."""
+        if graph is self.active:
+            return
+        self.active = graph
+        values: dict[str, Any] = {
+            "graph": graph.graph,
+            "code": graph.graph.python_code("self").src,
+            "print_readable": self._print_readable,
+        }
+        for name, value in values.items():
+            if name in self.names or not hasattr(self._net, name):
+                self._net.__dict__[name] = value
+                self.names = tuple(dict.fromkeys((*self.names, name)))
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A graph of Dynamo's is not copied.
+        is_copied = self.active is not None and self.active.captured.binding.key is not None
+        return {**self.__dict__, "active": self.active if is_copied else None}
