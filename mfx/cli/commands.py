@@ -49,9 +49,9 @@ class CommandSubject:
                     net(*self.args, **self.kwargs)
         return net
 
-    def profile(self, words: Namespace) -> mfx.Profile:
+    def profile(self, parsed: Namespace) -> mfx.Profile:
         """Profile the model."""
-        how = {"against": words.against, "options": self.options, "repeats": words.repeats}
+        how = {"against": parsed.against, "options": self.options, "repeats": parsed.repeats}
         return mfx.profile(self.model, *self.args, **how, **self.kwargs)
 
     def inputs_of(self, net: nn.Module) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
@@ -60,7 +60,7 @@ class CommandSubject:
         return ((), {}) if forward is not None and forward.per_module else (self.args, self.kwargs)
 
 
-def run(words: Namespace) -> None:
+def run(parsed: Namespace) -> None:
     """Run the command of a command line.
 
     Raises:
@@ -68,30 +68,30 @@ def run(words: Namespace) -> None:
         UsageError: the words do not go together.
     """
     try:
-        COMMANDS[words.command](words)
+        COMMANDS[parsed.command](parsed)
     except CaptureError as error:
-        if words.inputs:
+        if parsed.inputs:
             raise
         raise mfx.MfxError(f"{error} On the command line, inputs are given with --input.") from error
 
 
-def _subject(words: Namespace) -> CommandSubject:
-    args, more = words.args
-    first, kwargs = words.kwargs
+def _subject(parsed: Namespace) -> CommandSubject:
+    args, more = parsed.args
+    first, kwargs = parsed.kwargs
     if first:
         raise UsageError("--kwargs takes arguments by name, as in 'depth=18'; --args takes the others")
-    model = build(words.spec, args, {**more, **kwargs}, words.config, words.device)
-    if words.mode is not None:
-        model.train(words.mode == "train")
-    return CommandSubject(model, *make_inputs(words.inputs, words.device), _options(words))
+    model = build(parsed.spec, args, {**more, **kwargs}, parsed.config, parsed.device)
+    if parsed.mode is not None:
+        model.train(parsed.mode == "train")
+    return CommandSubject(model, *make_inputs(parsed.inputs, parsed.device), _options(parsed))
 
 
-def _options(words: Namespace) -> dict[str, Any]:
-    given = {name: value for name in _OPTIONS if (value := getattr(words, name)) is not None}
-    if words.gamma is None:
+def _options(parsed: Namespace) -> dict[str, Any]:
+    given = {name: value for name in _OPTIONS if (value := getattr(parsed, name)) is not None}
+    if parsed.gamma is None:
         return given
-    unnamed = [gamma for chain, gamma in words.gamma if chain is None]
-    named = {chain: gamma for chain, gamma in words.gamma if chain is not None}
+    unnamed = [gamma for chain, gamma in parsed.gamma if chain is None]
+    named = {chain: gamma for chain, gamma in parsed.gamma if chain is not None}
     if len(unnamed) > 1:
         raise UsageError("--gamma is given twice for all chains")
     if not named:
@@ -99,60 +99,60 @@ def _options(words: Namespace) -> dict[str, Any]:
     return {**given, "gamma": {**named, "*": unnamed[0] if unnamed else 0.9}}
 
 
-def _explain(words: Namespace) -> None:
-    subject = _subject(words)
+def _explain(parsed: Namespace) -> None:
+    subject = _subject(parsed)
     net = subject.rewritten()
     args, kwargs = subject.inputs_of(net)
     explanation = mfx.explain(net, *args, **kwargs)
-    print(json.dumps(explanation.to_dict(), indent=2) if words.json else explanation)
+    print(json.dumps(explanation.to_dict(), indent=2) if parsed.json else explanation)
 
 
-def _profile(words: Namespace) -> None:
-    _check_measuring(words)
-    if words.device == "meta":
+def _profile(parsed: Namespace) -> None:
+    _check_measuring(parsed)
+    if parsed.device == "meta":
         raise UsageError("profile computes, which needs values: --device cpu or cuda, not meta")
-    subject = _subject(words)
-    profile = subject.profile(words)
-    if words.output is not None:
-        profile.plot(words.output)
-    print(json.dumps(profile.to_dict(), indent=2) if words.json else profile)
+    subject = _subject(parsed)
+    profile = subject.profile(parsed)
+    if parsed.output is not None:
+        profile.plot(parsed.output)
+    print(json.dumps(profile.to_dict(), indent=2) if parsed.json else profile)
 
 
-def _draw(words: Namespace) -> None:
-    subject = _subject(words)
+def _draw(parsed: Namespace) -> None:
+    subject = _subject(parsed)
     net = subject.rewritten()
     args, kwargs = subject.inputs_of(net)
-    mfx.draw(net, words.output, *args, **kwargs)
-    print(words.output)
+    mfx.draw(net, parsed.output, *args, **kwargs)
+    print(parsed.output)
 
 
-def _report(words: Namespace) -> None:
-    file = check_file(words.output)
-    _check_repeats(words)
-    subject = _subject(words)
+def _report(parsed: Namespace) -> None:
+    file = check_file(parsed.output)
+    _check_repeats(parsed)
+    subject = _subject(parsed)
     net = subject.rewritten()
     args, kwargs = subject.inputs_of(net)
-    profile, why_not = _measured(words, subject)
+    profile, why_not = _measured(parsed, subject)
     page = page_of(
         mfx.explain(net, *args, **kwargs),
         mfx.draw(net, None, *args, **kwargs),
         profile=profile,
         why_no_profile=why_not,
         code=_code(net, args, kwargs),
-        facts={"model": words.spec, "inputs": _described(subject), "versions": version()},
+        facts={"model": parsed.spec, "inputs": _described(subject), "versions": version()},
     )
     write(file, page)
     print(file)
 
 
-def _measured(words: Namespace, subject: CommandSubject) -> tuple[mfx.Profile | None, str]:
+def _measured(parsed: Namespace, subject: CommandSubject) -> tuple[mfx.Profile | None, str]:
     """Return a profile, or None and the reason."""
-    if not words.inputs:
+    if not parsed.inputs:
         return None, "no inputs were given (--input)."
-    if words.device == "meta":
+    if parsed.device == "meta":
         return None, "the model is on the meta device, without values."
     try:
-        return subject.profile(words), ""
+        return subject.profile(parsed), ""
     except mfx.MfxError as error:
         return None, str(error)
 
@@ -187,15 +187,15 @@ def _one(value: Any) -> str:
     return f"{str(value.dtype).removeprefix('torch.')} {'×'.join(map(str, value.shape)) or 'scalar'}"
 
 
-def _check_measuring(words: Namespace) -> None:
-    if not words.inputs:
-        raise UsageError(f"{words.command} calls the model: say with what, as in --input 8,3,224,224")
-    _check_repeats(words)
+def _check_measuring(parsed: Namespace) -> None:
+    if not parsed.inputs:
+        raise UsageError(f"{parsed.command} calls the model: say with what, as in --input 8,3,224,224")
+    _check_repeats(parsed)
 
 
-def _check_repeats(words: Namespace) -> None:
-    if words.repeats < 1:
-        raise UsageError(f"--repeats {words.repeats}: at least 1")
+def _check_repeats(parsed: Namespace) -> None:
+    if parsed.repeats < 1:
+        raise UsageError(f"--repeats {parsed.repeats}: at least 1")
 
 
 COMMANDS: Mapping[str, Callable[[Namespace], None]] = {

@@ -19,7 +19,7 @@ from mfx.modules.random_state import undisturbed
 from mfx.reports.profile.result import Profile
 from mfx.reports.profile.rows import ProfileRow
 from mfx.reports.profile.step import TrainingStep, parameters_of
-from mfx.reports.profile.untouched import check_values, untouched
+from mfx.reports.profile.untouched import check_values, restored
 from mfx.reports.profile.variants import Against, Variant, variants_of
 from mfx.text import described
 from mfx_passes import MfxError
@@ -74,9 +74,9 @@ def profile(
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(undisturbed(model))
-        stack.enter_context(untouched([model, *_modules_in(against), *_modules_in((options or {}).get("velocity"))]))
+        stack.enter_context(restored([model, *_modules_in(against), *_modules_in((options or {}).get("velocity"))]))
         variants = variants_of(model, args, kwargs, against, options)
-        stack.enter_context(untouched(net for variant in variants if (net := variant.net) is not None))
+        stack.enter_context(restored(net for variant in variants if (net := variant.net) is not None))
         rows, skipped = _measure(variants, step, [model], repeats, progress)
     wrapped = tuple(dict.fromkeys(path for variant in variants for path in variant.wrapped or ()))
     return Profile(type(model).__name__, str(device), repeats, rows, wrapped, skipped)

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from mfx.engine.memory.flops import FlopCounter
 from mfx.meter import ActivationMeter
 from mfx.reports.profile.rows import ProfileRow
-from mfx.reports.profile.untouched import copies
+from mfx.reports.profile.untouched import copy_inputs
 from mfx.reports.profile.variants import Variant
 from mfx_passes import MfxError
 
@@ -43,12 +43,12 @@ class TrainingStep:
         Raises:
             MfxError: there is nothing to differentiate.
         """
-        args, kwargs = copies(*self._inputs)
+        args, kwargs = copy_inputs(*self._inputs)
         self._value(variant, args, kwargs).backward()
 
     def seconds(self, variant: Variant) -> float:
         """Run a step; return the seconds it took."""
-        args, kwargs = copies(*self._inputs)
+        args, kwargs = copy_inputs(*self._inputs)
         self._synchronize()
         start = time.perf_counter()
         self._value(variant, args, kwargs).backward()
@@ -57,7 +57,7 @@ class TrainingStep:
 
     def measured(self, variant: Variant, parameters: Sequence[Tensor]) -> ProfileRow:
         """Run a step; return its bytes and operations, without a time."""
-        args, kwargs = copies(*self._inputs)
+        args, kwargs = copy_inputs(*self._inputs)
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         meter = ActivationMeter([*parameters, *inputs], timeline=True, device=self._device)
         with meter, FlopCounter() as counter:

@@ -31,7 +31,7 @@ def check_values(model: nn.Module) -> None:
             raise MfxError(f"{name} is on the meta device: a profile computes with values. mfx.explain does without.")
 
 
-def apart(model: M) -> M:
+def copy_original(model: M) -> M:
     """Copy a model over the same parameter values, in training mode, with buffers and gradients of its own.
 
     A momentumized net is copied as it was before.
@@ -42,7 +42,7 @@ def apart(model: M) -> M:
     return _in_training(tree_copy(net_of(model), _stand_in))
 
 
-def as_momentumized(model: M) -> M | None:
+def copy_momentumized(model: M) -> M | None:
     """Copy a momentumized net in the same way, as it is; return None for any other model."""
     if forward_of(model) is None:
         return None
@@ -53,7 +53,7 @@ def _in_training(net: M) -> M:
     return net if net.training else net.train()
 
 
-def copies(args: Any, kwargs: Any) -> tuple[Any, Any]:
+def copy_inputs(args: Any, kwargs: Any) -> tuple[Any, Any]:
     """Return the same arguments with copies of tensors, to be changed in place and to have a ``.grad`` of their own."""
     return pytree.tree_map_only(Tensor, _copy, (args, kwargs))  # type: ignore[no-any-return]
 
@@ -69,14 +69,14 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
+def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Restore the gradients and buffers of modules at the end; inside, gradients are freed as they are accumulated."""
     modules = list(modules)
     parameters = {id(p): p for module in modules for p in module.parameters()}.values()
     gradients = [(parameter, parameter.grad) for parameter in parameters]
     tables = {id(m): m._buffers for module in modules for m in module.modules()}.values()
     buffers = [(table, name, b, b.clone()) for table in tables for name, b in table.items() if b is not None]
-    hooks = [p.register_post_accumulate_grad_hook(_free) for p in parameters if p.requires_grad and p.is_leaf]
+    hooks = [p.register_post_accumulate_grad_hook(_free_gradient) for p in parameters if p.requires_grad and p.is_leaf]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
@@ -93,5 +93,5 @@ def untouched(modules: Iterable[nn.Module]) -> Iterator[None]:
                 table[name] = buffer
 
 
-def _free(parameter: Tensor) -> None:
+def _free_gradient(parameter: Tensor) -> None:
     parameter.grad = None

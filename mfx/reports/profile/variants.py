@@ -14,7 +14,7 @@ from mfx.api import momentumize
 from mfx.net.views import last_views
 from mfx.program.chain_call import Momentum
 from mfx.reports.profile.checkpoint_baseline import Checkpointed, blocks_of
-from mfx.reports.profile.untouched import apart, as_momentumized, copies
+from mfx.reports.profile.untouched import copy_inputs, copy_momentumized, copy_original
 from mfx.text import count, listed
 from mfx_passes import MfxError
 
@@ -56,16 +56,16 @@ def variants_of(
             "this GraphModule was momentumized, and what it was before is not known; profile the model it was made of."
         )
 
-    asked = "momentum" in [way for way in ways.values() if isinstance(way, str)]
+    wanted = "momentum" in [way for way in ways.values() if isinstance(way, str)]
     rewritten = cache(partial(_rewritten, model, options))  # capturing may take seconds
 
     def variant(name: str, way: Way) -> Variant:
         if way == "plain":
-            net = apart(model)
+            net = copy_original(model)
             return Variant(name, net, net)
         if way == "checkpoint":
-            calls = _calls_in_a_run(rewritten(), args, kwargs, warn=asked)
-            return _checkpointed(name, apart(model), calls)
+            calls = _calls_after_a_run(rewritten(), args, kwargs, warn=wanted)
+            return _checkpointed(name, copy_original(model), calls)
         if way == "momentum" or isinstance(way, Mapping):
             net = rewritten() if isinstance(way, str) else _rewritten(model, way)
             return Variant(name, net, net, lambda: _described(net))
@@ -92,17 +92,17 @@ def _ways(against: Against) -> dict[str, Way]:
 
 def _rewritten(model: nn.Module, options: Mapping[str, Any] | None) -> nn.Module:
     """Momentumize the model; return a momentumized net as it is, unless there are options."""
-    already = as_momentumized(model) if options is None else None
+    already = copy_momentumized(model) if options is None else None
     if already is not None:
         return already
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="mfx: .* has no chain of residual adds")  # the note says so
-        return momentumize(apart(model), **(options or {}))
+        return momentumize(copy_original(model), **(options or {}))
 
 
-def _calls_in_a_run(rewritten: nn.Module, args: Any, kwargs: Any, *, warn: bool) -> list[tuple[str, Momentum]]:
+def _calls_after_a_run(rewritten: nn.Module, args: Any, kwargs: Any, *, warn: bool) -> list[tuple[str, Momentum]]:
     """Run a net, which may capture it only now, and return its momentum calls."""
-    given, named = copies(args, kwargs)
+    given, named = copy_inputs(args, kwargs)
     with warnings.catch_warnings():
         if not warn:
             warnings.filterwarnings("ignore", message="mfx: ")
