@@ -38,8 +38,11 @@ class CommandSubject:
     kwargs: Mapping[str, Any]
     options: Mapping[str, Any]
 
-    def rewritten(self) -> nn.Module:
-        """Return the momentumized net; it is called once if it is not one graph, to capture its modules."""
+    def rewritten(self) -> tuple[nn.Module, tuple[Any, ...], Mapping[str, Any]]:
+        """Return the momentumized net, and the inputs to explain or draw it with.
+
+        A net that is not one graph is called once, to capture its modules, and then needs no inputs.
+        """
         net = mfx.momentumize(self.model, **self.options)
         if (self.args or self.kwargs) and (forward := forward_of(net)) is not None:
             try:
@@ -47,17 +50,14 @@ class CommandSubject:
             except CaptureError:
                 with torch.no_grad():
                     net(*self.args, **self.kwargs)
-        return net
+            if forward.per_module:
+                return net, (), {}
+        return net, self.args, self.kwargs
 
     def profile(self, parsed: Namespace) -> mfx.Profile:
         """Profile the model."""
         how = {"against": parsed.against, "options": self.options, "repeats": parsed.repeats}
         return mfx.profile(self.model, *self.args, **how, **self.kwargs)
-
-    def inputs_of(self, net: nn.Module) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
-        """Return the inputs to explain a net with; none if its modules are rewritten, and captured, each on its own."""
-        forward = forward_of(net)
-        return ((), {}) if forward is not None and forward.per_module else (self.args, self.kwargs)
 
 
 def run(parsed: Namespace) -> None:
@@ -100,9 +100,7 @@ def _options(parsed: Namespace) -> dict[str, Any]:
 
 
 def _explain(parsed: Namespace) -> None:
-    subject = _subject(parsed)
-    net = subject.rewritten()
-    args, kwargs = subject.inputs_of(net)
+    net, args, kwargs = _subject(parsed).rewritten()
     explanation = mfx.explain(net, *args, **kwargs)
     print(json.dumps(explanation.to_dict(), indent=2) if parsed.json else explanation)
 
@@ -111,17 +109,14 @@ def _profile(parsed: Namespace) -> None:
     _check_measuring(parsed)
     if parsed.device == "meta":
         raise UsageError("profile computes, which needs values: --device cpu or cuda, not meta")
-    subject = _subject(parsed)
-    profile = subject.profile(parsed)
+    profile = _subject(parsed).profile(parsed)
     if parsed.output is not None:
         profile.plot(parsed.output)
     print(json.dumps(profile.to_dict(), indent=2) if parsed.json else profile)
 
 
 def _draw(parsed: Namespace) -> None:
-    subject = _subject(parsed)
-    net = subject.rewritten()
-    args, kwargs = subject.inputs_of(net)
+    net, args, kwargs = _subject(parsed).rewritten()
     mfx.draw(net, parsed.output, *args, **kwargs)
     print(parsed.output)
 
@@ -130,8 +125,7 @@ def _report(parsed: Namespace) -> None:
     file = check_file(parsed.output)
     _check_repeats(parsed)
     subject = _subject(parsed)
-    net = subject.rewritten()
-    args, kwargs = subject.inputs_of(net)
+    net, args, kwargs = subject.rewritten()
     profile, why_not = _measured(parsed, subject)
     page = page_of(
         mfx.explain(net, *args, **kwargs),
