@@ -1,4 +1,4 @@
-"""A graph seen from afar: nodes with one key become one group, and sizes are left out."""
+"""The groups of a graph: nodes with the same key become one group, and sizes are left out."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SIZE_ATTRIBUTES = frozenset({"shape", "dtype", "device", "ndim", "requires_grad
 
 @dataclass(eq=False)
 class Group:
-    """Nodes that are shown as one thing.
+    """Nodes that are drawn as one thing.
 
     Args:
-        key: what they have in common; None for a node by itself.
+        key: what the nodes have in common; None for a node by itself.
         nodes: in the graph's order.
-        inputs: the groups that they read, in the order in which they first do.
+        inputs: the groups that the nodes read, in the order of the first read.
     """
 
     key: str | None
@@ -31,27 +31,57 @@ class Group:
 
     @property
     def first(self) -> Node:
-        """The node that stands first in the graph."""
+        """The first of the nodes."""
         return self.nodes[0]
 
 
 def contract(graph: Graph, key: Callable[[Node], str | None], *, hide: Callable[[Node], bool]) -> list[Group]:
-    """The groups of a graph in an order in which each comes after what it reads.
+    """Return the groups of a graph, each after the groups that it reads.
 
-    Nodes join a group of their key unless that would close a circle of groups. What is computed from sizes alone, and
-    attributes of the model, are in no group.
+    A node joins the latest group of its key, unless that would close a cycle of groups: then it starts another one.
+    (A condensation of the cycle would draw all groups on it as one.) Attributes of the model, and what is computed from
+    sizes alone, are in no group.
 
     Args:
         graph: any graph; the output node makes a group of its own.
-        key: what a node has in common with others; None for nothing.
-        hide: nodes to leave out, with what is computed from them alone.
+        key: returns what a node has in common with others; None for nothing.
+        hide: True for nodes to leave out, with what is computed from them alone.
     """
-    contractor = _Contractor(key)
+    import networkx as nx
+
     hidden = _hidden(graph, hide)
+    reads: nx.DiGraph[Group] = nx.DiGraph()
+    group_of: dict[Node, Group] = {}
+    latest: dict[str, Group] = {}
     for node in graph.nodes:
-        if node not in hidden:
-            contractor.add(node)
-    return _ordered(contractor.groups)
+        if node in hidden:
+            continue
+        shared = key(node)
+        group = None if shared is None else latest.get(shared)
+        sources = dict.fromkeys(group_of[source] for source in node.all_input_nodes if source in group_of)
+        if group is None or any(nx.has_path(reads, source, group) for source in sources if source is not group):
+            group = Group(shared)
+            reads.add_node(group)
+            if shared is not None:
+                latest[shared] = group
+        group.nodes.append(node)
+        group_of[node] = group
+        reads.add_edges_from([(group, source) for source in sources if source is not group])
+    for group in reads:
+        group.inputs = list(reads[group])
+    return _ordered(list(reads))
+
+
+def _ordered(groups: list[Group]) -> list[Group]:
+    """Sort each group behind what it reads, right behind what it reads first: the model's stream stays together."""
+    import networkx as nx
+
+    reads: nx.DiGraph[Group] = nx.DiGraph()
+    reads.add_nodes_from(sorted(groups, key=lambda group: group.first.op != "output"))
+    for group in groups:
+        reads.add_edges_from([(group, source) for source in group.inputs if not source.inputs])
+        reads.add_edges_from([(group, source) for source in reversed(group.inputs) if source.inputs])
+    return list(nx.dfs_postorder_nodes(reads))
 
 
 def _hidden(graph: Graph, hide: Callable[[Node], bool]) -> set[Node]:
@@ -78,57 +108,8 @@ def _reads_size(node: Node) -> bool:
 
 
 def _is_plain(node: Node) -> bool:
-    """Whether it makes numbers of numbers, and no tensor of them."""
+    """True if a node computes numbers from numbers, and never a tensor."""
     if node.op != "call_function":
         return False
     module = getattr(node.target, "__module__", None) or ""
     return module in (operator.__name__, "_operator", "builtins", "math") or node.target is torch._assert
-
-
-class _Contractor:
-    def __init__(self, key: Callable[[Node], str | None]) -> None:
-        self.groups: list[Group] = []
-        self._key = key
-        self._of: dict[Node, Group] = {}
-        self._latest: dict[str, Group] = {}
-
-    def add(self, node: Node) -> None:
-        key = self._key(node)
-        read = list(dict.fromkeys(self._of[source] for source in node.all_input_nodes if source in self._of))
-        group = self._latest.get(key) if key is not None else None
-        if group is None or any(_reaches(group, other) for other in read if other is not group):
-            group = Group(key)
-            self.groups.append(group)
-            if key is not None:
-                self._latest[key] = group
-        group.nodes.append(node)
-        group.inputs += [other for other in read if other is not group and other not in group.inputs]
-        self._of[node] = group
-
-
-def _reaches(start: Group, end: Group) -> bool:
-    """Whether ``end`` reads, directly or not, what ``start`` computes."""
-    seen: set[int] = set()
-    todo = [end]
-    while todo:
-        group = todo.pop()
-        if group is start:
-            return True
-        if id(group) not in seen:
-            seen.add(id(group))
-            todo += group.inputs
-    return False
-
-
-def _ordered(groups: list[Group]) -> list[Group]:
-    """Each behind what it reads, and right behind what it reads first: the stream through a model stays together."""
-    ordered: dict[Group, None] = {}
-    for last in sorted(groups, key=lambda group: group.first.op != "output"):
-        todo = [last]
-        while todo:
-            waiting = [source for source in todo[-1].inputs if source not in ordered]
-            if waiting:
-                todo.append(next((source for source in waiting if not source.inputs), waiting[-1]))
-            else:
-                ordered[todo.pop()] = None
-    return list(ordered)
