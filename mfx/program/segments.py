@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 from torch.fx import Graph, Node
-from torch.fx.node import map_arg
 
 from mfx_passes.ir import is_momentum_call
+from mfx_passes.rewrite.extract import boundary, extract
 from mfx_passes.rewrite.portable_graph import PortableGraph
 
 T = TypeVar("T")
@@ -50,7 +50,9 @@ def split_between_calls(
     for kind, nodes in _runs(graph) if runs is None else _around(graph, runs):
         if kind == "segment":
             name = f"segment_{len(segments)}"
-            body, inputs, outputs = _body(nodes)
+            sources, outputs = boundary(nodes)
+            inputs = [source for source in sources if source.op != "get_attr"]
+            body, _ = extract(nodes, inputs, outputs)
             segments[name] = compiled(body)
             call = short.create_node("call_module", name, tuple(map(copy, inputs)))
             for position, node in enumerate(outputs):
@@ -78,18 +80,3 @@ def _around(graph: Graph, runs: Sequence[Sequence[Node]]) -> list[tuple[str, Seq
     """All of a graph in order, where all that is computed is in one of the runs."""
     inputs, outputs = graph.find_nodes(op="placeholder"), graph.find_nodes(op="output")
     return [("node", inputs), *(("segment", run) for run in runs), ("node", outputs)]
-
-
-def _body(nodes: Collection[Node]) -> tuple[Graph, list[Node], list[Node]]:
-    """Nodes as a graph of their own, what it takes and what it gives."""
-    own = set(nodes)
-    sources = dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in own)
-    inputs = [source for source in sources if source.op != "get_attr"]
-    outputs = [node for node in nodes if any(user not in own for user in node.users)]
-    body = PortableGraph()
-    copies = {source: body.placeholder(source.name) for source in inputs}
-    copies.update((source, body.node_copy(source)) for source in sources if source.op == "get_attr")
-    for node in nodes:
-        copies[node] = body.node_copy(node, copies.__getitem__)
-    body.output(tuple(map_arg(tuple(outputs), copies.__getitem__)))
-    return body, inputs, outputs

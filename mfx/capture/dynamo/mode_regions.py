@@ -13,6 +13,7 @@ from torch.fx import Graph, Node
 from mfx import compat
 from mfx.compat.dynamo import ENTRANCES, EXITS, SWITCHES
 from mfx.modules.uninterrupted import must_finish
+from mfx_passes.rewrite.extract import boundary, extract
 
 
 class OtherMode(nn.Module):
@@ -81,13 +82,8 @@ def _change_of_depth(node: Node, depth: int, inside: list[Node]) -> int:
 def _fold(graph: Graph, nodes: list[Node], name: str) -> OtherMode:
     nodes = [node for node in nodes if node.op != "get_attr"]
     own = set(nodes)
-    inputs = list(dict.fromkeys(source for node in nodes for source in node.all_input_nodes if source not in own))
-    outputs = [node for node in nodes if any(user not in own for user in node.users)]
-    body = Graph()
-    copies = {source: body.placeholder(source.name) for source in inputs}
-    for node in nodes:
-        copies[node] = body.node_copy(node, copies.__getitem__)
-    body.output(tuple(copies[node] for node in outputs))
+    inputs, outputs = boundary(nodes)
+    body, _ = extract(nodes, inputs, outputs)
     with graph.inserting_after(nodes[-1]):
         call = graph.create_node("call_module", name, tuple(inputs))
     call.meta = {key: nodes[0].meta[key] for key in ("nn_module_stack", "stack_trace") if key in nodes[0].meta}

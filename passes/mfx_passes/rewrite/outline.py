@@ -9,7 +9,7 @@ from torch.fx import Graph, Node
 
 from mfx_passes.ir import Chain, ChainGraphs, Step, StepGraphs
 from mfx_passes.ops import sums
-from mfx_passes.rewrite.portable_graph import PortableGraph
+from mfx_passes.rewrite.extract import Lookup, extract
 
 
 def outline(chain: Chain) -> tuple[ChainGraphs, list[Node], list[list[Node]]]:
@@ -51,27 +51,16 @@ def _outline_step(step: Step, captures: dict[Node, int], sides: Sequence[Node]) 
 
 
 def _graph_of(step: Step, inputs: Sequence[Node], sides: Sequence[Node], *, without_skip: bool) -> Graph:
-    """The step as a graph of its own; without the skip, what it adds to the skip."""
-    graph = PortableGraph()
+    """Return the step as a graph of its own; without the skip, what it adds to the skip."""
+
+    def copy(graph: Graph, node: Node, lookup: Lookup) -> Node:
+        if node not in step.add.sums:
+            return graph.node_copy(node, lookup)
+        return _rest_of_sum(node, step.term, graph, lookup) if without_skip else _sum(node, graph, lookup)
+
     names = _argument_names(inputs)
-    env = {node: graph.placeholder(name) for node, name in zip(inputs, names, strict=True)}
-    for node, copied in env.items():
-        copied.meta = dict(node.meta)
-
-    def value(node: Node) -> Node:
-        if node not in env:  # only parameters and buffers are neither inputs nor inside
-            env[node] = graph.node_copy(node)
-        return env[node]
-
-    for node in sorted(step.nodes):
-        if without_skip and node in step.add.sums:
-            env[node] = _rest_of_sum(node, step.term, graph, value)
-        else:
-            env[node] = graph.node_copy(node, value)
-            if node in step.add.sums:
-                env[node].target = sums.out_of_place(node)
-    graph.output(tuple(env[node] for node in (step.out, *sides)))
-    _erase_unread_skip(step, env, graph)
+    graph, copies = extract(sorted(step.nodes), inputs, (step.out, *sides), names=names, copy=copy)
+    _erase_unread_skip(step, copies, graph)
     graph.lint()
     return graph
 
@@ -88,18 +77,22 @@ def _argument_names(inputs: Sequence[Node]) -> list[str]:
     return names
 
 
-def _rest_of_sum(node: Node, skip: Node, graph: Graph, value) -> Node:  # type: ignore[no-untyped-def]
-    """A sum without its skip; a sum in which the skip is not a term itself stays a sum."""
+def _sum(node: Node, graph: Graph, lookup: Lookup) -> Node:
+    copied = graph.node_copy(node, lookup)
+    copied.target = sums.out_of_place(node)
+    return copied
+
+
+def _rest_of_sum(node: Node, skip: Node, graph: Graph, lookup: Lookup) -> Node:
+    """Copy a sum without its skip; a sum in which the skip is not a term itself stays a sum."""
     terms = sums.terms(node) or ()
     rest = [term for term in terms if term.node is not skip]
     if len(rest) == len(terms):
-        copied = graph.node_copy(node, value)
-        copied.target = sums.out_of_place(node)
-        return copied
+        return _sum(node, graph, lookup)
     (term,) = rest
-    product = value(term.factors[0])
+    product = lookup(term.factors[0])
     for factor in term.factors[1:]:
-        product = _inherit(graph.call_function(operator.mul, (product, value(factor))), node)
+        product = _inherit(graph.call_function(operator.mul, (product, lookup(factor))), node)
     if term.scale == -1:
         return _inherit(graph.call_function(operator.neg, (product,)), node)
     return product if term.scale == 1 else _inherit(graph.call_function(operator.mul, (product, term.scale)), node)
@@ -110,9 +103,9 @@ def _inherit(new: Node, old: Node) -> Node:
     return new
 
 
-def _erase_unread_skip(step: Step, env: dict[Node, Node], graph: Graph) -> None:
-    """Value-preserving operations that only the dropped skip went through."""
+def _erase_unread_skip(step: Step, copies: dict[Node, Node], graph: Graph) -> None:
+    """Erase value-preserving operations that only the dropped skip went through."""
     for node in step.add.skip_path:
-        copied = env.get(node)
+        copied = copies.get(node)
         if node in step.nodes and copied is not None and not copied.users:
             graph.erase_node(copied)
