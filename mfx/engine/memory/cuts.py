@@ -1,4 +1,4 @@
-"""Where to cut what lies between the chains into pieces that run again one by one: a pure function of what it costs."""
+"""Cuts of what lies between the chains into pieces that are recomputed one by one: a pure function of its costs."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from itertools import pairwise
 
 from mfx.engine.memory.plan import ChainCost, StepCost
 
-_POSITIONS = 64  # that are considered in one run
-_HEIGHTS = 32  # sizes of the largest piece that are considered
+_POSITIONS = 64  # possible cuts considered in one segment
+_HEIGHTS = 32  # sizes of the largest piece considered
 
 
 @dataclass(frozen=True)
 class NodeCost:
-    """What one node of a graph came to.
+    """The measured cost of one node of a graph.
 
     Attributes:
-        saved: the memory that autograd saves in it: sizes in bytes by a key that is unique in the run.
+        saved: the memory that autograd saves in it: sizes in bytes by a key that is unique in the segment.
         reads: names of the values that it reads.
         flops: of the forward pass.
         changes: keys of the memory that it changes in place.
@@ -31,13 +31,13 @@ class NodeCost:
 
 @dataclass(frozen=True)
 class SegmentCost:
-    """What the nodes of one run came to, in order.
+    """The measured costs of a segment: the nodes between two chains, in order.
 
     Attributes:
-        nodes: what each node came to.
-        values: the memory of what each node gives, and of the run's inputs, by name.
+        nodes: the cost of each node.
+        values: the memory of each node's value, and of the segment's inputs, by name.
         names: of the nodes.
-        read_after: names of the values that somebody after the run reads.
+        read_after: names of the values that are read after the segment.
     """
 
     nodes: tuple[NodeCost, ...]
@@ -46,7 +46,7 @@ class SegmentCost:
     read_after: frozenset[str]
 
     def positions(self) -> list[int]:
-        """Where the run may be cut: few bytes cross, and nothing is changed in place later that was there before."""
+        """Return possible cuts: where few bytes cross, and no value from before is changed in place later."""
         allowed = [p for p in range(1, len(self.nodes)) if p not in self._torn()]
         live = {p: self.live(p) for p in (0, *allowed, len(self.nodes))}
         order = list(live)
@@ -68,17 +68,17 @@ class SegmentCost:
         return torn
 
     def live(self, position: int) -> int:
-        """Bytes of the values from before a position, inputs left out, that nodes behind it read."""
+        """Return the bytes of the values from before a position, without inputs, that nodes behind it read."""
         made = set(self.names[:position])
         read = {name for node in self.nodes[position:] for name in node.reads if name in made}
         return sum(self._memory(read).values())
 
     def saved(self, first: int, end: int) -> int:
-        """Bytes that autograd saves in some of the nodes."""
+        """Return the bytes that autograd saves in the nodes from ``first`` to ``end``."""
         return sum(self._saved(first, end).values())
 
     def cost(self, cuts: Sequence[int]) -> ChainCost:
-        """What the pieces cost, as steps that keep their inputs."""
+        """Return the costs of the pieces, as steps that keep their inputs."""
         edges = [0, *cuts, len(self.nodes)]
         return ChainCost(tuple(self._piece(*edge) for edge in pairwise(edges)), None)
 
@@ -98,14 +98,16 @@ class SegmentCost:
         return {key: size for node in self.nodes[first:end] for key, size in node.saved.items()}
 
 
-def choose_cuts(runs: Sequence[SegmentCost], at_once: int) -> list[tuple[int, ...]]:
-    """The cuts at which what all pieces keep, and what the largest holds while it runs again, are least together.
+def choose_cuts(segments: Sequence[SegmentCost], at_once: int) -> list[tuple[int, ...]]:
+    """Return the cuts with the fewest bytes: those that all pieces keep plus those of the largest one, recomputed.
 
     Args:
-        runs: what lies between the chains, run by run.
-        at_once: bytes that a step of a chain holds while it runs again: a piece may hold as much for nothing.
+        segments: the costs of what lies between the chains.
+        at_once: bytes that a step of a chain holds while it is recomputed: a piece may hold as much at no cost.
     """
-    tables = [_Table(run) for run in runs]
+    # Why not √n equal pieces: ResNet-152 (batch 2, 224 px, budget 0) would peak at 104.1 MiB instead of 93.4, with
+    # arithmetic="float" at 61.7 instead of 51.0; uncut at 91.9 and 54.1.
+    tables = [_Table(segment) for segment in segments]
     largest = max((table.largest_unit for table in tables), default=0)
     heights = sorted({h for table in tables for h in table.heights() if h >= largest} | {largest})
     heights = heights[:: max(1, len(heights) // _HEIGHTS)] + heights[-1:]
@@ -120,20 +122,20 @@ def choose_cuts(runs: Sequence[SegmentCost], at_once: int) -> list[tuple[int, ..
 
 
 class _Table:
-    """What pieces between the possible cuts of one run hold, and what the cuts keep."""
+    """The bytes that pieces between the possible cuts of one segment hold, and those that the cuts keep."""
 
-    def __init__(self, run: SegmentCost) -> None:
-        self._edges = [0, *run.positions(), len(run.nodes)]
-        self._kept = [0, *(run.live(p) for p in self._edges[1:-1])]
+    def __init__(self, segment: SegmentCost) -> None:
+        self._edges = [0, *segment.positions(), len(segment.nodes)]
+        self._kept = [0, *(segment.live(p) for p in self._edges[1:-1])]
         units = pairwise(self._edges)
-        self._sizes = [run.saved(*unit) for unit in units]
+        self._sizes = [segment.saved(*unit) for unit in units]
 
     @property
     def largest_unit(self) -> int:
         return max(self._sizes)
 
     def heights(self) -> Iterator[int]:
-        """What the pieces hold that could be made."""
+        """Yield the bytes of every possible piece."""
         for first in range(len(self._sizes)):
             total = 0
             for size in self._sizes[first:]:
@@ -141,7 +143,7 @@ class _Table:
                 yield total
 
     def cuts_within(self, height: int) -> tuple[int, tuple[int, ...]]:
-        """The cuts that keep least with no piece above a height; and what they keep."""
+        """Return the fewest bytes that cuts keep with no piece above a height, and these cuts."""
         best: list[tuple[int, tuple[int, ...]]] = [(0, ())]
         for end in range(1, len(self._sizes) + 1):
             choices, total = [], 0

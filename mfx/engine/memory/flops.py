@@ -1,4 +1,4 @@
-"""Counts the floating-point operations of what runs."""
+"""A counter of floating-point operations."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _Formula = Callable[..., int]
 
 
 class FlopCounter(TorchDispatchMode):
-    """Counts the floating-point operations of what runs inside of it.
+    """Counts the floating-point operations of everything that runs inside it.
 
     The formulas are those of ``torch.utils.flop_counter``: matrix products, convolutions, attention. Unlike torch's own
-    counter it does not follow modules, whose hooks a step that runs twice would confuse.
+    counter it does not follow modules: a recomputed step would confuse its hooks.
 
     Attributes:
         flops: operations so far, a multiplication and an addition counted as two.

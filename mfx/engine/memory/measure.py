@@ -1,4 +1,4 @@
-"""What a step costs: the bytes that it saves for the backward pass and the work that it does, seen in its first run."""
+"""Measures what a step costs in its first run: bytes saved for the backward pass, and floating-point operations."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _Storages = dict[int, tuple[Any, int]]
 
 
 class StepMeasure(FlopCounter):
-    """Counts the FLOPs done while it is active, and the memory of the tensors that it is told of.
+    """Counts FLOPs while it is active, and the memory of the tensors passed to ``saw``.
 
-    Memory counts by storage, each once. Until the measure is dropped the storages stay alive, so that no two of them
-    can have the same address.
+    Every storage counts once. The storages stay alive as long as the measure, so no two of them can have the same
+    address.
 
     Args:
         ignored: tensors whose memory does not count: parameters, buffers, captures.
@@ -33,7 +33,7 @@ class StepMeasure(FlopCounter):
         self._held: list[Any] = []
 
     def saw(self, tensor: Tensor) -> None:
-        """A tensor was saved for the backward pass."""
+        """Count a tensor that is saved for the backward pass."""
         self._flops_to_last_saved = self.flops
         for key, found in storages_by_address(tensor).items():
             if key not in self._ignored:
@@ -41,26 +41,26 @@ class StepMeasure(FlopCounter):
                 self._group[key] = found[1]
 
     def begin_group(self) -> None:
-        """What is saved from now on is a group of its own."""
+        """Start a new group of saved tensors."""
         self._group = {}
 
     def group(self) -> dict[int, int]:
-        """The sizes of what was saved since, by address; one and the same memory may be in several groups."""
+        """Return the sizes of this group's storages, by address; a storage may be in several groups."""
         return self._group
 
     def hold(self, tensors: Iterable[Tensor]) -> dict[int, int]:
-        """Keep the memory of tensors alive as that of saved ones is; its sizes by address, if it counts."""
+        """Keep the storages of tensors alive, like those of saved ones; return the sizes of those that count."""
         found = {key: value for tensor in tensors for key, value in storages_by_address(tensor).items()}
         self._held += found.values()
         return {key: size for key, (_, size) in found.items() if key not in self._ignored}
 
     def cost(self, x: Tensor, y: object, *, shared: bool) -> StepCost:
-        """What the step that was run came to.
+        """Return the cost of the step that was run.
 
         Args:
             x: its input.
             y: its value.
-            shared: the value is the next step's input, which counts there; a second run need not come to it.
+            shared: the value is the next step's input and counts there; recomputation need not reach it.
         """
         inputs = storages_by_address(x)
         values = storages_by_address(y) if isinstance(y, Tensor) else {}
@@ -73,7 +73,7 @@ class StepMeasure(FlopCounter):
 
 
 def storages_by_address(tensor: Tensor) -> _Storages:
-    """The storage of a tensor and its size, by address; for tensors without one, the tensor itself."""
+    """Return the storage of a tensor and its size, by address; for tensors without one, the tensor itself."""
     try:
         storage = tensor.untyped_storage()
     except (NotImplementedError, RuntimeError):

@@ -1,4 +1,4 @@
-"""Which steps keep their activations under a budget of bytes: a pure function of what the steps cost."""
+"""Plans which steps keep their activations under a budget of bytes: a pure function of the steps' costs."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class StepCost:
-    """What the first run of one step came to.
+    """The measured cost of one step.
 
     Attributes:
         saved: bytes that autograd saves in it, beside its input, parameters, buffers and captures.
         reads: bytes of its input if autograd saves that, else 0.
         input: bytes of its input.
         value: bytes of its branch's value if autograd does not save that, else 0.
-        flops: of a second run, by torch's formulas.
+        flops: of a recomputation, by torch's formulas.
     """
 
     saved: int
@@ -28,10 +28,10 @@ class StepCost:
 
 @dataclass(frozen=True)
 class ChainCost:
-    """What one chain costs.
+    """The cost of one chain.
 
     Attributes:
-        steps: what its steps cost.
+        steps: the costs of its steps.
         states: bytes kept to walk back over the steps before the t-th, for t = 0 … T; None where inputs are kept in any
             case (γ = 0, and what lies between the chains).
     """
@@ -42,10 +42,12 @@ class ChainCost:
 
 @dataclass(frozen=True)
 class ChainPlan:
-    """What one call of a chain does: steps in ``kept`` keep their activations, the others run again.
+    """The plan of one call of a chain: which steps keep their activations, and how the others are recomputed.
 
-    ``from_inputs``: the others keep their inputs; else states are walked back to them, from the last of them to the
-    first. A kept step in between keeps its branch's value, without which there is no way past it.
+    Attributes:
+        kept: numbers of the steps that keep their activations.
+        from_inputs: the others keep their inputs. If False, states are walked back from the last of them to the first;
+            a kept step in between keeps its branch's value, which the walk needs to pass it.
     """
 
     kept: frozenset[int]
@@ -53,23 +55,23 @@ class ChainPlan:
 
     @classmethod
     def keep_all(cls, steps: int) -> ChainPlan:
-        """The plan by which all of so many steps keep their activations."""
+        """Return the plan by which all of so many steps keep their activations."""
         return cls(frozenset(range(steps)), from_inputs=False)
 
     def walked(self, steps: int) -> range:
-        """The steps from the first that runs again to the last."""
-        again = [step for step in range(steps) if step not in self.kept]
-        return range(again[0], again[-1] + 1) if again else range(0)
+        """Return the numbers of the steps from the first to the last recomputed one."""
+        recomputed = [step for step in range(steps) if step not in self.kept]
+        return range(recomputed[0], recomputed[-1] + 1) if recomputed else range(0)
 
 
 @dataclass(frozen=True)
 class NetPlan:
-    """What all chains of a net do, and what that takes.
+    """The plan of all chains of a net, and what it keeps.
 
     Attributes:
         chains: in the order of their costs.
         kept: bytes kept between forward and backward.
-        minimum: bytes kept if nothing that could run again keeps its activations.
+        minimum: bytes kept if all steps are recomputed.
         maximum: bytes that ordinary backpropagation keeps.
     """
 
@@ -80,12 +82,12 @@ class NetPlan:
 
 
 def make_plan(costs: Sequence[ChainCost], *, fraction: float | None = None, limit: float = 0.0) -> NetPlan:
-    """Keep the activations of those steps that give the most FLOPs per byte, as many as the budget allows.
+    """Return the plan that keeps the steps with the most FLOPs per byte, as many as the budget allows.
 
-    Steps are taken one by one, always the one that at that moment saves the most FLOPs for each byte more; which one
-    does not depend on the budget, so a larger budget keeps what a smaller one keeps. What a step adds is what autograd
-    saves in it, and the value of its branch, if the walk back has to pass it. So of steps that are alike the last ones
-    are kept first: the walk starts before them, and their activations are gone when the first step runs again.
+    Steps are taken one by one, always the one that at that moment saves the most FLOPs per additional byte. The order
+    does not depend on the budget, so a larger budget keeps all that a smaller one keeps. A kept step adds what autograd
+    saves in it, and the value of its branch if the walk back has to pass it. Of equal steps the last ones are therefore
+    kept first: the walk starts before them, and their activations are freed before the first step is recomputed.
 
     Args:
         costs: of all chains of a net.
@@ -95,14 +97,14 @@ def make_plan(costs: Sequence[ChainCost], *, fraction: float | None = None, limi
     fillings = [_Filling(cost) for cost in costs]
     maximum = sum(filling.all_kept() for filling in fillings)
     total = minimum = sum(filling.bytes() for filling in fillings)
-    order: list[int] = []  # whose turn it was, to keep the next step in its own order
+    order: list[int] = []  # numbers of fillings: each entry keeps the next step of that filling's own order
     totals = [total]
     for number, change in _one_by_one(fillings):
         order.append(number)
         totals.append(totals[-1] + change)
     if fraction is not None:
         limit = minimum + fraction * max(0.0, maximum - minimum)
-    slack = 1e-9 * max(map(abs, (limit, maximum, minimum)))  # what the sums of floats may be off
+    slack = 1e-9 * max(map(abs, (limit, maximum, minimum)))  # rounding of the sums
     count = max((n for n, total in enumerate(totals) if total <= limit + slack), default=0)
     taken = [order[:count].count(number) for number in range(len(fillings))]
     plans = tuple(filling.plan_after(n) for filling, n in zip(fillings, taken, strict=True))
@@ -110,10 +112,10 @@ def make_plan(costs: Sequence[ChainCost], *, fraction: float | None = None, limi
 
 
 def _one_by_one(fillings: Sequence[_Filling]) -> Iterator[tuple[int, float]]:
-    """Which filling keeps one step more, and how many bytes that changes, until all steps are kept."""
+    """Yield the filling that keeps one more step and the change in bytes, until all steps are kept."""
     best = [filling.best() for filling in fillings]
     while any(choice is not None for choice in best):
-        # Of equals the later chain: what is kept last is gone first.
+        # Of equals the later chain: what is kept last is freed first.
         _, number, step = max((choice[0], n, choice[1]) for n, choice in enumerate(best) if choice is not None)
         yield number, fillings[number].keep(step)
         best[number] = fillings[number].best()
@@ -121,7 +123,7 @@ def _one_by_one(fillings: Sequence[_Filling]) -> Iterator[tuple[int, float]]:
 
 @dataclass(frozen=True)
 class _Sums:
-    """How a chain stands with some of its steps kept; ``first`` to ``end`` is what a walk back passes."""
+    """Bytes of a chain with some of its steps kept; a walk back passes the steps from ``first`` to ``end``."""
 
     first: int
     end: int
@@ -131,7 +133,7 @@ class _Sums:
 
 
 class _Filling:
-    """One chain while more and more of its steps are kept."""
+    """A chain while its steps are kept one after the other."""
 
     def __init__(self, cost: ChainCost) -> None:
         self._cost = cost
@@ -143,16 +145,16 @@ class _Filling:
         self._sorted = sorted(range(len(steps)), key=lambda i: (_ratio(steps[i].flops, self._alone(steps[i])), i))
 
     def bytes(self) -> float:
-        """Bytes kept as things stand."""
+        """Return the bytes kept now."""
         return self._bytes(self._sums)
 
     def all_kept(self) -> float:
-        """Bytes kept by ordinary backpropagation."""
+        """Return the bytes kept by ordinary backpropagation."""
         always = self._cost.states is None
         return sum(step.saved + (step.input if always else step.reads) for step in self._steps)
 
     def best(self) -> tuple[float, int] | None:
-        """The step to keep next, and the FLOPs it saves per byte; None if all are kept."""
+        """Return the FLOPs saved per byte and the step to keep next; None if all are kept."""
         while self._sorted and self._sorted[-1] in self._kept:
             self._sorted.pop()
         if not self._sorted:
@@ -165,14 +167,14 @@ class _Filling:
         return found
 
     def keep(self, i: int) -> float:
-        """Keep a step; how many bytes that changes."""
+        """Keep a step; return the change in bytes."""
         before, self._sums = self.bytes(), self._with(i)
         self._kept.add(i)
         self._history.append((i, self._keeps_inputs(self._sums)))
         return self.bytes() - before
 
     def plan_after(self, count: int) -> ChainPlan:
-        """What the chain does with the first so many of the steps that were kept."""
+        """Return the chain's plan with only the first ``count`` of the kept steps."""
         kept = frozenset(i for i, _ in self._history[:count])
         from_inputs = self._history[count - 1][1] if count else self._keeps_inputs(self._start)
         return ChainPlan(kept, from_inputs)
@@ -181,7 +183,7 @@ class _Filling:
         return step.saved + (0 if self._cost.states is None else step.reads + step.value)
 
     def _with(self, i: int) -> _Sums:
-        """The sums with one more step kept."""
+        """Return the sums with one more step kept."""
         step, sums, kept = self._steps[i], self._sums, self._kept
         first, end, values = sums.first, sums.end, sums.values + step.value
         while first < end and (first == i or first in kept):

@@ -1,4 +1,4 @@
-"""What a chain keeps between forward and backward, decided by what it costs."""
+"""Decides what a chain keeps between forward and backward, by its cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mfx.options.gamma import Gamma
 
 @dataclass(frozen=True)
 class Storage:
-    """How one chain can walk back, what that takes, and what it does.
+    """The ways in which one chain can store its states, their costs, and the one chosen.
 
     Attributes:
         policy: ``"states"``: states that are walked back; ``"inputs"``: the input of every step; ``"activations"``: all
@@ -36,16 +36,16 @@ class Storage:
 def choose_storage(
     arithmetic: type[State], gamma: Gamma, dtype: torch.dtype, steps: int, *, keeps_all: bool = False
 ) -> Storage:
-    """What a chain of so many steps keeps: whichever takes less. The function is the same.
+    """Return what a chain of so many steps keeps: whichever takes less. The function is the same.
 
-    Arithmetic that needs no anchors makes no error.
+    Arithmetic without anchors makes no error.
 
     Args:
         arithmetic: the chain's.
         gamma: γ.
         dtype: of the stream.
         steps: T.
-        keeps_all: whether all activations are kept.
+        keeps_all: keep all activations.
     """
     inputs = float(dtype.itemsize * steps)
     if gamma.is_zero:
@@ -64,7 +64,7 @@ def choose_storage(
 def states_by_end(
     arithmetic: type[State], gamma: Gamma, dtype: torch.dtype, elements: int, steps: int
 ) -> tuple[float, ...] | None:
-    """Bytes of the states that a walk back from after step t needs, for t = 0 … ``steps``; None where there is none."""
+    """Return the bytes that a walk back from after step t needs, for t = 0 … ``steps``; None without a walk."""
     if gamma.is_zero:
         return None
     return (0.0, *(elements * arithmetic.bytes_kept(gamma, dtype, end) for end in range(1, steps + 1)))

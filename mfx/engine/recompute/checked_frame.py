@@ -1,4 +1,4 @@
-"""A step whose second run is compared with its first."""
+"""A frame whose recomputation is compared with the forward pass, bit for bit."""
 
 from __future__ import annotations
 
@@ -16,25 +16,28 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 class CheckedFrame(Frame):
-    """A frame that tells ``verify`` after a second run whether the branch gave the values of the first, bit for bit.
+    """A frame that reports to ``verify`` whether recomputation gave the values of the forward pass, bit for bit.
 
-    For steps whose inputs are kept: where states are walked back, the end of the walk says so for all of them.
+    For steps whose inputs are kept. Where states are walked back, the end of the walk verifies all steps at once.
 
-    What is compared is a witness: the last tensor that the branch saves of those that it computed and that are no
-    smaller than its input; behind it the second run stops. And, for they enter gradients and no witness shows them, all
-    saved numbers that need no gradient, such as the mask of a dropout. What came to be beside the witness, in a part of
-    the branch that it does not depend on, goes unnoticed; what comes after it no gradient reads. Without a witness, and
-    with forward hooks, the branch runs to its end, and its value is compared.
+    Two things are compared. The witness: the last saved tensor that the branch computed and that is not smaller than
+    its input; the recomputation stops early behind it. And all saved numbers that need no gradient, such as the mask of
+    a dropout: they enter gradients, and the witness may not depend on them. A part of the branch that the witness does
+    not depend on goes unnoticed; no gradient reads what comes after it. Without a witness, and with forward hooks, the
+    branch runs to its end, and its value is compared.
+
+    Comparing shapes and dtypes, as ``torch.utils.checkpoint`` does, would miss what this is for: forward hooks that
+    count, numbers drawn by Python, numpy or a generator of the model's own. They give other values of the same shape.
     """
 
     def __init__(self, *args: Any, verify: Callable[[Tensor], None]) -> None:
         super().__init__(*args)
         self._verify = verify
-        self._sum: Tensor | None = None  # of the bits of what is compared
+        self._sum: Tensor | None = None  # of the bits of the compared tensors
         self._witness: int | None = None
         self._given: frozenset[int] = frozenset()
         self._enough, self._device = 0, torch.device("cpu")
-        # While the branch runs: what may be watched, by number, and the version of each when it was saved.
+        # While the branch runs: candidates, by number, each with its version when it was saved.
         self._constants: dict[int, tuple[Tensor, int]] = {}
         self._last: tuple[int, tuple[Tensor, int]] | None = None
 
@@ -46,12 +49,12 @@ class CheckedFrame(Frame):
         outputs = super().run(x, values, unpack)
         watched, self._constants = self._constants, {}
         last, self._last = self._last, None
-        if last is not None and _is_as_saved(*last[1]) and not self._world.has_hooks:
+        if last is not None and _is_as_saved(*last[1]) and not self._env.has_hooks:
             self._witness = last[0]
             watched[last[0]] = last[1]
         kept = {number: tensor for number, (tensor, version) in watched.items() if _is_as_saved(tensor, version)}
         self._watched = frozenset(kept)
-        # At the end: rrelu fills what it has saved after saving it.
+        # Not before the end: rrelu fills a tensor after saving it.
         self._sum = _sum_of_all(self._compared(kept, outputs[0]))
         return outputs
 
@@ -61,7 +64,7 @@ class CheckedFrame(Frame):
 
     @override
     def _pack(self, tensor: Tensor) -> Handle:
-        # FSDP2's parameters are in no place while they are whole, and freed afterwards.
+        # FSDP2's parameters are in no slot while they are whole, and freed afterwards.
         if tensor.requires_grad:
             whole = _whole(tensor)
             if tensor.numel() >= self._enough and not whole.is_leaf and id(whole) not in self._given:
@@ -77,17 +80,17 @@ class CheckedFrame(Frame):
     @override
     def _compare(self, seen: Mapping[int, Tensor], y: Tensor | None) -> None:
         if self._sum is None or self._watched - seen.keys():
-            return  # bits cannot be seen; or the first run is still under way
+            return  # bits are not accessible; or the forward pass is still under way
         compared = self._compared(seen, y)
         if (now := _sum_of_all(compared)) is not None:
             same = now == self._sum
             if same.device.type == "cpu" and same:
                 return
             finite = torch.stack([value.isfinite().all() for value in compared]).all()
-            self._verify(same | finite.logical_not_())  # the bits of a NaN are nobody's promise
+            self._verify(same | finite.logical_not_())  # the bits of a NaN may differ
 
     def _compared(self, watched: Mapping[int, Tensor], y: object) -> list[Tensor]:
-        """The watched tensors, and the value if there is no witness, as far as their bits can be seen."""
+        """Return the watched tensors, and the value if there is no witness, as far as their bits are accessible."""
         values: list[object] = [watched[number] for number in sorted(self._watched)]
         if self._witness is None:
             values.append(y)
@@ -99,7 +102,7 @@ def _is_as_saved(tensor: Tensor, version: int) -> bool:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    """What a tensor is a view of, or itself."""
+    """Return the base of a view, or the tensor itself."""
     return tensor if tensor._base is None else tensor._base
 
 
@@ -108,7 +111,7 @@ def _has_bits(value: object) -> TypeGuard[Tensor]:
 
 
 def _sum_of_all(values: Sequence[Tensor]) -> Tensor | None:
-    """One number that depends on no order within a tensor, so on no number of threads."""
+    """Return a checksum that does not depend on the order within a tensor, so not on the number of threads."""
     total: Tensor | None = None
     for value in values:
         total = _sum_of_bits(value) if total is None else total.mul_(31).add_(_sum_of_bits(value))

@@ -1,4 +1,4 @@
-"""What a branch depends on beside its arguments, as it was in the forward pass: recorded, checked, put back."""
+"""The environment of a step: what its branch depends on beside its arguments, recorded, checked and put back."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ class RandomClock:
         self.now = self._read()
 
     def tick(self) -> bool:
-        """Read again; whether anything was drawn since the last time."""
+        """Read the states again; True if anything was drawn since the last time."""
         before, self.now = self.now, self._read()
         return not all(map(torch.equal, before, self.now))
 
     def is_at(self, states: tuple[Tensor, ...]) -> bool:
-        """Whether the generators are in these states."""
+        """True if the generators are in these states."""
         return all(map(torch.equal, states, self._read()))
 
     @contextmanager
     def turned_back(self, states: tuple[Tensor, ...]) -> Iterator[None]:
-        """The generators start from ``states``; afterwards they are where they were."""
+        """Let the generators start from ``states``; afterwards put them back."""
         real = self._read()
         try:
             self._write(states)
@@ -64,22 +64,22 @@ class Autocast:
         self._states = {kind: autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
 
     def contexts(self) -> list[AbstractContextManager[object]]:
-        """What brings that state back, where it is another one now."""
+        """Return what brings that state back, as far as it differs now."""
         return [autocast_as(kind, state) for kind, state in self._states.items() if autocast_state(kind) != state]
 
 
 class StepEnvironment:
-    """One step's surroundings in one forward pass.
+    """The environment of one step in one forward pass.
 
-    Made just before the branch runs; ``settle`` follows just after. ``cache`` remembers what lies where, and for each
-    set of training flags which tensors the branch changes. That is found out at the first call, by version and also by
-    value: BatchNorm's kernel changes the running statistics without raising their version.
+    It is made just before the branch runs; ``settle`` follows just after. ``cache`` holds the layout of the step and,
+    for each set of training flags, the tensors that the branch changes. Those are found at the first call, by version
+    and also by value: BatchNorm's kernel changes the running statistics without raising their version.
 
     Attributes:
         tensors: the parameters and buffers, before the branch ran.
     """
 
-    _is_known = True  # which of the buffers the branch changes
+    _is_known = True  # the set of buffers that the branch changes
 
     def __init__(
         self,
@@ -97,11 +97,11 @@ class StepEnvironment:
         self._random_after: tuple[Tensor, ...] = ()
         layout = self._layout = layout_of(cache, key, root, targets, path)
         self._flags = layout.flags
-        self._places = layout.places(root)
-        self.tensors = layout.tensors(self._places)
+        self._slots = layout.slots(root)
+        self.tensors = layout.tensors(self._slots)
         self._states = _states(self.tensors)
         self._buffers: list[tuple[TensorSlot, Tensor | None, _State]] = []
-        # Values before the branch runs, of what it changes or may change.
+        # The values, before the branch runs, of what it changes or may change.
         self._values: dict[TensorSlot, Tensor] = {}
         self._lost: set[str] = set()
         if layout.has_buffers:
@@ -110,23 +110,23 @@ class StepEnvironment:
     def _copy_buffers(self) -> None:
         known = self._layout.changing.get(self._flags)
         self._is_known = known is not None
-        found = zip(self._places, self.tensors, self._states, strict=True)
+        found = zip(self._slots, self.tensors, self._states, strict=True)
         self._buffers = [one for one in found if not one[0].is_parameter]
-        for place, tensor, _ in self._buffers:
-            if tensor is not None and (known is None or place.label in known):
-                self._values[place] = tensor.detach().clone()
+        for slot, tensor, _ in self._buffers:
+            if tensor is not None and (known is None or slot.label in known):
+                self._values[slot] = tensor.detach().clone()
 
     @property
     def has_hooks(self) -> bool:
-        """Whether a module that the step reads has forward hooks now; those of all modules only look on."""
+        """True if a module that the step reads has forward hooks now; global hooks only observe."""
         return any(module._forward_hooks for module in self._layout.modules)
 
     def has_drawn_all(self) -> bool:
-        """Whether a second run has drawn all random numbers that the first one drew."""
+        """True if the recomputation has drawn all random numbers that the forward pass drew."""
         return self._random is None or self._clock.is_at(self._random_after)
 
     def settle(self) -> None:
-        """Forget what the branch turned out not to need."""
+        """Drop what the branch turned out not to need."""
         if self._clock.tick():
             self._random_after = self._clock.now
         else:
@@ -137,41 +137,41 @@ class StepEnvironment:
     def _settle_buffers(self) -> None:
         before = self._layout.changing.get(self._flags, frozenset())
         changed = [
-            place
-            for place, tensor, state in self._buffers
-            if place.label not in before and self._is_changed(place, tensor, state)
+            slot
+            for slot, tensor, state in self._buffers
+            if slot.label not in before and self._is_changed(slot, tensor, state)
         ]
         if changed or not self._is_known:
-            # What changes one buffer of a module may change the others, if only with other inputs.
-            tables = {id(place.table) for place in changed}
-            labels = (place.label for place, _, _ in self._buffers if id(place.table) in tables)
+            # A branch that changes one buffer of a module may change the others on other inputs.
+            tables = {id(slot.table) for slot in changed}
+            labels = (slot.label for slot, _, _ in self._buffers if id(slot.table) in tables)
             self._layout.changing[self._flags] = known = before.union(labels)
-            self._values = {place: value for place, value in self._values.items() if place.label in known}
+            self._values = {slot: value for slot, value in self._values.items() if slot.label in known}
 
-    def _is_changed(self, place: TensorSlot, tensor: Tensor | None, state: _State) -> bool:
+    def _is_changed(self, slot: TensorSlot, tensor: Tensor | None, state: _State) -> bool:
         if tensor is None:
             return False
-        if place.get() is not tensor:
-            self._values.setdefault(place, tensor.detach())
+        if slot.get() is not tensor:
+            self._values.setdefault(slot, tensor.detach())
             return True
         if _state(tensor) == state:
-            return not self._is_known and not torch.equal(tensor, self._values[place])
-        if place not in self._values:
-            self._lost.add(place.label)
+            return not self._is_known and not torch.equal(tensor, self._values[slot])
+        if slot not in self._values:
+            self._lost.add(slot.label)
         return True
 
-    def again(self) -> AbstractContextManager[object]:
-        """Run as in the forward pass; afterwards everything is put back, buffers untouched.
+    def restored(self) -> AbstractContextManager[object]:
+        """Restore the environment of the forward pass; afterwards put everything back, buffers untouched.
 
         Raises:
-            MfxError: if a parameter or buffer is another one, or has been modified, since the forward pass.
+            MfxError: a parameter or buffer was replaced or modified since the forward pass.
         """
         self._check()
         contexts = self._contexts()
-        return _all_of([inside_recomputation(), *contexts]) if contexts else inside_recomputation()  # as a rule
+        return _all_of([inside_recomputation(), *contexts]) if contexts else inside_recomputation()  # the usual case
 
     def _contexts(self) -> list[AbstractContextManager[object]]:
-        """What has to be put back, of what is no longer as it was in the forward pass."""
+        """Return contexts for what differs now from the forward pass."""
         contexts = self._autocast.contexts()
         if self._random is not None:
             contexts.append(self._clock.turned_back(self._random))
@@ -181,15 +181,15 @@ class StepEnvironment:
 
     @contextmanager
     def _put_back(self) -> Iterator[None]:
-        flags, tensors = self._layout.flags, [(place, place.get()) for place in self._values]
+        flags, tensors = self._layout.flags, [(slot, slot.get()) for slot in self._values]
         try:
             self._set_flags(self._flags)
-            for place, value in self._values.items():
-                place.put(value.clone())  # the branch will write into it, and may be run again
+            for slot, value in self._values.items():
+                slot.put(value.clone())  # the branch writes into it, and may be recomputed once more
             yield
         finally:
-            for place, tensor in tensors:
-                place.put(tensor)
+            for slot, tensor in tensors:
+                slot.put(tensor)
             self._set_flags(flags)
 
     def _set_flags(self, flags: tuple[bool, ...]) -> None:
@@ -203,24 +203,24 @@ class StepEnvironment:
                 f"{self._path}: modules were added, removed or replaced between forward and backward, but the backward "
                 "pass has to run this step a second time; call backward before changing it"
             )
-        tensors = self._layout.tensors(self._places)
+        tensors = self._layout.tensors(self._slots)
         if all(map(is_, tensors, self.tensors)) and _states(tensors) == self._states:
             return
-        for place, now, old, state in zip(self._places, tensors, self.tensors, self._states, strict=True):
+        for slot, now, old, state in zip(self._slots, tensors, self.tensors, self._states, strict=True):
             if now is old and _state(now) == state:
                 continue
-            if place in self._values:
+            if slot in self._values:
                 continue
             if is_sharded(now) or is_sharded(old):
                 continue  # FSDP2 holds shards outside a module's forward, and whole parameters inside
-            if place.label in self._lost:
+            if slot.label in self._lost:
                 raise MfxError(
-                    f"{self._path}: this step wrote into {place.label}, which it had not done in earlier calls, so the "
+                    f"{self._path}: this step wrote into {slot.label}, which it had not done in earlier calls, so the "
                     "value that it read is gone. From the next call on it is kept"
                 )
             if now is old and state is not None and now._version == state[0]:
-                raise MfxError(self._complaint(place.label, "frozen or unfrozen"))
-            raise MfxError(self._complaint(place.label, "changed"))
+                raise MfxError(self._complaint(slot.label, "frozen or unfrozen"))
+            raise MfxError(self._complaint(slot.label, "changed"))
 
     def _complaint(self, label: str, what: str) -> str:
         return (
@@ -245,7 +245,7 @@ def _states(tensors: Sequence[Tensor | None]) -> list[_State]:
 
 
 def _state(tensor: Tensor | None) -> _State:
-    """What tells that a tensor was modified, frozen or unfrozen; tensors of inference mode have no version."""
+    """Return what changes if a tensor is modified, frozen or unfrozen; inference tensors have no version."""
     if tensor is None:
         return None
     return 0 if tensor.is_inference() else tensor._version, tensor.requires_grad

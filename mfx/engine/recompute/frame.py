@@ -1,4 +1,4 @@
-"""One step of one call: run under hooks that keep nothing, and run again to provide what they were asked for."""
+"""A frame: one step of one call, run under hooks that keep nothing, and recomputed when a saved tensor is needed."""
 
 from __future__ import annotations
 
@@ -24,30 +24,30 @@ _Packed = tuple["weakref.ref[Handle]", torch.Size, torch.dtype]
 
 
 class Handle:
-    """Stands in the autograd graph for one tensor that a branch wanted saved.
+    """Stands in the autograd graph for one saved tensor of a branch.
 
-    As autograd lets go of a node, it lets go of the node's handles, and the tensors provided for them go too.
+    When autograd frees a node, it frees the node's handles, and the tensors that were rebuilt for them.
     """
 
     __slots__ = ("__weakref__", "tensor", "version")
 
     def __init__(self) -> None:
         self.tensor: Tensor | None = None
-        self.version = 0  # that of the tensor when it was saved
+        self.version = 0  # of the tensor when it was saved
 
 
 class Rebuilt:
-    """Sees that what second runs provided for handles serves in one backward pass, and no longer than needed."""
+    """The tensors that recomputation has given to handles, for one backward pass and no longer than needed."""
 
     def __init__(self) -> None:
         self._task = NO_TASK
         self._provided: list[list[_Packed]] = []
 
     def provide(self, rebuild: Callable[[], None], handle: Handle) -> Tensor:
-        """The tensor behind ``handle``, after ``rebuild`` if it is not there.
+        """Return the tensor behind ``handle``, after ``rebuild`` if it is not there.
 
         Raises:
-            MfxError: it was changed after it was saved.
+            MfxError: the tensor was changed after it was saved.
         """
         if (task := current_task()) != self._task:
             self._enter(task)
@@ -65,18 +65,18 @@ class Rebuilt:
         return tensor
 
     def note(self, packed: list[_Packed]) -> None:
-        """The handles of these have tensors now."""
+        """Note that the handles of these have tensors now."""
         self._provided.append(packed)
 
     def clear(self) -> None:
-        """Forget the tensors; handles that are asked for again are rebuilt again."""
+        """Drop the tensors; handles that are needed once more are rebuilt once more."""
         for reference, _, _ in chain.from_iterable(self._provided):
             if (handle := reference()) is not None:
                 handle.tensor = None
         self._provided.clear()
 
     def _enter(self, task: int) -> None:
-        # Nothing rebuilt in another pass may serve here: parameters may have changed between, which the rebuild checks.
+        # Tensors rebuilt in another pass are not used here: parameters may have changed since, which a rebuild checks.
         self.clear()
         self._task = task
         if task != NO_TASK:
@@ -91,9 +91,9 @@ def _clear_after(this: weakref.ref[Rebuilt], task: int) -> None:
 
 
 class Frame:
-    """A step as it ran in the forward pass. Knows its place in no tape, so that neither keeps the other alive."""
+    """A step as it ran in the forward pass. It holds no tape, so that neither keeps the other alive."""
 
-    _watched: frozenset[int] = frozenset()  # the numbers of the saved tensors that a second run is asked for
+    _watched: frozenset[int] = frozenset()  # numbers of the saved tensors to compare after recomputation
 
     def __init__(
         self,
@@ -103,27 +103,27 @@ class Frame:
         root: Any,
         captures: tuple[int, ...],
         values: Captures,
-        world: StepEnvironment,
+        env: StepEnvironment,
     ) -> None:
         self._where, self._path, self._call, self._root = where, path, call, root
-        self._captures, self._values, self._world = captures, values, world
+        self._captures, self._values, self._env = captures, values, env
         self._packed: list[_Packed] = []
         self._requires_grad = False
-        self.live: Tensor | None = None  # the input, while the forward is still running
+        self.live: Tensor | None = None  # the input, while the forward pass is still running
 
     @property
     def tensors(self) -> list[Tensor | None]:
         """The parameters and buffers that the step reads."""
-        return self._world.tensors
+        return self._env.tensors
 
     def run(self, x: Tensor, values: Sequence[Any], unpack: Callable[[Handle], Tensor]) -> tuple[Any, ...]:
-        """Run the step, under hooks whose handles ``unpack`` will be asked about."""
+        """Run the step, under hooks whose handles ``unpack`` turns into tensors."""
         self._requires_grad, self.live = x.requires_grad, x.detach()
         pack = self._pack if measure() is None else self._pack_measured
         with saved_tensors_hooks(pack, unpack):
             outputs = self._first_run(x, values)
         self.live = None
-        self._world.settle()
+        self._env.settle()
         return outputs
 
     def _first_run(self, x: Tensor, values: Sequence[Any]) -> tuple[Any, ...]:
@@ -138,47 +138,47 @@ class Frame:
             ) from error
 
     def rerun(self, x: Tensor, rebuilt: Rebuilt, *, to_value: bool) -> Tensor | None:
-        """Run the step again on ``x`` and provide what its handles stand for.
+        """Recompute the step on ``x`` and give its handles their tensors.
 
         Args:
             x: the step's input.
-            rebuilt: is told of the handles.
-            to_value: whether the branch's value is asked for. If it is not, the run stops as soon as it has saved as
-                many tensors as the first one, as ``torch.utils.checkpoint`` does: what the branch does after that
-                nobody reads. Buffers, flags and generators are put back in either case. Forward hooks may have effects
-                elsewhere (sharding, a user's notes), so a step that has some runs to its end; and so does one that
-                has random numbers to draw yet: ``rrelu`` fills a tensor with them that autograd has already saved.
-                (No other operation of torch writes into an argument that it saves.)
+            rebuilt: takes note of the handles.
+            to_value: compute the branch's value. If False, the recomputation stops early, as soon as it has saved as
+                many tensors as the forward pass, as in ``torch.utils.checkpoint``: what the branch does after that is
+                not read. Buffers, flags and generators are put back in either case. A step with forward hooks runs to
+                its end, for hooks may have effects elsewhere (sharding, a user's notes). So does a step that has
+                random numbers left to draw: ``rrelu`` fills a tensor with them that autograd has already saved. (No
+                other operation of torch writes into an argument that it saves.)
 
         Returns:
-            The branch's value; None if the run stopped before.
+            The branch's value; None after an early stop.
 
         Raises:
-            MfxError: if it does not save the same number of tensors (more are not noticed by a run that stops), of the
-                same shapes and dtypes.
+            MfxError: the number of saved tensors, a shape or a dtype differs from the forward pass. (After an early
+                stop, more saved tensors go unnoticed.)
         """
-        unfinished = self.live is not None  # autograd is used inside the branch, while it is still running
-        stops = not (to_value or unfinished or self._world.has_hooks)
-        again = RecomputationHooks(self._packed, self._world.has_drawn_all if stops else None, self._watched)
+        unfinished = self.live is not None  # the branch itself uses autograd, while it is still running
+        stops = not (to_value or unfinished or self._env.has_hooks)
+        hooks = RecomputationHooks(self._packed, self._env.has_drawn_all if stops else None, self._watched)
         rebuilt.note(self._packed)
         values = self._values.get()
-        with torch.enable_grad(), self._world.again(), saved_tensors_hooks(again.pack, _as_is):
-            # As in the forward pass, the input is no leaf: autocast caches what it casts of leaves. (view_as would
+        with torch.enable_grad(), self._env.restored(), saved_tensors_hooks(hooks.pack, _as_is):
+            # As in the forward pass, the input is not a leaf: autocast caches its casts of leaves. (view_as would
             # change the strides of dimensions of size 1, by which convolutions choose their kernel.)
             x = x.detach().requires_grad_(self._requires_grad)[...]
             try:
                 outputs = self._call(self._root, x, *(values[i] for i in self._captures))
             except Exception:
-                if not again.stopped:  # else it is what the branch made of StopRecomputation
+                if not hooks.stopped:  # otherwise the branch has turned StopRecomputation into this
                     raise
-        if again.wrong is not None or not (unfinished or again.count == len(self._packed)):
-            raise MfxError(self._complaint(again))
-        y: Tensor | None = None if again.stopped else outputs[0].detach()
-        self._compare(again.seen, y)
+        if hooks.wrong is not None or not (unfinished or hooks.count == len(self._packed)):
+            raise MfxError(self._complaint(hooks))
+        y: Tensor | None = None if hooks.stopped else outputs[0].detach()
+        self._compare(hooks.seen, y)
         return y
 
     def _compare(self, seen: Mapping[int, Tensor], y: Tensor | None) -> None:
-        """Look at what a second run gave: what it was asked for, and its value, unless it stopped before."""
+        """Compare the watched tensors, and the value unless there was an early stop, with the forward pass."""
 
     def _pack(self, tensor: Tensor) -> Handle:
         handle = Handle()
@@ -190,8 +190,8 @@ class Frame:
             step.saw(tensor)
         return self._pack(tensor)
 
-    def _complaint(self, again: RecomputationHooks) -> str:
-        what = again.wrong or f"saved {again.count} tensors, {len(self._packed)} in the forward pass"
+    def _complaint(self, hooks: RecomputationHooks) -> str:
+        what = hooks.wrong or f"saved {hooks.count} tensors, {len(self._packed)} in the forward pass"
         return (
             f"{self._where}, step {self._path}: the second run of this step, in the backward pass, {what}. A step must "
             "do the same both times: see that it depends on nothing that changed in between (Python state, an "
@@ -200,7 +200,7 @@ class Frame:
 
 
 class KeptStep:
-    """Stands on a tape for a step that kept its activations: all that a walk back needs of it is its value."""
+    """Stands on a tape for a step that kept its activations: a walk back needs its value only."""
 
     live = None
 
@@ -208,26 +208,26 @@ class KeptStep:
         self._y: SavedTensors | None = SavedTensors([y], what)
 
     def rerun(self, x: Tensor, rebuilt: Rebuilt, *, to_value: bool) -> Tensor:
-        """What running the step again would give."""
-        assert self._y is not None, "a walk that is the last one has passed here"
+        """Return the value that recomputation would give."""
+        assert self._y is not None, "the last walk has passed here"
         return self._y.get()[0]
 
     def release(self) -> None:
-        """No walk will come here again."""
+        """Free the value: no walk will pass here any more."""
         self._y = None
 
 
 class StopRecomputation(Exception):  # noqa: N818
-    """Ends a second run from within, past whatever the branch has to clean up."""
+    """Stops a recomputation early, from within, through whatever the branch has to clean up."""
 
 
 class RecomputationHooks:
-    """The hooks of a second run: hand over to live handles, in order, and check.
+    """The saved-tensor hooks of a recomputation: give tensors to live handles, in order, and check them.
 
     Args:
-        packed: what the first run saved.
-        stops: whether the run may be ended after the last of them; None: it may not.
-        watched: the numbers of those that are kept in ``seen``.
+        packed: the saved tensors of the forward pass.
+        stops: returns True if the run may stop early after the last of them; None: it may not.
+        watched: numbers of the tensors to keep in ``seen``.
     """
 
     __slots__ = ("_packed", "_stops", "_task", "_watched", "count", "seen", "stopped", "wrong")
@@ -240,8 +240,8 @@ class RecomputationHooks:
         self.wrong: str | None = None
 
     def pack(self, tensor: Tensor) -> Tensor:
-        """Take the value of the next handle, and stop early when it was the last."""
-        if self.stopped:  # the branch has caught it
+        """Give the next handle its tensor, and stop early if it is the last one."""
+        if self.stopped:  # the branch has caught the exception
             raise StopRecomputation
         index, self.count = self.count, self.count + 1
         tensor = tensor.detach()
@@ -257,11 +257,11 @@ class RecomputationHooks:
             if (handle := reference()) is not None:
                 handle.tensor, handle.version = tensor, tensor._version
         if self._stops is not None and self.count == len(self._packed) and self.wrong is None:
-            # A backward pass inside the branch is not broken off, nor what has a mode to leave.
+            # A backward pass inside the branch is not stopped, nor code that has a mode to leave.
             self.stopped = may_be_ended() and current_task() == self._task and self._stops()
             if self.stopped:
                 raise StopRecomputation
-        # Kept by the second run's own graph too, which dies with the run: a branch may use autograd itself.
+        # The recomputation's own graph keeps it too, and is freed with it: a branch may use autograd itself.
         return tensor
 
 

@@ -1,4 +1,4 @@
-"""The modules, parameters and buffers that a step reads through its root."""
+"""The layout of a step's state: the modules, parameters and buffers that it reads through its root."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from mfx_passes.errors import MfxError
 from mfx_passes.paths import resolve
 
 Flags = tuple[bool, ...]
-Table = dict[str, Any]  # one that modules keep tensors or modules in
+Table = dict[str, Any]  # of a module: its parameters, buffers, modules or attributes
 
 
 @dataclass(frozen=True, eq=False)
 class TensorSlot:
-    """Where a tensor lies: under ``name`` in ``table``; ``label`` is its dotted path."""
+    """The place of a tensor: ``name`` in ``table``; ``label`` is its dotted path."""
 
     table: Table
     name: str
@@ -28,22 +28,23 @@ class TensorSlot:
     is_parameter: bool
 
     def get(self) -> Any:
-        """What lies there now, past whatever ``__getattr__`` would do."""
+        """Return the present value, without calling ``__getattr__``."""
         return self.table.get(self.name)
 
     def put(self, value: Any) -> None:
-        """Have ``value`` lie there, past whatever ``__setattr__`` would do."""
+        """Set the value, without calling ``__setattr__``."""
         self.table[self.name] = value
 
 
 class StateLayout:
-    """Everything under a step's targets: which modules there are, and which places for tensors.
+    """The modules and tensor slots under a step's targets.
 
-    It knows no tensors, so that it can be kept from call to call, as long as it ``holds``.
+    It holds no tensors, so it can be kept from call to call, as long as it ``holds``.
 
     Attributes:
-        changing: labels of the places whose tensors the step changes, by the modules' training flags, once known.
-        has_buffers: whether there is any place that is not a module's parameter.
+        modules: all modules, each once.
+        changing: labels of the slots whose tensors the step changes, by the modules' training flags, once known.
+        has_buffers: True if any slot is not a module's parameter.
     """
 
     def __init__(self, root: Any, targets: Sequence[str], step_path: str) -> None:
@@ -51,30 +52,30 @@ class StateLayout:
         self._get = _getter(targets)
         self.modules: list[nn.Module] = []
         self.changing: dict[Flags, frozenset[str]] = {}
-        self._places: list[TensorSlot] = []
+        self._slots: list[TensorSlot] = []
         self._loose: list[str] = []
         self._targeted: list[nn.Module | None] = []
         for target, value in zip(targets, self._values(root), strict=True):
             self._targeted.append(value if isinstance(value, nn.Module) else None)
             if isinstance(value, nn.Module):
-                self._places.extend(self._inside(value, target))
+                self._slots.extend(self._inside(value, target))
             elif isinstance(value, Tensor):
                 self._loose.append(target)
-        # In the order of the places: what the tables hold is what lies there.
+        # In the order of the slots: the values of the tables are the tensors of the slots.
         self._tensor_tables: list[Table] = [table for m in self.modules for table in (m._parameters, m._buffers)]
-        self.has_buffers = bool(self._loose) or not all(place.is_parameter for place in self._places)
+        self.has_buffers = bool(self._loose) or not all(slot.is_parameter for slot in self._slots)
         self._names = list(map(tuple, self._tensor_tables))
         self._module_tables = [m._modules for m in self.modules]
         self._children = self._children_now()
 
     @property
     def flags(self) -> Flags:
-        """Which modules are in training mode."""
+        """The training mode of each module."""
         return tuple([m.training for m in self.modules])
 
     def holds(self, root: Any) -> bool:
-        """Whether the same modules are there, with places of the same names."""
-        # In this order: the tables are those of the modules that were found.
+        """True if the modules are the same, with slots of the same names."""
+        # In this order: the tables belong to the modules that were found.
         found, expected = self._values(root), self._targeted
         if not (all(map(is_, found, expected)) or all(map(_is_still, expected, found))):
             return False
@@ -85,19 +86,19 @@ class StateLayout:
             and list(map(tuple, self._tensor_tables)) == self._names
         )
 
-    def places(self, root: Any) -> list[TensorSlot]:
-        """All places, each once."""
+    def slots(self, root: Any) -> list[TensorSlot]:
+        """Return all slots, each once."""
         if not self._loose:
-            return self._places
-        known = {(id(place.table), place.name) for place in self._places}
-        loose = {(id(place.table), place.name): place for place in (_loose(root, path) for path in self._loose)}
-        return [*self._places, *(place for key, place in loose.items() if key not in known)]
+            return self._slots
+        known = {(id(slot.table), slot.name) for slot in self._slots}
+        loose = {(id(slot.table), slot.name): slot for slot in (_loose(root, path) for path in self._loose)}
+        return [*self._slots, *(slot for key, slot in loose.items() if key not in known)]
 
-    def tensors(self, places: Sequence[TensorSlot]) -> list[Any]:
-        """What lies at ``places`` now, which are those of this layout, as long as it holds."""
+    def tensors(self, slots: Sequence[TensorSlot]) -> list[Any]:
+        """Return the present tensors of ``slots``, the slots of this layout, as long as it holds."""
         if self._loose:
-            return [place.table.get(place.name) for place in places]
-        return list(chain.from_iterable(map(dict.values, self._tensor_tables)))  # without a call for each
+            return [slot.table.get(slot.name) for slot in slots]
+        return list(chain.from_iterable(map(dict.values, self._tensor_tables)))  # without one call per slot
 
     def _values(self, root: Any) -> Sequence[Any]:
         try:
@@ -120,10 +121,10 @@ class StateLayout:
 
 
 def layout_of(cache: dict[Any, Any], key: Any, root: Any, targets: Sequence[str], step_path: str) -> StateLayout:
-    """The step's layout as remembered under ``key``, or made anew if it is another one by now.
+    """Return the step's layout, from ``cache`` under ``key`` if that one still holds.
 
     Raises:
-        MfxError: if the model has lost what the step reads.
+        MfxError: the model no longer has what the step reads.
     """
     layout: StateLayout | None = cache.get(key)
     if layout is None or not layout.holds(root):
@@ -132,21 +133,21 @@ def layout_of(cache: dict[Any, Any], key: Any, root: Any, targets: Sequence[str]
 
 
 def _loose(root: Any, path: str) -> TensorSlot:
-    """The place of a tensor that is itself a target."""
+    """Return the slot of a tensor that is itself a target."""
     parent, _, name = path.rpartition(".")
-    owner = resolve(root, parent)
-    tables: list[Table] = [owner.__dict__]
-    if isinstance(owner, nn.Module):
-        tables = [owner._parameters, owner._buffers, *tables]
+    holder = resolve(root, parent)
+    tables: list[Table] = [holder.__dict__]
+    if isinstance(holder, nn.Module):
+        tables = [holder._parameters, holder._buffers, *tables]
     table = next((table for table in tables if name in table), tables[-1])
-    return TensorSlot(table, name, path, isinstance(owner, nn.Module) and table is owner._parameters)
+    return TensorSlot(table, name, path, isinstance(holder, nn.Module) and table is holder._parameters)
 
 
 def _getter(paths: Sequence[str]) -> Callable[[Any], Sequence[Any]]:
-    """What gets, from a root, what lies at all of the paths."""
+    """Return a function from a root to the values at all of the paths."""
     if not paths or not all(paths):
         return partial(_resolve_all, paths)
-    get = attrgetter(*paths)  # what ``resolve`` does, in one call
+    get = attrgetter(*paths)  # as ``resolve``, in one call
     return get if len(paths) > 1 else partial(_get_one, get)
 
 

@@ -1,6 +1,6 @@
-"""How the branches of one call are run: as they are, keeping their inputs, or keeping nothing but a tape.
+"""Runners: run the branches of one call as they are, keeping their inputs, or keeping a tape only.
 
-Under a memory budget the second and third way run some of the steps as they are.
+Under a memory budget the second and third kind run some of the steps as they are.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from mfx.options.gamma import Gamma
 
 
 class Runner(Protocol):
-    """Runs step ``index`` on ``x``, with momentum ``gamma``; at γ = 0 the original step, as ``original`` says."""
+    """Runs step ``index`` on ``x``, with momentum ``gamma``; at γ = 0, if ``original``, the step before rewriting."""
 
     def run(self, index: int, step: StepFunction, x: Tensor, gamma: Gamma) -> tuple[Any, ...]:
-        """What the step returned; its side outputs become captures that later steps may read."""
+        """Return the step's outputs; its side outputs become captures that later steps may read."""
         ...
 
 
 class Ordinary(Runner):
-    """Autograd keeps what it keeps."""
+    """Runs steps as they are: autograd keeps all activations."""
 
     def __init__(self, call: ChainCall, *, original: bool) -> None:
         self._root, self._values, self._original = call.root, list(call.captures), original
@@ -51,7 +51,7 @@ class _Recomputing:
     Args:
         call: the call.
         device: of the stream.
-        original: whether the steps run as they were before they were rewritten.
+        original: run the steps as they were before they were rewritten.
     """
 
     def __init__(self, call: ChainCall, device: torch.device, *, original: bool) -> None:
@@ -61,7 +61,7 @@ class _Recomputing:
         self._clock, self._autocast = RandomClock(device), Autocast(device)
 
     def _run_kept(self, step: StepFunction, x: Tensor) -> tuple[Any, ...]:
-        """Run a step whose activations autograd keeps."""
+        """Run a step that keeps its activations."""
         with inside_kept_step():
             outputs = self._function_of(step)(self._call.root, x, *(self._values[i] for i in step.captures))
         self._clock.tick()
@@ -70,7 +70,7 @@ class _Recomputing:
     def _run_frame(
         self, frame: Frame, step: StepFunction, x: Tensor, unpack: Callable[[Handle], Tensor]
     ) -> tuple[Any, ...]:
-        """Run a step that will run again."""
+        """Run a step that will be recomputed."""
         costs = self._call.costs
         if costs is None:
             return self._hand_on(frame.run(x, self._values, unpack))
@@ -93,16 +93,16 @@ class _Recomputing:
     def _frame(self, index: int, step: StepFunction) -> Frame:
         key = ("buffers", index, self._original)
         call, clock, cast = self._call, self._clock, self._autocast
-        world = StepEnvironment(call.root, step.targets, step.path, key, call.cache, clock, cast)
+        env = StepEnvironment(call.root, step.targets, step.path, key, call.cache, clock, cast)
         function = self._function_of(step)
-        return self._make_frame(step, call.name, step.path, function, call.root, step.captures, self._captures, world)
+        return self._make_frame(step, call.name, step.path, function, call.root, step.captures, self._captures, env)
 
     def _make_frame(self, step: StepFunction, *args: Any) -> Frame:
         return Frame(*args)
 
 
 class FromInputs(_Recomputing, Runner):
-    """Keeps the input of every step that runs again: an ordinary checkpoint."""
+    """Keeps the input of every recomputed step: an ordinary checkpoint."""
 
     def __init__(self, call: ChainCall, device: torch.device, *, original: bool) -> None:
         super().__init__(call, device, original=original)
@@ -125,10 +125,10 @@ class FromInputs(_Recomputing, Runner):
 
 
 class FromTape(_Recomputing, Runner):
-    """Keeps nothing per step that runs again but what the second run cannot do without.
+    """Keeps nothing per recomputed step, beside its random states and the buffers it changes.
 
     Attributes:
-        walked: the steps that the walk back passes.
+        walked: numbers of the steps that the walk back passes.
     """
 
     def __init__(self, call: ChainCall, device: torch.device) -> None:

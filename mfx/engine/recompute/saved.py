@@ -1,4 +1,4 @@
-"""Keeping tensors between forward and backward, the way autograd keeps them."""
+"""Tensors kept between forward and backward as autograd keeps them: as saved tensors."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mfx_passes.errors import MfxError
 
 
 class _Saver(torch.autograd.Function):
-    """Does nothing but save: whatever saved-tensor hooks are active around it get to see the tensors."""
+    """Does nothing but save tensors, so that the active saved-tensor hooks apply to them."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
@@ -26,10 +26,10 @@ class _Saver(torch.autograd.Function):
 
 
 class SavedTensors:
-    """Tensors kept through autograd's own saved tensors.
+    """Tensors kept as saved tensors of an autograd node.
 
-    A chain inside another chain's branch, or inside ``torch.utils.checkpoint``, must not hold on to what the outer one
-    means to forget. Saved tensors are subject to the outer one's hooks, which provide them again when asked.
+    A chain inside another chain's branch, or inside ``torch.utils.checkpoint``, must not keep alive what the outer one
+    frees. Saved tensors are subject to the hooks of the outer one, which recompute them when they are needed.
     """
 
     def __init__(self, tensors: Iterable[Tensor], what: str) -> None:
@@ -39,19 +39,19 @@ class SavedTensors:
             self._node: Any = _Saver.apply(anchor, *(t.detach() for t in tensors)).grad_fn
 
     def get(self) -> tuple[Tensor, ...]:
-        """The tensors, detached.
+        """Return the tensors, detached.
 
         Raises:
-            MfxError: if one of them was modified in place since.
+            MfxError: a tensor was modified in place since.
         """
         return tuple(t.detach() for t in saved_by(self._node, self._what))
 
 
 def saved_by(node: Any, what: str) -> tuple[Tensor, ...]:
-    """The tensors that an autograd node saved.
+    """Return the tensors that an autograd node saved.
 
     Raises:
-        MfxError: if one of them, which ``what`` names, was modified in place since.
+        MfxError: a tensor was modified in place since; ``what`` names them.
     """
     try:
         return tuple(node.saved_tensors)
@@ -65,34 +65,34 @@ def saved_by(node: Any, what: str) -> tuple[Tensor, ...]:
 
 
 class Captures:
-    """The other values that a chain's branches read, kept for their second run; tensors inside containers too."""
+    """The other values that a chain's branches read, kept for recomputation; tensors inside containers too."""
 
     def __init__(self, values: Sequence[Any], what: str) -> None:
         leaves, self._spec = tree_flatten(tuple(values))
         self._leaves = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
-        tensors = [leaves[i] for i in self._places]
+        self._positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        tensors = [leaves[i] for i in self._positions]
         self._requires_grad = [t.requires_grad for t in tensors]
         self._kept = SavedTensors(tensors, what) if tensors else None
         self._is_empty = not values
         self._later: list[Any] = []
 
     def extend(self, values: Iterable[Any]) -> None:
-        """More values, of which only those that are no tensors can be got: sizes that a branch handed on."""
+        """Add side outputs of a branch. Only those that are not tensors can be read later, such as sizes."""
         self._later.extend(None if isinstance(value, Tensor) else value for value in values)
 
     def get(self) -> tuple[Any, ...]:
-        """The values, with tensors detached from the graph and the same ``requires_grad`` as in the forward pass."""
-        if self._is_empty:  # as a rule
+        """Return the values, tensors detached and with the ``requires_grad`` of the forward pass."""
+        if self._is_empty:  # the usual case
             return tuple(self._later)
         leaves = list(self._leaves)
         tensors = self._kept.get() if self._kept is not None else ()
-        for place, tensor, requires_grad in zip(self._places, tensors, self._requires_grad, strict=True):
-            leaves[place] = tensor.requires_grad_(requires_grad)
+        for position, tensor, requires_grad in zip(self._positions, tensors, self._requires_grad, strict=True):
+            leaves[position] = tensor.requires_grad_(requires_grad)
         values: tuple[Any, ...] = tree_unflatten(leaves, self._spec)
         return (*values, *self._later)
 
 
 def tensors_in(values: object) -> Iterable[Tensor]:
-    """The tensors in ``values``, in containers too."""
+    """Return the tensors in ``values``, in containers too."""
     return (leaf for leaf in tree_iter(values) if isinstance(leaf, Tensor))

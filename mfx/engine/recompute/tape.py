@@ -1,4 +1,4 @@
-"""Walking a chain back, step by step, as the backward pass asks for what the steps saved."""
+"""The tape of a chain: walks its states back, step by step, as the backward pass needs saved tensors."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from mfx.options.gamma import Gamma
 
 
 class StoredInput:
-    """The source of one step's input when inputs are kept: as in an ordinary checkpoint."""
+    """The kept input of one step, as in an ordinary checkpoint."""
 
     def __init__(self, frame: Frame, x: Tensor, rebuilt: Rebuilt, what: str) -> None:
         self._frame, self._rebuilt = frame, rebuilt
         self._x = SavedTensors([x], what)
 
     def unpacker(self) -> Callable[[Handle], Tensor]:
-        """What gives the tensor that a handle stands for."""
+        """Return the function that turns a handle into its tensor."""
         return partial(self._rebuilt.provide, self._rebuild)
 
     def _rebuild(self) -> None:
@@ -36,18 +36,18 @@ class StoredInput:
 
 @dataclass
 class _Walk:
-    """How far down one backward pass has come: ``state`` is the chain's after ``position`` steps."""
+    """The progress of one backward pass: ``state`` is the chain's after ``position`` steps."""
 
     task: int
     position: int
     state: State | None
-    again: bool | None = None  # whether there is a state to start again from, once that was looked up
+    repeatable: bool | None = None  # another walk can start from the end; None: not looked up yet
     ends_with_task: bool = False
 
 
 @dataclass(frozen=True)
 class _Stored:
-    """A state that the tape can start from."""
+    """A state that a walk can start from."""
 
     tensors: Callable[[], tuple[Tensor, ...]]
     thaw: Callable[[tuple[Tensor, ...]], State]
@@ -59,12 +59,12 @@ def _stored(state: State, what: str) -> _Stored:
 
 
 class Tape:
-    """Consecutive steps of one call, the first and the last of which run again, and the state to walk back from.
+    """Consecutive steps of one call, of which the first and the last are recomputed, and the state to walk back from.
 
     Positions count the steps from the tape's first one. The end state is kept by the autograd node of the tape's last
-    update, which lets go of it as soon as the walk has begun; or here, by ``store_end``, if gradients may arrive
-    without passing through that node. At anchors a walk is put right on its way. ``verify`` is told, after a complete
-    walk, whether it ended in the state that the first step started from.
+    update, which frees it as soon as the walk has begun; or here, by ``store_end``, if gradients may arrive without
+    passing through that node. At an anchor a walk continues from the stored state. After a complete walk ``verify`` is
+    called with the result of comparing its last state with the one that the first step started from.
     """
 
     def __init__(self, verify: Callable[[Tensor], None] | None) -> None:
@@ -77,12 +77,12 @@ class Tape:
         self._verify = verify
 
     def add(self, frame: Frame, kind: str, gamma: Gamma) -> Callable[[Handle], Tensor]:
-        """Take in the next step; returns what unpacks its handles."""
+        """Append a step; return the function that turns its handles into tensors."""
         self._steps.append((frame, kind, gamma))
         return partial(self._rebuilt.provide, partial(self._rebuild, len(self._steps) - 1))
 
     def pass_by(self, step: KeptStep, kind: str, gamma: Gamma) -> None:
-        """Take in the next step, which does not run again."""
+        """Append a step that is not recomputed."""
         self._steps.append((step, kind, gamma))
 
     def store_end(self, state: State, what: str) -> None:
@@ -90,19 +90,19 @@ class Tape:
         self._end = _stored(state, what)
 
     def anchor(self, position: int, state: State, what: str) -> None:
-        """Have walks come to ``state`` after ``position`` steps.
+        """Let walks continue from ``state`` at ``position``.
 
-        All of it is kept: how far off a walk will be nobody knows. Where a branch rounds to bfloat16, by itself or
-        under autocast, what it gives for nearly the same x differs in the third digit.
+        All of it is kept: the error of a walk is not known beforehand. Where a branch rounds to bfloat16, by itself or
+        under autocast, its values for nearly the same x differ in the third digit.
         """
         self._anchors[position] = _stored(state, what)
 
     def begin(self, state: State) -> None:
-        """A backward pass has come to the end of the chain, whose state is ``state``."""
+        """Start a walk from ``state``, the chain's end: a backward pass has reached it."""
         self._set_walk(_Walk(current_task(), len(self._steps), state))
         if torch.is_grad_enabled():
-            # This backward pass will itself be differentiated. That one need not come through the last update, which
-            # may not even be alive by then.
+            # This backward pass will itself be differentiated. That one need not pass through the last update, which
+            # may be freed by then.
             tensors, thaw = state.freeze()
             self._end = _Stored(lambda: tensors, thaw)
 
@@ -112,7 +112,7 @@ class Tape:
             frame.rerun(frame.live, self._rebuilt, to_value=False)
             return
         walk = self._walk_above(index)
-        self._walk = None  # if a step fails, the next demand starts anew
+        self._walk = None  # if a step fails, the next walk starts anew
         while walk.position > index:
             self._step_down(walk)
         if walk.task != NO_TASK:
@@ -125,7 +125,7 @@ class Tape:
             when_task_ends(partial(_end_walk, weakref.ref(self), walk.task))
 
     def _walk_above(self, index: int) -> _Walk:
-        """The walk of this backward pass if it is above step ``index``, else one from the end."""
+        """Return the walk of this backward pass if it is above step ``index``, else one from the end."""
         task, walk = current_task(), self._walk
         if walk is not None and walk.task == task and walk.position > index:
             return walk
@@ -136,14 +136,14 @@ class Tape:
         return _Walk(task, len(self._steps), ctx.thaw(ctx.saved_tensors))
 
     def _step_down(self, walk: _Walk) -> None:
-        if walk.again is None:
-            walk.again = self._end is not None or self._last_update() is not None
-        if walk.again:
-            # The graph is being retained, so handles do not die; what they still hold can be rebuilt.
+        if walk.repeatable is None:
+            walk.repeatable = self._end is not None or self._last_update() is not None
+        if walk.repeatable:
+            # The graph is retained, so handles stay alive; what they still hold can be rebuilt.
             self._rebuilt.clear()
-        if (anchor := self._anchors.get(walk.position)) is not None:  # now that the step above has its gradients
+        if (anchor := self._anchors.get(walk.position)) is not None:  # the step above has its gradients now
             walk.state = anchor.thaw(anchor.tensors())
-            if not walk.again:
+            if not walk.repeatable:
                 del self._anchors[walk.position]
         state = walk.state
         assert state is not None
@@ -151,18 +151,18 @@ class Tape:
         frame, kind, gamma = self._steps[walk.position]
         is_first = walk.position == 0
         y = frame.rerun(state.retreat_x(), self._rebuilt, to_value=not is_first or self._verify is not None)
-        if isinstance(frame, KeptStep) and not walk.again:
+        if isinstance(frame, KeptStep) and not walk.repeatable:
             frame.release()
         if is_first:
             walk.state = None
-        if y is None:  # nobody asks for the velocity before the first step
+        if y is None:  # the velocity before the first step is not needed
             return
         state.retreat_v(y, kind, gamma)
         if is_first and self._verify is not None:
             self._verify(state.is_start())
 
     def _last_update(self) -> Any:
-        """The last update's node if it still has the end state: unless retained, until its backward has run."""
+        """Return the last update's node if it still has the end state: until its backward has run, unless retained."""
         ctx = self.last() if self.last is not None else None
         try:
             return ctx if ctx is not None and ctx.saved_tensors else None
