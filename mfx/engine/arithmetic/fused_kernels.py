@@ -73,9 +73,8 @@ def _is_worth_it(*tensors: Tensor) -> bool:
 
 @cache
 def _numbers(gamma: Gamma, device: torch.device) -> Tensor:
-    """What a move needs to know of γ = n/d: (1−γ), n, d, and of both what `_floor_divide` needs."""
-    n, d = gamma.numerator, gamma.denominator
-    values = gamma.complement, n, 1 / n, (1 - n) / (2 * n), d, 1 / d, (1 - d) / (2 * d)
+    """Return 1−γ, n and d of γ = n/d as a tensor."""
+    values = gamma.complement, gamma.numerator, gamma.denominator
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
@@ -96,12 +95,11 @@ def _graph(move: Callable[..., None], count: int, *, has_numbers: bool) -> Graph
 
 
 def _advance(kind: str, dtypes: Any, x: Any, v: Any, top: Any, y: Any, out: Any, numbers: Any) -> None:
-    (dtype, *_), out_dtype = dtypes, dtypes[-1]
-    rest, n, d = numbers[0], _Divisor(numbers, 1, dtype), _Divisor(numbers, 4, dtype)
+    complement, n, d = _unpacked(numbers)
     v_next, top_next = _scaled(v, top, n, d)
-    v_next = v_next + _increment(y, x, kind, rest, dtype)
+    v_next = v_next + _increment(y, x, kind, complement)
     x_next = x + v_next
-    for tensor, value in ((v, v_next), (top, top_next), (x, x_next), (out, _read(x_next, out_dtype))):
+    for tensor, value in ((v, v_next), (top, top_next), (x, x_next), (out, _read(x_next, dtypes[-1]))):
         tensor.copy_(value)
 
 
@@ -112,40 +110,30 @@ def _retreat_x(kind: str, dtypes: Any, x: Any, v: Any, out: Any) -> None:
 
 
 def _retreat_v(kind: str, dtypes: Any, x: Any, v: Any, top: Any, y: Any, numbers: Any) -> None:
-    dtype = dtypes[0]
-    rest, n, d = numbers[0], _Divisor(numbers, 1, dtype), _Divisor(numbers, 4, dtype)
-    before, top_before = _scaled(v - _increment(y, x, kind, rest, dtype), top, d, n)
+    complement, n, d = _unpacked(numbers)
+    before, top_before = _scaled(v - _increment(y, x, kind, complement), top, d, n)
     v.copy_(before)
     top.copy_(top_before)
 
 
-def _scaled(v: Any, top: Any, n: _Divisor, d: _Divisor) -> tuple[Any, Any]:
-    """V·n/d and the top after that."""
-    q = d.floor_divide(v)
-    w = v + (top - q) * d.value
-    t = n.floor_divide(w)
-    return w + (q - t) * n.value, t
+def _unpacked(numbers: Any) -> tuple[Any, Any, Any]:
+    return numbers[0], numbers[1].to(torch.int64), numbers[2].to(torch.int64)
 
 
-class _Divisor:
-    """A number to divide integers by, which stands in ``numbers`` with what that takes."""
-
-    def __init__(self, numbers: Any, at: int, dtype: torch.dtype) -> None:
-        self.value = numbers[at] if dtype == torch.float64 else numbers[at].to(torch.int64)
-        self._inverse, self._half, self._dtype = numbers[at + 1], numbers[at + 2], dtype
-
-    def floor_divide(self, a: Any) -> Any:
-        if self._dtype == torch.int64:
-            return torch.div(a, self.value, rounding_mode="floor")
-        return torch.round(a * self._inverse + self._half)
+def _scaled(v: Any, top: Any, n: Any, d: Any) -> tuple[Any, Any]:
+    """Return V·n/d and the top after that."""
+    q = torch.div(v, d, rounding_mode="floor")
+    w = v + (top - q) * d
+    t = torch.div(w, n, rounding_mode="floor")
+    return w + (q - t) * n, t
 
 
-def _increment(y: Any, x: Any, kind: str, rest: Any, dtype: torch.dtype) -> Any:
+def _increment(y: Any, x: Any, kind: str, complement: Any) -> Any:
     y = y.to(torch.float64)
     if kind == "residual":
-        return torch.round(y * (rest * ONE)).to(dtype)
-    f = torch.round(y * ONE).to(dtype) - x
-    return torch.round(f.to(torch.float64) * rest).to(dtype)
+        return torch.round(y * (complement * ONE)).to(torch.int64)
+    f = torch.round(y * ONE).to(torch.int64) - x
+    return torch.round(f.to(torch.float64) * complement).to(torch.int64)
 
 
 def _read(x: Any, dtype: torch.dtype) -> Any:

@@ -48,15 +48,15 @@ def assert_alike(fused, *, dtype, kind, gammas, scale=1.0, transposed=False):
     assert all(a.dtype is b.dtype and torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
-@pytest.mark.parametrize("scale", [1.0, 3e3, 1e-12], ids=["float64", "int64", "tiny"])  # integers of 3000 take int64
+@pytest.mark.parametrize("scale", [1.0, 3e3, 1e-12], ids=str)
 @pytest.mark.parametrize("kind", ["residual", "map"])
 @sampling.sampled("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], 2)
 def test_same_integers(dtype, kind, scale):
     fused = Counting()
     gammas = [GAMMAS[i % len(GAMMAS)] for i in range(9)]
     assert_alike(FusedKernels(fused), dtype=dtype, kind=kind, gammas=gammas, scale=scale)
-    # One each to advance, to retreat x and v; another three once the integers are too large for float64.
-    assert 3 <= fused.graphs <= 6, "γ is part of a graph"
+    # One each to advance, to retreat x and v.
+    assert fused.graphs == 3, "γ is part of a graph"
 
 
 def test_other_layouts():
@@ -79,7 +79,7 @@ def fresh():
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")  # Inductor in torch 2.13
 @sampling.grid(1, dtype=[torch.float32, torch.bfloat16, torch.float16, torch.float64], kind=["residual", "map"],
-               scale={"float64": 1.0, "int64": 3e3})  # fmt: skip
+               scale=[1.0, 3e3])  # fmt: skip
 def test_inductor(fresh, dtype, kind, scale):
     assert_alike(BackendCompiler("inductor").kernels, dtype=dtype, kind=kind, gammas=GAMMAS, scale=scale)
 
