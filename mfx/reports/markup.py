@@ -5,12 +5,12 @@ from __future__ import annotations
 import html
 import re
 
-_CHARACTER = 0.615  # of the font size: what the usual fixed-width fonts need, and a little more
+_CHARACTER = 0.615  # of the font size; the usual fixed-width fonts need a little less
 _FORBIDDEN = re.compile("[^\u0020-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")  # XML 1.0, section 2.2; and line breaks
 
 
 def escape(text: str) -> str:
-    """Return any text as XML and HTML; what XML cannot say at all, and a line break, becomes U+FFFD.
+    """Return any text as XML and HTML; characters that XML forbids, and line breaks, become U+FFFD.
 
     >>> escape("a < b" + chr(0)) == "a &lt; b" + chr(0xFFFD)
     True

@@ -1,4 +1,8 @@
-"""A net's rewritten graph as a drawing: chains with their steps folded, the rest of the model around them."""
+"""The drawing of a net's rewritten graph: chains with their steps folded, the rest of the model around them.
+
+The views of a model (`mfx.net.views`) become pictures, which are boxes and edges; boxes get a shape, and the shapes
+become one SVG document. The package imports nothing above ``mfx.net``, and of the other reports only what all share.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +26,7 @@ class Drawing:
     """A drawing; a notebook shows it.
 
     Attributes:
-        svg: an SVG document that needs nothing from elsewhere, and is light or dark as its reader's system is.
+        svg: an SVG document that loads nothing, and is light or dark as the reader's system is.
     """
 
     svg: str
@@ -37,18 +41,18 @@ class Drawing:
 def draw(model: nn.Module, path: str | os.PathLike[str] | None = None, *args: Any, **kwargs: Any) -> Drawing:
     """Draw a model's rewritten graph.
 
-    Every chain is a box with one line per step, where steps that look the same are one line and their number; what
-    lies around the chains is one box per module, or per run of operations between modules.
+    Every chain is a box with one line per step; steps that look the same share a line with their number. Around the
+    chains there is one box per module, or per run of operations between modules.
 
     Args:
-        model: a net that `mfx.momentumize` returned, or a model: then what momentumize would do by default.
+        model: a net that `mfx.momentumize` returned; or any model, drawn as momentumize would rewrite it by default.
         path: an SVG file to write; None writes none.
-        *args: inputs, as for a call of the model, that say which graph is meant; they are not computed with. By default
-            it is the graph that ran last, else that for default arguments.
+        *args: inputs, as for a call of the model, which select the graph; nothing is computed with them. By default it
+            is the graph that ran last, else the one for default arguments.
         **kwargs: inputs by name.
 
     Raises:
-        MfxError: the model cannot be captured, or the file not written.
+        MfxError: the model cannot be captured, or the file cannot be written.
     """
     if not isinstance(model, nn.Module):
         raise MfxError(f"draw takes a torch.nn.Module, not {described(model)}.")

@@ -1,4 +1,4 @@
-"""What is in a drawing: the boxes of a rewritten graph, and who reads whom."""
+"""The boxes of a drawing and the edges between them."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class ModuleBox:
     """A part of the model that is not in a chain.
 
     Args:
-        name: its path, or what its operations are.
-        kind: its class, if it is a module.
-        about: all of it, for who wants to know.
+        name: path of the module, or names of the operations.
+        kind: class of the module, if it is one.
+        about: path and operations in full, for a tooltip.
     """
 
     name: str
@@ -45,7 +45,13 @@ class ModuleBox:
 
 @dataclass(frozen=True)
 class StepLine:
-    """A step: its formula, what is behind the names in it, and the chains inside its branch."""
+    """A step of a chain.
+
+    Args:
+        text: its formula.
+        about: the classes of the modules that the formula names.
+        inner: the chains inside its branch.
+    """
 
     text: str
     about: str
@@ -57,9 +63,9 @@ class Fold:
     """Consecutive steps that look the same.
 
     Args:
-        count: how many times the rows follow each other.
-        rows: the steps of one time.
-        place: module paths of the first and the last.
+        count: how many times the rows are repeated.
+        rows: the steps of one period.
+        place: module paths of the first and the last step.
     """
 
     count: int
@@ -81,10 +87,12 @@ Box: TypeAlias = ValueBox | ModuleBox | ChainBox
 
 @dataclass(frozen=True)
 class Picture:
-    """Boxes from top to bottom, and edges between them by number, always downwards.
+    """Boxes from top to bottom, and edges between them.
 
     Args:
-        title: which graph it is.
+        title: names the graph.
+        boxes: the boxes, in the order in which they are drawn.
+        edges: numbers of two boxes, the upper one first.
     """
 
     title: str
@@ -94,12 +102,13 @@ class Picture:
 
 @dataclass(frozen=True)
 class Model:
-    """What a graph speaks of.
+    """The model that a graph is of.
 
     Args:
-        modules: by path.
+        modules: its modules, by path.
         streams: shape and dtype of the chains' states, where they are known, by the chains' names.
-        within: path of the part of a net that the graph is of; steps are named as in the net, nodes as in the part.
+        within: path of the submodule of a net that the graph is of; steps are named as in the net, nodes as in the
+            submodule.
     """
 
     modules: Mapping[str, nn.Module]
@@ -107,33 +116,33 @@ class Model:
     within: str = ""
 
     def inner(self, path: str) -> str:
-        """A path in the net as one in the part."""
+        """Return a path in the net as one in the submodule."""
         return relative(path, self.within)
 
 
 def picture_of(title: str, graph: fx.Graph, model: Model) -> Picture:
-    """What to draw of a graph.
+    """Return the picture of a graph.
 
     Args:
-        title: stands above it.
+        title: names the graph.
         graph: a rewritten graph.
-        model: what it speaks of.
+        model: the model that the graph is of.
     """
-    inside = _around_steps(graph, model)
+    inside = _paths_around_steps(graph, model)
     groups = contract(graph, lambda node: _key(node, inside, model.modules), hide=is_parameter)
-    groups = [group for group in groups if group.inputs or not _is_nothing(group, groups)]
+    groups = [group for group in groups if group.inputs or not _is_unused(group, groups)]
     numbers = {group: number for number, group in enumerate(groups)}
     edges = sorted((numbers[source], numbers[group]) for group in groups for source in group.inputs)
     return Picture(title, tuple(_box(group, model) for group in groups), tuple(edges))
 
 
-def _is_nothing(group: Group, groups: Sequence[Group]) -> bool:
-    """Inputs that nobody reads (TorchDynamo has some), and outputs of nothing."""
+def _is_unused(group: Group, groups: Sequence[Group]) -> bool:
+    """True for an input that is never read (TorchDynamo has some), and for an output of nothing."""
     return group.first.op in ("placeholder", "output") and not any(group in other.inputs for other in groups)
 
 
-def _around_steps(graph: fx.Graph, model: Model) -> set[str]:
-    """Paths of all modules that a step of a chain is in."""
+def _paths_around_steps(graph: fx.Graph, model: Model) -> set[str]:
+    """Return the paths of all modules that a step of a chain is in."""
     paths = {""}
     for call in _calls(graph.nodes, model.modules):
         for path in (call.chain.split("#")[0], *(step.path for step in call.graphs.steps)):
@@ -147,7 +156,7 @@ def _calls(nodes: Iterable[Node], modules: Mapping[str, nn.Module]) -> list[Mome
 
 
 def _key(node: Node, inside: set[str], modules: Mapping[str, nn.Module]) -> str | None:
-    """The outermost module around a node that no step is in; else that the node is one of some module's operations."""
+    """Return a key for the outermost module around a node that has no step in it, else for the module around it."""
     if node.op in ("placeholder", "output") or isinstance(modules.get(str(node.target)), Momentum):
         return None
     path = enclosing_path(node)
@@ -174,7 +183,7 @@ def _box(group: Group, model: Model) -> Box:
 
 
 def _input_name(node: Node) -> str:
-    """TorchDynamo calls inputs after where it found them.
+    """Return the name of an input without what TorchDynamo adds to it.
 
     >>> from torch.fx import Graph
     >>> _input_name(Graph().placeholder("L_kwargs_input_ids_"))
@@ -213,7 +222,7 @@ def _row(step: StepGraphs, model: Model) -> StepLine:
 
 
 def _merged(rows: Sequence[StepLine]) -> StepLine:
-    """Rows that differ in indices only, as one."""
+    """Merge rows that differ in indices only."""
     inner = tuple(_merged_chains(boxes) for boxes in zip(*(row.inner for row in rows), strict=True))
     return StepLine(_merged_text([row.text for row in rows]), rows[0].about, inner)
 
@@ -231,7 +240,7 @@ def _merged_chains(boxes: Sequence[ChainBox]) -> ChainBox:
 
 
 def _merged_text(texts: Sequence[str]) -> str:
-    """Texts that differ in indices only, with ``[i]`` for those.
+    """Merge texts that differ in indices only: these become ``[i]``.
 
     >>> _merged_text(["blocks[0].fc[1]", "blocks[7].fc[1]"])
     'blocks[i].fc[1]'

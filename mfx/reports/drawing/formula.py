@@ -1,4 +1,4 @@
-"""What one step computes, in a line: ``x + mlp(norm2(x))``."""
+"""The formula of a step, in a line: ``x + mlp(norm2(x))``."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INFIX = {
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, "sub", "sub_"), " − "),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, "mul", "mul_"), "·"),
 }
-_MOVES = frozenset(
+_LAYOUT_OPS = frozenset(
     {
         "getitem",
         "reshape",
@@ -56,33 +56,33 @@ _MOVES = frozenset(
 
 
 def formula(step: StepGraphs, path: str, modules: Mapping[str, nn.Module]) -> str:
-    """A step's new state as an expression in x; modules by their path below the step's own.
+    """Return a step's new state as an expression in x, with modules by their path below the step's own.
 
-    Operations that only move values are left out; "…" stands for what the step reads beside x. What is too long for a
-    line becomes a list of names.
+    Operations that only move values are left out; "…" stands for other values that the step reads. A formula that is
+    too long for a line becomes a list of names.
 
     Args:
         step: the step's graphs.
-        path: of the step's module.
-        modules: the modules that they call, by path.
+        path: path of the step's module.
+        modules: the modules that the graphs call, by path.
     """
     groups = contract(step.branch, lambda node: _key(node, path), hide=_is_hidden)
     names = {group: _name(group, modules) for group in groups}
     try:
         value = _expression(step.branch, names)
     except _TooLongError:
-        shown = [name for name in dict.fromkeys(names.values()) if name and name not in _MOVES]
+        shown = [name for name in dict.fromkeys(names.values()) if name and name not in _LAYOUT_OPS]
         value = f"f(x) with {' · '.join(shown[:_NAMES])}{' …' if len(shown) > _NAMES else ''}"
     return f"x + {value}" if step.kind == "residual" else value
 
 
 def classes(step: StepGraphs, path: str, modules: Mapping[str, nn.Module]) -> str:
-    """What is behind the names in a formula: the classes of the modules, in order.
+    """Return the classes of the modules that a formula names, in order.
 
     Args:
         step: the step's graphs.
-        path: of the step's module.
-        modules: the modules that they call, by path.
+        path: path of the step's module.
+        modules: the modules that the graphs call, by path.
     """
     found = []
     for node in step.branch.nodes:
@@ -94,7 +94,7 @@ def classes(step: StepGraphs, path: str, modules: Mapping[str, nn.Module]) -> st
 
 
 def shown_path(path: str) -> str:
-    """A module path with indices as indices.
+    """Return a module path with its numbers as indices.
 
     >>> shown_path("encoder.layer.0.attention")
     'encoder.layer[0].attention'
@@ -105,7 +105,7 @@ def shown_path(path: str) -> str:
 
 
 def op_name(node: Node, modules: Mapping[str, nn.Module]) -> str:
-    """The name of what a node calls: a module's class, a function's or method's name."""
+    """Return the name of a node's target: a module's class, a function's or method's name."""
     if node.op == "call_module":
         module = modules.get(str(node.target))
         return module.chain if isinstance(module, Momentum) else type(module).__name__ if module else str(node.target)
@@ -114,7 +114,7 @@ def op_name(node: Node, modules: Mapping[str, nn.Module]) -> str:
 
 
 def is_parameter(node: Node) -> bool:
-    """Whether a graph's input is a parameter or buffer of the model (graphs captured by TorchDynamo have such)."""
+    """True if a graph's input is a parameter or buffer of the model, as in graphs captured by TorchDynamo."""
     return (
         node.op == "placeholder" and re.match(r"[lL]_self_+(modules|parameters|buffers)_", str(node.target)) is not None
     )
@@ -129,7 +129,7 @@ def _is_hidden(node: Node) -> bool:
 
 
 def _key(node: Node, base: str) -> str | None:
-    """The child of the step's module, or with an index the item in it, whose forward the node is part of."""
+    """Return the path of the child of the step's module, or of the item in a list of them, that a node belongs to."""
     if node.op in ("placeholder", "output"):
         return None
     atoms = relative(enclosing_path(node), base).split(".")
@@ -170,7 +170,7 @@ def _call(group: Group, read: list[str], name: str) -> str:
         infix = _INFIX.get(single.target)
         if infix and len(arguments) > 1:
             return infix.join(_bracketed(text) if infix == "·" else text for text in arguments)
-        if (name in _MOVES or infix) and len(arguments) == 1:
+        if (name in _LAYOUT_OPS or infix) and len(arguments) == 1:
             return arguments[0]
     return f"{name}({', '.join(arguments)})"
 

@@ -1,20 +1,20 @@
-"""What repeats in a sequence: ``a b a b a b c`` is three times ``a b``, then ``c``."""
+"""The repeats in a sequence: ``a b a b a b c`` is three times ``a b``, then ``c``."""
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 
-_LONGEST = 12  # things in one period
+_LONGEST = 12  # labels in one period
 
 
 def repeats(labels: Sequence[Hashable]) -> Iterator[tuple[int, int, int]]:
-    """Split a sequence into runs of equal periods, from left to right, each as long as can be.
+    """Split a sequence into runs of equal periods, from left to right, each as long as possible.
 
     Args:
-        labels: equal where things look the same.
+        labels: equal for elements that look the same.
 
     Yields:
-        ``(start, period, count)``: ``count`` times the same ``period`` labels, from ``start`` on.
+        ``(start, period, count)``: the same ``period`` labels ``count`` times, from ``start`` on.
 
     >>> list(repeats("abababc"))
     [(0, 2, 3), (6, 1, 1)]

@@ -1,4 +1,4 @@
-"""Boxes as SVG, each with the size it takes."""
+"""The shapes of boxes: SVG elements with their size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ FONT = 13.0
 _SMALL = 11.0
 _PAD = 10.0
 _LINE = 19.0
-_BADGE = 44.0  # the column that says how often
+_BADGE = 44.0  # the column for the number of repeats
 _CHARACTERS = 60  # of a formula or a path
 
 STYLE = """
@@ -38,26 +38,26 @@ STYLE = """
 
 @dataclass(frozen=True)
 class Shape:
-    """A box as SVG elements around its own upper left corner."""
+    """SVG elements of a box, relative to its upper left corner."""
 
     width: float
     height: float
     elements: tuple[str, ...]
 
     def at(self, x: float, y: float) -> str:
-        """The elements at a place."""
+        """Return the elements, moved to a position."""
         return f'<g transform="translate({x:g} {y:g})">{"".join(self.elements)}</g>'
 
 
 def shape(box: Box) -> Shape:
-    """How a box looks."""
+    """Return the shape of a box."""
     if isinstance(box, ChainBox):
         return _chain(box)
     return _value(box) if isinstance(box, ValueBox) else _module(box)
 
 
 def line(x: float, y: float, text: str, style: str = "", *, anchor: str = "start") -> str:
-    """A line of text, escaped, on a base line."""
+    """Return a line of text, escaped; ``y`` is its base line."""
     return f'<text x="{x:g}" y="{y:g}" class="{style}" text-anchor="{anchor}">{escape(text)}</text>'
 
 

@@ -1,4 +1,4 @@
-"""Boxes below each other, edges beside them."""
+"""The SVG document of a drawing: boxes below each other, edges beside them."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LEGEND = (
 
 
 def svg_of(name: str, pictures: Sequence[Picture]) -> str:
-    """Pictures below each other as one SVG document, without anything from elsewhere, light or dark as its reader is.
+    """Return pictures below each other as one SVG document, which loads nothing, and is light or dark as the system is.
 
     Args:
-        name: of the model.
-        pictures: what is drawn.
+        name: name of the model.
+        pictures: the pictures of its graphs.
     """
     pictures = pictures or [Picture("", (ModuleBox(name, "no chain in any part", name),), ())]
     columns = [_Column(picture, titled=len(pictures) > 1) for picture in pictures]
@@ -44,7 +44,7 @@ def svg_of(name: str, pictures: Sequence[Picture]) -> str:
 
 
 class _Column:
-    """One picture, laid out."""
+    """A picture with its boxes below each other."""
 
     def __init__(self, picture: Picture, *, titled: bool) -> None:
         shapes = [shape(box) for box in picture.boxes]
@@ -63,7 +63,7 @@ class _Column:
         self.svg = "".join([*heading, *self._straight(picture.edges), *beside, *boxes])
 
     def _straight(self, edges: Sequence[tuple[int, int]]) -> list[str]:
-        """Edges from a box to the next."""
+        """Return the edges from a box to the next."""
         x = self._across / 2
         found = []
         for source, target in edges:
@@ -74,12 +74,12 @@ class _Column:
         return found
 
     def _beside(self, edges: Sequence[tuple[int, int]]) -> tuple[list[str], int]:
-        """Edges past other boxes: one lane per source, shared by all it goes to; and how many lanes that takes."""
+        """Return the edges past other boxes, and their number of lanes: edges from one box share a lane."""
         targets: defaultdict[int, list[int]] = defaultdict(list)
         for source, target in edges:
             if target != source + 1:
                 targets[source].append(target)
-        free_from: list[float] = []  # per lane, below which it is free
+        free_from: list[float] = []  # per lane, the y below which it is free
         found = []
         for source, reached in sorted(targets.items()):
             drawn, y = self._shapes[source]
@@ -96,7 +96,7 @@ class _Column:
         return found, len(free_from)
 
     def _entry(self, target: int) -> float:
-        """Where edges from the side arrive: above the middle, where those to boxes further down leave."""
+        """Return the y of edges that arrive from the side: above the middle, which is where edges leave."""
         drawn, y = self._shapes[target]
         return y + min(drawn.height / 4, 14)
 

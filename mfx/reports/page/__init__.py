@@ -1,4 +1,8 @@
-"""Everything there is to see of a model on one page: summary, memory, drawing, chains, refusals, code."""
+"""The report of a model on one HTML page: summary, memory, drawing, chains, refusals, code.
+
+The package lays out what explain, profile and drawing found; it runs no model. It imports the other reports' results,
+and what all reports share.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +31,15 @@ def page_of(
     code: Sequence[tuple[str, str]] = (),
     facts: Mapping[str, str] | None = None,
 ) -> str:
-    """One HTML document that loads nothing and runs nothing, readable light and dark, on a wide screen and a phone.
+    """Return an HTML document that loads and runs nothing, readable light and dark, on a wide screen and a phone.
 
     Args:
-        explanation: what was found in the model.
+        explanation: the chains and refusals of the model.
         drawing: its rewritten graph.
-        profile: what training steps of it took.
-        why_no_profile: stands in the place of a profile that there is not.
+        profile: measurements of its training steps.
+        why_no_profile: the reason why there is no profile, shown in its place.
         code: pieces of code, each with a title.
-        facts: how the page was made, by name.
+        facts: facts about how the page was made, by name.
     """
     found = explanation.to_dict()
     title = f"mfx: {explanation.model}"
@@ -62,10 +66,10 @@ def page_of(
 
 
 def check_file(path: str) -> Path:
-    """The file to write.
+    """Return the path of the file to write.
 
     Raises:
-        MfxError: it is not to be an HTML file.
+        MfxError: the path is not that of an HTML file.
     """
     file = Path(path)
     if file.suffix.lower() not in (".html", ".htm"):

@@ -1,4 +1,4 @@
-"""Memory in the course of a training step, as lines."""
+"""A picture of memory in the course of a training step, as SVG."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from mfx.text import size
 
 _WIDTH, _HEIGHT = 480.0, 280.0
 _LEFT, _RIGHT, _TOP, _BOTTOM = 80.0, 18.0, 10.0, 40.0
-_WAYS = 6  # colours
+_COLOURS = 6
 
 
 def lines(rows: Sequence[ProfileRow]) -> Markup:
-    """One line per way to train: bytes alive against how far the step is; a ring where the forward pass ends."""
+    """Return a line per row: bytes alive against the share of the step, a ring at the end of the forward pass."""
     top, ticks = _scale(max(row.peak_bytes for row in rows))
     grid = [
         element("line", class_="grid", x1=_n(_LEFT), x2=_n(_x(1)), y1=y, y2=y) for y in (_n(_y(t, top)) for t in ticks)
@@ -39,11 +39,13 @@ def lines(rows: Sequence[ProfileRow]) -> Markup:
 
 
 def legend(rows: Sequence[ProfileRow]) -> Markup:
-    """Which line is which, with its peak."""
+    """Return the name and peak of each line, beside its colour."""
     items = [
         element(
             "li",
-            element("svg", element("line", class_=_way(i), x1="0", x2="20", y1="5", y2="5"), width="20", height="10"),
+            element(
+                "svg", element("line", class_=_colour(i), x1="0", x2="20", y1="5", y2="5"), width="20", height="10"
+            ),
             f"{row.name}: peak {size(row.peak_bytes)}",
         )
         for i, row in enumerate(rows)
@@ -53,15 +55,17 @@ def legend(rows: Sequence[ProfileRow]) -> Markup:
 
 def _line(row: ProfileRow, number: int, top: float) -> Markup:
     points = " ".join(f"{_x(share):.1f},{_y(alive, top):.1f}" for share, alive in row.timeline)
-    return element("polyline", class_=_way(number), points=points)
+    return element("polyline", class_=_colour(number), points=points)
 
 
 def _ring(row: ProfileRow, number: int, top: float) -> Markup:
-    return element("circle", class_=_way(number), cx=_n(_x(row.forward_ends)), cy=_n(_y(row.kept_bytes, top)), r="3.5")
+    return element(
+        "circle", class_=_colour(number), cx=_n(_x(row.forward_ends)), cy=_n(_y(row.kept_bytes, top)), r="3.5"
+    )
 
 
 def _scale(peak: float) -> tuple[float, list[float]]:
-    """The top of the axis and its marks, a round number of B, KiB, MiB … apart."""
+    """Return the top of the axis and its marks, a round number of B, KiB, MiB … apart."""
     unit = 1024.0 ** max(0, int(math.log(max(peak, 1), 1024)))
     rough = max(peak, 1) / unit / 4
     power = 10.0 ** math.floor(math.log10(rough))
@@ -82,8 +86,8 @@ def _text(x: float, y: float, text: str, anchor: str) -> Markup:
     return element("text", text, x=_n(x), y=_n(y), text_anchor=anchor)
 
 
-def _way(number: int) -> str:
-    return f"way{number % _WAYS}"
+def _colour(number: int) -> str:
+    return f"way{number % _COLOURS}"
 
 
 def _n(number: float) -> str:

@@ -1,4 +1,4 @@
-"""What stands on the page, section by section."""
+"""The sections of the page."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mfx.reports.profile.result import Profile, measures, notes_of
 from mfx.reports.table import Table
 from mfx.text import amount, count, ratio, size
 
-_ROWS = 40  # places shown per reason
+_PLACES = 40  # shown per reason
 _NOTHING = "–"
 _CODE = 60_000  # characters of code shown
-_UNFOLDED = 40  # lines of code that need no unfolding
+_UNFOLDED = 40  # lines of code that are shown without unfolding
 
 
 def summary(found: Mapping[str, Any], profile: Profile | None) -> Markup:
-    """What was found and what it brings, in a few numbers: measured ones, else predicted ones."""
+    """Return the chains, refusals and effects as a few numbers: measured ones, else predicted ones."""
     steps = sum(len(chain["steps"]) for chain in found["chains"])
     left = count(len(found["rejections"]), "residual add").partition(" ")[2]
     cards = [
@@ -35,7 +35,7 @@ def summary(found: Mapping[str, Any], profile: Profile | None) -> Markup:
 
 
 def _effects(found: Mapping[str, Any], profile: Profile | None) -> list[tuple[str, float, float]]:
-    """What is compared, with mfx and without."""
+    """Return what is compared, each with its value with mfx and without."""
     rows = {row.name: row for row in profile.rows} if profile is not None else {}
     if "plain" in rows and "momentum" in rows:
         plain, momentum = rows["plain"], rows["momentum"]
@@ -54,7 +54,7 @@ def _effects(found: Mapping[str, Any], profile: Profile | None) -> list[tuple[st
 
 
 def memory(profile: Profile | None, why_not: str) -> Markup:
-    """Activation memory over time, and the table of what was measured."""
+    """Return the picture of activation memory over time, and the table of measurements."""
     if profile is None:
         return joined(element("h2", "Memory over time"), element("p", f"Not measured: {why_not}", class_="dim"))
     head = ("way to train", "kept", "peak", "time", "FLOPs")
@@ -76,7 +76,7 @@ def memory(profile: Profile | None, why_not: str) -> Markup:
 
 
 def chains(found: Mapping[str, Any], text: str) -> Markup:
-    """One row per chain; what could be done; and all that `mfx.explain` says."""
+    """Return a table with one row per chain, the advice, and the text of `mfx.explain`."""
     head = ("chain", "state", "arithmetic", "steps", "γ", "branches count", "plain keeps", "mfx keeps", "recomputes")
     rows = [_chain(chain) for chain in found["chains"]]
     table = Table(head, rows, numbers=6).page() if rows else element("p", "None.", class_="dim")
@@ -92,7 +92,7 @@ def chains(found: Mapping[str, Any], text: str) -> Markup:
 
 
 def rejections(found: Mapping[str, Any]) -> Markup:
-    """The residual adds that stay as they are, by reason."""
+    """Return the residual adds that stay as they are, by reason."""
     by_reason: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
     for rejection in found["rejections"]:
         by_reason[rejection["reason"]].append(rejection)
@@ -103,7 +103,7 @@ def rejections(found: Mapping[str, Any]) -> Markup:
 
 
 def code(title: str, text: str) -> Markup:
-    """Code to unfold."""
+    """Return code to unfold."""
     if len(text) > _CODE:
         text = f"{text[:_CODE]}\n… and {len(text) - _CODE} characters more"
     is_short = text.count("\n") <= _UNFOLDED
@@ -137,9 +137,9 @@ def _chain(chain: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _reason(reason: str, places: Sequence[Mapping[str, Any]]) -> Markup:
-    lines = [element("li", element("code", place["node"]), *_place(place)) for place in places[:_ROWS]]
-    if len(places) > _ROWS:
-        lines.append(element("li", f"and {len(places) - _ROWS} more"))
+    lines = [element("li", element("code", place["node"]), *_place(place)) for place in places[:_PLACES]]
+    if len(places) > _PLACES:
+        lines.append(element("li", f"and {len(places) - _PLACES} more"))
     remedy = places[0].get("remedy")
     return element(
         "details",

@@ -1,4 +1,4 @@
-"""How the page looks, light and dark, wide and narrow."""
+"""The style sheet of the page, for light and dark, wide and narrow screens."""
 
 STYLE = """
 :root { color-scheme: light dark; --ground: #ffffff; --ink: #1c2330; --dim: #5b6577; --rule: #d5dbe4; --panel: #f5f7fa;

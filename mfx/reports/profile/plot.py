@@ -1,4 +1,4 @@
-"""The picture of a profile."""
+"""The plot of a profile, by matplotlib."""
 
 from __future__ import annotations
 
@@ -14,7 +14,14 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
-_COLOURS = ("#444444", "#d9822b", "#2563c9", "#2f9e60", "#a3478f", "#8a6d3b")  # told apart by the colour-blind, too
+_COLOURS = (
+    "#444444",
+    "#d9822b",
+    "#2563c9",
+    "#2f9e60",
+    "#a3478f",
+    "#8a6d3b",
+)  # distinguishable for the colour-blind, too
 _MEBIBYTE = 2**20
 
 
@@ -25,7 +32,7 @@ def plot(rows: Sequence[ProfileRow], title: str) -> Figure:
         MfxError: matplotlib is not installed.
     """
     try:
-        from matplotlib.figure import Figure  # not pyplot: no window, nothing that is shared
+        from matplotlib.figure import Figure  # not pyplot, which opens windows and shares state
     except ImportError as error:
         raise MfxError(
             "Profile.plot draws with matplotlib: pip install 'mfx[report]', or matplotlib itself."

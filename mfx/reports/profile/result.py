@@ -1,4 +1,4 @@
-"""What training steps of one model took: as objects, as text, as data, as a picture."""
+"""The result of a profile: training steps of one model as objects, text, data and a picture."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _HEAD = ("variant", "kept", "", "peak", "", "time", "", "FLOPs", "")
 
 @dataclass(frozen=True)
 class Profile:
-    """Training steps of one model, made in several ways.
+    """Training steps of one model, in several variants.
 
     Attributes:
-        model: the name of its class.
-        device: where it ran.
-        repeats: of how many steps the times are medians.
+        model: the name of the model's class.
+        device: the device on which it ran.
+        repeats: the number of steps that each time is the median of.
         rows: one per variant, in the order asked for.
         wrapped: paths of the modules that ``torch.utils.checkpoint`` was put around in the variant "checkpoint".
         skipped: variants that could not be run, each with the reason.
@@ -43,7 +43,7 @@ class Profile:
         return self.table()
 
     def table(self) -> str:
-        """The variants as lines of text, with ratios to the first."""
+        """Return the variants as lines of text, with ratios to the first."""
         lines = [self._headline(), "", *self._table().lines(), ""]
         for note in notes_of(self):
             lines += textwrap.wrap(note, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
@@ -53,7 +53,7 @@ class Profile:
         """Draw the bytes alive in the course of a step, one line per variant.
 
         Args:
-            path: where to save the picture, too; its suffix says as what (.png, .svg, .pdf).
+            path: a file to save the picture in; its suffix is that of the format (.png, .svg, .pdf).
 
         Raises:
             MfxError: matplotlib is not installed.
@@ -66,7 +66,7 @@ class Profile:
         return figure
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain data, which ``json.dumps`` takes."""
+        """Return everything as plain data, which ``json.dumps`` takes."""
         return {
             "model": self.model,
             "device": self.device,
@@ -99,6 +99,6 @@ def measures(row: ProfileRow, first: ProfileRow) -> list[tuple[str, str]]:
 
 
 def notes_of(profile: Profile) -> list[str]:
-    """Return what there is to say of single variants: what was run, or why nothing was."""
+    """Return the notes on single variants: what was run, or why nothing was."""
     notes = [f"{row.name}: {row.note}" for row in profile.rows if row.note]
     return notes + [f"{name}: not measured: {reason}" for name, reason in profile.skipped]

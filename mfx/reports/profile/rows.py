@@ -1,4 +1,4 @@
-"""One row of a profile."""
+"""A row of a profile."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ class ProfileRow:
     """A training step of one variant: forward, loss, backward.
 
     Attributes:
-        name: of the variant.
-        kept_bytes: activations alive between the forward and the backward pass.
-        peak_bytes: activations alive at worst. Parameters, their gradients, buffers and inputs do not count.
-        seconds: the median time of a step.
+        name: name of the variant.
+        kept_bytes: bytes of activations alive between the forward and the backward pass.
+        peak_bytes: bytes of activations alive at the peak. Parameters, their gradients, buffers and inputs do not
+            count.
+        seconds: median time of a step.
         flops: floating-point operations of a step, a multiplication and an addition counted as two.
-        timeline: how far the step is (operations so far over all operations, 0 to 1) and the bytes alive then.
-        forward_ends: where on that scale the backward pass begins.
-        note: what was run.
+        timeline: points of the share of the step's operations that ran (0 to 1) and the bytes alive then.
+        forward_ends: the share at which the backward pass begins.
+        note: a description of what was run.
     """
 
     name: str
