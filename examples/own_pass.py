@@ -39,19 +39,18 @@ class AfterBranch(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrites a graph module in place."""
-        graph = graph_module.graph
-        found = find_chains(graph, dict(graph_module.named_modules()))
+        found = find_chains(graph_module.graph, dict(graph_module.named_modules()))
         steps = [step for chain in found.chains for step in chain.steps]
         for number, step in enumerate(steps):
             name = f"after_branch_{number}"
             graph_module.add_submodule(name, self._make(step, number / max(len(steps) - 1, 1)))
             (branch,) = step.add.branch
-            with graph.inserting_after(branch):
-                after = graph.call_module(name, (branch, step.term))
+            with found.graph.inserting_after(branch):
+                after = found.graph.call_module(name, (branch, step.term))
             after.meta = dict(branch.meta)
             step.add.node.replace_input_with(branch, after)
-        graph.lint()
-        graph_module.recompile()
+        found.graph.lint()
+        graph_module.graph = found.graph
         return PassResult(graph_module, bool(steps))
 
 

@@ -23,7 +23,6 @@ from mfx.program.codegen import GraphCompiler
 from mfx.program.rewritten import RewrittenGraph
 from mfx.program.shapes import stream_shapes
 from mfx_passes import Findings, find_chains
-from mfx_passes.rewrite.portable_graph import copy_graph
 
 Calls = Mapping[str, Momentum]
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -158,7 +157,7 @@ class GraphModuleView(View):
 
     @override
     def findings(self) -> Findings:
-        return find_chains(copy_graph(self.module.graph), dict(self.module.named_modules()))
+        return find_chains(self.module.graph, dict(self.module.named_modules()))
 
     @override
     def graph_module(self) -> fx.GraphModule:

@@ -145,8 +145,9 @@ class RewrittenGraph:
 
     def findings(self, net: nn.Module, options: Options) -> Findings:
         """What was found in the graph, computed anew."""
-        graph, _ = self.captured.copy()
-        return find_chains(graph, self.captured.modules_of(net), _selection(options, self.captured, self.refused))
+        return find_chains(
+            self.captured.graph, self.captured.modules_of(net), _selection(options, self.captured, self.refused)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_functions": {}}

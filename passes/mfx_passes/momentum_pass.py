@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Container, Sequence
-from copy import deepcopy
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,8 +13,9 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.analysis.sizes import read_sizes_at_start
-from mfx_passes.find.chains import find_chains
+from mfx_passes.find.chains import chains_of, find_chains
 from mfx_passes.find.nesting import Nesting
+from mfx_passes.find.prepare import prepare
 from mfx_passes.ir import ChainGraphs, Findings, ModuleCall, Selection
 from mfx_passes.rewrite.fold import fold_calls
 from mfx_passes.rewrite.rewrite import Insert, rewrite
@@ -55,13 +55,20 @@ def rewrite_graph(
     Raises:
         MfxError: a pattern of ``only`` or ``skip`` fits nothing.
     """
-    findings = find_chains(graph, modules, selection)
+    findings = chains_of(prepare(graph, modules, marked=selection.marked, in_place=True), selection)
+    return _rewrite_found(findings, modules, insert, calls)
+
+
+def _rewrite_found(
+    findings: Findings, modules: dict[str, nn.Module], insert: Insert, calls: Sequence[ModuleCall] = ()
+) -> Rewritten:
+    graph, chains = findings.graph, findings.chains
     index = GraphIndex(graph, modules)
-    nesting = Nesting(findings.chains)
-    for chain in findings.chains:
+    nesting = Nesting(chains)
+    for chain in chains:
         starts_in = [step for step in nesting.around(chain) if chain.start in step.nodes or step.skip is chain.start]
         read_sizes_at_start(graph, chain, index.sizes, starts_in)
-    sums = {node for chain in findings.chains for step in chain.steps for node in step.add.sums}
+    sums = {node for chain in chains for step in chain.steps for node in step.add.sums}
     flat = fold_calls(graph, calls, nesting, findings.reread, Mutations(index, sums))
     rewrite(graph, nesting, modules, insert)
     return Rewritten(findings, flat)
@@ -107,9 +114,9 @@ class MomentumPass(PassBase):
             return name, None
 
         modules = dict(graph_module.named_modules())
-        # On a copy: looking for chains untangles in-place operations, and a graph without chains stays as it is.
-        if not find_chains(deepcopy(graph_module.graph), modules, self._selection).chains:
+        findings = find_chains(graph_module.graph, modules, self._selection)
+        if not findings.chains:
             return PassResult(graph_module, False)
-        rewrite_graph(graph_module.graph, modules, insert, self._selection)
-        graph_module.recompile()
+        _rewrite_found(findings, modules, insert)
+        graph_module.graph = findings.graph
         return PassResult(graph_module, True)

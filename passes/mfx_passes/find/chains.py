@@ -1,4 +1,4 @@
-"""From a graph to its chains: find, check, cut where needed, nest and name. Reads the graph, never rewrites it."""
+"""From a graph to its chains: find, check, cut where needed, nest, name and select. Changes no graph it is given."""
 
 from __future__ import annotations
 
@@ -11,24 +11,21 @@ from torch import nn
 from torch.fx import Graph
 
 from mfx_passes import paths
-from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.errors import MfxError
 from mfx_passes.find.nesting import Nesting
-from mfx_passes.find.normalize import normalize
-from mfx_passes.find.relayout import insert_detours, remove_unused
-from mfx_passes.find.residual_adds import find_adds, find_runs
+from mfx_passes.find.prepare import Prepared, prepare
+from mfx_passes.find.relayout import remove_unused
 from mfx_passes.find.split import cut_chain
 from mfx_passes.find.steps import assemble
-from mfx_passes.ir import Chain, Findings, Refusal, Rejection, ResidualAdd, Selection, Step, is_momentum_call
-from mfx_passes.named_steps import is_mark
+from mfx_passes.ir import Chain, Findings, Refusal, Rejection, Selection, Step, is_momentum_call
 
 
 def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selection = Selection()) -> Findings:  # noqa: B008
-    """All chains of residual steps in a graph, outermost first, and why the other residual adds are in none.
+    """Return all chains of residual steps in a graph, outermost first, and why other residual adds are in none.
 
-    In-place operations are untangled in the graph (see `normalize`), and states in another layout than the rest of
-    their chain are put back (see `relayout`); apart from that it is left as it was.
+    The graph is not changed. Where in-place operations have to be untangled (see `normalize`), or states brought into
+    the layout of the rest of their chain (see `relayout`), a copy of the graph is, and the findings are in that.
 
     Args:
         graph: the graph of a whole forward pass.
@@ -38,17 +35,18 @@ def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selec
     Raises:
         MfxError: a pattern of ``only`` or ``skip`` fits nothing.
     """
-    index = GraphIndex(graph, modules)
-    if normalize(index):
-        index = GraphIndex(graph, modules)
-    adds, rejections = _find_adds(index, selection)
-    if detours := insert_detours(find_runs(adds, index), index):
-        index = GraphIndex(graph, modules)
-        adds, rejections = _find_adds(index, selection)
-    mutations = Mutations(index, {node for add in adds for node in add.sums}, forward_only=selection.forward_only)
+    return chains_of(prepare(graph, modules, marked=selection.marked, in_place=False), selection)
+
+
+def chains_of(prepared: Prepared, selection: Selection) -> Findings:
+    """Return the chains of a prepared graph; see `find_chains`. Detours that are in no chain are taken out."""
+    index, graph = prepared.index, prepared.index.graph
+    sums = {node for add in prepared.adds for node in add.sums}
+    mutations = Mutations(index, sums, forward_only=selection.forward_only)
+    rejections = list(prepared.rejections)
     rows: list[list[Step]] = []
-    for run in find_runs(adds, index):
-        assembled, refused = assemble(run, index)
+    for candidate in prepared.candidates:
+        assembled, refused = assemble(candidate, index)
         rejections += refused
         for row in assembled:
             kept, refused = cut_chain(row, index, mutations, selection.refused)
@@ -61,17 +59,9 @@ def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selec
     _name(chains)
     _check_patterns(chains, selection, graph)
     chains = _select(chains, selection, rejections)
-    reread = remove_unused(detours, chains, graph)
-    return Findings(chains, sorted(rejections, key=lambda rejection: index.position[rejection.node]), reread)
-
-
-def _find_adds(index: GraphIndex, selection: Selection) -> tuple[list[ResidualAdd], list[Rejection]]:
-    adds, rejections = find_adds(index)
-    if selection.marked:
-        others = [add.node for add in adds if not is_mark(add.node)]
-        rejections += [Rejection(node, Refusal.UNNAMED) for node in others]
-        adds = [add for add in adds if is_mark(add.node)]
-    return adds, rejections
+    reread = remove_unused(prepared.detours, chains, graph)
+    rejections.sort(key=lambda rejection: index.position[rejection.node])
+    return Findings(chains, rejections, reread, graph)
 
 
 def _long_enough(rows: Iterable[list[Step]], min_steps: int, rejections: list[Rejection]) -> list[list[Step]]:

@@ -21,22 +21,25 @@ from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.ops import vocabulary
 
 
-def normalize(index: GraphIndex) -> bool:
+def is_tangled(index: GraphIndex) -> bool:
+    """True if a value that is changed in place is read from an older node afterwards."""
+    return any(_late_reads(node, index) for node in index.nodes)
+
+
+def normalize(index: GraphIndex) -> None:
     """Redirect the later readers of values changed in place; the value of every node stays what it was.
 
-    Returns:
-        Whether the graph changed; the index is stale then.
+    The graph is changed in place, and the index is stale then, if the graph was tangled.
     """
-    redirected = [_redirect(node, index) for node in index.nodes]
-    return any(redirected)
+    for node in index.nodes:
+        # Its operand is looked up only now: an earlier in-place operation may have become it.
+        for reader, operand in _late_reads(node, index):
+            reader.replace_input_with(operand, node)
 
 
-def _redirect(mutator: Node, index: GraphIndex) -> bool:
-    # Its operand is asked for only now: an earlier in-place operation may have become it.
+def _late_reads(mutator: Node, index: GraphIndex) -> list[tuple[Node, Node]]:
+    """Return the nodes that read the operand of an in-place operation after the operation, each with the operand."""
     operand = index.mutated(mutator)
     if operand is None or operand in index.sizes or not vocabulary.returns_operand(mutator):
-        return False
-    later = [user for user in operand.users if index.position[user] > index.position[mutator]]
-    for user in later:
-        user.replace_input_with(operand, mutator)
-    return bool(later)
+        return []
+    return [(user, operand) for user in operand.users if index.position[user] > index.position[mutator]]

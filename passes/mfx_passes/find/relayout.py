@@ -66,17 +66,18 @@ class Detour:
             graph.erase_node(node)
 
 
-def insert_detours(runs: Sequence[Candidate], index: GraphIndex) -> list[Detour]:
-    """Put the states of every span back and rearrange them again, where that joins the span to other steps.
+def find_spans(candidates: Iterable[Candidate], index: GraphIndex) -> list[Span]:
+    """Return the spans that are joined to other steps if their states are put back."""
+    return [span for candidate in candidates for span in _spans(candidate, index)]
+
+
+def insert_detours(spans: Iterable[Span], index: GraphIndex) -> list[Detour]:
+    """Put the states of every span back and rearrange them again.
 
     Returns:
         What was inserted; the index is stale if that is anything.
     """
-    detours: list[Detour] = []
-    for run in runs:
-        for span in _spans(run, index):
-            detours += _insert_all(span, index)
-    return detours
+    return [detour for span in spans for detour in _insert_all(span, index)]
 
 
 def remove_unused(detours: Iterable[Detour], chains: Sequence[Chain], graph: Graph) -> dict[Node, Node]:
@@ -91,9 +92,9 @@ def remove_unused(detours: Iterable[Detour], chains: Sequence[Chain], graph: Gra
     return kept
 
 
-def _spans(run: Candidate, index: GraphIndex) -> Iterator[Span]:
-    """The spans of a run that have steps before or behind them; states outside of spans are all laid out alike."""
-    links, i = run.links, 0
+def _spans(candidate: Candidate, index: GraphIndex) -> Iterator[Span]:
+    """Yield the spans of a candidate that have steps before or behind them; states outside of spans have one layout."""
+    links, i = candidate.links, 0
     bases = starts_before_relayout(links[0], index)
     while i < len(links):
         span = next((span for base in bases if (span := _span(i, base, links, index))), None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -89,19 +90,24 @@ def _merge_of_branches(node: Node, index: GraphIndex) -> Rejection | None:
     return None
 
 
-def find_runs(adds: list[ResidualAdd], index: GraphIndex) -> list[Candidate]:
+def find_candidates(adds: Sequence[ResidualAdd], index: GraphIndex) -> list[Candidate]:
     """String residual adds together: the value one ends in is the skip of the next."""
+    import networkx as nx  # takes half a second
+
     starting: dict[Node, list[ResidualAdd]] = defaultdict(list)
     for add in adds:
         for base in add.bases:
             starting[base].append(add)
-    links = {add.node: _link(add, starting, index) for add in adds}
-    follows = {link.next.node for link in links.values() if link.next}
-    runs: list[Candidate] = []
-    for add in adds:
-        if add.node not in follows:
-            runs += _split_by_kind(_follow(links[add.node], links), index)
-    return runs
+    links = {add: _link(add, starting, index) for add in adds}
+    following = nx.DiGraph()
+    following.add_nodes_from(adds)
+    following.add_edges_from((add, link.next) for add, link in links.items() if link.next)
+    candidates: list[Candidate] = []
+    for component in nx.weakly_connected_components(following):
+        path = sorted(component, key=lambda add: index.position[add.node])
+        assert nx.is_path(following, path)
+        candidates += _split_by_kind([links[add] for add in path], index)
+    return candidates
 
 
 def _link(add: ResidualAdd, starting: dict[Node, list[ResidualAdd]], index: GraphIndex) -> Link:
@@ -124,22 +130,15 @@ def _tail(node: Node, index: GraphIndex) -> list[Node]:
     return tail
 
 
-def _follow(link: Link, links: dict[Node, Link]) -> list[Link]:
-    row = [link]
-    while row[-1].next is not None:
-        row.append(links[row[-1].next.node])
-    return row
-
-
 def _split_by_kind(row: list[Link], index: GraphIndex) -> list[Candidate]:
     """Cut a row wherever links with a tail meet links without one, or with another one."""
-    runs: list[Candidate] = []
+    candidates: list[Candidate] = []
     first = 0
     for i, link in enumerate(row):
         if link.next is None or (i > first and _signature(link, index) != _signature(row[first], index)):
-            runs.append(_close(row[first : i + 1], index))
+            candidates.append(_close(row[first : i + 1], index))
             first = i + 1
-    return runs
+    return candidates
 
 
 def _signature(link: Link, index: GraphIndex) -> tuple[object, ...]:
@@ -147,7 +146,7 @@ def _signature(link: Link, index: GraphIndex) -> tuple[object, ...]:
 
 
 def _close(row: list[Link], index: GraphIndex) -> Candidate:
-    """End a run: its last step takes the tail that its predecessors have, if it is there, and no other."""
+    """End a candidate: its last step takes the tail that its predecessors have, if it is there, and no other."""
     wanted = _signature(row[0], index) if len(row) > 1 else ()
     last = row[-1]
     tail = tuple(_tail(last.add.node, index)[: len(wanted)])

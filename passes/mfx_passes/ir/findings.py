@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from mfx_passes.ir.nodes import enclosing_path, source_line
 from mfx_passes.ir.refusals import Refusal
@@ -62,11 +62,13 @@ class Findings:
         chains: those that were found; a chain inside of another's branch comes after it.
         rejections: residual adds that stay as they were, and why.
         reread: from states to the nodes that are read in their place since `relayout`; the values are the same.
+        graph: the graph that all these nodes are in: the one that was searched, or a copy of it with the same names.
     """
 
     chains: list[Chain] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
     reread: dict[Node, Node] = field(default_factory=dict)
+    graph: Graph = field(default_factory=Graph)
 
 
 @dataclass(frozen=True)

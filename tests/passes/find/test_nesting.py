@@ -113,9 +113,9 @@ def test_nesting_is_a_forest_that_says_which_step_owns_which_nodes(specs: tuple[
 def test_chains_are_paths_and_rewritten_graphs_have_no_cycle(specs: tuple[ChainSpec, ...]) -> None:
     torch.manual_seed(0)
     case = traced(Model(specs))
-    chains = find_chains(case.graph, case.modules).chains
-    flow = data_flow(case.graph)
-    for chain in chains:
+    found = find_chains(case.graph, case.modules)
+    flow = data_flow(found.graph)
+    for chain in found.chains:
         states = [chain.start, *chain.states]
         assert all(nx.has_path(flow, state, after) for state, after in pairwise(states))
     result = rewritten(case)

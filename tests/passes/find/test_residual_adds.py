@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mfx_passes.analysis.ancestry import GraphIndex
-from mfx_passes.find.residual_adds import find_adds, find_runs
+from mfx_passes.find.residual_adds import find_adds, find_candidates
 from tests.passes.harness import traced
 
 
@@ -61,8 +61,8 @@ def test_sums_that_look_residual(forward: Callable[[Tensor], Tensor], rejected: 
     assert found(forward) == ([], rejected)
 
 
-def runs(forward: Callable[[Tensor], Tensor]) -> list[tuple[str, list[str], list[int]]]:
-    """Of each run its kind, its adds, and how long their tails are."""
+def candidates(forward: Callable[[Tensor], Tensor]) -> list[tuple[str, list[str], list[int]]]:
+    """Of each candidate its kind, its adds, and how long their tails are."""
 
     class Function(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ def runs(forward: Callable[[Tensor], Tensor]) -> list[tuple[str, list[str], list
     case = traced(Function())
     index = GraphIndex(case.graph, case.modules)
     return [
-        (run.kind, [link.add.node.name for link in run.links], [len(link.tail) for link in run.links])
-        for run in find_runs(find_adds(index)[0], index)
+        (found.kind, [link.add.node.name for link in found.links], [len(link.tail) for link in found.links])
+        for found in find_candidates(find_adds(index)[0], index)
     ]
 
 
@@ -111,5 +111,5 @@ def other_tail(x: Tensor) -> Tensor:
         (other_tail, [("map", ["add", "add_1", "add_2"], [1, 1, 0]), ("residual", ["add_3"], [0])]),
     ],
 )
-def test_runs(forward: Callable[[Tensor], Tensor], expected: object) -> None:
-    assert runs(forward) == expected
+def test_candidates(forward: Callable[[Tensor], Tensor], expected: object) -> None:
+    assert candidates(forward) == expected
