@@ -20,7 +20,7 @@ from mfx.modules.restore import attributes_restored
 from mfx.net.sharded import refuse_shards
 from mfx.options.options import Options
 from mfx.program.chain_call import holds_chain
-from mfx.program.rewritten import RewrittenGraph, rewrite_captured, steps_of
+from mfx.program.rewritten import RewrittenGraph, rewrite_captured
 from mfx.program.shapes import find_with_shapes
 
 _KEPT = 8  # graphs per set of arguments; a model whose attributes follow a schedule needs a new one for every value
@@ -123,8 +123,7 @@ class SymbolicRoute:
         if found is None:
             return None
         rejections = {rejection.node.name: rejection for rejection in found.rejections}
-        steps = steps_of(graph.findings(net, options))
-        rejected = {name: rejections[name] for name in steps if name in rejections}
+        rejected = {name: rejections[name] for name in graph.steps if name in rejections}
         if not rejected:
             return graph
         refused = {name: (rejection.refusal, rejection.facts) for name, rejection in rejected.items()}
@@ -132,7 +131,7 @@ class SymbolicRoute:
         fitting.shapes_known = True
         self.graphs = [fitting if other is graph else other for other in self.graphs]
         for name, rejection in rejected.items():
-            path = steps[name].path or "the model"
+            path = graph.steps[name] or "the model"
             warn(f"the residual add {name} in {path} is left as it was: {rejection.reason}.")
         return fitting
 

@@ -21,7 +21,7 @@ from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.memory_plans import NetPlans
 from mfx.program.scope import Scope
 from mfx.program.velocity import velocity_target
-from mfx_passes import ChainGraphs, Findings, Step, StepGraphs, find_chains, paths, rewrite_graph
+from mfx_passes import ChainGraphs, Findings, StepGraphs, find_chains, paths, rewrite_graph
 from mfx_passes.ir import Grounds, Selection, enclosing_path
 from mfx_passes.momentum_pass import call_name
 from mfx_passes.rewrite.portable_graph import PortableGraph
@@ -36,6 +36,7 @@ class RewrittenGraph:
         graph: the rewritten graph.
         calls: the momentum calls of the graph, by the name the graph calls them.
         flat: paths of modules whose own ``forward`` does not run, because their nodes belong to several steps.
+        steps: module paths of the steps in its chains, by the names of their sums.
         refused: sums that turned out not to fit once shapes were known, and why.
         training: the training mode of the net it was made in.
         guards: when it holds.
@@ -50,6 +51,7 @@ class RewrittenGraph:
     graph: PortableGraph
     calls: dict[str, Momentum]
     flat: tuple[str, ...]
+    steps: dict[str, str]
     refused: dict[str, Grounds]
     training: bool
     guards: list[ModuleGuard]
@@ -194,6 +196,7 @@ def rewrite_captured(
         graph,
         momenta,
         flat,
+        {step.add.node.name: step.path for chain in rewritten.findings.chains for step in chain.steps},
         dict(refused),
         net.training,
         guards,
@@ -219,11 +222,6 @@ def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:
 
 def _selection(options: Options, captured: Captured, refused: Mapping[str, Grounds]) -> Selection:
     return replace(options.selection, refused=dict(refused), forward_only=captured.forward_only)
-
-
-def steps_of(findings: Findings) -> dict[str, Step]:
-    """All steps of all chains by the name of the sum they end in."""
-    return {step.add.node.name: step for chain in findings.chains for step in chain.steps}
 
 
 def named_by_mode(graphs: Iterable[tuple[str, RewrittenGraph, nn.Module]]) -> dict[str, fx.GraphModule]:
