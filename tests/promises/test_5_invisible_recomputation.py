@@ -1,4 +1,4 @@
-"""Buffers change as in plain training: once per forward pass in training mode, never in eval mode, and nowhere else."""
+"""After a training step, buffers and random states are those that plain training leaves."""
 
 import copy
 import itertools
@@ -11,6 +11,9 @@ from torch.nn.utils import parametrizations, spectral_norm
 import mfx
 from mfx import recomputing
 from tests.sampling import grid
+
+# --- buffers that change in place -------------------------------------------------------------------------------------
+
 
 DEPTH = 13  # exact arithmetic keeps the inputs of shorter chains, instead of a tape
 
@@ -218,3 +221,53 @@ def test_what_dynamo_captured_changes_them_once(layer, gamma):
     (entry,) = net.forward.table.graphs
     assert any("branches.0" in path for path in entry.chain_targets)  # found in the model, not handed to the chain
     assert_equal(*results, "exact")
+
+
+# --- buffers that a forward replaces ----------------------------------------------------------------------------------
+
+
+class Counting(nn.Module):
+    """x + tanh(fc(x) + its number of calls so far)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("calls", torch.tensor(0))
+
+    def forward(self, x):
+        self.calls = self.calls + 1
+        return x + torch.tanh(self.fc(x) + self.calls)
+
+
+def counting():
+    torch.manual_seed(0)
+    return nn.Sequential(*(Counting() for _ in range(3))).double()
+
+
+def test_a_symbolic_trace_is_refused_and_leaves_them_alone():
+    model = counting()
+    before = [block.calls for block in model]
+    with pytest.raises(mfx.MfxError, match=r"replaces buffers while it runs \(calls\).*in place"):
+        mfx.momentumize(model, capture="symbolic")
+    assert all(block.calls is calls for block, calls in zip(model, before, strict=True))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+def test_dynamo_replaces_them_once_per_call(gamma):
+    model, x = counting(), torch.randn(5, 4, dtype=torch.float64)
+    reference = copy.deepcopy(model)
+    net = mfx.momentumize(model, gamma=gamma)
+    for call in range(1, 4):
+        out = net(x)
+        out.sum().backward()
+        state, v = x, torch.zeros_like(x)
+        for block in reference:
+            v = gamma * v + (1 - gamma) * torch.tanh(block.fc(state) + call)
+            state = state + v
+        # The exact arithmetic rounds to 2^-40 at each of 3 steps.
+        torch.testing.assert_close(out, state, rtol=0, atol=3 * 9 * 2.0**-40)
+        state.sum().backward()
+        for ours, theirs in zip(net.parameters(), reference.parameters(), strict=True):
+            # Over three calls each is a sum of 15 products of a state and derivatives of at most 1.
+            torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=15 * 3 * 9 * 2.0**-40)
+        assert [block.calls.item() for block in net] == [call] * 3

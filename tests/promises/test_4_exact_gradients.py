@@ -1,5 +1,6 @@
-"""A step that does not compute the same values twice is noticed; one that does never is."""
+"""Gradients are those of ordinary backpropagation, or a step that was not reproducible is reported."""
 
+import copy
 import itertools
 import random
 import warnings
@@ -13,6 +14,7 @@ from torchvision.models import resnet18
 
 import mfx
 from tests.mfx.models import ConvNet, Stack, images, inputs
+from tests.promises.models import MODELS, differences, trained
 from tests.sampling import grid
 
 # States are walked back in the deep one; in the shallow one and at γ = 0 the steps' inputs are kept.
@@ -21,6 +23,25 @@ NOTICED = "did not lead back to where the forward pass began|did not compute the
 
 
 NUMPY = np.random.default_rng(0)
+
+
+@pytest.mark.parametrize("gamma", [0.5, 0.9])
+@pytest.mark.parametrize("build, shape", MODELS.values(), ids=MODELS)
+def test_they_are_those_of_ordinary_backpropagation_bit_for_bit(build, shape, gamma):
+    torch.manual_seed(0)
+    model = build()
+    kept = mfx.momentumize(copy.deepcopy(model), gamma=gamma, memory_budget=1.0)
+    net = mfx.momentumize(model, gamma=gamma, memory_budget=0.0, verify="raise")
+    assert differences(trained(net, shape), trained(kept, shape)) == []
+
+
+def test_the_comparison_sees_the_last_bits():
+    build, shape = MODELS["a stack of blocks"]
+    torch.manual_seed(0)
+    model = build()
+    kept = mfx.momentumize(copy.deepcopy(model), memory_budget=1.0)
+    rounded = mfx.momentumize(model, arithmetic="float")  # which rebuilds states to 6e-6 only
+    assert any(name.startswith("gradient") for name in differences(trained(rounded, shape), trained(kept, shape)))
 
 
 @fx.wrap

@@ -1,4 +1,4 @@
-"""Bad input is one exception that says what is wrong, where, and what to do."""
+"""Every error is an MfxError that says what, where and what to do."""
 
 import random
 import re
@@ -11,6 +11,9 @@ from torch import nn
 
 import mfx
 from tests.mfx.models import Stack, inputs
+
+# --- options, arguments and models ------------------------------------------------------------------------------------
+
 
 OPTIONS = [
     ({"gamma": 1.0}, r"gamma must be a real number with 0 <= gamma < 1, not 1\.0"),
@@ -243,3 +246,71 @@ def test_everything_left_out():
         assert mfx.momentumize(model, min_steps=7) is model
     with pytest.warns(UserWarning, match="no chain of residual adds"):
         assert mfx.momentumize(model, skip="*") is model
+
+
+# --- nested tensors ---------------------------------------------------------------------------------------------------
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.linear = nn.LayerNorm(4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = x + self.linear(self.norm(x))
+        return x + self.linear(self.norm(x))
+
+
+class OfSequences(nn.Module):
+    """Makes a nested tensor of sequences, whose lengths are values and in no graph; then goes on with plain ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.block, self.head = Block(), Block()
+
+    def forward(self, x, lengths):
+        nested = torch.nested.nested_tensor([row[:length] for row, length in zip(x, lengths.tolist(), strict=True)])
+        return self.head(torch.stack([row.mean(0) for row in self.block(nested).unbind()]))
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_nested_tensor_inside_of_a_model():
+    torch.manual_seed(0)
+    model, x, lengths = OfSequences(), torch.randn(2, 5, 4), torch.tensor([3, 5])
+    net = mfx.momentumize(model, gamma=0.0)
+    with pytest.warns(UserWarning, match=r"these chains were found: head\b"):
+        out = net(x, lengths)
+    assert torch.equal(out, model(x, lengths))
+    out.sum().backward()
+    assert [chain.name for chain in mfx.explain(net).chains] == ["head"]
+
+
+class Packed(nn.Module):
+    """Makes a nested tensor that a graph of Dynamo's could hold, and goes through its chain with it."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, x):
+        return self.block(torch.nested.nested_tensor([x[:2], x[2:]], layout=torch.jagged)).values()
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_nested_tensor_inside_of_a_graph():
+    torch.manual_seed(0)
+    model, x = Packed(), torch.randn(5, 4)
+    with pytest.warns(UserWarning, match="Packed cannot be captured as one graph"):
+        out = mfx.momentumize(model)(x)
+    assert torch.equal(out, model(x)), "no state has rows of several sizes"
+    with pytest.raises(mfx.MfxError, match="Packed cannot be captured as one graph"):
+        mfx.momentumize(model, capture="dynamo")(x)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided])
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors is in prototype stage")
+def test_a_nested_tensor_given_to_a_net(layout):
+    net = mfx.momentumize(Block())
+    with pytest.raises(mfx.MfxError, match=r"Block is given a nested tensor.* Give it a padded tensor and a mask"):
+        net(torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(5, 4)], layout=layout))
+    assert net(torch.randn(1, 3, 4)).shape == (1, 3, 4)

@@ -1,0 +1,71 @@
+"""Memory that does not grow with depth, at 4/3 of the FLOPs; or anything between that and ordinary backpropagation."""
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import mfx
+
+WIDTH, BATCH = 32, 64
+UNIT = 4 * WIDTH * BATCH  # bytes of the stream in float32
+
+
+class Block(nn.Module):
+    """x + f(x), of which backpropagation keeps ten units: f is four times as wide inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.f = nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
+
+    def forward(self, x):
+        return x + self.f(x)
+
+
+def net_of(depth, **options):
+    torch.manual_seed(0)
+    return mfx.momentumize(nn.Sequential(*(Block() for _ in range(depth))), **options)
+
+
+def step(net):
+    """Bytes of activations after the forward pass and at worst, and FLOPs, of a training step after the first two."""
+    x = torch.randn(BATCH, WIDTH)
+    for parameter in net.parameters():  # a parameter's gradient is not an activation
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    for _ in range(2):  # a first call watches what a step costs, a budget's plan holds from the second on
+        net(x).sum().backward()
+    with mfx.ActivationMeter(exclude=[x, *net.parameters()]) as meter:
+        y = net(x)
+        kept = meter.live
+        y.sum().backward()
+    with FlopCounterMode(display=False) as flops:
+        net(x).sum().backward()
+    return kept, meter.peak, flops.get_total_flops()
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+def test_neither_what_is_kept_nor_the_peak_grows_with_depth(arithmetic):
+    (kept, peak, _), (kept_deep, peak_deep, _) = (step(net_of(depth, arithmetic=arithmetic)) for depth in (16, 64))
+    # 48 more steps: exact stores log2(1/0.9) = 0.15 bits per element and step, in words of 64 bits; float an anchor of
+    # two states every 25 steps. A kept input each would be 48 units. Beside it, notes of a few hundred bytes a step.
+    more = {"exact": 2 * UNIT, "float": 2 * 2 * UNIT}[arithmetic] + 48 * 512
+    assert kept_deep - kept <= more
+    assert peak_deep - peak <= more
+
+
+def test_it_costs_a_second_forward_pass():
+    plain, net = step(net_of(16, memory_budget=1.0)), step(net_of(16))
+    assert net[2] * 3 == plain[2] * 4
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+def test_a_budget_is_kept_and_what_it_allows_saves_work(gamma):
+    shares = [0.0, 0.25, 0.5, 0.75, 1.0]
+    found = [step(net_of(16, gamma=gamma, memory_budget=share)) for share in shares]
+    least, most = found[0][0], found[-1][0]
+    assert most > 4 * least
+    for share, (kept, _, _) in zip(shares, found, strict=True):
+        assert kept <= least + share * (most - least)
+    work = [flops for _, _, flops in found]
+    assert work == sorted(work, reverse=True)
+    assert work[0] > work[2] > work[-1]
