@@ -1,4 +1,4 @@
-"""What lies between the chains (stems, projection blocks, heads), run again in the backward pass piece by piece."""
+"""Recomputes what lies between the chains (stems, projection blocks, heads), piece by piece."""
 
 from __future__ import annotations
 
@@ -23,18 +23,19 @@ from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.paths import resolve
 
-_AGAIN = ChainPlan(frozenset(), from_inputs=True)
+_RECOMPUTED = ChainPlan(frozenset(), from_inputs=True)
 
 
 class BetweenChains:
-    """A run of nodes between two chains as a function of ``(root, *inputs)``.
+    """The segment of a graph between two chains, as a function of ``(root, *inputs)``.
 
-    In the first pass that the net's plan is made of it runs again as a whole; from then on in pieces, each of which
-    keeps its inputs or, as far as the budget goes, its activations. A piece is a chain of one step at γ = 0.
+    In the forward pass from which the net's plan is made, the segment is recomputed as a whole. From then on it runs in
+    pieces, each of which keeps its inputs or, as far as the budget allows, its activations. A piece is a chain of one
+    step at γ = 0.
 
     Args:
-        body: the nodes as a graph of their own.
-        compiler: what makes functions of graphs.
+        body: the segment's nodes as a graph of their own.
+        compiler: makes functions of graphs.
         verify: see `ChainSettings`.
     """
 
@@ -50,23 +51,23 @@ class BetweenChains:
         self._whole = _Piece(self._measured, _targets(body), self._name, verify)
 
     def __call__(self, root: Any, *inputs: Any) -> Any:
-        """What the nodes compute."""
-        # As for a chain: what is read by path is put back for a second run in here, not in the model.
+        """Return the values of the segment's outputs."""
+        # As for a chain: recomputation restores what is read by path in this scope, not in the model.
         root = Scope({name: getattr(root, name) for name in self._roots})
         share = share_of((self._name, *map(_shape, inputs)), None)
-        if share is None or not self._can_be_repeated(root):
+        if share is None or not self._is_repeatable(root):
             return self._plain(root, *inputs)
         if share.plan is None:
-            outputs = self._whole.run_again(root, inputs, share.costs)
+            outputs = self._whole.run_recomputed(root, inputs, share.costs)
             if share.costs:
-                share.run = self._measured.found
+                share.segment = self._measured.cost
             return outputs
         function, pieces = self._cut(share.cuts)
         calls = {name: partial(piece.run, root, i in share.plan.kept) for i, (name, piece) in enumerate(pieces.items())}
         return function(Scope(calls, root), *inputs)
 
-    def _can_be_repeated(self, root: Any) -> bool:
-        """Not if it changes an input in place: the second run would find it changed."""
+    def _is_repeatable(self, root: Any) -> bool:
+        """True unless the segment changes an input in place: recomputation would start from the changed one."""
         if self._repeatable is None:
             targets = {str(node.target) for node in self._body.find_nodes(op="call_module")}
             index = GraphIndex(self._body, {target: resolve(root, target) for target in targets})
@@ -90,21 +91,21 @@ class BetweenChains:
 
 
 class _Piece:
-    """Nodes that run again together."""
+    """Nodes that are recomputed together."""
 
     def __init__(self, function: Any, targets: tuple[str, ...], name: str, verify: str) -> None:
         self.function = function
         self._targets, self._name = targets, name
-        self._settings = ChainSettings(Gamma(0, 1), ARITHMETICS["exact"], verify=verify, plan=_AGAIN)
+        self._settings = ChainSettings(Gamma(0, 1), ARITHMETICS["exact"], verify=verify, plan=_RECOMPUTED)
         self._steps: dict[tuple[int, int], StepFunction] = {}
         self._cache: ChainCache = {}
 
     def run(self, root: Any, keep: bool, *inputs: Any) -> Any:
-        """Run it, and keep its activations or its inputs."""
-        return self.function(root, *inputs) if keep else self.run_again(root, inputs, None)
+        """Run the piece, and keep its activations if ``keep``, else its inputs."""
+        return self.function(root, *inputs) if keep else self.run_recomputed(root, inputs, None)
 
-    def run_again(self, root: Any, inputs: Sequence[Any], costs: list[StepCost] | None) -> Any:
-        """Run it so that it runs again in the backward pass."""
+    def run_recomputed(self, root: Any, inputs: Sequence[Any], costs: list[StepCost] | None) -> Any:
+        """Run the piece, keep its inputs, and let the backward pass recompute it."""
         tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
         position = next((i for i in tensors if inputs[i].requires_grad), tensors[0] if tensors else None)
         if position is None:
@@ -123,7 +124,7 @@ class _Piece:
         return result.sides[0]
 
     def _step(self, position: int, others: int) -> StepFunction:
-        """As a step whose stream is one of the inputs, and whose value is the first of its outputs that is a tensor."""
+        """Return the piece as a step: its stream is one of the inputs, its value the first output that is a tensor."""
         if (position, others) not in self._steps:
 
             def call(root: Any, x: Tensor, *rest: Any) -> tuple[Any, ...]:
@@ -136,11 +137,11 @@ class _Piece:
 
 
 class _Measured:
-    """The nodes of a run, one by one; ``found`` is what they cost if somebody measures."""
+    """The nodes of a segment, run one by one; ``cost`` is their cost if a measure was active."""
 
     def __init__(self, body: Graph) -> None:
         self._body = body
-        self.found: SegmentCost | None = None
+        self.cost: SegmentCost | None = None
 
     def __call__(self, root: Any, *inputs: Any) -> Any:
         step = measure()
@@ -148,7 +149,7 @@ class _Measured:
             return _Nodes(root, self._body).run(*inputs)
         nodes = _MeasuredNodes(root, self._body, step)
         outputs = nodes.run(*inputs)
-        self.found = nodes.found()
+        self.cost = nodes.cost()
         return outputs
 
 
@@ -188,7 +189,7 @@ class _MeasuredNodes(_Nodes):
         self._costs[n.name] = NodeCost(self._step.group(), reads, self._step.flops - flops, changed)
         return value
 
-    def found(self) -> SegmentCost:
+    def cost(self) -> SegmentCost:
         (output,) = self.graph.find_nodes(op="output")
         read = frozenset(node.name for node in output.all_input_nodes)
         return SegmentCost(tuple(self._costs.values()), self._values, tuple(self._costs), read)

@@ -1,4 +1,4 @@
-"""One forward pass of a whole net under a memory budget: its chains share what one plan for all of them says."""
+"""Plans of a whole net under a memory budget: its chains share one plan per forward pass."""
 
 from __future__ import annotations
 
@@ -23,15 +23,19 @@ _KEPT = 256  # plans; one is a few numbers per step
 
 @dataclass
 class ChainShare:
-    """What one call of a chain does, and where it reports what its steps cost if nobody knows that yet.
+    """The share of one call of a chain, or of a segment between two chains, in the net's plan.
 
-    For what lies between two chains: ``cuts``, the pieces it runs in, or ``run``, what its nodes came to.
+    Attributes:
+        plan: what the call's steps keep; None: as little as possible.
+        costs: takes in the costs of the steps; None: they are known, or not asked for.
+        cuts: of a segment: where to cut it into pieces.
+        segment: of a segment: the measured costs of its nodes.
     """
 
     plan: ChainPlan | None
     costs: list[StepCost] | None
     cuts: tuple[int, ...] = ()
-    run: SegmentCost | None = None
+    segment: SegmentCost | None = None
 
 
 @dataclass
@@ -42,7 +46,7 @@ class _Plan:
 
 
 @dataclass
-class _Pass:
+class _ForwardPass:
     """The calls of chains in one forward pass, in order."""
 
     plan: _Plan | None
@@ -64,32 +68,32 @@ class _Pass:
         return share
 
     def fits(self) -> bool:
-        """Whether this pass has gone as the one that the plan was made for."""
+        """True if the calls so far are those of the pass that the plan was made from."""
         return self.plan is not None and self.plan.calls[: len(self.calls)] == tuple(self.calls)
 
     def make_plan(self, budget: MemoryBudget) -> _Plan:
         shares = self.shares
         costs = [ChainCost(tuple(s.costs or ()), t) for s, t in zip(shares, self.states, strict=True)]
-        runs = {number: share.run for number, share in enumerate(shares) if share.run is not None}
-        at_once = max((s.saved for n, cost in enumerate(costs) for s in cost.steps if n not in runs), default=0)
+        segments = {number: share.segment for number, share in enumerate(shares) if share.segment is not None}
+        at_once = max((s.saved for n, cost in enumerate(costs) for s in cost.steps if n not in segments), default=0)
         cuts: list[tuple[int, ...]] = [()] * len(costs)
-        for number, found in zip(runs, choose_cuts([*runs.values()], at_once), strict=True):
-            cuts[number], costs[number] = found, runs[number].cost(found)
+        for number, found in zip(segments, choose_cuts([*segments.values()], at_once), strict=True):
+            cuts[number], costs[number] = found, segments[number].cost(found)
         return _Plan(tuple(self.calls), tuple(cuts), make_plan(costs, fraction=budget.share, limit=budget.size))
 
 
-class _Now(threading.local):
-    opened: _Pass | None = None
+class _Current(threading.local):
+    forward_pass: _ForwardPass | None = None
 
 
-_now = _Now()
+_current = _Current()
 
 
 class NetPlans:
-    """The plans of one net, by what it is called on.
+    """The plans of one net, by call key.
 
-    The first pass of a kind keeps as little as can be and watches what each step costs; from the second on the plan
-    made of that holds.
+    The first pass with a new key keeps as little as possible and measures each step. The plan made from that holds from
+    the second pass on.
 
     Args:
         budget: of the net.
@@ -98,36 +102,37 @@ class NetPlans:
     def __init__(self, budget: MemoryBudget) -> None:
         self.budget = budget
         self._plans: dict[Hashable, _Plan] = {}
-        self._coming: dict[Hashable, _Plan] = {}
+        self._next: dict[Hashable, _Plan] = {}
         self._warned = False
 
     @contextmanager
     def forward_pass(self, key: Hashable) -> Iterator[None]:
-        """A forward pass; ``key`` is whatever its shapes depend on. Inside another pass it is part of that one."""
-        inside = _now.opened is not None or enclosing_keeps() is not None
+        """Enclose a forward pass with this `call_key`. Inside another forward pass it is part of that one."""
+        inside = _current.forward_pass is not None or enclosing_keeps() is not None
         if inside or key is None or not torch.is_grad_enabled():
             yield
             return
-        if current_task() == NO_TASK and key in self._coming:
-            # Not within a backward pass, where a checkpoint around the net repeats a pass from before there was a plan.
-            self._plans[key] = self._coming.pop(key)
-        opened = _now.opened = _Pass(self._plans.get(key))
+        if current_task() == NO_TASK and key in self._next:
+            # Not within a backward pass: a checkpoint around the net repeats a pass that ran without a plan.
+            self._plans[key] = self._next.pop(key)
+        this = _current.forward_pass = _ForwardPass(self._plans.get(key))
         try:
             yield
         finally:
-            _now.opened = None
-        self._learn(key, opened)
+            _current.forward_pass = None
+        self._learn(key, this)
 
-    def _learn(self, key: Hashable, done: _Pass) -> None:
+    def _learn(self, key: Hashable, done: _ForwardPass) -> None:
         if done.plan is not None:
             if not done.fits() and done.calls:
-                self._plans.pop(key, None)  # it has other chains than it had: look again
+                self._plans.pop(key, None)  # its chains have changed: measure once more
             return
         if not any(share.costs for share in done.shares):
             return
-        budget, coming = self.budget, done.make_plan(self.budget)
-        self._coming[key], plan = coming, coming.net
-        for table in (self._coming, self._plans):
+        budget = self.budget
+        self._next[key] = made = done.make_plan(budget)
+        plan = made.net
+        for table in (self._next, self._plans):
             while len(table) > _KEPT:
                 del table[next(iter(table))]
         if budget.share is None and plan.kept > budget.size and not self._warned:
@@ -140,11 +145,11 @@ class NetPlans:
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_plans": {}, "_coming": {}}
+        return {**self.__dict__, "_plans": {}, "_next": {}}
 
 
 def call_key(arguments: Any, *, training: bool = True) -> Hashable:
-    """What the shapes in a forward pass depend on; None if they are not known."""
+    """Return what the shapes in a forward pass depend on; None if they are symbolic."""
     tensors = [leaf for leaf in tree_iter(arguments) if isinstance(leaf, Tensor)]
     if not all(type(size) is int for tensor in tensors for size in tensor.shape):
         return None
@@ -155,12 +160,12 @@ def call_key(arguments: Any, *, training: bool = True) -> Hashable:
 
 
 def share_of(call: Hashable, states: tuple[float, ...] | None) -> ChainShare | None:
-    """What the pass that is under way has for one call of a chain; None if there is none, or inside of a chain.
+    """Return the share of one call in the current forward pass; None outside of one, and inside of a chain.
 
     Args:
         call: what the call depends on: the chain and the shapes.
         states: see `ChainCost`.
     """
-    if _now.opened is None or enclosing_keeps() is not None:
+    if _current.forward_pass is None or enclosing_keeps() is not None:
         return None
-    return _now.opened.share(call, states)
+    return _current.forward_pass.share(call, states)

@@ -30,12 +30,12 @@ def split_between_calls(
 
     Args:
         graph: the rewritten graph; it is left as it is.
-        compiled: makes a function of ``(root, *inputs)`` of a segment's graph.
-        runs: the nodes of each segment, where that is not what lies between two momentum calls.
+        compiled: makes a function of ``(root, *inputs)`` from a segment's graph.
+        runs: the nodes of each segment; by default what lies between two momentum calls.
 
     Returns:
         The short graph, and its segments by name: functions of ``(root, *inputs)``, where the root holds what the graph
-        reads by path. The short graph calls them without it.
+        reads by path. The short graph calls them without the root.
     """
     short = PortableGraph()
     copies: dict[Node, Any] = {}
@@ -77,6 +77,6 @@ def _runs(graph: Graph) -> list[tuple[str, Sequence[Node]]]:
 
 
 def _around(graph: Graph, runs: Sequence[Sequence[Node]]) -> list[tuple[str, Sequence[Node]]]:
-    """All of a graph in order, where all that is computed is in one of the runs."""
+    """Return all nodes of a graph in order; the runs contain every computed node."""
     inputs, outputs = graph.find_nodes(op="placeholder"), graph.find_nodes(op="output")
     return [("node", inputs), *(("segment", run) for run in runs), ("node", outputs)]
