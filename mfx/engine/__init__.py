@@ -1,4 +1,10 @@
-"""The momentum call: chains of residual steps whose backward pass rebuilds its activations."""
+"""One chain of residual steps: forward with momentum, backward by rebuilding its activations.
+
+`run_chain` runs the steps (``chain``), in an arithmetic of its own (``arithmetic``), under autograd (``update``), so
+that the backward pass recomputes what it needs (``recompute``), as a memory plan says (``memory``). The engine handles
+steps as functions; it does not handle graphs. It imports `mfx.modules`, `mfx.options`, `mfx.meter`, `mfx.compat` and
+`mfx_passes`.
+"""
 
 from mfx.engine.arithmetic import ARITHMETICS, BLOCK_KERNELS, FusedKernels, Kernels
 from mfx.engine.chain import run_chain

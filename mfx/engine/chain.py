@@ -1,4 +1,4 @@
-"""The momentum call: one chain, run forward so that its backward pass can rebuild what it needs."""
+"""The call of one chain: runs it forward so that the backward pass can rebuild the activations it needs."""
 
 from __future__ import annotations
 
@@ -80,10 +80,10 @@ def _plan(settings: ChainSettings, dtype: torch.dtype, steps: int) -> ChainPlan:
 
 
 class _Collector:
-    """Gathers a call's output, and holds on to no more of the stream than was asked for."""
+    """The output of a call as it comes in; of the stream it keeps the taps and the last value."""
 
     def __init__(self, taps: Sequence[int]) -> None:
-        self._asked = taps
+        self._tap_steps = taps
         self._taps: dict[int, Tensor] = {}
         self._sides: list[tuple[Any, ...]] = []
         self.has_sides = False
@@ -92,16 +92,16 @@ class _Collector:
         self._x = x
         self._sides.append(tuple(side))
         self.has_sides = self.has_sides or bool(side)
-        if len(self._sides) in self._asked:
+        if len(self._sides) in self._tap_steps:
             self._taps[len(self._sides)] = x
 
     def finish(self) -> ChainOutput:
-        return ChainOutput(self._x, tuple(self._taps[t] for t in self._asked), tuple(self._sides))
+        return ChainOutput(self._x, tuple(self._taps[t] for t in self._tap_steps), tuple(self._sides))
 
 
 def _decide_recorded(call: ChainCall, x: Tensor) -> bool:
     if torch.compiler.is_compiling():
-        return False  # torch.export looks on: there is no backward pass to rebuild anything for
+        return False  # torch.export: there is no backward pass to rebuild anything for
     if under_transform():
         if not call.keeps_all and _needs_grad(call, x):
             message = (
@@ -135,7 +135,7 @@ def _run_original(call: ChainCall, x: Tensor) -> ChainOutput:
 
 
 def _run_plain(call: ChainCall, x: Tensor) -> ChainOutput:
-    """The recurrence by ordinary operations: without a backward pass, or for transforms that cannot be recorded."""
+    """Run the recurrence by ordinary operations: without a backward pass, or inside transforms."""
     runner = Ordinary(call, original=False)
     dtype, state = x.dtype, x.to(wide(x.dtype))
     v = None if call.v0 is None else call.v0.to(state.dtype)
@@ -152,7 +152,7 @@ def _run_plain(call: ChainCall, x: Tensor) -> ChainOutput:
 
 
 def _run_recorded(call: ChainCall, x: Tensor) -> ChainOutput:
-    """The recurrence in the chain's arithmetic, under autograd."""
+    """Run the recurrence in the chain's arithmetic, under autograd."""
     runner = _choose_runner(call, x)
     tape, walked = (runner.tape, runner.walked) if isinstance(runner, FromTape) else (None, range(0))
     v, settings = call.v0, call.settings
@@ -169,12 +169,12 @@ def _run_recorded(call: ChainCall, x: Tensor) -> ChainOutput:
         y, *side = runner.run(index, step, x, gamma)
         _check_fits(call, step, x, y)
         is_end = index + 1 == walked.stop
-        # Gradients then come in elsewhere too, and the last update may be dead when they do.
+        # With these, gradients arrive elsewhere too, when the last update may have been freed.
         on_tape = bool(call.taps or side) or out.has_sides
         last = tape if is_end and not on_tape else None
         what = f"{call.name}: the stream after step {step.path}"
-        link = UpdateContext(state, step.kind, gamma, settings.gamma, index > 0, dummy, what, last)
-        x, v = Update.apply(x, v, y, link)
+        context = UpdateContext(state, step.kind, gamma, settings.gamma, index > 0, dummy, what, last)
+        x, v = Update.apply(x, v, y, context)
         out.add(x, side)
         if (on_cpu or index == len(call.steps) - 1) and (overflowed := state.overflowed()) is not None:
             notice_overflow(f"chain {call.name}, at or before step {step.path}", overflowed, call.cache)

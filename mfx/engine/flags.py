@@ -1,4 +1,4 @@
-"""What a chain learns on the device about its own numbers, and says without waiting for the device."""
+"""Errors and warnings about a chain's numbers, raised without waiting for the device."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _ADVICE = (
 
 
 def notice_overflow(place: str, overflowed: Tensor, cache: ChainCache) -> None:
-    """Raise an MfxError that names ``place`` if ``overflowed``, the largest value that was too large, is not 0."""
+    """Raise an MfxError that names ``place`` unless ``overflowed``, the largest value that was too large, is 0."""
     _read(overflowed, "raise", lambda largest: _overflow_message(place, largest), cache)
 
 
 def verify_chain(name: str, cache: ChainCache, action: str, same: Tensor) -> None:
-    """Act if a walk back did not end where the forward pass began."""
+    """Warn or raise, as ``action`` says, if a walk back did not end where the forward pass began."""
     error = (
         f"chain {name}: rebuilding the activations did not lead back to where the forward pass began, so gradients are "
         f"wrong: some step did not compute the same values twice. {_ADVICE}"
@@ -31,7 +31,7 @@ def verify_chain(name: str, cache: ChainCache, action: str, same: Tensor) -> Non
 
 
 def verify_step(name: str, cache: ChainCache, action: str, path: str, same: Tensor) -> None:
-    """Act if the second run of a step did not give what the first gave."""
+    """Warn or raise, as ``action`` says, if the recomputation of a step differs from the forward pass."""
     error = (
         f"chain {name}, step {path}: the second run, in the backward pass, did not compute the values of the first, so "
         f"gradients are those of other values. {_ADVICE}"
@@ -40,14 +40,14 @@ def verify_step(name: str, cache: ChainCache, action: str, path: str, same: Tens
 
 
 def read_pending(cache: ChainCache) -> None:
-    """Act on what earlier calls left to be read."""
+    """Read the flags that earlier calls left in the cache, and warn or raise."""
     for flag, action, message in cache.pop("pending", ()):
         if value := flag.item():
             _act(action, message(value), cache)
 
 
 def warn_once(topic: str, message: str, cache: ChainCache) -> None:
-    """Warn, unless this chain has warned about this topic: many steps, and every pass, would say the same."""
+    """Warn once per chain and topic: many steps, and every pass, would say the same."""
     warned = cache.setdefault("warned", set())
     if topic not in warned:
         warned.add(topic)
@@ -62,7 +62,7 @@ def _overflow_message(place: str, largest: float) -> str:
 
 
 def _read(flag: Tensor, action: str, message: Callable[[float], str], cache: ChainCache) -> None:
-    """Act on ``flag``, unless it is 0, now if that waits for nothing, else at the next call."""
+    """Warn or raise unless ``flag`` is 0: now if reading it waits for nothing, else at the next call."""
     if flag.device.type != "cpu":
         cache.setdefault("pending", []).append((flag, action, message))
     elif value := flag.item():

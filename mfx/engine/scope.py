@@ -1,4 +1,4 @@
-"""What code inside a branch may know about the chain around it, per thread."""
+"""The chain around the running code, per thread: recorded or not, kept or recomputed, measured or not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mfx.engine.memory.measure import StepMeasure
 
 class _Scope(threading.local):
     recorded: bool | None = None  # None: no chain around
-    keeps = False  # with a chain around: whether activations are kept
+    keeps = False  # whether activations are kept, if there is a chain around
     recomputing = False
     measure: StepMeasure | None = None
 
@@ -20,31 +20,31 @@ _scope = _Scope()
 
 
 def recomputing() -> bool:
-    """Whether the calling code runs a second time, to rebuild activations in the backward pass.
+    """True if the calling code runs as a recomputation, which rebuilds activations in the backward pass.
 
-    Forward hooks fire in both runs; those that count or log can ask here.
+    Forward hooks fire in the forward pass and in recomputations; hooks that count or log can tell them apart by this.
     """
     return _scope.recomputing
 
 
 def enclosing_is_recorded() -> bool | None:
-    """Whether the outermost chain around the caller runs for a backward pass; None if there is no chain around."""
+    """True if the outermost chain around the caller runs for a backward pass; None if there is no chain around."""
     return _scope.recorded
 
 
 def enclosing_keeps() -> bool | None:
-    """Whether the step around the caller keeps its activations; None if there is no chain around."""
+    """True if the step around the caller keeps its activations; None if there is no chain around."""
     return None if _scope.recorded is None else _scope.keeps
 
 
 def measure() -> StepMeasure | None:
-    """What is to be told of every tensor that is packed away, if anything."""
+    """Return the measure that counts the tensors autograd saves now; None if nothing is measured."""
     return _scope.measure
 
 
 @contextmanager
 def inside_chain(recorded: bool, *, keeps: bool) -> Iterator[None]:
-    """Everything inside belongs to a chain that was (not) recorded: nested chains must decide the same way."""
+    """Run the body as part of a chain that is (not) recorded: nested chains must decide the same way."""
     before = _scope.recorded, _scope.keeps
     _scope.recorded, _scope.keeps = recorded, keeps
     try:
@@ -55,7 +55,7 @@ def inside_chain(recorded: bool, *, keeps: bool) -> Iterator[None]:
 
 @contextmanager
 def inside_kept_step() -> Iterator[None]:
-    """Everything inside belongs to a step that keeps its activations."""
+    """Run the body as part of a step that keeps its activations."""
     before, _scope.keeps = _scope.keeps, True
     try:
         yield
@@ -64,7 +64,7 @@ def inside_kept_step() -> Iterator[None]:
 
 
 class inside_recomputation:  # noqa: N801
-    """Everything inside is a second run, of a recorded chain."""
+    """Run the body as a recomputation in a recorded chain."""
 
     __slots__ = ("_before",)
 
@@ -78,7 +78,7 @@ class inside_recomputation:  # noqa: N801
 
 @contextmanager
 def measured_by(step: StepMeasure) -> Iterator[None]:
-    """Everything inside is told to ``step``, that of chains inside too."""
+    """Run the body measured by ``step``, chains inside it included."""
     before, _scope.measure = _scope.measure, step
     try:
         with step:

@@ -25,9 +25,9 @@ class StepFunction:
             arithmetic.
         branch: ``branch(root, x, *captures)`` gives ``(y, *side_outputs)``.
         original: ``original(root, x, *captures)`` gives ``(x_next, *side_outputs)``: the step before it was rewritten.
-        captures: which of the chain's captures the step reads; numbers past them are side outputs of earlier steps,
-            counted from the first step on, which must be no tensors.
-        targets: dotted paths of the modules and tensors that it reads through the root.
+        captures: numbers of the chain's captures that the step reads; numbers past them are side outputs of earlier
+            steps, counted from the first step on, which must not be tensors.
+        targets: dotted paths of the modules and tensors that the step reads through the root.
     """
 
     path: str
@@ -40,11 +40,11 @@ class StepFunction:
 
 @dataclass(frozen=True)
 class ChainSettings:
-    """How a chain runs, made once and handed on as one object.
+    """The settings by which a chain runs, made once and handed on as one object.
 
     Attributes:
         gamma: γ. At 0 the steps' ``original`` functions run, and of each only the input is kept.
-        arithmetic: the state that the chain's numbers are kept in.
+        arithmetic: the class of the chain's state.
         velocity: v before the first step: "zero"; "residual": such that v after the first step is f(x); "module": an
             argument of the call.
         verify: "warn", "raise" or "off": what to do if a backward pass in exact arithmetic does not end where the
@@ -66,7 +66,7 @@ class ChainCall:
     """The arguments of one call of a chain, see `run_chain`.
 
     Attributes:
-        plan: what the steps of this call keep, decided.
+        plan: the decided plan: that of the settings, or of the step around the call.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The recurrence as autograd sees it."""
+"""The autograd function of one update of x and v."""
 
 from __future__ import annotations
 
@@ -19,16 +19,23 @@ if TYPE_CHECKING:
 
 
 class UpdateContext(NamedTuple):
-    """What an ``Update`` needs beside tensors; ``tape`` if it is the last of its chain and keeps the end state.
+    """The arguments of an ``Update`` beside tensors.
 
-    ``dummy`` is one for all of the chain, see ``velocity_dummy``. ``later`` is γ of the steps after this one, and
-    ``follows`` says whether there is one before it. ``what`` names the stream after the step, for messages.
+    Attributes:
+        state: the chain's numbers.
+        kind: of the step.
+        gamma: γ of the step.
+        later_gamma: γ of the steps after this one.
+        follows: whether there is a step before this one.
+        dummy: the chain's ``velocity_dummy``.
+        what: the stream after the step, in words, for messages.
+        tape: the chain's tape, for the last update if that keeps the end state; else None.
     """
 
     state: State
     kind: str
     gamma: Gamma
-    later: Gamma
+    later_gamma: Gamma
     follows: bool
     dummy: Tensor
     what: str
@@ -36,7 +43,7 @@ class UpdateContext(NamedTuple):
 
 
 def velocity_dummy(x: Tensor) -> Tensor:
-    """What looks like the velocity of a stream ``x``, and takes no memory."""
+    """Return a tensor like the velocity of a stream ``x`` that takes no memory."""
     with torch.no_grad():
         return x.new_zeros((), dtype=wide(x.dtype)).expand_as(x)
 
@@ -44,26 +51,26 @@ def velocity_dummy(x: Tensor) -> Tensor:
 class Update(torch.autograd.Function):
     """(x, v, y) → (x + v', v') with v' = γ·v + (1−γ)·f, where f is y, or y − x for a step of kind "map".
 
-    The numbers come from the chain's state. What the next branch reads is x' in the stream's dtype; v' is a dummy
-    that takes no memory and exists to carry a gradient on. With g = ∂/∂x' + ∂/∂v' that of v is γ·g, and that of the
+    The numbers come from the chain's state. The next branch reads x' in the stream's dtype; v' is a dummy
+    that takes no memory and carries a gradient on. With g = ∂/∂x' + ∂/∂v' that of v is γ·g, and that of the
     branch's value is (1−γ)·g. From update to update the second is carried for both, so that they are one tensor; the
     first is γ/(1−γ) times that. At γ = 1, where the second is zero, it is g that is carried.
     """
 
     @staticmethod
     @override
-    def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, link: UpdateContext) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, context: UpdateContext) -> tuple[Tensor, Tensor]:
         ctx.set_materialize_grads(False)
-        ctx.gamma, ctx.kind, ctx.tape = link.gamma, link.kind, link.tape
-        ctx.later, ctx.follows, ctx.wide = link.later, link.follows, link.dummy.dtype
-        ctx.dtypes = x.dtype, link.dummy.dtype if v is None else v.dtype, y.dtype
-        x_next = link.state.advance(y, link.kind, link.gamma)
-        if link.tape is not None:
-            tensors, ctx.thaw = link.state.freeze()
+        ctx.gamma, ctx.kind, ctx.tape = context.gamma, context.kind, context.tape
+        ctx.later_gamma, ctx.follows, ctx.wide = context.later_gamma, context.follows, context.dummy.dtype
+        ctx.dtypes = x.dtype, context.dummy.dtype if v is None else v.dtype, y.dtype
+        x_next = context.state.advance(y, context.kind, context.gamma)
+        if context.tape is not None:
+            tensors, ctx.thaw = context.state.freeze()
             ctx.save_for_backward(*tensors)
-            ctx.what = link.what
-            link.tape.last = weakref.ref(ctx)
-        return x_next, link.dummy.detach()
+            ctx.what = context.what
+            context.tape.last = weakref.ref(ctx)
+        return x_next, context.dummy.detach()
 
     @staticmethod
     @override
@@ -71,7 +78,7 @@ class Update(torch.autograd.Function):
         if ctx.tape is not None:
             ctx.tape.begin(ctx.thaw(saved_by(ctx, ctx.what)))
         x_dtype, v_dtype, y_dtype = ctx.dtypes
-        gamma, later = ctx.gamma, ctx.later
+        gamma, later = ctx.gamma, ctx.later_gamma
         if gv is None:
             if gx is None:
                 return None, None, None, None
@@ -90,7 +97,7 @@ class Update(torch.autograd.Function):
 
 
 def _carried(gamma: Gamma) -> float:
-    """How much of g is carried from the update of a step with this γ to the one before."""
+    """Return the share of g that is carried from the update of a step with this γ to the one before."""
     return gamma.complement or 1.0
 
 
@@ -99,7 +106,7 @@ def _as(dtype: torch.dtype, g: Tensor) -> Tensor:
 
 
 class Enter(torch.autograd.Function):
-    """x → x as the chain's arithmetic represents it; the gradient passes unchanged."""
+    """x → x rounded to the chain's arithmetic; the gradient passes unchanged."""
 
     @staticmethod
     @override

@@ -1,3 +1,9 @@
+"""The two arithmetics of a chain, "exact" and "float": how the numbers x and v move a step on and back.
+
+Each is one subclass of `State`, beside autograd and without knowledge of steps or tapes. Imports `mfx.compat` and
+`mfx.options` only.
+"""
+
 from mfx.engine.arithmetic.base import Frozen, State
 from mfx.engine.arithmetic.exact import ExactState
 from mfx.engine.arithmetic.floating import FloatState

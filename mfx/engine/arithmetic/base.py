@@ -1,4 +1,4 @@
-"""What an arithmetic is: the numbers x and v of a chain, and how a step moves them on and back."""
+"""The interface of an arithmetic: the numbers x and v of a chain, and how a step moves them on and back."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mfx.options.gamma import Gamma
 
 
 class Frozen(NamedTuple):
-    """A state as tensors, and how to make it a state again: one that never writes into those tensors."""
+    """A state as tensors; ``thaw`` makes a state of them that never writes into them."""
 
     tensors: tuple[Tensor, ...]
     thaw: Callable[[tuple[Tensor, ...]], State]
@@ -24,8 +24,9 @@ class Frozen(NamedTuple):
 class State(ABC):
     """x and v of one chain at one time, in the chain's own arithmetic, beside autograd.
 
-    Forward: ``advance`` for every step. Back: for every step from the last, run the branch on what ``retreat_x``
-    gives, ``retreat_v`` with what the branch gave. A state that was thawed owns its tensors only once it has moved.
+    Forward: ``advance`` for every step. Back, for every step from the last: run the branch on the result of
+    ``retreat_x``, then ``retreat_v`` with the branch's value. A state that was thawed owns its tensors only once it has
+    moved.
     """
 
     name: ClassVar[str]  # as the user writes it
@@ -35,36 +36,36 @@ class State(ABC):
     @classmethod
     @abstractmethod
     def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool, kernels: Kernels = BLOCK_KERNELS) -> Self:
-        """The state before the first step.
+        """Return the state before the first step.
 
         Args:
             x: the stream.
-            v: None is no velocity.
-            reversible: whether ``retreat_x`` and ``retreat_v`` will be asked for.
-            kernels: who does the elementwise work, if the arithmetic has any.
+            v: the velocity; None is zero.
+            reversible: whether ``retreat_x`` and ``retreat_v`` will be called.
+            kernels: the implementation of the elementwise work, where the arithmetic has a choice.
         """
 
     @staticmethod
     @abstractmethod
     def anchor_every(gamma: Gamma, dtype: torch.dtype) -> int | None:
-        """How many steps can be walked back before an anchor is needed; None: any number."""
+        """Return the number of steps that can be walked back before an anchor is needed; None: any number."""
 
     @staticmethod
     @abstractmethod
     def bytes_kept(gamma: Gamma, dtype: torch.dtype, steps: int) -> float:
-        """Bytes per element that a chain of so many steps keeps to walk back."""
+        """Return the bytes per element that a chain of so many steps keeps to walk back."""
 
     @abstractmethod
     def stream(self) -> Tensor:
-        """X in the stream's dtype: what the next branch reads. Nobody may write into it."""
+        """Return x in the stream's dtype, the input of the next branch. It must not be written into."""
 
     @abstractmethod
     def advance(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
-        """V ← γ·v + (1−γ)·f, x ← x + v, where f is ``y``, or ``y`` − x for ``kind`` "map"; returns the stream."""
+        """V ← γ·v + (1−γ)·f, x ← x + v, where f is ``y``, or ``y`` − x for ``kind`` "map". Return the stream."""
 
     @abstractmethod
     def retreat_x(self) -> Tensor:
-        """X ← x − v; returns the stream."""
+        """X ← x − v. Return the stream."""
 
     @abstractmethod
     def retreat_v(self, y: Tensor, kind: str, gamma: Gamma) -> None:
@@ -72,21 +73,24 @@ class State(ABC):
 
     @abstractmethod
     def freeze(self) -> Frozen:
-        """This state as tensors; from now on it writes into none of them."""
+        """Return this state as tensors, into which it does not write from now on."""
 
     def remember_start(self) -> None:
-        """Walks back will end here, not before the first step: let ``is_start`` recognise this; if ``verifiable``."""
+        """Let ``is_start`` recognize the present state: walks back end here, not before the first step.
+
+        Only if ``verifiable``.
+        """
         raise NotImplementedError
 
     def is_start(self) -> Tensor:
-        """Whether a state that was walked back is the one it started as, or was marked as; if ``verifiable``."""
+        """True if a state that was walked back is the first one, or ``remember_start``'s; if ``verifiable``."""
         raise NotImplementedError
 
     def overflowed(self) -> Tensor | None:
-        """The largest magnitude of a finite value if it was too large, else 0, as a 0-dim tensor; None: it was not."""
+        """Return the largest finite magnitude, 0 if it was in range, as a 0-dim tensor; None: all were in range."""
         return None
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The floating dtype in which states, and gradients of velocities, are kept for a stream of ``dtype``."""
+    """Return the floating dtype of states, and of gradients of velocities, for a stream of ``dtype``."""
     return torch.float64 if dtype == torch.float64 else torch.float32

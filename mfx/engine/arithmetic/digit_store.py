@@ -1,4 +1,4 @@
-"""The store of digits that makes multiplying an integer by a fraction reversible."""
+"""The store of digits that makes multiplication of integers by a fraction reversible."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class DigitStore:
         return self.top
 
     def after_divide(self) -> None:
-        """Fill the top again from a limb, if the multiplication had moved one out."""
+        """Refill the top from a limb, if the multiplication had moved one out."""
         assert self.top is not None
         if self.spilled.pop():
             for part, low in blocks(self.top, self.limbs.pop()):

@@ -30,24 +30,29 @@ class ExactState(State):
     rounds_input = True
 
     def __init__(
-        self, X: Tensor, V: Tensor | None, store: DigitStore, dtype: torch.dtype, guard: RangeCheck, kernels: Kernels
+        self,
+        X: Tensor,
+        V: Tensor | None,
+        store: DigitStore,
+        dtype: torch.dtype,
+        range_check: RangeCheck,
+        kernels: Kernels,
     ) -> None:
-        self.X, self.V, self.store, self.dtype, self.guard, self.kernels = X, V, store, dtype, guard, kernels
-        self.owns_x = self.owns_v = True  # whether it may be overwritten
-        self.start_v_sum: Tensor | None = None  # the sum of V before the first step, if that is not zero
-        self.start_fingerprint: Tensor | None = (
-            None  # the fingerprint of the state that a walk back must end in, if it is a later one
-        )
+        self.X, self.V, self.store = X, V, store
+        self.dtype, self.range_check, self.kernels = dtype, range_check, kernels
+        self.owns_x = self.owns_v = True  # whether X, V may be overwritten
+        self.start_v_sum: Tensor | None = None  # the sum of V before the first step; None if V was zero
+        self.start_fingerprint: Tensor | None = None  # set by ``remember_start``
         self.steps = 0
 
     @classmethod
     @override
     def start(cls, x: Tensor, v: Tensor | None, *, reversible: bool, kernels: Kernels = BLOCK_KERNELS) -> Self:
-        guard = RangeCheck()
-        X = _fixed(guard.admit(x.detach()))
+        range_check = RangeCheck()
+        X = _fixed(range_check.admit(x.detach()))
         # Laid out in memory as X is, whatever v was.
-        V = None if v is None else torch.empty_like(X).copy_(_fixed(guard.admit(v.detach())))
-        state = cls(X, V, DigitStore(keep_limbs=reversible), x.dtype, guard, kernels)
+        V = None if v is None else torch.empty_like(X).copy_(_fixed(range_check.admit(v.detach())))
+        state = cls(X, V, DigitStore(keep_limbs=reversible), x.dtype, range_check, kernels)
         state.start_v_sum = None if V is None or not reversible else V.sum()
         return state
 
@@ -69,11 +74,11 @@ class ExactState(State):
         out = self._new_stream()
         for x, part in blocks(self.X, out):
             read(x, part)
-        return self.guard.poison(out)
+        return self.range_check.poison(out)
 
     @override
     def advance(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
-        y = self.guard.admit(y)
+        y = self.range_check.admit(y)
         self._own_x()
         if self.V is None or gamma.is_zero:
             out = self._take_as_velocity(y, kind, gamma)
@@ -81,20 +86,20 @@ class ExactState(State):
             out = self._add_to_velocity(y, kind, gamma)
         self.owns_v = True
         self.steps += 1
-        self.guard.check(self.X)
-        return self.guard.poison(out)
+        self.range_check.check(self.X)
+        return self.range_check.poison(out)
 
     @override
     def retreat_x(self) -> Tensor:
         self._own_x()
         out = self._new_stream()
         self.kernels.retreat_x(self.X, self._velocity(), out)
-        return self.guard.poison(out)
+        return self.range_check.poison(out)
 
     @override
     def retreat_v(self, y: Tensor, kind: str, gamma: Gamma) -> None:
         # Where the forward pass found nothing bad there is nothing to clean.
-        y = y if self.guard.poisoned is None else self.guard.clean(y)
+        y = y if self.range_check.poisoned is None else self.range_check.clean(y)
         V = self._own_v()
         self.steps -= 1
         if gamma.is_zero or (self.steps == 0 and self.start_v_sum is None):
@@ -112,7 +117,7 @@ class ExactState(State):
         if self.store.top is not None:
             tensors = (*tensors, self.store.top)
         past = self.steps, self.start_v_sum, self.start_fingerprint
-        thaw = partial(_thaw, self.dtype, self.guard, self.kernels, tuple(self.store.spilled), has_top, past)
+        thaw = partial(_thaw, self.dtype, self.range_check, self.kernels, tuple(self.store.spilled), has_top, past)
         return Frozen(tensors, thaw)
 
     @override
@@ -128,11 +133,11 @@ class ExactState(State):
             same_v = torch.count_nonzero(V) == 0 if self.start_v_sum is None else V.sum() == self.start_v_sum
             same = same_v & self.store.is_empty()
         # Poisoned elements are not walked back to where they came from.
-        return same if self.guard.poisoned is None else same | self.guard.poisoned.any()
+        return same if self.range_check.poisoned is None else same | self.range_check.poisoned.any()
 
     @override
     def overflowed(self) -> Tensor | None:
-        return self.guard.overflowed
+        return self.range_check.overflowed
 
     def _fingerprint(self) -> Tensor:
         # Sums modulo 2⁶⁴, the same in whatever order the integers are added.
@@ -179,7 +184,7 @@ def _fixed(t: Tensor) -> Tensor:
 
 def _thaw(
     dtype: torch.dtype,
-    guard: RangeCheck,
+    range_check: RangeCheck,
     kernels: Kernels,
     spilled: tuple[bool, ...],
     has_top: bool,
@@ -189,7 +194,7 @@ def _thaw(
     X, V, *limbs = tensors
     store = DigitStore(limbs.pop() if has_top else None, tuple(limbs))
     store.spilled = list(spilled)
-    state = ExactState(X, V, store, dtype, guard, kernels)
+    state = ExactState(X, V, store, dtype, range_check, kernels)
     state.owns_x = state.owns_v = False
     state.steps, state.start_v_sum, state.start_fingerprint = past
     return state

@@ -27,11 +27,11 @@ _V_TO_X = 1 / 16
 
 
 class Prediction(NamedTuple):
-    """What walking a chain back in floating point comes to.
+    """The price of walking a chain back in floating point.
 
     Attributes:
-        anchors: how many states (x, v) are kept beside the last one.
-        error: in a rebuilt x, relative to the largest element of x.
+        anchors: the number of states (x, v) that are kept beside the last one.
+        error: of a rebuilt x, relative to the largest element of x.
     """
 
     anchors: int
@@ -39,11 +39,11 @@ class Prediction(NamedTuple):
 
 
 def predict(gamma: Gamma, dtype: torch.dtype, steps: int) -> Prediction:
-    """Anchors and error of a chain of so many steps, on a stream of ``dtype``, that is walked back with momentum γ.
+    """Return anchors and error of a chain of so many steps on a stream of ``dtype``, walked back with momentum γ.
 
     A step back divides the errors in v by γ and takes v, with its errors, from x. So after K steps back the rounding of
     m steps ago is γ^(−m) times as large in v, and Σ γ^(−i), i < m, times in x; roundings are independent of each other.
-    What is assumed is that |v| is at most about |x|/16, and that a branch does not enlarge what is wrong in x.
+    The assumptions: |v| is at most about |x|/16, and a branch does not enlarge the error in x.
     """
     every = FloatState.anchor_every(gamma, dtype) or 1
     eps = torch.finfo(wide(dtype)).eps
@@ -52,7 +52,7 @@ def predict(gamma: Gamma, dtype: torch.dtype, steps: int) -> Prediction:
 
 
 def _errors(gamma: float) -> Iterator[float]:
-    """The error in x after 1, 2, … steps back, in units of the rounding error."""
+    """Yield the error in x after 1, 2, … steps back, in units of the rounding error."""
     growth, in_x, squares = 1.0, 0.0, 0.0
     while True:
         in_x += growth
@@ -67,7 +67,10 @@ def _steps_within(gamma: float, error: float) -> int:
 
 
 class FloatState(State):
-    """For a float32 stream, ``x`` is the stream tensor itself. Steps are out of place on x, in place on an own v."""
+    """X and v as floating-point tensors.
+
+    For a float32 stream, ``x`` is the stream tensor itself. Steps are out of place on x, in place on a v that is owned.
+    """
 
     name = "float"
     verifiable = False

@@ -1,4 +1,4 @@
-"""The kernels of exact arithmetic as one function each, for a compiler that makes one loop of it."""
+"""The kernels of exact arithmetic as one graph each, for a compiler that makes one loop of it."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from mfx.engine.arithmetic.integers import ONE
 from mfx.engine.arithmetic.kernels import BLOCK_KERNELS, Kernels
 from mfx.options.gamma import Gamma
 
-_WORTH = 2**14  # elements; what fewer of them take a CPU is not worth the seconds that a compiler takes
+_WORTH = 2**14  # elements; for fewer of them a CPU saves less than compiling takes
 
 
 class FusedKernels(Kernels):
-    """By functions that a compiler has made of graphs.
+    """Functions that a compiler has made of graphs.
 
-    What γ is, and how many elements there are, is no part of a graph, so neither asks for another one.
+    γ and the number of elements are not part of a graph, so one graph serves them all.
 
     Args:
-        compiler: the compiler. Its functions are called with plain tensors, one-dimensional and of one size, of which
-            they write into some; the last one may be of another size.
+        compiler: makes a function of a graph. The functions are called with plain tensors, one-dimensional and of one
+            size, and write into some of them; the last one may be of another size.
     """
 
     def __init__(self, compiler: Callable[[Graph], Callable[..., Any]]) -> None:
@@ -52,11 +52,11 @@ class FusedKernels(Kernels):
             return BLOCK_KERNELS.retreat_v(x, v, top, y, kind, gamma)
         return self._run(_retreat_v, kind, x, v, top, y, numbers=_numbers(gamma, x.device))
 
-    def _run(self, move: Any, kind: str, *tensors: Tensor, numbers: Tensor | None = None) -> None:
+    def _run(self, kernel: Any, kind: str, *tensors: Tensor, numbers: Tensor | None = None) -> None:
         dtypes = tuple([tensor.dtype for tensor in tensors])
-        compiled = self._compiled.get(key := (move, kind, dtypes))
+        compiled = self._compiled.get(key := (kernel, kind, dtypes))
         if compiled is None:
-            graph = _graph(partial(move, kind, dtypes), len(dtypes), has_numbers=numbers is not None)
+            graph = _graph(partial(kernel, kind, dtypes), len(dtypes), has_numbers=numbers is not None)
             compiled = self._compiled[key] = self._compiler(graph)
         with torch.no_grad():
             parts = [flat(tensor, tensors[0]) for tensor in tensors]
@@ -64,7 +64,7 @@ class FusedKernels(Kernels):
 
 
 def _is_worth_it(*tensors: Tensor) -> bool:
-    """Whether there is enough to do, on ordinary memory that nobody looks at operations of."""
+    """True if the tensors are large enough, ordinary memory, and no mode observes operations."""
     first = tensors[0]
     if first.numel() < (_WORTH if first.device.type == "cpu" else 1):
         return False
@@ -78,19 +78,19 @@ def _numbers(gamma: Gamma, device: torch.device) -> Tensor:
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def _graph(move: Callable[..., None], count: int, *, has_numbers: bool) -> Graph:
-    """The operations of a move on so many tensors."""
+def _graph(kernel: Callable[..., None], count: int, *, has_numbers: bool) -> Graph:
+    """Return the operations of a kernel on so many tensors as a graph."""
     graph = Graph()
     tracer = Tracer()
     tracer.graph = graph
     names = [*(f"t{i}" for i in range(count)), *(["numbers"] if has_numbers else [])]
     inputs = [tracer.create_proxy("placeholder", name, (), {}) for name in names]
-    move(*inputs)
+    kernel(*inputs)
     tracer.create_proxy("output", "output", ((),), {})
     return graph
 
 
-# What follows sees proxies. Formulas as in `kernels`, `digit_store` and `integers`; the dtypes are those of the
+# The functions below are called with proxies. Formulas as in `kernels` and `digit_store`; the dtypes are those of the
 # tensors.
 
 
