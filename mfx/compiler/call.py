@@ -1,4 +1,4 @@
-"""A call of a net in code that torch.compile compiles."""
+"""Calls of a net from code that torch.compile compiles, traced by Dynamo."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
     from mfx.program.codegen import GraphCompiler
 from torch import Tensor
 
-_COMPILERS: list[tuple[Any, GraphCompiler]] = []  # with their backends, which can be compared but not hashed
-_NONE = "mfx: None"  # which cannot be handed to code that Dynamo does not look into
+_COMPILERS: list[tuple[Any, GraphCompiler]] = []  # with their backends, which compare but do not hash
+_NONE = "mfx: None"  # stands for None, which code that Dynamo does not trace cannot take
 
 
 class Plain:
-    """A value that is part of the structure of what is returned: nothing but tensors can come out of such code."""
+    """A returned value in the tree structure of a result: such code can return nothing but tensors as leaves."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -37,27 +37,27 @@ pytree.register_pytree_node(
 
 
 def call(forward: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a net from the graph that is being compiled; Dynamo looks on."""
+    """Call a net from the graph that is being compiled; Dynamo traces this function."""
     if forward.bypassed:
         return type(forward.net).forward(forward.net, *args, **kwargs)
     if torch.compiler.is_exporting() or not forward.is_opaque:
-        return _run_outside(forward, args, kwargs)
+        return _run_net_outside(forward, args, kwargs)
     arguments = pytree.tree_map(encode_none, (args, kwargs))
     parameters: set[Any] = set()
     held: tuple[list[Any], list[Any]] = [], []
     _gather(forward.net, *held, parameters, set())
-    # A buffer that is a parameter's tensor, too, is the parameter.
+    # A tensor that is both a buffer and a parameter counts as the parameter.
     held = held[0], [buffer for buffer in held[1] if buffer not in parameters]
     returned = _run(forward.key, forward.net.training, held, arguments)
-    return pytree.tree_map(_itself, returned)  # without Plain
+    return pytree.tree_map(_unchanged, returned)  # without Plain
 
 
 def _gather(
     module: nn.Module, parameters: list[Any], buffers: list[Any], seen_parameters: set[Any], seen_buffers: set[Any]
 ) -> None:
-    """The parameters and buffers of a module in its own order, each once.
+    """Collect the parameters and buffers of a module in its own order, each once.
 
-    In the plainest Python: Dynamo looks on, and to follow the generators of `torch.nn.Module.parameters` through a
+    In the plainest Python, because Dynamo traces it: to follow the generators of `torch.nn.Module.parameters` through a
     model of many layers takes it a quarter of the time that the model takes to compile.
     """
     for tensors, found, seen in (
@@ -75,13 +75,13 @@ def _gather(
 
 @compat_compiling.not_looked_into
 def _run(key: str, training: bool, held: tuple[list[Any], list[Any]], arguments: Any) -> Any:
-    """Called by compilers with tensors without values, and for real where there is no compiler but Dynamo."""
-    forward, (args, kwargs) = forward_by(key), pytree.tree_map(_unmarked, arguments)
+    """Run the net: compilers call this on fake tensors, and Dynamo without a compiler on real ones."""
+    forward, (args, kwargs) = forward_by(key), pytree.tree_map(decode_none, arguments)
     if not compat_compiling.is_looked_at(held):
-        return pytree.tree_map(_wrapped, forward.run(args, kwargs))
+        return pytree.tree_map(_wrap_plain, forward.run(args, kwargs))
     try:
         return _opaque(forward, args, kwargs, *held)
-    except MfxError as error:  # of which Dynamo says nothing
+    except MfxError as error:  # which Dynamo does not show
         forward.warn(str(error))
         raise
     except Exception as error:
@@ -95,17 +95,17 @@ def _opaque(forward: Callee, args: Any, kwargs: Any, parameters: list[Any], buff
     *results, token = run(site.key, inputs, [*parameters, *buffers], device=_device(parameters, buffers, inputs))
     if buffers:
         settle(token, buffers)
-    return pytree.tree_map(_wrapped, site.assemble(results, [*inputs, *parameters, *buffers]))
+    return pytree.tree_map(_wrap_plain, site.assemble(results, [*inputs, *parameters, *buffers]))
 
 
 def _device(*tensors: list[Any]) -> torch.device:
-    """Where a net is: on an accelerator if any of its tensors is."""
+    """Return the device of a net: an accelerator if any of its tensors is on one."""
     devices = [tensor.device for some in tensors for tensor in some]
     return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
 
 
 def _compiler() -> GraphCompiler:
-    """What compiles the pieces of the net: the backend that compiles the code around it."""
+    """Return the compiler of the net's pieces, by the backend that compiles the code around it."""
     backend = compat_compiling.backend()
     for known, compiler in _COMPILERS:
         if known == backend:
@@ -118,24 +118,25 @@ def _compiler() -> GraphCompiler:
     reason="a net made by mfx.momentumize can be no part of this graph: because the graph is exported by strict "
     "tracing (use strict=False), or because the net is no one graph itself, or spread over processes"
 )
-def _run_outside(forward: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _run_net_outside(forward: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return forward.run(args, kwargs)
 
 
 def encode_none(leaf: Any) -> Any:
-    """Replace None by a mark that an opaque operation takes."""
+    """Replace None by a string that an opaque operation takes."""
     return _NONE if leaf is None else leaf
 
 
-def _unmarked(leaf: Any) -> Any:
+def decode_none(leaf: Any) -> Any:
+    """Undo `encode_none`."""
     return None if isinstance(leaf, str) and leaf == _NONE else leaf
 
 
-def _wrapped(leaf: Any) -> Any:
+def _wrap_plain(leaf: Any) -> Any:
     return Plain(leaf) if is_plain(leaf) else leaf
 
 
-def _itself(leaf: Any) -> Any:
+def _unchanged(leaf: Any) -> Any:
     return leaf
 
 
@@ -144,5 +145,5 @@ def _itself(leaf: Any) -> Any:
     "into its graph; compile the functions, or leave fullgraph False"
 )
 def run_outside(net: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Call a net outside of the graph that is being compiled."""
+    """Run a net, anything with ``run``, outside of the compiled graph (a graph break)."""
     return net.run(x, args, kwargs)

@@ -1,4 +1,4 @@
-"""The ways in which compiled code calls nets: all there is to a call but the values of its tensors."""
+"""A call site: everything about a call of a net from compiled code except tensor values."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mfx import compat
-from mfx.compiler.output_spec import Foreseen, FromInput, Produced, foreseen_of
+from mfx.compiler.output_spec import FromInput, OutputSpec, Produced, describe_outputs
 from mfx.modules.overlay import Extra
 from mfx.modules.random_state import undisturbed
 from mfx.modules.tree_copy import tree_copy
@@ -31,18 +31,18 @@ _SITES: weakref.WeakValueDictionary[str, CallSite] = weakref.WeakValueDictionary
 
 @dataclass(frozen=True)
 class Call:
-    """What two calls must have in common to be of one site.
+    """The parts of a call that two calls of one site have in common.
 
     Attributes:
-        spec: the structure of ``(args, kwargs)``.
-        constants: types and values of the leaves that are no tensors, by position.
-        requires: of the arguments' tensors, the parameters and the buffers: which require a gradient.
-        grad: whether gradients are recorded.
+        treespec: the structure of ``(args, kwargs)``.
+        constants: types and values of the leaves that are not tensors, by position.
+        requires: True for each of the arguments' tensors, the parameters and the buffers that requires a gradient.
+        grad: True if gradients are recorded.
         autocast: the state of autocast, by kind of device.
-        compiler: what makes functions of the net's graphs.
+        compiler: turns the net's graphs into functions.
     """
 
-    spec: Any
+    treespec: Any
     constants: Mapping[int, tuple[type, Any]]
     requires: tuple[bool, ...]
     grad: bool
@@ -50,15 +50,15 @@ class Call:
     compiler: GraphCompiler
 
     def arguments(self, tensors: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """``(args, kwargs)`` with these tensors in them."""
+        """Return ``(args, kwargs)`` with these tensors in them."""
         rest = iter(tensors)
         constants = self.constants
-        leaves = [constants[at][1] if at in constants else next(rest) for at in range(self.spec.num_leaves)]
-        return pytree.tree_unflatten(leaves, self.spec)  # type: ignore[no-any-return]
+        leaves = [constants[at][1] if at in constants else next(rest) for at in range(self.treespec.num_leaves)]
+        return pytree.tree_unflatten(leaves, self.treespec)  # type: ignore[no-any-return]
 
     @contextmanager
     def as_called(self) -> Iterator[None]:
-        """Gradients and autocast are as they were for the code that made the call."""
+        """Set gradients and autocast as they were for the code that made the call."""
         with ExitStack() as stack:
             stack.enter_context(compat.above_autograd())
             stack.enter_context(torch.set_grad_enabled(self.grad))
@@ -69,52 +69,52 @@ class Call:
 
 @dataclass(eq=False)
 class CallSite:
-    """One way to call a net.
+    """Everything about a call of a net except tensor values.
 
     Attributes:
         forward: the net's forward.
         call: what is fixed in the call.
-        key: by which operations name the site; no other process uses it, so no compiled graph is taken for another.
-        foreseen: what the call does, by which code that calls it was compiled.
+        key: names the site in operations; unique across processes, so that no compiled graph is taken for another.
+        output_spec: the outputs that the code around the call was compiled for.
     """
 
     forward: Callee
     call: Call
-    foreseen: Foreseen
+    output_spec: OutputSpec
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     def assemble(self, results: Sequence[Tensor], given: Sequence[Tensor]) -> Any:
-        """What the net returns, with these tensors in it."""
+        """Return the net's result with these tensors in it."""
 
         def put(leaf: Any) -> Any:
             if isinstance(leaf, Produced):
                 return results[leaf.position]
             return given[leaf.position] if isinstance(leaf, FromInput) else leaf
 
-        return pytree.tree_map(put, self.foreseen.structure)
+        return pytree.tree_map(put, self.output_spec.structure)
 
     def infer(self, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors like the net's results.
+        """Return tensors like the net's results.
 
         Raises:
-            MfxError: the net does something else by now than what was foreseen when the site was made.
+            MfxError: the net's outputs have changed since the site was made.
         """
-        if self.foreseen.sizes is not None:  # then there is nothing that the inputs' sizes could add
+        if self.output_spec.sizes is not None:  # then the sizes do not depend on the inputs
             return [
                 torch.empty(sizes, dtype=dtype, device=device)
-                for sizes, (dtype, device, _) in zip(self.foreseen.sizes, self.foreseen.kinds, strict=True)
+                for sizes, (dtype, device, _) in zip(self.output_spec.sizes, self.output_spec.kinds, strict=True)
             ]
-        foreseen, results = _foresee(self.forward, self.call, inputs, held)
-        self.check(foreseen)
+        output_spec, results = _infer(self.forward, self.call, inputs, held)
+        self.check(output_spec)
         return [torch.empty(result.shape, dtype=result.dtype, device=result.device) for result in results]
 
-    def check(self, real: Foreseen) -> None:
-        """Compare with what a call did.
+    def check(self, real: OutputSpec) -> None:
+        """Check that the outputs of a call are those that the code around it was compiled for.
 
         Raises:
-            MfxError: code that was compiled for what was foreseen would go on with something else.
+            MfxError: they are not.
         """
-        difference = self.foreseen.difference(real)
+        difference = self.output_spec.difference(real)
         if difference is not None:
             raise MfxError(
                 f"{type(self.forward.net).__name__} {difference} when the code around it was compiled. Call "
@@ -123,41 +123,41 @@ class CallSite:
 
 
 def register(forward: Callee) -> str:
-    """A key by which `forward_by` finds a net's forward as long as there is one."""
+    """Return a key by which `forward_by` finds a net's forward as long as it lives."""
     key = uuid.uuid4().hex
     _FORWARDS[key] = forward
     return key
 
 
 def forward_by(key: str) -> Callee:
-    """The net's forward that is known by a key."""
+    """Return the net's forward that is registered under a key."""
     return _FORWARDS[key]
 
 
 def calls_a_net(graph: fx.Graph) -> bool:
-    """Whether a graph that Dynamo made contains a call of a net."""
+    """True if a graph of Dynamo's contains a call of a net."""
     arguments = pytree.tree_leaves([(node.args, node.kwargs) for node in graph.nodes])
     return any(isinstance(argument, str) and argument in _FORWARDS for argument in arguments)
 
 
-def site_of(key: str) -> CallSite:
-    """The site of that key."""
+def site_by(key: str) -> CallSite:
+    """Return the call site with a key."""
     return _SITES[key]
 
 
 def site_for(
     forward: Callee, args: Any, kwargs: Any, held: Sequence[Tensor], compiler: GraphCompiler
 ) -> tuple[CallSite, list[Tensor]]:
-    """The site of a call, and the tensors of its arguments.
+    """Return the site of a call, a new one if need be, and the tensors of its arguments.
 
     Args:
         forward: the net's forward.
         args: positional arguments.
         kwargs: arguments by name.
         held: the net's parameters and buffers.
-        compiler: what makes functions of the net's graphs.
+        compiler: turns the net's graphs into functions.
     """
-    leaves, spec = pytree.tree_flatten((args, kwargs))
+    leaves, treespec = pytree.tree_flatten((args, kwargs))
     inputs = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
     constants = {at: _fixed(leaf) for at, leaf in enumerate(leaves) if not isinstance(leaf, Tensor)}
     given = [*inputs, *held]
@@ -165,20 +165,20 @@ def site_for(
     requires = tuple(grad and tensor.requires_grad for tensor in given)
     kinds = sorted({"cpu", *(tensor.device.type for tensor in given)})
     autocast = {kind: compat.autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
-    call = Call(spec, constants, requires, grad, autocast, compiler)
-    foreseen, _ = _foresee(forward, call, inputs, held)
-    site = next((site for site in forward.call_sites if (site.call, site.foreseen) == (call, foreseen)), None)
+    call = Call(treespec, constants, requires, grad, autocast, compiler)
+    output_spec, _ = _infer(forward, call, inputs, held)
+    site = next((site for site in forward.call_sites if (site.call, site.output_spec) == (call, output_spec)), None)
     if site is None:
-        site = CallSite(forward, call, foreseen)
+        site = CallSite(forward, call, output_spec)
         forward.call_sites.append(site)
         _SITES[site.key] = site
     return site, inputs
 
 
-def _foresee(
+def _infer(
     forward: Callee, call: Call, inputs: Sequence[Tensor], held: Sequence[Tensor]
-) -> tuple[Foreseen, list[Tensor]]:
-    """What a call will do, found by running the model as it was on tensors without values."""
+) -> tuple[OutputSpec, list[Tensor]]:
+    """Infer the outputs of a call by running the original model on fake tensors."""
     net, mode = forward.net, compat.fake_mode_of([*inputs, *held])
     stand_ins: dict[int, Tensor] = {}
 
@@ -191,18 +191,19 @@ def _foresee(
         shadow = tree_copy(net, fake)
         args, kwargs = call.arguments(given[: len(inputs)])
         returned = shadow.forward(*args, **kwargs)  # hooks of the net itself are part of the code around it
-        foreseen, results = foreseen_of(net, returned, given)
-    return replace(foreseen, used=tuple(sorted({*foreseen.used, *_added(net, call, len(inputs))}))), results
+        output_spec, results = describe_outputs(net, returned, given)
+    used = {*output_spec.used, *_velocity_parameters(net, call, len(inputs))}
+    return replace(output_spec, used=tuple(sorted(used))), results
 
 
 def _leaf_like(tensor: Tensor, requires_grad: bool) -> Tensor:
-    """A tensor of its own, whichever compiler's stand-in ``tensor`` is."""
+    """Return a new leaf like ``tensor``, whichever compiler's stand-in that is."""
     made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     return made.requires_grad_(requires_grad)
 
 
-def _added(net: nn.Module, call: Call, first: int) -> Iterator[int]:
-    """Positions, from ``first`` on, of the parameters that momentumize gave a net, which the model as it was lacks."""
+def _velocity_parameters(net: nn.Module, call: Call, first: int) -> Iterator[int]:
+    """Yield the positions, from ``first`` on, of the parameters that momentumize added to the original model's."""
     own = {id(tensor) for child in net.children() if isinstance(child, Extra) for tensor in child.parameters()}
     for at, tensor in enumerate(held_by(net), first):
         if id(tensor) in own and call.requires[at]:
@@ -210,7 +211,7 @@ def _added(net: nn.Module, call: Call, first: int) -> Iterator[int]:
 
 
 def _fixed(value: Any) -> tuple[type, Any]:
-    """A value and its type; a number that a compiler would leave open is fixed to what it is."""
+    """Return a value's type and the value; a symbolic number is fixed to its present value."""
     if isinstance(value, torch.SymInt):
         value = int(value)
     elif isinstance(value, torch.SymFloat):
@@ -219,7 +220,7 @@ def _fixed(value: Any) -> tuple[type, Any]:
 
 
 def held_by(net: nn.Module) -> list[Tensor]:
-    """A net's parameters, and then its buffers, each tensor once."""
+    """Return a net's parameters, and then its buffers, each tensor once."""
     parameters = list(net.parameters())
     known = set(map(id, parameters))
     return [*parameters, *(buffer for buffer in net.buffers() if id(buffer) not in known)]

@@ -1,4 +1,4 @@
-"""What compiled code knows of the net that it calls."""
+"""The protocol through which compiled code sees the net that it calls."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the torch.compile backend "mfx" has made of which model."""
+"""The graphs that the torch.compile backend "mfx" has made, found by a model's tensors."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mfx_passes import MfxError
 
 @dataclass(eq=False)
 class CompiledGraph:
-    """A graph of TorchDynamo's that was rewritten and compiled, as it ran for one set of parameters.
+    """A graph of TorchDynamo's that was rewritten and compiled, with the parameters and buffers of one model.
 
     Args:
         rewritten: the graph.
         net: the modules that hold the parameters and buffers.
-        options: how it was rewritten.
+        options: those it was rewritten by.
         mode: ``"train"`` or ``"eval"``, as the compiled module was; ``"graph"`` if a function was compiled.
     """
 
@@ -36,19 +36,19 @@ _GRAPHS = WeakTensorKeyDictionary()
 
 
 def remember(graph: CompiledGraph) -> None:
-    """Let `graphs_of` find a graph by the tensors it ran on."""
+    """Let `graphs_of` find a graph by the tensors it runs on."""
     for tensor in _tensors(graph.net):
         _GRAPHS.setdefault(tensor, []).append(weakref.ref(graph))
 
 
 def graphs_of(model: nn.Module) -> list[CompiledGraph]:
-    """The graphs that ran on parameters or buffers of a model, in the order they were made for these."""
+    """Return the graphs that ran on parameters or buffers of a model, in the order they were made for these."""
     references = chain.from_iterable(_GRAPHS.get(tensor, ()) for tensor in _tensors(model))
     return [graph for reference in dict.fromkeys(references) if (graph := reference()) is not None]
 
 
 def named_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
-    """The graphs of `graphs_of` as modules, named by their mode: ``train``, ``train#2`` and so on.
+    """Return the graphs of `found_for` as modules, named by their mode: ``train``, ``train#2`` and so on.
 
     Raises:
         MfxError: there is none.
@@ -57,7 +57,7 @@ def named_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
 
 
 def found_for(model: nn.Module) -> list[CompiledGraph]:
-    """The graphs of `graphs_of`.
+    """Return the graphs of `graphs_of`, of which there must be one.
 
     Raises:
         MfxError: there is none.

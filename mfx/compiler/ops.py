@@ -1,8 +1,9 @@
-"""A net's forward and backward pass as operations that no compiler looks into.
+"""A net's forward and backward pass as opaque operations.
 
-Let into the recomputation, a compiler would change it without a word: other dropout masks, statistics counted twice.
-So ``mfx::run`` runs the net as it runs without a compiler, with an autograd graph of its own, and gives a token by
-which ``mfx::run_backward`` finds that graph. Buffers are changed by ``mfx::settle``, the one of the three that says so.
+A compiler that traced the recomputation would silently change it: other dropout masks, statistics counted twice.
+So ``mfx::run`` runs the net as it runs without a compiler, with an autograd graph of its own, and returns a token by
+which ``mfx::run_backward`` finds that graph. Buffers are changed by ``mfx::settle``, the only one of the three that
+declares it.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ import torch
 from torch import Tensor
 
 from mfx import compat
-from mfx.compiler.call_site import site_of
+from mfx.compiler.call_site import site_by
 from mfx.compiler.site_run import SiteRun
 
-_RUNS: dict[int, SiteRun] = {}  # those whose backward pass may still come, by token
+_RUNS: dict[int, SiteRun] = {}  # runs with a backward pass still to come, by token
 _NUMBERS = itertools.count()
 
 
@@ -31,28 +32,28 @@ def run(site: str, inputs: Sequence[Tensor], held: Sequence[Tensor], *, device: 
         site: key of the `mfx.compiler.call_site.CallSite`.
         inputs: the tensors of the net's arguments.
         held: its parameters and buffers.
-        device: where random numbers are drawn, for `torch.utils.checkpoint` to look at.
+        device: device on which random numbers are drawn, for `torch.utils.checkpoint` to see.
 
     Returns:
         The tensors of its result, and the token of the run.
     """
-    made = SiteRun(site_of(site), inputs, held)
-    results = made.forward()
+    site_run = SiteRun(site_by(site), inputs, held)
+    results = site_run.forward()
     number = next(_NUMBERS)
     token = torch.tensor(number)
-    _RUNS[number] = made
-    weakref.finalize(token, _RUNS.pop, number, None)  # whoever may ask for the backward pass holds the token
+    _RUNS[number] = site_run
+    weakref.finalize(token, _RUNS.pop, number, None)  # a graph that may still run backward holds the token
     return [*results, token]
 
 
 @run.register_fake
 def _(site: str, inputs: Sequence[Tensor], held: Sequence[Tensor], *, device: torch.device) -> list[Tensor]:
-    return [*site_of(site).infer(inputs, held), torch.empty((), dtype=torch.int64)]
+    return [*site_by(site).infer(inputs, held), torch.empty((), dtype=torch.int64)]
 
 
 @torch.library.custom_op("mfx::settle", mutates_args=("buffers",))
 def settle(token: Tensor, buffers: Sequence[Tensor]) -> None:
-    """Give a net's buffers the values that a run has left in its own."""
+    """Copy the buffers that a run has left to a net's buffers."""
     _RUNS[int(token)].settle(buffers)
 
 
@@ -63,11 +64,11 @@ def _(token: Tensor, buffers: Sequence[Tensor]) -> None:
 
 @torch.library.custom_op("mfx::run_backward", mutates_args=(), tags=compat.OPAQUE_TAGS)
 def run_backward(token: Tensor, gradients: Sequence[Tensor], like: Sequence[Tensor]) -> list[Tensor]:
-    """The gradients of what the run of this token depends on, tensors like ``like``."""
+    """Return the gradients of the tensors that a run's results depend on, laid out like ``like``."""
     number = int(token)
     keep = compat.keeps_graph()
-    made = _RUNS[number] if keep else _RUNS.pop(number)
-    return made.backward(gradients, like, keep=keep)
+    site_run = _RUNS[number] if keep else _RUNS.pop(number)
+    return site_run.backward(gradients, like, keep=keep)
 
 
 @run_backward.register_fake
@@ -75,22 +76,22 @@ def _(token: Tensor, gradients: Sequence[Tensor], like: Sequence[Tensor]) -> lis
     return [torch.empty_like(tensor) for tensor in like]
 
 
-def _remember(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: list[Tensor]) -> None:
+def _save(ctx: Any, inputs: tuple[Any, ...], keyword_only_inputs: dict[str, Any], output: list[Tensor]) -> None:
     key, given, held = inputs
-    ctx.site, ctx.counts = site_of(key), (len(given), len(held))
+    ctx.site, ctx.counts = site_by(key), (len(given), len(held))
     leaves = [*given, *held]
-    ctx.save_for_backward(output[-1], *(leaves[position] for position in ctx.site.foreseen.used))
-    differentiable = {id(output[at]) for at in ctx.site.foreseen.differentiable}
+    ctx.save_for_backward(output[-1], *(leaves[position] for position in ctx.site.output_spec.used))
+    differentiable = {id(output[at]) for at in ctx.site.output_spec.differentiable}
     ctx.mark_non_differentiable(*(tensor for tensor in output if id(tensor) not in differentiable))
 
 
 def _backward(ctx: Any, gradients: Sequence[Tensor]) -> tuple[Any, ...]:
     token, *like = ctx.saved_tensors
     site, (given, held) = ctx.site, ctx.counts
-    wanted = [gradients[position] for position in site.foreseen.differentiable]
-    found = dict(zip(site.foreseen.used, torch.ops.mfx.run_backward(token, wanted, like), strict=True))
+    wanted = [gradients[position] for position in site.output_spec.differentiable]
+    found = dict(zip(site.output_spec.used, torch.ops.mfx.run_backward(token, wanted, like), strict=True))
     every = [found.get(position) for position in range(given + held)]
     return None, every[:given], every[given:]
 
 
-run.register_autograd(_backward, setup_context=_remember)
+run.register_autograd(_backward, setup_context=_save)

@@ -1,4 +1,4 @@
-"""What is known of a call of a net before it runs, and compared with when it has run."""
+"""The outputs a call will have, inferred on fake tensors and checked after the real run."""
 
 from __future__ import annotations
 
@@ -16,72 +16,72 @@ from mfx_passes import MfxError
 
 @dataclass(frozen=True)
 class FromInput:
-    """A tensor that a net returns as it was given: the ``position``-th of its arguments, parameters and buffers."""
+    """An output that is an input: the ``position``-th of the net's arguments, parameters and buffers."""
 
     position: int
 
 
 @dataclass(frozen=True)
 class Produced:
-    """The ``position``-th of the tensors that a net makes."""
+    """An output that the net computes, the ``position``-th of these."""
 
     position: int
 
 
 @dataclass(frozen=True)
-class Foreseen:
-    """What compiled code has to know of a call.
+class OutputSpec:
+    """The outputs of a call, as far as compiled code depends on them.
 
     Attributes:
-        leaves: type and value of what the net returns, with `Produced` and `FromInput` for tensors.
-        spec: the structure they are in.
-        kinds: of each result: dtype, device, and sizes, with None for those that are open.
-        used: positions of the given tensors that the results depend on, of those that require a gradient.
-        differentiable: positions of the results that require a gradient.
+        leaves: type and value of each returned leaf, with `Produced` and `FromInput` for tensors.
+        treespec: the structure they are in.
+        kinds: dtype, device and sizes of each produced tensor, None for a symbolic size.
+        used: positions of the inputs that require a gradient and that the results depend on.
+        differentiable: positions of the produced tensors that require a gradient.
     """
 
     leaves: tuple[tuple[type, Any], ...]
-    spec: Any
+    treespec: Any
     kinds: tuple[tuple[torch.dtype, torch.device, tuple[int | None, ...]], ...]
     used: tuple[int, ...]
     differentiable: tuple[int, ...]
 
-    def difference(self, real: Foreseen) -> str | None:
-        """What a call did that code which expects this one would get wrong, as a sentence about the net."""
-        if (self.leaves, self.spec) != (real.leaves, real.spec):
+    def difference(self, real: OutputSpec) -> str | None:
+        """Describe the first difference that matters to code compiled for this spec, or return None."""
+        if (self.leaves, self.treespec) != (real.leaves, real.treespec):
             return f"returned {real.structure}, where {self.structure} was foreseen"
         for expected, found in zip(self.kinds, real.kinds, strict=True):
-            if expected[:2] != found[:2] or not _fit(expected[2], found[2]):
-                return f"returned a tensor of {_described(found)}, where {_described(expected)} was foreseen"
+            if expected[:2] != found[:2] or not _sizes_agree(expected[2], found[2]):
+                return f"returned a tensor of {_kind_text(found)}, where {_kind_text(expected)} was foreseen"
         if not {*real.used} <= {*self.used} or not {*real.differentiable} <= {*self.differentiable}:
             return "returned what depends on other parameters or inputs than was foreseen"
         return None
 
     @property
     def sizes(self) -> list[list[int]] | None:
-        """The sizes of all results; None if some are open."""
+        """The sizes of all produced tensors; None if some are symbolic."""
         found = [[size for size in sizes if size is not None] for _, _, sizes in self.kinds]
         return found if all(None not in sizes for _, _, sizes in self.kinds) else None
 
     @property
     def structure(self) -> Any:
-        """What the net returns, with `Produced` and `FromInput` for tensors."""
-        return pytree.tree_unflatten([value for _, value in self.leaves], self.spec)
+        """The net's result, with `Produced` and `FromInput` for tensors."""
+        return pytree.tree_unflatten([value for _, value in self.leaves], self.treespec)
 
 
-def foreseen_of(net: nn.Module, returned: Any, given: Sequence[Tensor]) -> tuple[Foreseen, list[Tensor]]:
-    """What is to be known of a call, and the tensors that it made.
+def describe_outputs(net: nn.Module, returned: Any, given: Sequence[Tensor]) -> tuple[OutputSpec, list[Tensor]]:
+    """Return the output spec of a call, and the tensors that it produced.
 
     Args:
         net: the net, for messages.
-        returned: what it returned.
+        returned: its result.
         given: its arguments, parameters and buffers, as leaves of the autograd graph.
 
     Raises:
         MfxError: it returned something that is neither a tensor nor a plain value, or depends on a tensor that
             requires a gradient and is not among the given ones.
     """
-    values, spec = pytree.tree_flatten(returned)
+    values, treespec = pytree.tree_flatten(returned)
     places: dict[int, Produced | FromInput] = {id(tensor): FromInput(at) for at, tensor in enumerate(given)}
     results: list[Tensor] = []
     leaves = []
@@ -89,7 +89,7 @@ def foreseen_of(net: nn.Module, returned: Any, given: Sequence[Tensor]) -> tuple
         if isinstance(value, Tensor) and id(value) not in places:
             places[id(value)] = Produced(len(results))
             results.append(value)
-        leaf = places[id(value)] if isinstance(value, Tensor) else _plain(net, value)
+        leaf = places[id(value)] if isinstance(value, Tensor) else _checked_value(net, value)
         leaves.append((type(leaf), leaf))
     differentiable = tuple(at for at, result in enumerate(results) if result.requires_grad)
     reached = compat.leaves_of([results[at] for at in differentiable])
@@ -102,15 +102,15 @@ def foreseen_of(net: nn.Module, returned: Any, given: Sequence[Tensor]) -> tuple
         )
     used = tuple(sorted(wanted[key] for key in reached))
     kinds = tuple((result.dtype, result.device, tuple(map(_size, result.shape))) for result in results)
-    return Foreseen(tuple(leaves), spec, kinds, used, differentiable), results
+    return OutputSpec(tuple(leaves), treespec, kinds, used, differentiable), results
 
 
 def is_plain(value: object) -> bool:
-    """Whether a value that is no tensor may come out of a graph."""
+    """True if a value that is not a tensor may come out of a graph."""
     return value is None or isinstance(value, bool | int | float | str | torch.dtype | torch.device)
 
 
-def _plain(net: nn.Module, value: Any) -> Any:
+def _checked_value(net: nn.Module, value: Any) -> Any:
     if isinstance(value, torch.SymInt):
         return int(value)
     if is_plain(value):
@@ -126,12 +126,12 @@ def _size(size: Any) -> int | None:
     return size if isinstance(size, int) else None
 
 
-def _fit(sizes: tuple[int | None, ...], others: tuple[int | None, ...]) -> bool:
+def _sizes_agree(sizes: tuple[int | None, ...], others: tuple[int | None, ...]) -> bool:
     return len(sizes) == len(others) and all(
         a is None or b is None or a == b for a, b in zip(sizes, others, strict=True)
     )
 
 
-def _described(kind: tuple[torch.dtype, torch.device, tuple[int | None, ...]]) -> str:
+def _kind_text(kind: tuple[torch.dtype, torch.device, tuple[int | None, ...]]) -> str:
     dtype, device, sizes = kind
     return f"{dtype} on {device} of shape ({', '.join('?' if size is None else str(size) for size in sizes)})"

@@ -1,4 +1,4 @@
-"""One run of a net on behalf of compiled code, with an autograd graph of its own."""
+"""One run of a net for compiled code, with an autograd graph of its own."""
 
 from __future__ import annotations
 
@@ -11,47 +11,47 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from mfx import compat
 from mfx.compiler.call_site import CallSite
-from mfx.compiler.output_spec import foreseen_of
+from mfx.compiler.output_spec import describe_outputs
 from mfx.engine.recompute.layout import TensorSlot
 from mfx_passes import MfxError
 
 
 class SiteRun:
-    """Runs the net on tensors that stand in for those of the compiled code, which has autograd for itself.
+    """A run of a net on stand-ins for the tensors of the compiled code, which has its own autograd graph.
 
     Args:
-        site: how the net is called.
+        site: the call site.
         inputs: the tensors of its arguments.
         held: the tensors that are to be its parameters and buffers.
     """
 
     def __init__(self, site: CallSite, inputs: Sequence[Tensor], held: Sequence[Tensor]) -> None:
         self._site = site
-        self._homes = _homes(site.forward.net)
-        if len(self._homes) != len(held):
+        self._slots = _slots(site.forward.net)
+        if len(self._slots) != len(held):
             raise MfxError(
-                f"{type(site.forward.net).__name__} has {len(self._homes)} parameters and buffers, and had {len(held)} "
+                f"{type(site.forward.net).__name__} has {len(self._slots)} parameters and buffers, and had {len(held)} "
                 "when the code around it was compiled. Call torch.compiler.reset() after a change of the model."
             )
         requires = iter(site.call.requires)
         self._inputs = [tensor.detach().requires_grad_(next(requires)) for tensor in inputs]
-        self._held = [_stand_in(tensor, next(requires), homes) for tensor, homes in zip(held, self._homes, strict=True)]
+        self._held = [_stand_in(tensor, next(requires), slots) for tensor, slots in zip(held, self._slots, strict=True)]
         self._edges: list[GradientEdge | None] = []
         self._buffers: list[Tensor] = []
 
     def forward(self) -> list[Tensor]:
-        """The results of the net, out of the hands of autograd.
+        """Run the net, and return its results detached.
 
         Raises:
-            MfxError: the net did something else than what was foreseen, or changed its input.
+            MfxError: the outputs are not those that were inferred, or the net changed its input.
         """
         site, net = self._site, self._site.forward.net
         args, kwargs = site.call.arguments(self._inputs)
         versions = [tensor._version for tensor in self._inputs]
         with site.call.as_called(), self._held_by_net():
             returned = site.forward.run(args, kwargs, site.call.compiler)
-            found, results = foreseen_of(net, returned, [*self._inputs, *self._held])
-            self._buffers = [homes[0].get() for homes in self._homes if not homes[0].is_parameter]
+            found, results = describe_outputs(net, returned, [*self._inputs, *self._held])
+            self._buffers = [slots[0].get() for slots in self._slots if not slots[0].is_parameter]
         site.check(found)
         if versions != [tensor._version for tensor in self._inputs]:
             raise MfxError(
@@ -59,81 +59,81 @@ class SiteRun:
                 "know of. Give it a copy, or compile the model itself by backend='mfx'."
             )
         self._edges = [get_gradient_edge(result) if result.requires_grad else None for result in results]
-        return _apart([_plain(result) for result in results], [*self._inputs, *self._held])
+        return _without_aliases([_materialized(result) for result in results], [*self._inputs, *self._held])
 
     def settle(self, buffers: Sequence[Tensor]) -> None:
-        """Give ``buffers`` the values that the forward pass left."""
+        """Copy the values that the forward pass left in the net's buffers to ``buffers``."""
         for buffer, value in zip(buffers, self._buffers, strict=True):
             buffer.copy_(value)
         self._buffers = []
 
     def backward(self, gradients: Sequence[Tensor], like: Sequence[Tensor], *, keep: bool) -> list[Tensor]:
-        """The gradients of what the results depend on, in the layout of ``like``.
+        """Return the gradients of the tensors that the results depend on, in the layout of ``like``.
 
         Args:
-            gradients: of the results that are differentiable.
+            gradients: those of the differentiable results.
             like: the tensors that the gradients are for.
-            keep: whether there may be another backward pass.
+            keep: True if there may be another backward pass.
         """
         given = [*self._inputs, *self._held]
-        wanted = [given[position] for position in self._site.foreseen.used]
-        pairs = [(self._edges[at], g) for at, g in zip(self._site.foreseen.differentiable, gradients, strict=True)]
+        wanted = [given[position] for position in self._site.output_spec.used]
+        pairs = [(self._edges[at], g) for at, g in zip(self._site.output_spec.differentiable, gradients, strict=True)]
         known = [(edge, gradient) for edge, gradient in pairs if edge is not None]
         with compat.above_autograd(), self._held_by_net():
             found = torch.autograd.grad(
                 [edge for edge, _ in known], wanted, [g for _, g in known], retain_graph=keep, allow_unused=True
             )
-        return _apart([_laid_out(g, tensor) for g, tensor in zip(found, like, strict=True)], gradients)
+        return _without_aliases([_in_layout_of(g, tensor) for g, tensor in zip(found, like, strict=True)], gradients)
 
     @contextmanager
     def _held_by_net(self) -> Iterator[None]:
-        """The net has the stand-ins for parameters and buffers."""
-        places = [(home, tensor) for homes, tensor in zip(self._homes, self._held, strict=True) for home in homes]
+        """Put the stand-ins in the place of the net's parameters and buffers."""
+        stand_ins = [(slot, tensor) for slots, tensor in zip(self._slots, self._held, strict=True) for slot in slots]
         with self._site.forward.lock:  # another thread's stand-ins are not the net's own, to be put back
-            before = [home.get() for home, _ in places]
+            before = [slot.get() for slot, _ in stand_ins]
             try:
-                for home, tensor in places:
-                    home.put(tensor)
+                for slot, tensor in stand_ins:
+                    slot.put(tensor)
                 yield
             finally:
-                for (home, _), tensor in zip(places, before, strict=True):
-                    home.put(tensor)
+                for (slot, _), tensor in zip(stand_ins, before, strict=True):
+                    slot.put(tensor)
 
 
-def _homes(net: nn.Module) -> list[list[TensorSlot]]:
-    """Where each parameter, and then each buffer, of a net lies, in the order of `mfx.compiler.call_site.held_by`."""
-    homes: dict[int, list[TensorSlot]] = {}
+def _slots(net: nn.Module) -> list[list[TensorSlot]]:
+    """Return the slots of each parameter, and then of each buffer, in the order of `mfx.compiler.call_site.held_by`."""
+    slots: dict[int, list[TensorSlot]] = {}
     for is_parameter in (True, False):
         for path, module in net.named_modules():
             table = module._parameters if is_parameter else module._buffers
             for name, tensor in table.items():
                 if tensor is not None:
-                    homes.setdefault(id(tensor), []).append(TensorSlot(table, name, f"{path}.{name}", is_parameter))
-    return list(homes.values())
+                    slots.setdefault(id(tensor), []).append(TensorSlot(table, name, f"{path}.{name}", is_parameter))
+    return list(slots.values())
 
 
-def _stand_in(tensor: Tensor, requires_grad: bool, homes: Sequence[TensorSlot]) -> Tensor:
-    """A leaf over the same values; of a buffer, a copy, which the net may change."""
-    if not homes[0].is_parameter:
+def _stand_in(tensor: Tensor, requires_grad: bool, slots: Sequence[TensorSlot]) -> Tensor:
+    """Return a leaf over the same values; a copy if it is a buffer, which the net may change."""
+    if not slots[0].is_parameter:
         return tensor.detach().clone()
     return nn.Parameter(tensor.detach(), requires_grad=requires_grad)
 
 
-def _laid_out(gradient: Tensor | None, like: Tensor) -> Tensor:
-    """A gradient with the strides of ``torch.empty_like(like)``; zeros if nothing depends on it."""
+def _in_layout_of(gradient: Tensor | None, like: Tensor) -> Tensor:
+    """Return a gradient with the strides of ``torch.empty_like(like)``; zeros for None."""
     made = torch.empty_like(like)
     if gradient is None:
         return made.zero_()
     return gradient if gradient.stride() == made.stride() else made.copy_(gradient)
 
 
-def _plain(result: Tensor) -> Tensor:
-    """The values as they lie in memory to whoever sees no flags on a tensor: without lazy conjugation and negation."""
+def _materialized(result: Tensor) -> Tensor:
+    """Return the values contiguous and without lazy conjugation or negation, flags that compiled code does not see."""
     return result.detach().resolve_conj().resolve_neg().contiguous()
 
 
-def _apart(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
-    """The same tensors, copied where they share memory with one another or with others, as no operation may."""
+def _without_aliases(tensors: Sequence[Tensor], others: Sequence[Tensor]) -> list[Tensor]:
+    """Return the tensors, copied where they share memory with one another or with others, as no operation's may."""
     taken = {compat.memory_of(tensor.untyped_storage()) for tensor in others}
     result: list[Tensor] = []
     for tensor in tensors:
