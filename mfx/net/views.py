@@ -36,10 +36,12 @@ class View(ABC):
         module: the module whose forward the graph is.
         calls: the momentum calls, by name.
         title: names the graph, where a model has several; else empty.
-        path: path of the module in the net, where its graph is of a part of the net: steps are named as in the net,
-            nodes as in the module.
+        path: path in the net of the module, if its graph is that of a submodule: steps have names as in the net, nodes
+            as in the module.
         streams: shape and dtype of the chains' states in the call in question, by chain name.
         is_whole: True if the graph is all that a call of the model runs.
+        flat: paths of modules whose own ``forward`` does not run, because their operations belong to several steps.
+        recompute_between: True if what lies between the chains runs again in the backward pass.
     """
 
     module: nn.Module
@@ -48,21 +50,13 @@ class View(ABC):
     path: str = ""
     streams: Mapping[str, Stream] = field(default_factory=dict)
     is_whole: bool = True
+    flat: tuple[str, ...] = ()
+    recompute_between: bool = False
 
     @property
     def all_calls(self) -> Calls:
         """The momentum calls, and those of momentum nets inside the module."""
         return _calls_in(self.module)
-
-    @property
-    def flat(self) -> tuple[str, ...]:
-        """Paths of modules whose own ``forward`` does not run, because their operations belong to several steps."""
-        return ()
-
-    @property
-    def recompute_between(self) -> bool:
-        """True if what lies between the chains runs again in the backward pass."""
-        return False
 
     @abstractmethod
     def findings(self) -> Findings:
@@ -112,16 +106,6 @@ class GraphView(View):
     @override
     def all_calls(self) -> Calls:
         return {**{f"{path}()": call for path, call in _calls_in(self.module).items()}, **self.calls}
-
-    @property
-    @override
-    def flat(self) -> tuple[str, ...]:
-        return self.graph.flat
-
-    @property
-    @override
-    def recompute_between(self) -> bool:
-        return self.graph.recompute_between
 
     @override
     def findings(self) -> Findings:
@@ -264,6 +248,8 @@ def _of_graph(
         where.net,
         graph.calls,
         path=graph.within,
+        flat=graph.flat,
+        recompute_between=graph.recompute_between,
         graph=graph,
         options=where.options,
         all_graphs=all_graphs,
