@@ -1,4 +1,4 @@
-"""What the other passes ask about a graph again and again, computed once in one walk."""
+"""An index of a graph: positions, sizes and ancestry of its nodes, computed in one walk."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ class GraphIndex:
         return sizes
 
     def _ancestry(self) -> tuple[dict[Node, int], dict[Node, int]]:
-        """Ancestor sets as integers, one bit for every node that may matter: linear, but for the integers' width."""
+        """Return ancestor sets as integers, one bit for every node that may matter.
+
+        Linear, but for the width of the integers. Nodes that matter have several readers, or are read by a sum.
+        """
         watched: dict[Node, int] = {}
         ancestors: dict[Node, int] = {}
         for node in self.nodes:
             bits = 0
             for source in node.all_input_nodes:
-                if source not in self.sizes:  # who knows a tensor's shape is not computed from its values
+                if source not in self.sizes:  # what is computed from a tensor's shape is not computed from its values
                     bits |= ancestors[source]
             if node not in self.sizes and (len(node.users) > 1 or any(terms(user) for user in node.users)):
                 watched[node] = len(watched)
@@ -51,12 +54,12 @@ class GraphIndex:
         return watched, ancestors
 
     def is_ancestor(self, node: Node, descendant: Node) -> bool:
-        """Whether ``descendant`` is computed from ``node``, or is ``node`` itself."""
+        """True if ``descendant`` is computed from ``node``, or is ``node`` itself; see `_ancestry` for which nodes."""
         bit = self._bit.get(node)
         return bit is not None and bool(self._ancestors[descendant] >> bit & 1)
 
     def share_computed_ancestor(self, a: Node, b: Node) -> bool:
-        """Whether both nodes are computed from one value that is itself computed (not an input of the graph)."""
+        """True if both nodes are computed from one value that is itself computed (not an input of the graph)."""
         return bool(self._ancestors[a] & self._ancestors[b] & self._computed)
 
     @cached_property
@@ -64,33 +67,33 @@ class GraphIndex:
         return sum(1 << bit for node, bit in self._bit.items() if node.op not in ("placeholder", "get_attr"))
 
     def skip_path(self, node: Node) -> tuple[Node, ...]:
-        """From ``node`` upwards through value-preserving operations to the value they preserve."""
+        """Return the nodes from ``node`` upwards through value-preserving operations to the value they preserve."""
         path = [node]
         while vocabulary.layout(path[-1], self.modules) is not None:
             path.append(vocabulary.preserved(path[-1]))
         return tuple(path)
 
     def layout(self, node: Node) -> tuple[object, ...] | None:
-        """See `vocabulary.layout`."""
+        """Return `vocabulary.layout` of a node."""
         return vocabulary.layout(node, self.modules)
 
     def mutated(self, node: Node) -> Node | None:
-        """See `vocabulary.mutated_operand`."""
+        """Return `vocabulary.mutated_operand` of a node."""
         return vocabulary.mutated_operand(node, self.modules)
 
     def only_reader(self, node: Node) -> Node | None:
-        """The one node that reads a value, if there is but one; who asks for its size does not count."""
+        """Return the only node that reads a value, None if there are several; readers of its size do not count."""
         readers = [user for user in node.users if user not in self.sizes]
         return readers[0] if len(readers) == 1 else None
 
     def is_read_after(self, node: Node, moment: Node) -> bool:
-        """Whether somebody reads a node after another one has run."""
+        """True if a node is read after another one has run."""
         return any(self.position[user] > self.position[moment] for user in node.users)
 
     def between(self, first: Node, last: Node) -> list[Node]:
-        """Nodes after ``first`` up to and including ``last``, in order."""
+        """Return the nodes after ``first`` up to and including ``last``, in order."""
         return self.nodes[self.position[first] + 1 : self.position[last] + 1]
 
     def sorted(self, nodes: Iterable[Node]) -> list[Node]:
-        """Nodes in program order."""
+        """Return nodes in program order."""
         return sorted(nodes, key=self.position.__getitem__)

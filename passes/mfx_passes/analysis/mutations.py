@@ -1,4 +1,4 @@
-"""In-place operations, and whose memory they change."""
+"""In-place operations, and the nodes whose memory they change."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ class Mutation:
 
 
 class Mutations:
-    """All in-place operations on the tensors of a graph.
+    """The in-place operations on the tensors of a graph.
 
     Args:
         index: the graph.
-        sums: residual sums; each has memory of its own, because none is in place any more once it is rewritten.
-        forward_only: the graph is never differentiated, so no operation runs again.
+        sums: residual sums; each has memory of its own, because a rewritten one is out of place.
+        forward_only: True if the graph is never differentiated, so that no operation is recomputed.
     """
 
     def __init__(self, index: GraphIndex, sums: Collection[Node] = (), *, forward_only: bool = False) -> None:
@@ -47,11 +47,11 @@ class Mutations:
             self._touching[node].append(mutation)
 
     def at(self, nodes: Iterable[Node]) -> list[Mutation]:
-        """The in-place operations among some nodes."""
+        """Return the in-place operations among some nodes."""
         return [self._at[node] for node in nodes if node in self._at]
 
     def touching(self, nodes: Iterable[Node]) -> list[Mutation]:
-        """The in-place operations that may change the value of one of some nodes, in program order."""
+        """Return the in-place operations that may change the value of one of some nodes, in program order."""
         found = {mutation.node: mutation for node in nodes for mutation in self._touching.get(node, ())}
         return [found[node] for node in self._index.sorted(found)]
 
@@ -68,7 +68,7 @@ class Mutations:
         return frozenset(family)
 
     def _shares_memory_with(self, node: Node) -> Node | None:
-        """The operand whose memory the value of a node may lie in."""
+        """Return the operand whose memory the value of a node may lie in, None if it has its own."""
         if node in self._sums:
             return None
         if vocabulary.may_alias(node, self._index.modules):

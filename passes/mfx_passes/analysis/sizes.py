@@ -1,4 +1,4 @@
-"""Sizes read off a state: all states of a chain share them, so they can be read off its first one."""
+"""Sizes of states: all states of a chain share them, so they can be read off its first one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _NOT_SHARED = frozenset({"stride", "requires_grad"})
 
 
 def is_state_size(node: Node, states: Collection[Node], sizes: Collection[Node]) -> bool:
-    """Whether a node is computed from nothing but sizes of states."""
+    """True if a node is computed only from sizes of states."""
     todo, seen = [node], {node}
     while todo:
         node = todo.pop()
@@ -27,9 +27,9 @@ def is_state_size(node: Node, states: Collection[Node], sizes: Collection[Node])
 
 
 def read_sizes_at_start(graph: Graph, chain: Chain, sizes: set[Node], around: Sequence[Step] = ()) -> None:
-    """Let sizes of a chain's states be read off its start, by others and by steps that read another step's state.
+    """Have sizes of a chain's states read off its start, outside and by steps that read another step's state.
 
-    What is read anew belongs to the steps ``around`` the chain, if it lies in the branch of another one.
+    The new nodes belong to the steps ``around`` the chain, if it lies in the branch of another one.
 
     Before::
 

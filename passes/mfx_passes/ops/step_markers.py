@@ -1,4 +1,4 @@
-"""Functions that a graph calls to say that a step of a chain starts or ends here; see `whole_steps`."""
+"""Functions whose calls mark in a graph where a step of a chain starts or ends; see `named_steps`."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ from typing import Any
 
 
 def called(x: Any, y: Any, module: str) -> Any:
-    """``y`` itself: a module was called on ``x`` and gave it."""
+    """Return ``y``: the result of a call of a module on ``x``."""
     return y
 
 
 def started(x: Any) -> Any:
-    """``x`` itself: a chain of marked steps starts here."""
+    """Return ``x``: a chain of marked steps starts here."""
     return x
 
 
 def mapped(x: Any, h: Any) -> Any:
-    """``h`` itself: a step leads from ``x`` to it."""
+    """Return ``h``: a step leads from ``x`` to it."""
     return h
 
 
 def added(x: Any, f: Any) -> Any:
-    """The end of a step that adds ``f`` to ``x``."""
+    """Return ``x + f``: the end of a step that adds ``f`` to ``x``."""
     return x + f

@@ -1,4 +1,4 @@
-"""One spelling for a residual sum: whatever a model writes, a list of signed, scaled terms."""
+"""Sums in one spelling: a list of signed, scaled terms, however the model writes it."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from mfx_passes.ops import step_markers as marks
+from mfx_passes.ops import step_markers
 
 
 @dataclass(frozen=True)
 class Term:
-    """``scale`` times the product of ``factors``."""
+    """A term of a sum: ``scale`` times the product of ``factors``."""
 
     factors: tuple[Node, ...]
     scale: float = 1
 
     @property
     def node(self) -> Node | None:
-        """The node itself, if the term is nothing but a node."""
+        """The node, if the term is a node alone."""
         return self.factors[0] if len(self.factors) == 1 and self.scale == 1 else None
 
 
 def terms(node: Node) -> tuple[Term, ...] | None:
-    """The two or more terms a node adds up; None if it is not a sum of tensors-to-be."""
+    """Return the two or more terms that a node adds up; None if it is not a sum of nodes."""
     if "out" in node.kwargs:
         return None
     spelling = _SPELLINGS.get((node.op, node.target))
     return spelling(node) if spelling else None
 
 
-def _plain(sign: int) -> Callable[[Node], tuple[Term, ...] | None]:
+def _two_terms(sign: int) -> Callable[[Node], tuple[Term, ...] | None]:
     def spelling(node: Node) -> tuple[Term, ...] | None:
         first, second = _argument(node, 0, "input"), _argument(node, 1, "other")
         alpha = node.kwargs.get("alpha", 1)
@@ -57,7 +57,7 @@ def _argument(node: Node, position: int, name: str) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
-_ADD, _SUB = _plain(1), _plain(-1)
+_ADD, _SUB = _two_terms(1), _two_terms(-1)
 _SPELLINGS: dict[tuple[str, Any], Callable[[Node], tuple[Term, ...] | None]] = {
     ("call_function", operator.add): _ADD,
     ("call_function", operator.iadd): _ADD,
@@ -75,8 +75,8 @@ _SPELLINGS: dict[tuple[str, Any], Callable[[Node], tuple[Term, ...] | None]] = {
     ("call_function", torch.addcmul): _addcmul,
     ("call_method", "addcmul"): _addcmul,
     ("call_method", "addcmul_"): _addcmul,
-    ("call_function", marks.added): _ADD,
-    ("call_function", marks.mapped): _ADD,
+    ("call_function", step_markers.added): _ADD,
+    ("call_function", step_markers.mapped): _ADD,
 }
 
 _OUT_OF_PLACE: dict[tuple[str, Any], Any] = {
@@ -90,5 +90,5 @@ _OUT_OF_PLACE: dict[tuple[str, Any], Any] = {
 
 
 def out_of_place(node: Node) -> Any:
-    """The target of a sum that leaves its operands alone: ``operator.add`` for ``operator.iadd`` and so on."""
+    """Return the target of the same sum out of place: ``operator.add`` for ``operator.iadd`` and so on."""
     return _OUT_OF_PLACE.get((node.op, node.target), node.target)

@@ -1,4 +1,4 @@
-"""What single nodes do: mutate, preserve values, yield sizes instead of tensors, make up a tail."""
+"""The effects of single nodes: in-place changes, preserved values, sizes, tails."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ _INPLACE_METHODS = frozenset(f"__{function.__name__}__" for function in _INPLACE
 
 
 def mutated_operand(node: Node, modules: Modules) -> Node | None:
-    """The node whose value this one changes in place, if any."""
+    """Return the node whose value this one changes in place, None if it changes none."""
     if isinstance(out := node.kwargs.get("out"), Node):
         return out
     first = node.args[0] if node.args else node.kwargs.get("input")
@@ -61,7 +61,7 @@ def mutated_operand(node: Node, modules: Modules) -> Node | None:
 
 
 def returns_operand(node: Node) -> bool:
-    """Whether an in-place operation returns what it changed; of functions that are not torch's nobody can tell."""
+    """True if an in-place operation is known to return what it changed; functions other than torch's are not known."""
     if node.op == "call_function":
         module = getattr(node.target, "__module__", None) or ""
         return node.target is not operator.setitem and module.startswith(("torch", "_operator"))
@@ -81,7 +81,7 @@ def _mutates(node: Node, modules: Modules) -> bool:
 
 
 def _is_inplace_name(name: str) -> bool:
-    """``add_``, ``__iadd__`` and ``__setitem__``, but not ``__add__`` or ``__invert__``."""
+    """True for ``add_``, ``__iadd__`` and ``__setitem__``, but not for ``__add__`` or ``__invert__``."""
     if name.endswith("__"):
         return name == "__setitem__" or name in _INPLACE_METHODS
     return name.endswith("_")
@@ -104,7 +104,7 @@ def _inplace_position(function: Any) -> int | None:
 
 
 def layout(node: Node, modules: Modules) -> tuple[Any, ...] | None:
-    """How a value-preserving operation moves the elements of its first argument; None if it is not one.
+    """Return how a value-preserving operation moves the elements of its first argument; None for others.
 
     ``NEUTRAL`` leaves every element in its place, ``RESHAPE`` keeps their order, ``("permute", dims)`` and
     ``("transpose", a, b)`` move dimensions.
@@ -129,7 +129,7 @@ def layout(node: Node, modules: Modules) -> tuple[Any, ...] | None:
 
 
 def _adds_zero(node: Node) -> tuple[Any, ...] | None:
-    """``sum([x, f])`` begins with ``0 + x``."""
+    """Return ``NEUTRAL`` for ``0 + x``, with which ``sum([x, f])`` begins."""
     if node.target is operator.add and len(node.args) == 2 and any(type(a) is int and a == 0 for a in node.args):
         return NEUTRAL
     return None
@@ -149,14 +149,14 @@ _ALIAS_ATTRIBUTES = frozenset({"T", "H", "mT", "mH", "data", "real", "imag"})
 
 
 def may_alias(node: Node, modules: Modules) -> bool:
-    """Whether the value of a node may share memory with its first argument without having changed it."""
+    """True if the value of a node may share memory with its first argument without having changed it."""
     if not (node.args and isinstance(node.args[0], Node)):
         return layout(node, modules) is not None
     if layout(node, modules) is not None:
         return True
     if node.op == "call_module":
         module = modules.get(str(node.target))
-        # Dropout hands its input on in eval mode.
+        # In eval mode, dropout returns its input.
         return isinstance(module, (*_DROPOUTS, nn.Flatten, nn.Unflatten)) or type(module).__name__ == "Rearrange"
     if node.target is getattr:
         return node.args[1] in _ALIAS_ATTRIBUTES
@@ -166,7 +166,7 @@ def may_alias(node: Node, modules: Modules) -> bool:
 
 
 def preserved(node: Node) -> Node:
-    """The operand whose value a value-preserving operation hands on."""
+    """Return the operand whose value a value-preserving operation returns."""
     return next(arg for arg in node.args if isinstance(arg, Node))
 
 
@@ -179,7 +179,7 @@ def _constant_dims(kind: str, dims: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 
 def undoes(after: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
-    """Whether one value-preserving operation may undo another (for reshapes: if the shape is restored)."""
+    """True if one value-preserving operation may undo another (for reshapes: if the shape is restored)."""
     if before == RESHAPE:
         return after == RESHAPE
     if before[0] == "transpose":
@@ -191,7 +191,7 @@ def undoes(after: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
 
 
 def is_size(node: Node, sizes: set[Node]) -> bool:
-    """Whether a node is a size, dtype or device rather than a tensor; ``sizes`` are those already known."""
+    """True if a node is a size, dtype or device and not a tensor; ``sizes`` are those already known."""
     if node.op == "call_method":
         return node.target in _SIZE_METHODS
     if node.op != "call_function":
@@ -207,12 +207,12 @@ def _is_python(function: Callable[..., Any] | str) -> bool:
 
 
 def reads_size_only(node: Node) -> bool:
-    """Whether a node reads nothing of its argument but the size, dtype or device."""
+    """True if a node reads only the size, dtype or device of its argument."""
     return is_size(node, set())
 
 
 def is_tail(node: Node, modules: Modules) -> bool:
-    """Whether a node may stand between a sum and the next skip: activation, normalisation, dropout, cast, scale."""
+    """True if a node may stand between a sum and the next skip: activation, normalisation, dropout, cast, scale."""
     if node.op == "call_module":
         module = type(modules.get(str(node.target)))
         file = module.__module__.rpartition(".")[2]
@@ -227,7 +227,7 @@ def is_tail(node: Node, modules: Modules) -> bool:
 
 
 def signature(node: Node, modules: Modules) -> Any:
-    """What two tails must have in common, operation by operation, to be of one kind."""
+    """Return what two tails must have in common, operation by operation, to be of one kind."""
     if node.op == "call_module":
         return type(modules.get(str(node.target)))
     return node.target

@@ -1,4 +1,4 @@
-"""Nodes that make up a whole module call become that call again.
+"""Folds the nodes that make up a whole module call into that call again.
 
 A traced graph is flat: hooks on the attention module of a block would not fire, and replacing it would do nothing.
 Whatever lies within one branch (or outside all chains) can be called as the module it came from.
@@ -36,7 +36,7 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 def fold_calls(
     graph: Graph, calls: Sequence[ModuleCall], nesting: Nesting, reread: Mapping[Node, Node], mutations: Mutations
 ) -> list[ModuleCall]:
-    """Fold every call that can be folded, the outermost first; the chains are brought up to date.
+    """Fold every call that can be folded, the outermost first, and bring the chains up to date.
 
     Returns:
         The calls that were not folded: their modules' own ``forward`` and hooks do not run.
@@ -55,7 +55,7 @@ class _Folder:
         self._mutations = mutations
         self._nesting = nesting
         self._reread = reread
-        self._single: set[Node] = set()  # what no module call may swallow: sums that become part of the momentum call
+        self._single: set[Node] = set()  # sums that become part of the momentum call: no module call may hold them
         self._replaced: dict[Node, Node] = {}
         self._gone: set[Node] = set()
         self._items: list[Node] = []
@@ -69,7 +69,7 @@ class _Folder:
         if not nodes or nodes & self._gone:
             return True
         first = min(nodes)
-        call = self._in_present_terms(call, first, nodes)
+        call = self._after_mutations(call, first, nodes)
         if not self._may_fold(call, nodes):
             return False
         with self._graph.inserting_before(first):
@@ -81,8 +81,8 @@ class _Folder:
         self._gone |= nodes
         return True
 
-    def _in_present_terms(self, call: ModuleCall, first: Node, nodes: set[Node]) -> ModuleCall:
-        """The call with the values that its arguments and its output had, where these were changed in place before."""
+    def _after_mutations(self, call: ModuleCall, first: Node, nodes: set[Node]) -> ModuleCall:
+        """Return the call with the values its arguments and output had then, where they were changed in place."""
 
         def at_start(node: Node) -> Node:
             node = self._changed(node, lambda mutator: mutator < first)
@@ -99,7 +99,7 @@ class _Folder:
         )
 
     def _changed(self, node: Node, when: Callable[[Node], bool]) -> Node:
-        """The in-place operation that stands for the value of a node after it was changed."""
+        """Return the in-place operation that holds the value of a node after it was changed."""
         for mutation in self._mutations.touching([node]):
             if mutation.operand is node and returns_operand(mutation.node) and when(mutation.node):
                 return self._changed(mutation.node, when)
@@ -123,12 +123,12 @@ class _Folder:
         )
 
     def _may_read(self, unread: Node, nodes: set[Node]) -> bool:
-        """An argument that the module does nothing with must not become a capture that nobody checked."""
+        """True if an argument that the module does not use may be read: it must not become an unchecked capture."""
         holders = self._nesting.holders(next(iter(nodes)))
         return all(unread in step.nodes or unread in step.inputs() for step in holders)
 
     def _replace(self, output: Any, value: Node, nodes: set[Node], steps: list[Step]) -> None:
-        """Let readers of the call's output, a node or a structure of them, read it from ``value``."""
+        """Have readers of the call's output, a node or a structure of them, read it from ``value``."""
         for step in steps:
             step.nodes -= nodes
             step.nodes.add(value)
@@ -148,7 +148,7 @@ class _Folder:
                 self._replace(part, item, nodes, steps)
 
     def update(self) -> None:
-        """Point the steps to what replaced their nodes, and drop the parts of outputs that nobody reads."""
+        """Point the steps to what replaced their nodes, and drop the items of outputs that are not read."""
         unread = self._erase_unread_items()
         for step in (step for chain in self._nesting.chains for step in chain.steps):
             step.skip = self._replaced.get(step.skip, step.skip)
@@ -166,7 +166,7 @@ class _Folder:
 
 
 def _is_own(family: Iterable[Node], nodes: set[Node]) -> bool:
-    """Whether an in-place operation changes nothing but values made in a call, and buffers."""
+    """True if an in-place operation changes only buffers and values made in a call."""
     return all(node in nodes or node.op == "get_attr" for node in family)
 
 
@@ -200,7 +200,7 @@ def _items(output: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def _is_plain(args: Any) -> bool:
-    """Whether a call with these arguments can be written into a graph."""
+    """True if a call with these arguments can be written into a graph."""
     if isinstance(args, dict):
         return all(isinstance(key, _PLAIN) for key in args) and _is_plain(list(args.values()))
     if isinstance(args, list) or type(args) is tuple:

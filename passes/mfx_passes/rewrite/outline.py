@@ -1,4 +1,4 @@
-"""Cut the steps of a chain out of their graph: each becomes a small graph with explicit inputs."""
+"""Cuts the steps of a chain out of their graph: each becomes a small graph with explicit inputs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mfx_passes.rewrite.extract import Lookup, extract
 
 
 def outline(chain: Chain) -> tuple[ChainGraphs, list[Node], list[list[Node]]]:
-    """The graphs of a chain, the nodes it captures, and for each step the nodes that others read (its side outputs)."""
+    """Return the graphs of a chain, the nodes it captures, and for each step its side outputs."""
     inside = chain.nodes
     read = dict.fromkeys(node for step in chain.steps for node in step.inputs()[1:])
     captures = [node for node in read if node not in inside]
@@ -24,12 +24,12 @@ def outline(chain: Chain) -> tuple[ChainGraphs, list[Node], list[list[Node]]]:
 
 
 def side_outputs(step: Step) -> list[Node]:
-    """Values inside a step that somebody outside reads."""
+    """Return the nodes inside a step that are read outside it, but for its end."""
     return [node for node in sorted(step.nodes) if node is not step.out and not step.nodes.issuperset(node.users)]
 
 
 def _taps(chain: Chain) -> tuple[int, ...]:
-    """Numbers of the states that somebody else than the next step reads."""
+    """Return the numbers of the states that are read by others than the next step."""
     following = zip(chain.steps, chain.steps[1:], strict=False)
     return tuple(t for t, (step, after) in enumerate(following, 1) if set(step.out.users) - step.nodes - after.nodes)
 
@@ -66,7 +66,7 @@ def _graph_of(step: Step, inputs: Sequence[Node], sides: Sequence[Node], *, with
 
 
 def _argument_names(inputs: Sequence[Node]) -> list[str]:
-    """``x`` for the state, and for captures their own names, which may be ``x`` too."""
+    """Return ``x`` for the state, and for captures their own names, changed where they are ``x`` too."""
     taken = {node.name for node in inputs}
     names = ["x"]
     for node in inputs[1:]:

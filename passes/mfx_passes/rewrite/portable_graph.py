@@ -1,4 +1,4 @@
-"""Graphs that can be pickled at any size: a plain graph links its nodes in a row, which pickle follows node by node."""
+"""Graphs that pickle at any size: a plain graph links its nodes in a row, which pickle follows recursively."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ class _Reference:
 
 @dataclass(frozen=True)
 class _Functional:
-    """A function of ``torch.nn.functional`` that pickle does not find by its name, like ``max_pool2d``."""
+    """A function of ``torch.nn.functional`` that pickle does not find by its name, such as ``max_pool2d``."""
 
     name: str
 
 
 class PortableGraph(Graph):
-    """A graph that pickles, and copies, as a list of rows; metadata that is no description stays behind."""
+    """A graph that is pickled and copied as a list of rows; of the metadata, only descriptions go with it."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return portable, (_dump(self),)
@@ -41,7 +41,7 @@ class PortableGraph(Graph):
 
 
 def portable(rows: list[tuple[Any, ...]]) -> PortableGraph:
-    """The graph that these rows describe, node names included."""
+    """Return the graph that these rows describe, with the same node names."""
     graph = PortableGraph()
     nodes: dict[str, Node] = {}
     lookup = _lookup(nodes)
@@ -54,7 +54,7 @@ def portable(rows: list[tuple[Any, ...]]) -> PortableGraph:
 
 
 def copy_graph(graph: Graph) -> PortableGraph:
-    """A copy with the same node names."""
+    """Return a copy with the same node names."""
     return portable(_dump(graph))
 
 
@@ -74,7 +74,7 @@ def _dump(graph: Graph) -> list[tuple[Any, ...]]:
 
 
 def dump_calls(calls: Sequence[ModuleCall]) -> list[tuple[Any, ...]]:
-    """Module calls as picklable rows; see `load_calls`."""
+    """Return module calls as picklable rows; see `load_calls`."""
     return [
         (
             call.target,
@@ -88,7 +88,7 @@ def dump_calls(calls: Sequence[ModuleCall]) -> list[tuple[Any, ...]]:
 
 
 def load_calls(rows: list[tuple[Any, ...]], graph: Graph) -> list[ModuleCall]:
-    """The module calls that `dump_calls` was given, in terms of the nodes of ``graph``."""
+    """Return the module calls that `dump_calls` was given, in terms of the nodes of ``graph``."""
     nodes = {node.name: node for node in graph.nodes}
     lookup = _lookup(nodes)
     return [

@@ -1,4 +1,4 @@
-"""Put one momentum call in the place of each chain. The only pass that changes what a graph computes."""
+"""Puts one momentum call in the place of each chain. The only pass that changes the function of a graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mfx_passes.rewrite.outline import outline
 Insert = Callable[[ChainGraphs], tuple[str, str | None]]
 
 
-"""Keeps a chain's graphs and returns the name of the module that will run them, a ``call_module`` target.
+"""Takes a chain's graphs and returns the name of the module that will run them, a ``call_module`` target.
 
 That module is called with ``(x, captures, roots)``: the state, a tuple of captures, and the attributes of the model
 that the steps reach into, by name. It returns the end state, or a tuple of it, the taps and the side outputs. The other
@@ -55,7 +55,7 @@ def rewrite(graph: Graph, nesting: Nesting, modules: Modules, insert: Insert) ->
 
 
 class _Rewriter:
-    """Rewrites chain after chain and keeps the steps that are still to come up to date."""
+    """Rewrites chain after chain, and brings the steps of the chains that follow up to date."""
 
     def __init__(self, graph: Graph, nesting: Nesting, modules: Modules, insert: Insert) -> None:
         self._graph = graph
@@ -68,7 +68,7 @@ class _Rewriter:
         for step in chain.steps:
             step.skip = self._replaced.get(step.skip, step.skip)
             step.term = self._replaced.get(step.term, step.term)
-        self._serve_early_readers(chain)
+        self._redirect_early_readers(chain)
         graphs, captures, sides = outline(chain)
         inside = chain.nodes
         anchor, late = _place(chain, inside, captures)
@@ -87,11 +87,11 @@ class _Rewriter:
             step.nodes -= inside
             step.nodes |= {*added, *read}
 
-    def _serve_early_readers(self, chain: Chain) -> None:
-        """Who reads a state before the next step does gets a view of it that this step makes first.
+    def _redirect_early_readers(self, chain: Chain) -> None:
+        """Have nodes that read a state before the next step does read a view, which the next step makes first.
 
-        It will run behind the whole chain, but its gradient arrives at the view's place: gradients of a state are
-        summed in the order they always were.
+        They will run behind the whole chain, but their gradient arrives at the view's place: gradients of a state are
+        summed in the same order as before.
         """
         for step, after in pairwise(chain.steps):
             readers = list(step.out.users)
@@ -122,9 +122,9 @@ def _move_behind(last: Node, late: Sequence[Node]) -> None:
 
 
 def _place(chain: Chain, inside: set[Node], captures: Sequence[Node]) -> tuple[Node, list[Node]]:
-    """The node to put the momentum call behind, and who must move behind the call.
+    """Return the node to put the momentum call behind, and the nodes that must move behind the call.
 
-    Where the chain first reads its start, if possible: gradients are summed in the order of the forward pass.
+    That is where the chain first reads its start, if possible: gradients are summed in the order of the forward pass.
     """
     readers = [node for node in chain.start.users if node in inside and node.users and not reads_size_only(node)]
     for first in (min(readers, default=min(inside)), min(inside)):
@@ -136,7 +136,7 @@ def _place(chain: Chain, inside: set[Node], captures: Sequence[Node]) -> tuple[N
 
 
 def _late_readers(inside: Collection[Node], anchor: Node) -> list[Node]:
-    """Nodes that stand before the momentum call's place but read what it computes."""
+    """Return the nodes that stand before the momentum call's place but read what it computes."""
     fed = set(inside)
     late = []
     for node in _through(min(inside), anchor):
@@ -159,7 +159,7 @@ def _through(first: Node, last: Node) -> list[Node]:
 def _insert_call(
     graph: Graph, graphs: ChainGraphs, chain: Chain, captures: Sequence[Node], anchor: Node, insert: Insert
 ) -> tuple[Node, list[Node]]:
-    """The call, and the nodes that fetch the attributes of the model it reaches into."""
+    """Insert a momentum call; return it, and the nodes (it is one of them) that steps around it own from now on."""
     while anchor.op == "placeholder" and anchor.next.op == "placeholder":
         anchor = anchor.next
     added: list[Node] = []
@@ -200,7 +200,7 @@ def _value_of(node: Node) -> dict[str, object]:
 
 
 def _protect(graph: Graph, value: Node, modules: Modules) -> None:
-    """Who changes a state in place gets a copy of it: the backward pass starts from the states."""
+    """Insert a clone before in-place users of a state, which the backward pass needs unchanged."""
     for user in list(value.users):
         if vocabulary.mutated_operand(user, modules) is value:
             with graph.inserting_before(user):
