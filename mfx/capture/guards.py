@@ -99,7 +99,7 @@ def _missing(module: nn.Module) -> frozenset[str]:
 
 def _forward(module: nn.Module) -> Any:
     forward = module.__dict__.get("forward")
-    return None if isinstance(forward, Overlay) and forward.is_part else forward
+    return None if isinstance(forward, Overlay) and forward.is_submodule else forward
 
 
 def _snapshot(value: Any) -> Any:

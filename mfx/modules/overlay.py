@@ -1,4 +1,4 @@
-"""What stands in front of a model's own attributes in a tree copy, and how to look past it."""
+"""What mfx adds to the modules of a net, in front of their own attributes, and how to go past it."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from mfx_passes import paths
 
 
 class Overlay:
-    """What stands in a module's ``__dict__`` as ``forward``, in front of its class's; a tree copy is made without it.
+    """A ``forward`` in a module's ``__dict__``, in front of its class's; a tree copy is made without it.
 
     Attributes:
         shown: names of the other attributes that came with it.
-        is_part: whether the module is a part of a net, and a capture of the net goes past its overlay.
+        is_submodule: True if the module is a submodule of a net, and a capture of the net goes past its overlay.
     """
 
     shown: tuple[str, ...] = ()
-    is_part = False
+    is_submodule = False
 
 
 class Extra(nn.Module):
-    """Holds the modules that mfx added to a net; a tree copy is made without it.
+    """A container of modules that mfx added to a net; a tree copy is made without it.
 
     Attributes:
-        names: what each chain's module is called here.
+        names: the names in it of each chain's module.
     """
 
     def __init__(self) -> None:
@@ -35,37 +35,34 @@ class Extra(nn.Module):
 
 
 @contextmanager
-def without_parts(net: nn.Module) -> Iterator[None]:
-    """Within this context, the parts of a net have the forward of their class, for a capture to go through."""
-    parts = {
+def bare_submodules(net: nn.Module) -> Iterator[None]:
+    """Within this context, the submodules of a net have the forward of their class, for a capture to go through."""
+    overlaid = {
         module: forward
         for module in net.modules()
-        if module is not net and isinstance(forward := module.__dict__.get("forward"), Overlay) and forward.is_part
+        if module is not net and isinstance(forward := module.__dict__.get("forward"), Overlay) and forward.is_submodule
     }
-    for module in parts:
+    for module in overlaid:
         del module.__dict__["forward"]
     try:
         yield
     finally:
-        for module, forward in parts.items():
+        for module, forward in overlaid.items():
             module.__dict__["forward"] = forward
 
 
-def drop_parts(net: nn.Module, called: set[str]) -> None:
+def drop_overlays(net: nn.Module, called: set[str]) -> None:
     """Give the modules at these paths, and those inside of them, the forward of their class for good."""
     for path, module in net.named_modules():
         forward = module.__dict__.get("forward")
-        if path and isinstance(forward, Overlay) and forward.is_part and not called.isdisjoint(paths.ancestors(path)):
+        overlaid = isinstance(forward, Overlay) and forward.is_submodule
+        if overlaid and not called.isdisjoint(paths.ancestors(path)):
             del module.__dict__["forward"]
 
 
-def _overlaid(module: nn.Module) -> tuple[str, ...]:
-    """Names of the attributes that momentumize gave an instance."""
+def added_to(module: nn.Module) -> Iterator[tuple[str, str]]:
+    """Yield what mfx has added to a module: the table that it is in (an attribute), and its name there."""
     forward = module.__dict__.get("forward")
-    if not isinstance(forward, Overlay):
-        return ()
-    return tuple(name for name in ("forward", *forward.shown) if name in module.__dict__)
-
-
-def _extras(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    return [(name, child) for name, child in module._modules.items() if isinstance(child, Extra)]
+    if isinstance(forward, Overlay):
+        yield from (("__dict__", name) for name in ("forward", *forward.shown) if name in module.__dict__)
+    yield from (("_modules", name) for name, child in module._modules.items() if isinstance(child, Extra))

@@ -1,4 +1,4 @@
-"""Random generators that a trace must leave alone: their states before, compared with and put back after."""
+"""Puts random generators back after a trace, and tells which were drawn from."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from mfx_passes import paths
 
 @dataclass(frozen=True)
 class _Generator:
-    """One source of random numbers: how to read its state and how to set it."""
+    """A source of random numbers, with functions that read and set its state."""
 
     name: str
     read: Callable[[], Any]
@@ -26,7 +26,7 @@ class _Generator:
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[list[str]]:
-    """Put all random generators back at the end, whatever happens within.
+    """Put all random generators back at the end, also after an error.
 
     Yields:
         Filled at the end: names of the generators that were drawn from.
@@ -57,7 +57,7 @@ def _generators(model: nn.Module) -> Iterator[_Generator]:
 
 
 def _own_generator(name: str, value: Any) -> Iterator[_Generator]:
-    """A generator that a module keeps for itself, or whose method it keeps."""
+    """Yield the generator that a value of a module's is, or that it is a method of."""
     value = getattr(value, "__self__", value)
     if isinstance(value, random.Random):
         yield _Generator(name, value.getstate, value.setstate)

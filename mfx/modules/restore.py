@@ -1,4 +1,4 @@
-"""What a model sets up at its first call stays; what it computed on tensors without values does not."""
+"""Undoes what a capture does to a model; what a model initializes at its first call stays."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ _ABSENT = object()
 
 @contextmanager
 def attributes_restored(net: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
-    """Undo what is done to attributes of modules, and remove hooks that are put on them, within this context.
+    """Undo, at the end of this context, what is done to attributes of modules, and remove hooks that are added.
 
-    Both or neither: a model that notes in an attribute that its hooks are there would put them there twice.
+    Both or neither: a model that notes in an attribute that its hooks are there would add them twice.
 
     Yields:
         Filled at the end: names of the attributes that were set, by module.
     """
     before = {module: dict(module.__dict__) for module in net.modules()}
     hooks = [(table, set(table)) for module in net.modules() for table in hook_tables(module)]
-    marks: dict[nn.Module, set[str]] = {}
+    assigned: dict[nn.Module, set[str]] = {}
     try:
-        yield marks
+        yield assigned
     finally:
         for table, keys in hooks:
             for key in set(table) - keys:
@@ -38,18 +38,18 @@ def attributes_restored(net: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
         for module, old in before.items():
             now = module.__dict__
             changed = {name for name in {**old, **now} if now.get(name, _ABSENT) is not old.get(name, _ABSENT)}
-            # constants of the graph are not the model's doing
+            # the tracer's, for constants of the graph
             changed = {name for name in changed if not name.startswith("_tensor_constant")}
             for name in changed:
                 now.pop(name, None)
             now.update({name: old[name] for name in changed & old.keys()})
             if changed:
-                marks[module] = changed
+                assigned[module] = changed
 
 
 @contextmanager
-def without_replacing(net: nn.Module) -> Iterator[list[str]]:
-    """Put back the buffers and parameters that are replaced within this context.
+def tensors_restored(net: nn.Module) -> Iterator[list[str]]:
+    """Put back, at the end of this context, the buffers and parameters that are replaced in it.
 
     Yields:
         Filled at the end: their names.
@@ -68,9 +68,9 @@ def without_replacing(net: nn.Module) -> Iterator[list[str]]:
 
 @contextmanager
 def restored_if_fake(net: nn.Module) -> Iterator[None]:
-    """Put back what is left with values that nobody computed, and counts of calls that nobody made.
+    """Put back, at the end of this context, attributes that hold fake tensors, and counts of calls.
 
-    Within this context the model may run on tensors without values.
+    Within this context the model may run on fake tensors. What it initializes besides stays.
     """
     tables = [table for module in net.modules() for table in _tables(module)]
     before = [(table, dict(table), {name: _copy(value) for name, value in table.items()}) for table in tables]
@@ -87,9 +87,9 @@ def restored_if_fake(net: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def restored_if_changed() -> Iterator[None]:
-    """Put back the values of tensors that are changed in place within this context, tensors without values aside.
+    """Put back, at the end of this context, the values of real tensors that are changed in place in it.
 
-    In a mode of tensors without values, what concerns none of these is computed: a BatchNorm counts its batches.
+    In a fake mode, operations that read no fake tensor are computed: a BatchNorm counts its batches.
     """
     with _Changes() as changes:
         try:
@@ -99,7 +99,7 @@ def restored_if_changed() -> Iterator[None]:
 
 
 class _Changes(TorchDispatchMode):
-    """Keeps what tensors held before they were changed."""
+    """A dispatch mode that copies real tensors before they are changed."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -119,7 +119,7 @@ class _Changes(TorchDispatchMode):
                 self._kept[id(tensor)] = tensor, tensor.detach().clone()
 
     def undo(self) -> None:
-        """Give all of them what they held."""
+        """Put their values back."""
         with without_modes(), torch.no_grad():
             for tensor, before in self._kept.values():
                 tensor.copy_(before)
@@ -135,7 +135,7 @@ def _copy(value: Any) -> Any:
 
 
 def _with_contents(value: Any, contents: Any) -> Any:
-    """The same container, with the contents that it had."""
+    """Return the same container, with the contents that it had."""
     if type(value) in (dict, set):
         value.clear()
         value.update(contents)

@@ -1,4 +1,4 @@
-"""Code that a second run of a step is not ended in the midst of, for it has something to put right at its end."""
+"""Marks code that recomputation must not stop early, because it has cleanup to do."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _DEPTH = _Depth()
 
 @contextmanager
 def must_finish() -> Iterator[None]:
-    """What runs in the block runs to its end, in second runs too."""
+    """Let the code in the block run to its end in recomputation, too."""
     _DEPTH.value += 1
     try:
         yield
@@ -24,6 +24,6 @@ def must_finish() -> Iterator[None]:
         _DEPTH.value -= 1
 
 
-def may_be_ended() -> bool:
-    """Whether what runs now may be left by an exception."""
+def may_stop() -> bool:
+    """True if recomputation may stop what runs now, by an exception."""
     return not _DEPTH.value

@@ -20,28 +20,32 @@ from mfx_passes import ChainGraphs, MfxError, MomentumPass
 
 def rewritten(model: M, options: Options) -> M:
     """A model rewritten as checked options say; see `momentumize`."""
-    if isinstance(model, fx.GraphModule):
-        module = tree_copy(model)
-        if not _rewrite_graph_module(module, options):
-            return _unchanged(model)
-        note_gamma(module)
-        return module
-    net = net_of(model)
+    net: M = tree_copy(model) if isinstance(model, fx.GraphModule) else net_of(model)
+    found = _rewrite_graph_module(net, options) if isinstance(net, fx.GraphModule) else _give_forward(net, options)
+    if not found:
+        warnings.warn(f"mfx: {without_chains(model)}", stacklevel=3)
+        return model
+    note_gamma(net)
+    return net
+
+
+def _give_forward(net: nn.Module, options: Options) -> bool:
+    """Give a net the forward that runs its rewritten graphs; False if it is known to have no chains."""
     announce_blocks(net, options.layers)
     forward = NetForward(net, options)
     install_submodules(forward)
     try:
         if not forward.prepare().calls:
-            return _unchanged(model)
+            return False
     except CaptureError:
         if options.capture == "symbolic" or options.example_inputs is not None:
             raise  # else a call will show
     net.__dict__["forward"] = forward
-    note_gamma(net)
-    return net
+    return True
 
 
 def _rewrite_graph_module(net: fx.GraphModule, options: Options) -> bool:
+    """Rewrite a graph module in place; False if it has no chains."""
     if options.budget.share is None or options.recompute is not None:
         raise MfxError(
             "a number of bytes and recompute='all' are for a net as a whole and need the model itself; a GraphModule "
@@ -59,8 +63,3 @@ def _rewrite_graph_module(net: fx.GraphModule, options: Options) -> bool:
     MomentumPass(make_call, options.selection)(net)
     options.check_chains(chains)
     return bool(chains)
-
-
-def _unchanged(model: M) -> M:
-    warnings.warn(f"mfx: {without_chains(model)}", stacklevel=4)
-    return model

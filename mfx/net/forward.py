@@ -74,7 +74,7 @@ class NetForward(Overlay):
     @property
     def is_opaque(self) -> bool:
         """True if compiled code may call the net as one operation."""
-        return not (self.is_part or self.per_module or is_sharded_somewhere(self.net))
+        return not (self.is_submodule or self.per_module or is_sharded_somewhere(self.net))
 
     @property
     def options(self) -> Options:
@@ -140,7 +140,7 @@ class NetForward(Overlay):
         except BaseException:
             self.per_module = False  # it may have been the call that was wrong
             raise
-        if not self.is_part:
+        if not self.is_submodule:
             graphs = [graph for forward in self.submodules() for graph in forward.table.graphs]
             chains = sorted({chain for graph in graphs for chain in graph.chain_lengths})
             found = f"these chains were found: {listed(chains)}" if chains else "no chain was found"
@@ -153,7 +153,7 @@ class NetForward(Overlay):
     def submodules(self) -> list[NetForward]:
         """Return the forwards of all submodules of the net that have one of their own."""
         forwards = [module.__dict__.get("forward") for module in self.net.modules() if module is not self.net]
-        return [forward for forward in forwards if isinstance(forward, NetForward) and forward.is_part]
+        return [forward for forward in forwards if isinstance(forward, NetForward) and forward.is_submodule]
 
     def prepare(self) -> RewrittenGraph:
         """Capture and rewrite before any call, for the net's training mode and example inputs or default arguments.

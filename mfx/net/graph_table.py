@@ -11,7 +11,7 @@ from torch import nn
 from mfx import compat
 from mfx.capture.arguments import refuse_nested
 from mfx.capture.captured import CaptureError
-from mfx.modules.overlay import drop_parts
+from mfx.modules.overlay import drop_overlays
 from mfx.net.agreement import check_agreement
 from mfx.net.lost_effects import lost_marks, of_lost_marks
 from mfx.net.routes import DynamoRoute, SymbolicRoute
@@ -97,7 +97,7 @@ class GraphTable:
         if graph.shapes_known:
             self.check_names(graph)
         self.known_chains.update(graph.chain_lengths)
-        drop_parts(self.net, graph.called_modules)
+        drop_overlays(self.net, graph.called_modules)
         route.keep(graph)
         return graph
 

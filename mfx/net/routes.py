@@ -15,7 +15,7 @@ from mfx.capture.binding import ByName
 from mfx.capture.captured import Captured, CaptureError, signature_of
 from mfx.capture.named_steps import named_steps_of
 from mfx.capture.symbolic.trace import capture
-from mfx.modules.overlay import without_parts
+from mfx.modules.overlay import bare_submodules
 from mfx.modules.restore import attributes_restored
 from mfx.net.sharded import refuse_shards
 from mfx.options.options import Options
@@ -86,7 +86,12 @@ class SymbolicRoute:
         if mode in self._failures:
             raise CaptureError(self._failures[mode])
         try:
-            with compat.patching(), compat.outside_of_export(), attributes_restored(net) as changed, without_parts(net):
+            with (
+                compat.patching(),
+                compat.outside_of_export(),
+                attributes_restored(net) as changed,
+                bare_submodules(net),
+            ):
                 captured = capture(net, binding, named_steps_of(net, options), holds_chain)
         except CaptureError as error:
             # else there is nothing to fall back on, or other conditions than in a call: try again
@@ -172,7 +177,7 @@ class DynamoRoute:
         """
         net = self._net
         refuse_shards(net)
-        with compat.patching(), compat.outside_of_export(), without_parts(net):
+        with compat.patching(), compat.outside_of_export(), bare_submodules(net):
             captured = self._captured(args, kwargs)
         if (steps := named_steps_of(net, options)) is not None:
             steps.mark(captured.graph)

@@ -39,7 +39,7 @@ class SubmoduleForward(NetForward):
         path: the module's path in the net.
     """
 
-    is_part = True
+    is_submodule = True
 
     def __init__(self, net: nn.Module, outer: NetForward, path: str) -> None:
         self.outer = outer

@@ -135,7 +135,7 @@ def _paths(net: nn.Module, seen: Seen) -> Iterator[str | None]:
 def _has_forward(module: nn.Module) -> bool:
     """Whether somebody gave a module a forward of its own; what stands for mfx there is not looked at."""
     forward = module.__dict__.get("forward")
-    return forward is not None and not (isinstance(forward, Overlay) and forward.is_part)
+    return forward is not None and not (isinstance(forward, Overlay) and forward.is_submodule)
 
 
 def _is_plain(value: Any) -> bool:

@@ -18,7 +18,7 @@ from mfx.capture.captured import Captured, CaptureError
 from mfx.capture.named_steps import NamedStepModules
 from mfx.capture.symbolic.tracer import SymbolicTracer
 from mfx.modules.random_state import undisturbed
-from mfx.modules.restore import without_replacing
+from mfx.modules.restore import tensors_restored
 from mfx_passes import MfxError
 from mfx_passes.rewrite.portable_graph import copy_graph, dump_calls, load_calls
 
@@ -56,7 +56,7 @@ def capture(
     tracer = SymbolicTracer(binding.inputs, binding.constants, steps.modules if steps else (), is_leaf)
     attributes = set(model.__dict__)
     with (
-        without_replacing(model) as replaced,
+        tensors_restored(model) as replaced,
         undisturbed(model) as drawn,
         _ValuesRead(model),
         compat.plain_transformer_layers(),

@@ -16,7 +16,7 @@ from mfx.compat import NO_TASK, current_task, when_task_ends
 from mfx.engine.recompute.environment import StepEnvironment
 from mfx.engine.recompute.saved import Captures, SavedTensors
 from mfx.engine.scope import measure
-from mfx.modules.uninterrupted import may_be_ended
+from mfx.modules.uninterrupted import may_stop
 from mfx_passes.errors import MfxError
 
 Branch = Callable[..., tuple[Any, ...]]
@@ -258,7 +258,7 @@ class RecomputationHooks:
                 handle.tensor, handle.version = tensor, tensor._version
         if self._stops is not None and self.count == len(self._packed) and self.wrong is None:
             # A backward pass inside the branch is not stopped, nor code that has a mode to leave.
-            self.stopped = may_be_ended() and current_task() == self._task and self._stops()
+            self.stopped = may_stop() and current_task() == self._task and self._stops()
             if self.stopped:
                 raise StopRecomputation
         # The recomputation's own graph keeps it too, and is freed with it: a branch may use autograd itself.
