@@ -1,4 +1,4 @@
-"""recompute="all": what lies between the chains runs again, too, with the same results and less memory."""
+"""recompute="all": what lies between the chains is recomputed too, with the same results and less memory."""
 
 import copy
 import warnings
@@ -69,7 +69,7 @@ def step(net, x, **autocast):
 
 
 def steps(model, x, times=3, **options):
-    """What some training steps leave behind: the first without a plan, the others with one."""
+    """Return what some training steps leave behind: the first without a plan, the others with one."""
     autocast = options.pop("autocast", {})
     net = mfx.momentumize(copy.deepcopy(model), verify="raise", **options)
     return [value for _ in range(times) for value in step(net, x, **autocast)]
@@ -113,7 +113,7 @@ def test_it_keeps_less_at_every_budget(model):
     assert all(k <= kept[0] + b * (kept[-1] - kept[0]) for k, b in zip(kept, budgets, strict=True))
 
 
-def test_modules_between_run_twice_and_are_told(model):
+def test_modules_between_run_twice_and_can_ask(model):
     net = mfx.momentumize(copy.deepcopy(model), recompute="all")
     step(net, images())
     seen = []

@@ -134,7 +134,7 @@ def test_a_number_of_bytes_holds_for_the_whole_net(model):
 
 
 def chains_keep(model, x):
-    """What the chains keep at least, as a warning has it."""
+    """Return the least that the chains keep, as a warning says it."""
     net = copied(model, memory_budget=2)
     with pytest.warns(UserWarning, match="cannot do with less than") as caught:
         step(net, x)

@@ -1,4 +1,4 @@
-"""What is alive between and during forward and backward does not grow with depth."""
+"""The bytes alive between and during forward and backward do not grow with depth."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Which steps a plan keeps, and that chains with some steps kept compute what chains with all or none kept do."""
+"""The steps that a plan keeps; chains with some steps kept compute what chains with all or none kept compute."""
 
 import gc
 import itertools
@@ -171,7 +171,7 @@ def costs_of(root, x, **how):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("gamma", [0.9, 0.0])
 def test_costs_are_what_autograd_keeps(layout, gamma):
-    """What is kept with all steps kept, as the meter counts it, is the sum of the costs."""
+    """The bytes kept with all steps kept, as the meter counts them, are the sum of the costs."""
     root = make_root(5, LAYOUTS[layout])
     x = torch.randn(8, WIDE)
     costs = costs_of(root, x, gamma=gamma)
@@ -187,13 +187,13 @@ def test_costs_are_what_autograd_keeps(layout, gamma):
         assert kept == sum(cost.saved for cost in costs) + in_between * (len(costs) - 1)
     linear = [m for m in root.blocks[0].modules() if isinstance(m, nn.Linear)]
     if not gamma and layout != "value saved":
-        linear.pop()  # after it nothing is saved, and nobody asks for its value
+        linear.pop()  # nothing is saved after it, and its value is not needed
     assert {cost.flops for cost in costs} == {sum(2 * 8 * m.in_features * m.out_features for m in linear)}
     assert {cost.input for cost in costs} == {unit}
 
 
 def test_attention_counts_on_a_cpu():
-    """Kernels of attention for a CPU, of which torch has no formulas, as those of other devices."""
+    """The kernels of attention on a CPU, which have no formulas in torch, count as those of other devices."""
     costs, x = [], torch.randn(2, 3, 5, 8, requires_grad=True)
     root = make_root(3)
     attend = make_steps(root, call=lambda f, x: nn.functional.scaled_dot_product_attention(x, x, x).tanh())
@@ -212,7 +212,7 @@ def chain_costs(draw):
 
 
 def bytes_of(cost, plan):
-    """What a plan keeps, written down from the definitions."""
+    """Return the bytes that a plan keeps, from the definitions."""
     again = [i for i in range(len(cost.steps)) if i not in plan.kept]
     kept = sum(cost.steps[i].saved for i in plan.kept)
     if cost.states is None:

@@ -1,4 +1,4 @@
-"""A second run whose value nobody asks for stops after the last tensor that the first one saved."""
+"""A recomputation whose value is not needed stops early, after the last saved tensor of the forward pass."""
 
 import gc
 
@@ -44,7 +44,7 @@ def train(how, build=block, call=None, **kw):
 
 
 def assert_as_kept(how, build=block, call=None):
-    """What a training step leaves is what it leaves if nothing runs again, bit for bit."""
+    """Assert that a training step leaves what it leaves without recomputation, bit for bit."""
     found, root = train(how, build, call)
     expected, _ = train(how, build, call, memory_budget=1.0)
     assert len(found) == len(expected)
@@ -73,7 +73,7 @@ def test_flops_are_those_of_checkpoint(how):
     assert found == flops(checkpointed) < plain * 4 / 3
 
 
-def test_the_first_step_of_a_walk_stops_if_nobody_asks_whether_it_ended_where_it_began():
+def test_the_first_step_of_a_walk_stops_early_unless_the_end_of_the_walk_is_verified():
     root, x = make_root(13), data()
     steps, last = make_steps(root), 2 * x.shape[0] * 2 * WIDTH * WIDTH
     plain = flops(lambda: run(root, steps, x, memory_budget=1.0).x.sum().backward())
@@ -113,7 +113,7 @@ def test_autocast(how):
 
 
 def test_an_end_that_draws_and_writes_into_buffers(how):
-    """What comes after the last saved tensor and has effects: they are those of one run."""
+    """Effects of code after the last saved tensor are those of one run."""
 
     class Noted(nn.Module):
         def __init__(self):
