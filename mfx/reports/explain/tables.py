@@ -22,11 +22,17 @@ Rows = list[tuple[str, ...]]
 
 @dataclass(frozen=True)
 class RejectedGroup:
-    """Residual adds that stay as they are for the same reason: ``places`` has one line for each."""
+    """Residual adds that stay as they are for the same reason."""
 
     reason: str
     remedy: str
-    places: tuple[str, ...]
+    rejections: tuple[Rejection, ...]
+
+    @property
+    def places(self) -> list[str]:
+        """Node, path and source of each, as a line of text."""
+        found = [(r.node.name, ", ".join(filter(None, (r.path, short_place(r.source))))) for r in self.rejections]
+        return [f"{name} ({place})" if place else name for name, place in found]
 
 
 @dataclass(frozen=True)
@@ -76,8 +82,8 @@ def chain_table(chains: Iterable[ExplainedChain]) -> Table:
             chain.kind,
             f"{chain.gamma:g}",
             chain.arithmetic,
-            _weights(chain.weights),
-            _state(chain),
+            weights(chain.weights),
+            state(chain),
         )
         for chain in chains
     ]
@@ -139,29 +145,30 @@ def short_place(source: str) -> str:
 
 
 def groups(rejections: Iterable[Rejection]) -> list[RejectedGroup]:
-    """Group rejections by reason."""
-    found: dict[tuple[str, str], list[str]] = defaultdict(list)
+    """Group rejections by reason and remedy."""
+    found: dict[tuple[str, str], list[Rejection]] = defaultdict(list)
     for rejection in rejections:
-        place = ", ".join(filter(None, (rejection.path, short_place(rejection.source))))
-        found[rejection.reason, rejection.remedy].append(f"{rejection.node.name}{f' ({place})' if place else ''}")
-    return [RejectedGroup(*group, tuple(places)) for group, places in found.items()]
+        found[rejection.reason, rejection.remedy].append(rejection)
+    return [RejectedGroup(*why, tuple(alike)) for why, alike in found.items()]
 
 
 def _bytes(name: str, plain: int, kept: int, recomputed: str) -> tuple[str, ...]:
     return name, size(plain), size(kept), ratio(kept, plain), recomputed
 
 
-def _weights(weights: Sequence[float]) -> str:
-    if len(weights) <= 4:
-        return _numbers(weights)
-    return f"{_numbers(weights[:2])} ... {_numbers(weights[-2:])}"
+def weights(values: Sequence[float]) -> str:
+    """Return weights as text, only the first and last ones if there are many."""
+    if len(values) <= 4:
+        return _numbers(values)
+    return f"{_numbers(values[:2])} ... {_numbers(values[-2:])}"
 
 
 def _numbers(weights: Iterable[float]) -> str:
     return " ".join(f"{weight:.2f}" for weight in weights)
 
 
-def _state(chain: ExplainedChain) -> str:
+def state(chain: ExplainedChain) -> str:
+    """Return the shape and dtype of a chain's stream; ``""`` if they are not known."""
     if chain.storage is None:
         return ""
     return f"{'×'.join(map(str, chain.storage.shape))} {str(chain.storage.dtype).removeprefix('torch.')}"

@@ -41,7 +41,6 @@ def page_of(
         code: pieces of code, each with a title.
         facts: facts about how the page was made, by name.
     """
-    found = explanation.to_dict()
     title = f"mfx: {explanation.model}"
     head = joined(
         Markup('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
@@ -52,12 +51,12 @@ def page_of(
     body = joined(
         element("h1", explanation.model),
         *(element("p", f"{name}: ", element("code", value), class_="dim") for name, value in (facts or {}).items()),
-        sections.summary(found, profile),
+        sections.summary(explanation, profile),
         sections.memory(profile, why_no_profile),
         element("h2", "The rewritten graph"),
         element("figure", Markup(drawing.svg)),
-        sections.chains(found, str(explanation)),
-        sections.rejections(found),
+        sections.chains(explanation),
+        sections.rejections(explanation),
         element("h2", "The graph as code") if code else None,
         *(sections.code(about, text) for about, text in code),
     )

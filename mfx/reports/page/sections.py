@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import Any
-
+from mfx.reports.explain.data import ExplainedChain
+from mfx.reports.explain.explanation import Explanation
+from mfx.reports.explain.tables import RejectedGroup, groups, state, weights
 from mfx.reports.markup import Markup, element, joined
 from mfx.reports.page.memory_lines import legend, lines
 from mfx.reports.profile.result import Profile, measures, notes_of
 from mfx.reports.table import Table
 from mfx.text import amount, count, ratio, size
+from mfx_passes import Rejection
 
 _PLACES = 40  # shown per reason
 _NOTHING = "–"
@@ -18,14 +18,13 @@ _CODE = 60_000  # characters of code shown
 _UNFOLDED = 40  # lines of code that are shown without unfolding
 
 
-def summary(found: Mapping[str, Any], profile: Profile | None) -> Markup:
+def summary(found: Explanation, profile: Profile | None) -> Markup:
     """Return the chains, refusals and effects as a few numbers: measured ones, else predicted ones."""
-    steps = sum(len(chain["steps"]) for chain in found["chains"])
-    left = count(len(found["rejections"]), "residual add").partition(" ")[2]
+    chains, left = len(found.chains), len(found.rejections)
     cards = [
-        _card(str(len(found["chains"])), count(len(found["chains"]), "momentum chain").partition(" ")[2]),
-        _card(str(steps), "residual steps turned into momentum steps"),
-        _card(str(len(found["rejections"])), f"{left} left alone"),
+        _card(str(chains), count(chains, "momentum chain").partition(" ")[2]),
+        _card(str(sum(len(chain.steps) for chain in found.chains)), "residual steps turned into momentum steps"),
+        _card(str(left), f"{count(left, 'residual add').partition(' ')[2]} left alone"),
     ]
     cards += [
         _card(ratio(value, first), f"{what}, relative to plain training")
@@ -34,7 +33,7 @@ def summary(found: Mapping[str, Any], profile: Profile | None) -> Markup:
     return element("div", *cards, class_="cards")
 
 
-def _effects(found: Mapping[str, Any], profile: Profile | None) -> list[tuple[str, float, float]]:
+def _effects(found: Explanation, profile: Profile | None) -> list[tuple[str, float, float]]:
     """Return what is compared, each with its value with mfx and without."""
     rows = {row.name: row for row in profile.rows} if profile is not None else {}
     if "plain" in rows and "momentum" in rows:
@@ -45,12 +44,14 @@ def _effects(found: Mapping[str, Any], profile: Profile | None) -> list[tuple[st
             ("FLOPs", momentum.flops, plain.flops),
             ("time of a step", momentum.seconds, plain.seconds),
         ]
-    totals = found.get("totals")
-    if not totals:
+    if found.estimate is None:
         return []
-    plain, momentum = totals["plain"], totals["momentum"]
-    names = {"kept": "activations after the forward pass", "peak": "peak of activations", "flops": "FLOPs"}
-    return [(f"predicted {name}", momentum[key], plain[key]) for key, name in names.items()]
+    predicted, before = found.estimate.momentum, found.estimate.plain
+    return [
+        ("predicted activations after the forward pass", predicted.kept, before.kept),
+        ("predicted peak of activations", predicted.peak, before.peak),
+        ("predicted FLOPs", predicted.flops, before.flops),
+    ]
 
 
 def memory(profile: Profile | None, why_not: str) -> Markup:
@@ -75,28 +76,25 @@ def memory(profile: Profile | None, why_not: str) -> Markup:
     )
 
 
-def chains(found: Mapping[str, Any], text: str) -> Markup:
+def chains(found: Explanation) -> Markup:
     """Return a table with one row per chain, the advice, and the text of `mfx.explain`."""
     head = ("chain", "state", "arithmetic", "steps", "γ", "branches count", "plain keeps", "mfx keeps", "recomputes")
-    rows = [_chain(chain) for chain in found["chains"]]
+    rows = [_chain(chain) for chain in found.chains]
     table = Table(head, rows, numbers=6).page() if rows else element("p", "None.", class_="dim")
-    advice = [element("li", advice) for advice in found.get("advice", ())]
+    advice = [element("li", advice) for advice in found.advice]
     return joined(
         element("h2", "Chains"),
         table,
         element("p", "What is kept is kept between forward and backward, predicted.", class_="dim") if rows else None,
         element("p", "What could be done:") if advice else None,
         element("ul", *advice) if advice else None,
-        element("details", element("summary", "As mfx.explain prints it"), element("pre", text)),
+        element("details", element("summary", "As mfx.explain prints it"), element("pre", str(found))),
     )
 
 
-def rejections(found: Mapping[str, Any]) -> Markup:
+def rejections(found: Explanation) -> Markup:
     """Return the residual adds that stay as they are, by reason."""
-    by_reason: defaultdict[str, list[Mapping[str, Any]]] = defaultdict(list)
-    for rejection in found["rejections"]:
-        by_reason[rejection["reason"]].append(rejection)
-    blocks = [_reason(reason, places) for reason, places in by_reason.items()]
+    blocks = [_group(group) for group in groups(found.rejections)]
     return joined(
         element("h2", "Left as they are"), *(blocks or [element("p", "No residual add was left alone.", class_="dim")])
     )
@@ -116,39 +114,34 @@ def _card(number: str, about: str) -> Markup:
     return element("div", element("b", number), about, class_="card")
 
 
-def _chain(chain: Mapping[str, Any]) -> tuple[str, ...]:
-    storage, memory = chain.get("storage") or {}, chain.get("memory") or {}
-    shape = "×".join(map(str, storage.get("shape", ())))
-    weights = [f"{weight:.2f}" for weight in chain.get("weights", ())]
-    shown = " ".join(weights if len(weights) <= 4 else [*weights[:2], "…", *weights[-2:]])
-    plain, kept = memory.get("plain"), memory.get("kept", storage.get("kept"))
-    policy = f" ({storage['policy']})" if storage.get("policy") else ""
+def _chain(chain: ExplainedChain) -> tuple[str, ...]:
+    storage, memory = chain.storage, chain.memory
+    kept = memory.kept if memory is not None else None if storage is None else storage.kept
+    policy = "" if storage is None else f" ({storage.policy})"
     return (
-        chain["name"] or "the model itself",
-        f"{shape} {storage['dtype']}" if storage.get("dtype") else _NOTHING,
-        chain["arithmetic"],
-        str(len(chain["steps"])),
-        f"{chain['gamma']:g}",
-        shown or _NOTHING,
-        _NOTHING if plain is None else size(plain),
+        chain.name or "the model itself",
+        state(chain) or _NOTHING,
+        chain.arithmetic,
+        str(len(chain.steps)),
+        f"{chain.gamma:g}",
+        weights(chain.weights).replace("...", "…") or _NOTHING,
+        _NOTHING if memory is None else size(memory.plain),
         _NOTHING if kept is None else f"{size(kept)}{policy}",
-        amount(memory["recomputed"], "FLOP") if "recomputed" in memory else _NOTHING,
+        _NOTHING if memory is None else amount(memory.recomputed, "FLOP"),
     )
 
 
-def _reason(reason: str, places: Sequence[Mapping[str, Any]]) -> Markup:
-    lines = [element("li", element("code", place["node"]), *_place(place)) for place in places[:_PLACES]]
-    if len(places) > _PLACES:
-        lines.append(element("li", f"and {len(places) - _PLACES} more"))
-    remedy = places[0].get("remedy")
+def _group(group: RejectedGroup) -> Markup:
+    number = len(group.rejections)
+    lines = [element("li", element("code", found.node.name), _place(found)) for found in group.rejections[:_PLACES]]
     return element(
         "details",
-        element("summary", f"{len(places)} × {reason}"),
-        element("p", f"What could be done: {remedy}") if remedy else None,
-        element("ul", *lines),
+        element("summary", f"{number} × {group.reason}"),
+        element("p", f"What could be done: {group.remedy}") if group.remedy else None,
+        element("ul", *lines, element("li", f"and {number - _PLACES} more") if number > _PLACES else None),
     )
 
 
-def _place(place: Mapping[str, Any]) -> list[str]:
-    where = ", ".join(filter(None, (place.get("path"), place.get("source"))))
-    return [f" in {where}"] if where else []
+def _place(rejection: Rejection) -> str | None:
+    where = ", ".join(filter(None, (rejection.path, rejection.source)))
+    return f" in {where}" if where else None
