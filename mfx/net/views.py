@@ -210,6 +210,12 @@ def views_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     return [_of_graph(forward, graph, forward.graphs, streams=streams)]
 
 
+def written(model: nn.Module) -> nn.Module:
+    """Return a model as it was written, without ``torch.compile`` around it."""
+    compiled = compiled_model(model)
+    return model if compiled is None else compiled
+
+
 def last_views(net: nn.Module) -> list[View]:
     """Return views of the graphs that a net ran last; nothing is captured."""
     forward = forward_of(net)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import nn
 
+from mfx.net.views import written
 from mfx.reports.drawing.subject import pictures_of
 from mfx.reports.drawing.svg import svg_of
 from mfx.text import described
@@ -45,7 +46,8 @@ def draw(model: nn.Module, path: str | os.PathLike[str] | None = None, *args: An
     chains there is one box per module, or per run of operations between modules.
 
     Args:
-        model: a net that `mfx.momentumize` returned; or any model, drawn as momentumize would rewrite it by default.
+        model: a net that `mfx.momentumize` returned; ``torch.compile(model, backend="mfx")`` after a call, one picture
+            per graph; or any model, drawn as momentumize would rewrite it by default.
         path: an SVG file to write; None writes none.
         *args: inputs, as for a call of the model, which select the graph; nothing is computed with them. By default it
             is the graph that ran last, else the one for default arguments.
@@ -57,7 +59,7 @@ def draw(model: nn.Module, path: str | os.PathLike[str] | None = None, *args: An
     if not isinstance(model, nn.Module):
         raise MfxError(f"draw takes a torch.nn.Module, not {described(model)}.")
     file = _file(path)
-    name = type(model).__name__
+    name = type(written(model)).__name__
     drawing = Drawing(svg_of(name, pictures_of(model, args, kwargs)))
     if file is not None:
         try:

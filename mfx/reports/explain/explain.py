@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from mfx.compat import compiled_model
-from mfx.net.views import View, views_of
+from mfx.net.views import View, views_of, written
 from mfx.program.chain_call import Momentum
 from mfx.reports.explain.advice import OPTIONAL_OUTPUTS
 from mfx.reports.explain.data import ChainMemory, ExplainedChain, ExplainedStep
@@ -50,7 +50,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     }  # a chain that several compiled graphs have counts once, and so does a rejection
     rejections = {(view.path, str(refused)): refused for view in views for refused in view.findings().rejections}
     return Explanation(
-        type(_written(model)).__name__,
+        type(written(model)).__name__,
         tuple(sorted(chains.values(), key=lambda chain: chain.name)),
         tuple(rejections.values()),
         views[0].graphs() if views else {},
@@ -58,12 +58,6 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         predicted,
         unpredicted,
     )
-
-
-def _written(model: nn.Module) -> nn.Module:
-    """Return the model as the user wrote it, without ``torch.compile`` around it."""
-    compiled = compiled_model(model)
-    return model if compiled is None else compiled
 
 
 def _predict(

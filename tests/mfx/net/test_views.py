@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import mfx
+from mfx.cli import main
 from mfx.compiler.backend import momentum
 from mfx.net.views import last_views, views_of
 from tests.mfx.models import Stack, inputs
@@ -69,6 +70,7 @@ def test_a_compiled_model_has_a_view_of_each_graph():
     assert [(view.title, view.is_whole) for view in found] == [("train", False), ("eval", False)]
     svg = mfx.draw(compiled).svg
     assert all(f">{text}<" in svg for text in ("train", "eval"))
+    assert "rewritten graph of Stack" in svg
     assert len(mfx.explain(compiled).chains) == 1
     torch._dynamo.reset()
 
@@ -103,3 +105,15 @@ def test_last_views_capture_nothing():
     assert [view.path for view in last_views(called(Halves()))] == ["first", "second"]
     (view,) = last_views(nn.Sequential(mfx.MomentumNet([nn.Linear(8, 8)] * 3)))
     assert (view.path, list(view.calls)) == ("0", ["chain"])
+
+
+def test_the_command_line_reports_a_graph_module_that_was_rewritten(tmp_path):
+    spec = "tests.mfx.net.test_views:traced"
+    assert main(["report", spec, "--input", "2,8", "--repeats", "1", "-o", str(tmp_path / "net.html")]) == 0
+    page = (tmp_path / "net.html").read_text()
+    assert "after: rewritten" in page
+    assert "before: as captured" not in page
+
+
+def traced():
+    return mfx.trace(Stack())
