@@ -1,4 +1,4 @@
-"""From a model to a graph of its forward pass, or to a reason why there is none."""
+"""The graph of a forward pass as it was captured, and the error where it cannot be."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mfx_passes.rewrite.portable_graph import PortableGraph, copy_graph, dump_ca
 
 
 class CaptureError(MfxError):
-    """A model, or a call of it, that one way of capturing cannot follow; another way may."""
+    """A model, or a call of it, that one route of capture cannot follow; another may."""
 
 
 @dataclass(eq=False)
@@ -40,11 +40,11 @@ class Captured:
     forward_only: bool = False
 
     def modules_of(self, net: nn.Module) -> dict[str, nn.Module]:
-        """Everything the graph may call, by path."""
+        """Return all modules that the graph may call, by path."""
         return {**dict(net.named_modules()), **self.modules}
 
     def copy(self) -> tuple[PortableGraph, list[ModuleCall]]:
-        """A graph to rewrite, and its calls; node names are the same."""
+        """Return a copy of the graph to rewrite, and of its module calls; node names are the same."""
         graph = copy_graph(self.graph)
         for node in graph.nodes:
             if node.name in self.values:
@@ -59,5 +59,5 @@ class Captured:
 
 
 def signature_of(model: nn.Module) -> inspect.Signature:
-    """The arguments of a model's forward, as its class defines them."""
+    """Return the signature of a model's forward, as its class defines it."""
     return inspect.signature(type(model).forward.__get__(model))

@@ -1,4 +1,4 @@
-"""What a trace may have looked at in the modules it walked through: the conditions under which its graph holds."""
+"""Guards on modules: the conditions under which a symbolic trace that walked through them holds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ModuleGuard:
         training: its training flag.
         plain: its attributes that are numbers, strings and the like.
         missing: names of its parameters and buffers that are None.
-        forward: what somebody put before the forward of its class; not looked at for the net itself.
+        forward: the forward that the instance has in front of its class's; not guarded for the net itself.
     """
 
     module: nn.Module
@@ -41,10 +41,10 @@ class ModuleGuard:
     forward: Any
 
     @classmethod
-    def of(cls, module: nn.Module, marks: Collection[str], *, is_net: bool) -> ModuleGuard:
-        """The module as it is now; attributes in ``marks`` may change."""
+    def of(cls, module: nn.Module, assigned: Collection[str], *, is_net: bool) -> ModuleGuard:
+        """Return a guard on the module as it is now; the attributes in ``assigned`` may change."""
         plain = {name: _snapshot(value) for name, value in module.__dict__.items() if name not in _INTERNAL}
-        kept = tuple((name, value) for name, value in plain.items() if value is not _ABSENT and name not in marks)
+        kept = tuple((name, value) for name, value in plain.items() if value is not _ABSENT and name not in assigned)
         return cls(
             module,
             type(module),
@@ -56,11 +56,11 @@ class ModuleGuard:
         )
 
     def in_place(self) -> bool:
-        """Whether it has the submodules it had."""
+        """True if it has the class and the submodules it had."""
         return type(self.module) is self.kind and _children(self.module) == self.children
 
     def holds(self) -> bool:
-        """Whether it is all as it was."""
+        """True if all of it is as it was."""
         own = self.module.__dict__
         return (
             self.module.training == self.training
@@ -71,10 +71,10 @@ class ModuleGuard:
         )
 
 
-def guards_of(net: nn.Module, leaves: Collection[str], marks: Mapping[nn.Module, set[str]]) -> list[ModuleGuard]:
-    """Guards for every module of a net but those below ``leaves``, which a graph calls as they are."""
+def guards_of(net: nn.Module, leaves: Collection[str], assigned: Mapping[nn.Module, set[str]]) -> list[ModuleGuard]:
+    """Return guards for every module of a net but ``leaves`` and those inside them, which a graph calls as a whole."""
     return [
-        ModuleGuard.of(module, marks.get(module, ()), is_net=module is net)
+        ModuleGuard.of(module, assigned.get(module, ()), is_net=module is net)
         for module in _walked(net, "", frozenset(leaves), set())
     ]
 
@@ -103,7 +103,7 @@ def _forward(module: nn.Module) -> Any:
 
 
 def _snapshot(value: Any) -> Any:
-    """A plain value, a function, or a container or an object of these, as something that keeps; else ``_ABSENT``."""
+    """Return an immutable copy of a plain value, a function, or a container or object of these; else ``_ABSENT``."""
     if type(value) is dict:
         values = tuple(map(_snapshot, value.values()))
         return _ABSENT if any(item is _ABSENT for item in values) else (tuple(value), values)

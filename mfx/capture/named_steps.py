@@ -1,4 +1,4 @@
-"""Layers whose modules the user names as steps, instead of having residual adds looked for."""
+"""Layers whose modules the user names as steps of a chain, in place of residual adds that are found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList)
 
 
 class Block(Overlay):
-    """The forward of a module that is a step as a whole: what its class says, and a note in a graph that looks on.
+    """The forward of a module that is a step as a whole: its class's, which also marks the call in a captured graph.
 
     Args:
         module: the module.
@@ -39,8 +39,8 @@ class Block(Overlay):
         return called(x, output, self.path) if isinstance(output, Tensor) else output
 
 
-def announce_blocks(net: nn.Module, layers: Sequence[Layer]) -> None:
-    """Have the modules of some layers of a net note in a graph that TorchDynamo captures when they are called."""
+def mark_block_calls(net: nn.Module, layers: Sequence[Layer]) -> None:
+    """Have the modules of some layers of a net mark their calls in a graph that TorchDynamo captures."""
     blocks = {block for layer in layers for block in _container(net, layer.path)}
     for path, module in net.named_modules():
         if module in blocks:
@@ -48,7 +48,7 @@ def announce_blocks(net: nn.Module, layers: Sequence[Layer]) -> None:
 
 
 class NamedStepModules:
-    """The modules of some layers, in a model that is about to be captured: each a step, and called as a whole.
+    """The modules of some layers in a model to be captured: each is a step, and called as a whole.
 
     Args:
         root: the model, or a part of it.
@@ -92,7 +92,7 @@ class NamedStepModules:
 
 
 def named_steps_of(net: nn.Module, options: Options) -> NamedStepModules | None:
-    """The modules of a net, or of a part of one, that are steps as a whole; None if none were named."""
+    """Return the modules of a net, or of a submodule, that are steps as a whole; None if none were named."""
     return NamedStepModules(net, options.layers, options.within) if options.layers else None
 
 

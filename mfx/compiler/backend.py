@@ -15,7 +15,7 @@ from torch import fx, nn
 from mfx.capture.binding import ByName
 from mfx.capture.captured import Captured
 from mfx.capture.dynamo.graph import tidy
-from mfx.capture.dynamo.sources import is_held_by_module, place
+from mfx.capture.dynamo.sources import is_held_by_module, module_path
 from mfx.compat import compiling as compat_compiling
 from mfx.compat import dynamo as compat_dynamo
 from mfx.compat.given_up import when_given_up
@@ -59,7 +59,7 @@ def momentum(
     checked = _checked(given)
     _refuse_the_last_recompilation()
     sources = compat_dynamo.sources(module.graph)
-    paths = [".".join(place(source)) if is_held_by_module(source) else None for source in sources]
+    paths = [".".join(module_path(source)) if is_held_by_module(source) else None for source in sources]
     holders = _Holders(paths)
     holder = holders.of(inputs)
     entry, positions = _rewrite(module, paths, holder, checked)
@@ -180,7 +180,7 @@ def _rewrite(
 ) -> tuple[RewrittenGraph, tuple[int, ...]]:
     """The rewritten graph, and which of the inputs it takes."""
     module = _copy(module)  # Dynamo goes on to read its own
-    modules, positions = tidy(module, paths, lambda key, source: ".".join(place(source)))
+    modules, positions = tidy(module, paths, lambda key, source: ".".join(module_path(source)))
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
     names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
     captured = Captured(copy_graph(module.graph), [], {}, ByName(names, {}), modules, values)

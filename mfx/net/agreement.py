@@ -1,4 +1,4 @@
-"""Whatever mode a net is in, its chains must be the same, or training would train another network."""
+"""Check that the graphs of a net, in training and in evaluation, have the same chains."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from mfx.program.rewritten import RewrittenGraph
 from mfx_passes import MfxError
 
 
-def check_agreement(net: nn.Module, entry: RewrittenGraph, others: Iterable[RewrittenGraph]) -> None:
-    """Compare a net's graph with its others.
+def check_agreement(net: nn.Module, graph: RewrittenGraph, others: Iterable[RewrittenGraph]) -> None:
+    """Check that a graph of a net has the chains of its others, or another network would be trained than evaluated.
 
     Raises:
         MfxError: the same part of the model has other chains in one of them.
     """
     for other in others:
-        if other is not entry and _contradict(entry, other):
-            modes = sorted({entry.mode, other.mode}, reverse=True)
+        if other is not graph and _contradict(graph, other):
+            modes = sorted({graph.mode, other.mode}, reverse=True)
             raise MfxError(
                 f"{type(net).__name__} has other chains in one call than in another ({' and '.join(modes)} "
-                f"mode; {entry.chain_lengths} and {other.chain_lengths}, by number of steps), so the network that is "
+                f"mode; {graph.chain_lengths} and {other.chain_lengths}, by number of steps), so the network that is "
                 "trained would not be the one that is evaluated. Use only= or skip= to leave out what differs."
             )
 
@@ -37,12 +37,12 @@ def _contradict(one: RewrittenGraph, other: RewrittenGraph) -> bool:
     return _misses(one, other) or _misses(other, one)
 
 
-def _misses(entry: RewrittenGraph, other: RewrittenGraph) -> bool:
-    """Whether another graph has a chain that this one has not, or not as long, though it computes its steps."""
-    lengths = entry.chain_lengths
+def _misses(graph: RewrittenGraph, other: RewrittenGraph) -> bool:
+    """True if another graph has a chain that this one has not, or not as long, though it computes its steps."""
+    lengths = graph.chain_lengths
     for call in other.calls.values():
         length = lengths.get(call.chain)
-        if length is None and any(map(entry.computes, (step.path for step in call.graphs.steps))):
+        if length is None and any(map(graph.computes, (step.path for step in call.graphs.steps))):
             return True
         if length is not None and length != len(call.graphs.steps):
             return True

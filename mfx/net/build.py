@@ -7,7 +7,7 @@ import warnings
 from torch import fx, nn
 
 from mfx.capture.captured import CaptureError
-from mfx.capture.named_steps import announce_blocks
+from mfx.capture.named_steps import mark_block_calls
 from mfx.modules.tree_copy import M, net_of, tree_copy
 from mfx.net.forward import NetForward
 from mfx.net.state_dict import note_gamma
@@ -19,7 +19,7 @@ from mfx_passes import ChainGraphs, MfxError, MomentumPass
 
 
 def rewritten(model: M, options: Options) -> M:
-    """A model rewritten as checked options say; see `momentumize`."""
+    """Return a model rewritten as checked options say; see `momentumize`."""
     net: M = tree_copy(model) if isinstance(model, fx.GraphModule) else net_of(model)
     found = _rewrite_graph_module(net, options) if isinstance(net, fx.GraphModule) else _give_forward(net, options)
     if not found:
@@ -31,7 +31,7 @@ def rewritten(model: M, options: Options) -> M:
 
 def _give_forward(net: nn.Module, options: Options) -> bool:
     """Give a net the forward that runs its rewritten graphs; False if it is known to have no chains."""
-    announce_blocks(net, options.layers)
+    mark_block_calls(net, options.layers)
     forward = NetForward(net, options)
     install_submodules(forward)
     try:

@@ -194,7 +194,7 @@ class NetForward(Overlay):
     def _mention_hooks(self, graph: RewrittenGraph) -> None:
         hooked = lost_hooks(graph)
         refuse_containers(self.net, hooked, graph.chain_targets)
-        if new := list(filter(self.warn.is_new, hooked)):
+        if new := self.warn.new(hooked):
             self.warn(of_lost_hooks(new))
 
     def __getstate__(self) -> dict[str, Any]:

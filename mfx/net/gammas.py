@@ -1,4 +1,4 @@
-"""γ of a net's chains: read, and set to something else."""
+"""Read and set γ of a net's chains."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def set_gamma(net: nn.Module, gamma: float | Mapping[str, float]) -> None:
 
 
 def gammas_of(module: nn.Module) -> dict[str, Gamma]:
-    """The momentum of each chain of a momentumized net; empty for any other module."""
+    """Return γ of each chain of a momentumized net; empty for any other module."""
     forward = forward_of(module)
     if forward is None:
         return {call.chain: call.gamma for call in module.children() if isinstance(call, Momentum)}
@@ -74,7 +74,7 @@ def gammas_of(module: nn.Module) -> dict[str, Gamma]:
 
 
 def gammas_to_be(module: nn.Module, chains: Iterable[str]) -> dict[str, Gamma]:
-    """The momentum of each chain of a net; before the first capture, what chains of these names would get."""
+    """Return γ of each chain of a net; before the first capture, γ that chains of these names would get."""
     forward, known_gammas = forward_of(module), gammas_of(module)
     if forward is None or known_gammas:
         return known_gammas

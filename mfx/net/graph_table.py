@@ -13,7 +13,7 @@ from mfx.capture.arguments import refuse_nested
 from mfx.capture.captured import CaptureError
 from mfx.modules.overlay import drop_overlays
 from mfx.net.agreement import check_agreement
-from mfx.net.lost_effects import lost_marks, of_lost_marks
+from mfx.net.lost_effects import lost_attributes, of_lost_attributes
 from mfx.net.routes import DynamoRoute, SymbolicRoute
 from mfx.net.warn_once import WarnOnce
 from mfx.options.options import Options
@@ -69,9 +69,8 @@ class GraphTable:
             CaptureError: the model cannot be traced without a call.
             MfxError: the graph would be of another function than the others.
         """
-        binding = self._symbolic.bind_defaults()
-        graph = self._symbolic.find_bound(binding)
-        return graph or self._admit(self._symbolic.capture_bound(binding, self.options), self._symbolic)
+        graph = self._symbolic.for_defaults(self.options)
+        return graph if graph in self.graphs else self._admit(graph, self._symbolic)
 
     def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
         options = self.options
@@ -89,8 +88,8 @@ class GraphTable:
 
     def _admit(self, graph: RewrittenGraph, route: SymbolicRoute | DynamoRoute) -> RewrittenGraph:
         """Check a new graph, and keep it; the modules that it calls as a whole are left as they are."""
-        if lost := lost_marks(graph):
-            self._warn(of_lost_marks(type(self.net).__name__, lost))
+        if lost := lost_attributes(graph):
+            self._warn(of_lost_attributes(type(self.net).__name__, lost))
         self.check(graph)
         if torch.compiler.is_exporting():
             return graph  # its constants may be tensors without values: it is for this once

@@ -54,31 +54,22 @@ class SymbolicRoute:
         Raises:
             CaptureError: the model cannot be traced.
         """
-        return self.capture_bound(bind(self._net, signature_of(self._net), args, kwargs), options)
+        return self._capture(bind(self._net, signature_of(self._net), args, kwargs), options)
 
-    def bind_defaults(self) -> ByName:
-        """Bind arguments at their defaults.
+    def for_defaults(self, options: Options) -> RewrittenGraph:
+        """Return the graph for default arguments, captured and rewritten now if there is none.
 
         Raises:
-            CaptureError: the forward cannot be traced for want of names, or a default is not plain.
+            CaptureError: the model cannot be traced without a call.
         """
         signature = signature_of(self._net)
         check_signature(self._net, signature)
         binding = bind_defaults(signature)
         check_constants(self._net, binding)
-        return binding
+        kept = (graph for graph in self.graphs if graph.captured.binding.key == binding.key and graph.holds())
+        return next(kept, None) or self._capture(binding, options)
 
-    def find_bound(self, binding: ByName) -> RewrittenGraph | None:
-        """Return the graph that serves calls of this binding, None if there is none."""
-        bound = (graph for graph in self.graphs if graph.captured.binding.key == binding.key)
-        return next((graph for graph in bound if graph.holds()), None)
-
-    def capture_bound(self, binding: ByName, options: Options) -> RewrittenGraph:
-        """Capture and rewrite a graph for calls of this binding.
-
-        Raises:
-            CaptureError: the model cannot be traced.
-        """
+    def _capture(self, binding: ByName, options: Options) -> RewrittenGraph:
         net = self._net
         check_constants(net, binding)
         self.graphs = [graph for graph in self.graphs if graph.in_place()]

@@ -11,7 +11,7 @@ from mfx_passes import MfxError, paths
 
 
 def is_sharded_somewhere(net: nn.Module) -> bool:
-    """Whether ``fully_shard`` was applied to the net or to a module in it."""
+    """True if ``fully_shard`` was applied to the net or to a module in it."""
     return any(compat.shards_of(module) is not None for module in net.modules())
 
 
@@ -31,7 +31,7 @@ def refuse_shards(net: nn.Module) -> None:
 
 
 def refuse_containers(net: nn.Module, containers: Sequence[str], read: Sequence[str]) -> None:
-    """Refuse sharded modules that are not called as a whole, whose parameters therefore nobody would gather.
+    """Refuse sharded modules that are not called as a whole: their parameters would not be gathered.
 
     Args:
         net: a momentumized net.

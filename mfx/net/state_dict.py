@@ -1,4 +1,4 @@
-"""γ in a net's checkpoints: beside the weights, in what ``state_dict`` carries as metadata."""
+"""γ in the metadata of a net's ``state_dict``."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ _ZERO = Gamma(0, 1)  # of a chain that was not rewritten
 
 
 def note_gamma(net: nn.Module) -> None:
-    """Have a net's ``state_dict()`` note its γ, and ``load_state_dict`` warn where it is another.
+    """Have a net's ``state_dict()`` record its γ, and ``load_state_dict`` warn of another γ.
 
-    There are no new keys: it goes where torch keeps the versions of modules, ``state_dict()._metadata``, which
-    ``torch.save`` saves too. The weights of a model that was never momentumized say nothing and load in silence.
+    There are no new keys: γ lies in ``state_dict()._metadata``, with the versions of modules; ``torch.save`` saves it.
+    Weights of a model that was never momentumized have no γ, and load without a warning.
     """
     if not compat.has_state_dict_hook(net, _note):
         net.register_state_dict_post_hook(_note)

@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 
 class WarnOnce:
-    """Warns, once per message.
-
-    Attributes:
-        given: the messages, and other keys that were noted by `is_new`.
-    """
+    """Warns, once per message."""
 
     def __init__(self) -> None:
-        self.given: set[str] = set()
+        self._given: set[str] = set()
 
     def __call__(self, message: str) -> None:
         """Warn unless the message was given before."""
-        if self.is_new(message):
+        if self.new([message]):
             warnings.warn(f"mfx: {message}", stacklevel=2)
 
-    def is_new(self, key: str) -> bool:
-        """True the first time that it is called with this key."""
-        if key in self.given:
-            return False
-        self.given.add(key)
-        return True
+    def new(self, messages: Iterable[str]) -> list[str]:
+        """Return the messages that were not given before; from now on they were."""
+        new = [message for message in messages if message not in self._given]
+        self._given.update(new)
+        return new

@@ -1,4 +1,4 @@
-"""From one call of a model to a graph of it, by TorchDynamo: for what plain Python tracing cannot follow."""
+"""Capture one call of a model by TorchDynamo, where symbolic tracing cannot follow."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from mfx import compat
 from mfx.capture.captured import Captured, CaptureError
 from mfx.capture.dynamo.graph import tidy
-from mfx.capture.dynamo.sources import is_held_by_module, place
+from mfx.capture.dynamo.sources import is_held_by_module, module_path
 from mfx.compat.dynamo import DYNAMO_ERRORS, Seen, see_call, sources
 from mfx.modules.overlay import Overlay
 from mfx.modules.restore import restored_if_changed, restored_if_fake
@@ -30,15 +30,15 @@ _ADVICE = "Rewrite that line, or momentumize a part of the model that does witho
 
 
 class GuardedCall:
-    """One call of a model's forward as Dynamo saw it: the conditions under which its graph holds, and how to run it.
+    """The binding of a graph that Dynamo captured: its guards, and the bytecode that runs the call around the graph.
 
-    The conditions are Dynamo's own guards: shapes, dtypes, values of arguments that are no tensors, attributes and
-    hooks of modules, grad and autocast mode.
+    The guards are on shapes, dtypes, values of arguments that are not tensors, attributes and hooks of modules, grad
+    and autocast mode.
 
     Args:
-        seen: what Dynamo made of the call.
+        seen: the call as Dynamo saw it.
         forward: the function that was called; its first argument is the model.
-        positions: which of the values that Dynamo hands to its graph are inputs of ours.
+        positions: the positions, among the inputs of Dynamo's graph, of the inputs of the captured graph.
         modules: the modules of the model.
     """
 
@@ -67,7 +67,7 @@ class GuardedCall:
         return self._seen.holds({**closed_over, **bound.arguments})
 
     def function(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
-        """The forward with ``graph_function`` in the place of its tensor work; takes the model, then its arguments.
+        """Return the forward with ``graph_function`` in place of its tensor work; it takes the model, then arguments.
 
         Side effects of the original (a cache that is filled, an attribute that is set) happen as they did.
         """
@@ -86,15 +86,15 @@ def capture_call(
     history: MutableMapping[Any, Any] | None,
     any_float: bool,
 ) -> Captured:
-    """The graph of one call; nothing is computed.
+    """Return the graph of one call; nothing is computed.
 
     Args:
         net: the model, in the training mode that the graph is for.
         args: arguments of the call.
         kwargs: arguments by name.
-        history: what is known of earlier calls, filled in; sizes that differ from theirs are variables of the graph.
+        history: sizes in earlier calls, which is updated; sizes that differ from theirs are variables of the graph.
             None for a graph for the sizes of this call alone.
-        any_float: whether other numbers that differ are to be variables, too.
+        any_float: True if other numbers that differ are to be variables, too.
 
     Raises:
         CaptureError: the model cannot be captured as one graph.
@@ -109,7 +109,7 @@ def capture_call(
         try:
             seen = see_call(method, args, kwargs, history=history, any_float=any_float)
         except DYNAMO_ERRORS:
-            _set_up(method, args, kwargs)
+            _run_first_call(method, args, kwargs)
             seen = see_call(method, args, kwargs, history=history, any_float=any_float)
     except DYNAMO_ERRORS as error:
         reason = f"{type(net).__name__} cannot be captured as one graph: {_said(error)}"
@@ -123,17 +123,20 @@ def capture_call(
 
 
 def _paths(net: nn.Module, seen: Seen) -> Iterator[str | None]:
-    """The path of each input of the graph that the call reads off the model, and does not replace there."""
+    """Yield the path of each input of the graph that the call reads off the model, None for one that it does not.
+
+    A buffer that the call replaces stays an input.
+    """
     tensors = dict(chain(net.named_parameters(remove_duplicate=False), net.named_buffers(remove_duplicate=False)))
     model = f"{inspect.unwrap(type(net).forward).__code__.co_varnames[0]}."  # "self.", by most authors
     for source, value in zip(sources(seen.graph.graph), seen.inputs, strict=True):
-        path = ".".join(place(source)).removeprefix(model) if is_held_by_module(source) else ""
+        path = ".".join(module_path(source)).removeprefix(model) if is_held_by_module(source) else ""
         is_read = tensors.get(path) is value and path.rpartition(".")[2] not in seen.replaced_buffers
         yield path if is_read else None
 
 
 def _has_forward(module: nn.Module) -> bool:
-    """Whether somebody gave a module a forward of its own; what stands for mfx there is not looked at."""
+    """True if a module instance has a forward of its own that is not mfx's."""
     forward = module.__dict__.get("forward")
     return forward is not None and not (isinstance(forward, Overlay) and forward.is_submodule)
 
@@ -143,8 +146,8 @@ def _is_plain(value: Any) -> bool:
     return all(isinstance(leaf, kinds) for leaf in pytree.tree_leaves(value))
 
 
-def _set_up(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Have a model do what it does at its first call only (install hooks, fill tables), on tensors without values."""
+def _run_first_call(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Run a model on fake tensors, for what it does at its first call only (install hooks, fill tables)."""
     if not all(map(_is_plain, args)):
         return
     # Without what may change in the call, a cache for instance.
@@ -163,7 +166,7 @@ def _set_up(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[s
 
 
 def _said(error: Exception) -> str:
-    """What Dynamo complains about, and the line of the model it was looking at."""
+    """Return the first line of Dynamo's message, and the line of the model that it is about."""
     lines = str(error).strip().splitlines() or ["no message"]
     what = next((line for line in lines if line.strip()), "no message")
     _, _, user = str(error).partition("from user code:")

@@ -1,4 +1,4 @@
-"""A graph as Dynamo writes it, put into the form that a symbolic trace has."""
+"""Put a graph as Dynamo writes it into the form of a symbolic trace."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.fx import Graph, Node
 
-from mfx.capture.dynamo.mode_regions import _fold_modes
+from mfx.capture.dynamo.mode_regions import fold_modes
 from mfx.capture.dynamo.sizes import read_sizes_off_inputs
 from mfx.compat.dynamo import CHECKPOINT, with_plain_sizes
 
@@ -29,7 +29,7 @@ def tidy(
     Args:
         module: the captured graph.
         paths: for each input of the graph, the path to read it by; None if it stays an input.
-        path_of: the path of a module, from what Dynamo calls it: its key in ``nn_module_stack``, and its source.
+        path_of: returns the path of a module from Dynamo's names for it: its key in ``nn_module_stack``, its source.
 
     Returns:
         The modules that the graph needs beside the model's, and which of the inputs are still its inputs.
@@ -41,7 +41,7 @@ def tidy(
         _describe(node, path_of)
     modules = dict(_gather_modules(module))
     _read_by_path(module.graph, paths)
-    modules.update(_fold_modes(module.graph))
+    modules.update(fold_modes(module.graph))
     return modules, tuple(position for position, path in enumerate(paths) if path is None)
 
 
@@ -79,7 +79,7 @@ def _describe(node: Node, path_of: Callable[[str, str], str | None]) -> None:
 
 
 def _gather_modules(module: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:
-    """What the graph reads off its own module: bodies of higher-order operations."""
+    """Yield the modules that the graph reads off its own module: bodies of higher-order operations."""
     for node in module.graph.find_nodes(op="get_attr"):
         target = str(node.target)
         if isinstance(found := module._modules.get(target), nn.Module):
@@ -87,7 +87,7 @@ def _gather_modules(module: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _bind_objects(module: fx.GraphModule) -> None:
-    """Calls that Dynamo does not look into hold what they are called with, where it is neither tensor nor module.
+    """Bind objects that are neither tensors nor modules to the calls that Dynamo does not trace into.
 
     Before::
 

@@ -17,14 +17,14 @@ from mfx_passes.rewrite.extract import boundary, extract
 
 
 class OtherMode(nn.Module):
-    """A part of a model that runs in a mode of its own (grad, autocast, …), which it enters and leaves."""
+    """A region of a model that runs in a mode of its own (grad, autocast, …), which it enters and leaves."""
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
         self.body = fx.GraphModule(nn.Module(), graph)
 
     def forward(self, *args: Any) -> Any:
-        """What the part computes; the mode is the caller's again afterwards, come what may."""
+        """Run the region; the mode is the caller's again afterwards, also after an error."""
         if not torch.compiler.is_compiling():  # compiled code runs as a whole
             with compat.modes_left(), must_finish():
                 return self.body(*args)
@@ -35,7 +35,7 @@ class OtherMode(nn.Module):
             torch.set_grad_enabled(grad)
 
 
-def _fold_modes(graph: Graph) -> Iterator[tuple[str, nn.Module]]:
+def fold_modes(graph: Graph) -> Iterator[tuple[str, nn.Module]]:
     """Make one call of everything between the entrance to and the exit from another mode.
 
     Before::
@@ -47,25 +47,25 @@ def _fold_modes(graph: Graph) -> Iterator[tuple[str, nn.Module]]:
         cos = other_mode_0(angles)
 
     """
-    for number, part in enumerate(_parts(graph)):
+    for number, region in enumerate(_regions(graph)):
         name = f"other_mode_{number}"
-        yield name, _fold(graph, part, name)
+        yield name, _fold(graph, region, name)
 
 
-def _parts(graph: Graph) -> list[list[Node]]:
-    """Nodes from an entrance to the exit that belongs to it; for parts within parts, the outermost."""
-    parts: list[list[Node]] = []
-    open_part: list[Node] = []
+def _regions(graph: Graph) -> list[list[Node]]:
+    """Return the nodes from each entrance to the exit that belongs to it; of nested regions, the outermost."""
+    regions: list[list[Node]] = []
+    open_region: list[Node] = []
     depth = 0
     for node in graph.nodes:
-        change = _change_of_depth(node, depth, open_part)
+        change = _change_of_depth(node, depth, open_region)
         if depth or change > 0:
-            open_part.append(node)
+            open_region.append(node)
         depth += change
-        if depth == 0 and open_part:
-            parts.append(open_part)
-            open_part = []
-    return parts
+        if depth == 0 and open_region:
+            regions.append(open_region)
+            open_region = []
+    return regions
 
 
 def _change_of_depth(node: Node, depth: int, inside: list[Node]) -> int:

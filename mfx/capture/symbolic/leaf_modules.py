@@ -1,4 +1,4 @@
-"""What a symbolic trace calls as it is, and what of torch.nn it walks through."""
+"""Functions and modules that a symbolic trace calls as a whole, and those of torch.nn that it walks through."""
 
 from __future__ import annotations
 
@@ -21,18 +21,18 @@ _EINOPS_FUNCTIONS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack"
 
 
 def einops_functions() -> tuple[Callable[..., Any], ...]:
-    """The functions of einops, which look at sizes."""
+    """Return the functions of einops, which read sizes."""
     einops = sys.modules.get("einops")
     return tuple(getattr(einops, name) for name in _EINOPS_FUNCTIONS if hasattr(einops, name)) if einops else ()
 
 
 def timm_functions() -> tuple[Callable[..., Any], ...]:
-    """The functions that timm wants called as they are, because they look at sizes."""
+    """Return the functions that timm declares to be untraceable, because they read sizes."""
     timm = sys.modules.get("timm.layers")
     return tuple(f for f in timm.get_notrace_functions() if callable(f)) if timm else ()
 
 
 def timm_modules() -> frozenset[type[nn.Module]]:
-    """The modules that timm wants called as they are, at least in some of their configurations."""
+    """Return the modules that timm declares to be untraceable, at least in some of their configurations."""
     timm = sys.modules.get("timm.layers")
     return frozenset(timm.get_notrace_modules()) if timm else frozenset()

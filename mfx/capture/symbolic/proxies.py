@@ -1,4 +1,4 @@
-"""What stands for a value while a model is traced: a proxy that notices what a plain one would lose, or freeze."""
+"""Proxies for traced values, which record or refuse what a plain `torch.fx.Proxy` would lose."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from mfx.capture.symbolic.bytecode import asserted
 _INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 
 
-class _Honest(fx.Proxy):
-    """A proxy on which ``x += y`` is recorded as what it is: a change of x, not a new value."""
+class _Proxy(fx.Proxy):
+    """A proxy on which ``x += y`` is recorded as a change of x in place, not as a new value."""
 
     def __len__(self) -> int:
-        # A TypeError, because list.extend asks too, and takes it for "not known".
+        # A TypeError, which list.extend takes for "not known".
         raise TypeError("the length of a traced value is not known")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # What a model notes on a tensor for itself is there while it is traced; what a tensor is would change unseen.
+        # Attributes of the model's own stay while it is traced; a tensor's attributes would change without a record.
         if hasattr(torch.Tensor, name):
             raise TypeError(f"{name} of a traced value is set, which a trace does not record")
         object.__setattr__(self, name, value)
@@ -37,11 +37,11 @@ class _Honest(fx.Proxy):
         return holds
 
 
-class _Attribute(_Honest, fx.proxy.Attribute):
+class _Attribute(_Proxy, fx.proxy.Attribute):
     """``x.shape`` and the like."""
 
 
-class Value(_Honest):
+class Value(_Proxy):
     """The value of a node."""
 
     def __getattr__(self, name: str) -> _Attribute:
@@ -58,4 +58,4 @@ def _record_inplace(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
 
 
 for _name in _INPLACE:
-    setattr(_Honest, f"__{_name}__", _record_inplace(_name))
+    setattr(_Proxy, f"__{_name}__", _record_inplace(_name))

@@ -110,20 +110,20 @@ class _ValuesRead(TorchFunctionMode):
 
 
 def _with_hooks_of_its_own(model: nn.Module) -> list[str]:
-    """The modules that have forward hooks that are methods of the model's modules, or of what these hold."""
+    """Return the paths of modules with forward hooks that are methods of a model's modules, or of their attributes."""
     modules = list(model.modules())
-    owners = {id(module) for module in modules} | {id(held) for module in modules for held in module.__dict__.values()}
+    held = {id(module) for module in modules} | {id(value) for module in modules for value in module.__dict__.values()}
     return [
         name or type(model).__name__
         for name, module in model.named_modules()
         for table in compat.forward_hook_tables(module)
         for hook in table.values()
-        if (owner := _owner(hook)) is not None and id(owner) in owners
+        if (instance := _self_of(hook)) is not None and id(instance) in held
     ]
 
 
-def _owner(hook: Any) -> object:
-    """The object whose method a hook is."""
+def _self_of(hook: Any) -> object:
+    """Return the object whose method a hook is."""
     while isinstance(hook, partial):
         hook = hook.func
     return getattr(hook, "__self__", None)
@@ -138,7 +138,7 @@ def _user_line(error: BaseException, model: nn.Module) -> str:
 
 
 def _user_frame(frames: traceback.StackSummary, model: nn.Module) -> str:
-    """The innermost line that is neither torch's nor ours."""
+    """Return the innermost line that is neither torch's nor mfx's."""
     ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
     theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
     torchs = [

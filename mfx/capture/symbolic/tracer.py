@@ -1,4 +1,4 @@
-"""A symbolic tracer that looks where residual adds may be: in all modules but those that hold none."""
+"""A symbolic tracer that walks through all modules that may hold residual adds."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from torch.fx.node import map_aggregate
 from torch.nn.utils.parametrize import is_parametrized
 
 from mfx import compat
-from mfx.capture.symbolic.bytecode import parts_asked_for
-from mfx.capture.symbolic.entered_modes import Modes
+from mfx.capture.symbolic.bytecode import unpacked_indices
+from mfx.capture.symbolic.entered_modes import EnteredModes
 from mfx.capture.symbolic.leaf_modules import LOOKED_INTO, einops_functions, timm_functions, timm_modules
 from mfx.capture.symbolic.proxies import Value
 from mfx_passes import ModuleCall
@@ -30,6 +30,7 @@ class SymbolicTracer(fx.Tracer):
         inputs: names of the arguments that are tensors.
         constants: values of the other arguments, by name; the trace holds for these values only.
         leaves: modules that are called as a whole, whatever they are.
+        is_leaf: True for further modules that are called as a whole.
 
     Attributes:
         calls: the module calls that were walked through, in the order they ended.
@@ -59,7 +60,7 @@ class SymbolicTracer(fx.Tracer):
         tensors = (*root.named_parameters(), *root.named_buffers())
         self._tensor_paths = {id(tensor): path for path, tensor in reversed(tensors)}
         self.walked = {"": root}
-        self._modes = Modes()
+        self._modes = EnteredModes()
         with self._modes.watched():
             graph = super().trace(root, concrete_args)
         # What forward is annotated to return says nothing a graph needs, and a string breaks its pickle in torch 2.13.
@@ -69,7 +70,7 @@ class SymbolicTracer(fx.Tracer):
     def create_args_for_root(
         self, root_fn: Callable[..., Any], is_module: bool, concrete_args: Any = None
     ) -> tuple[Callable[[], Any], list[Any]]:
-        """A placeholder for every argument but those with a constant value."""
+        """Make a placeholder for every argument but those with a constant value."""
         placeholders = {name: self.create_proxy("placeholder", name, (), {}) for name in self._inputs}
 
         def forward() -> Any:
@@ -79,7 +80,7 @@ class SymbolicTracer(fx.Tracer):
         return functools.wraps(root_fn)(forward), []
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Modules of torch.nn and einops are called as they are, unless they may hold residual adds."""
+        """True for modules of torch.nn and einops that cannot hold residual adds: they are called as a whole."""
         if m in self._leaves or self._is_leaf(m):
             return True  # the latter runs a chain already
         if type(m) in LOOKED_INTO:
@@ -93,7 +94,7 @@ class SymbolicTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """Record a call, and for a module that is walked through, which nodes it consists of."""
+        """Record a call; for a module that is walked through, record its nodes, too."""
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
@@ -112,7 +113,7 @@ class SymbolicTracer(fx.Tracer):
         return output
 
     def _walk_if_possible(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Walk through a module whose author thinks that it cannot be traced; if that is so, call it as it is."""
+        """Walk through a module that is declared to be untraceable; call it as a whole if it is."""
         attributes = {module: dict(module.__dict__) for module in m.modules()}
         last = next(reversed(self.graph.nodes), None)
         calls, walked, stack = len(self.calls), dict(self.walked), self.module_stack.copy()
@@ -130,7 +131,7 @@ class SymbolicTracer(fx.Tracer):
         return super().call_module(m, m.forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Parameters and buffers are symbolic: their values are none of the graph's business."""
+        """Return a proxy for a parameter or buffer: the graph does not depend on its value."""
         path = self._tensor_paths.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
         if path is None:
             return attr_val
@@ -140,11 +141,11 @@ class SymbolicTracer(fx.Tracer):
         return parameter_proxy_cache[path]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        """Stand in for the value of a node."""
+        """Return a proxy for the value of a node."""
         return Value(node, self)
 
     def create_arg(self, a: Any) -> Any:
-        """What a node reads; a mapping of a class of its own is made by the graph, where torch would read a dict."""
+        """Return an argument of a node; the graph makes mappings of other classes than dict, for torch makes a dict."""
         cls: Any = type(a)
         if cls is dict or not issubclass(cls, dict):
             return super().create_arg(a)
@@ -155,23 +156,23 @@ class SymbolicTracer(fx.Tracer):
         raise NotImplementedError(f"a {cls.__name__} would become a dict")
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        """Record a node together with the user's lines that made it (cheaper than torch's own stack traces)."""
+        """Record a node with the stack of the user's code (cheaper than torch's own stack traces)."""
         self._modes.check()
         node = super().create_node(*args, **kwargs)
         node.meta["stack_trace"] = _user_stack()
         return node
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
-        """Iterate over a value whose number of parts is known, or told by the code that unpacks it."""
-        count = _count_of_parts(obj.node)
-        indices = parts_asked_for(sys._getframe(2)) if count is None else range(count)
+        """Iterate over a value whose length is known, or told by the code that unpacks it."""
+        count = _length(obj.node)
+        indices = unpacked_indices(sys._getframe(2)) if count is None else range(count)
         if indices is None:
             return super().iter(obj)
         return iter([None if i is None else operator.getitem(obj, i) for i in indices])
 
 
 def _is_made_of_fields(mapping: Any) -> bool:
-    """Whether a mapping is a dataclass, and its keys are names of fields, as in what Hugging Face models return."""
+    """True if a mapping is a dataclass whose keys are names of fields, as Hugging Face models return them."""
     keys = set(mapping)
     return is_dataclass(mapping) and keys <= {field.name for field in fields(mapping)}
 
@@ -188,7 +189,7 @@ def _after(graph: fx.Graph, last: fx.Node | None) -> Iterator[fx.Node]:
 
 
 def _user_stack() -> str:
-    """The frames of the user's model, outermost first, in the usual form."""
+    """Return the frames of the user's model, outermost first, as a traceback prints them."""
     lines = []
     frame = sys._getframe(2)
     while frame is not None:
@@ -203,8 +204,8 @@ def _user_stack() -> str:
     return "".join(reversed(lines))
 
 
-def _count_of_parts(node: fx.Node) -> int | None:
-    """Into how many parts a node splits its argument, if it says so itself."""
+def _length(node: fx.Node) -> int | None:
+    """Return the length of what a node returns, if its arguments tell it."""
     if node.target in ("chunk", torch.chunk):
         count = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
         return count if isinstance(count, int) else None
@@ -217,7 +218,7 @@ def _count_of_parts(node: fx.Node) -> int | None:
 
 
 def _length_of_slice(part: slice) -> int | None:
-    """How long ``values[part]`` is, if nothing is missing: 2 for ``[-2:]``, ``[:2]`` and ``[1:3]``."""
+    """Return the length of ``values[part]`` of a long enough sequence: 2 for ``[-2:]``, ``[:2]`` and ``[1:3]``."""
     start, stop = part.start or 0, part.stop
     if part.step is not None or not isinstance(start, int) or not isinstance(stop, int | None):
         return None

@@ -150,7 +150,7 @@ def test_a_chain_in_a_branch_called_by_itself(capture):
     close(net.nests[1].inner(x), recurrence(model.nests[1].inner.layers, x, 0.5))
 
 
-def rewritten_in_parts(model, x, **options):
+def rewritten_per_module(model, x, **options):
     net = mfx.momentumize(model, **options)
     with pytest.warns(UserWarning, match=r"cannot be captured as one graph.*these chains were found: encoder\."):
         out = net(x)
@@ -159,7 +159,7 @@ def rewritten_in_parts(model, x, **options):
 
 def test_a_model_that_is_no_one_graph_is_rewritten_module_by_module():
     model, x = Branching(), torch.randn(2, 4)
-    net, out = rewritten_in_parts(model, x, gamma=0.5)
+    net, out = rewritten_per_module(model, x, gamma=0.5)
     state = recurrence(model.encoder.layers, x, 0.5)
     close(out, model.other(state) if state.sum() > 0 else state)
     (chain,) = mfx.explain(net).chains
@@ -171,7 +171,7 @@ def test_a_model_that_is_no_one_graph_is_rewritten_module_by_module():
 
 
 def test_its_weights_in_a_net_that_may_become_one_graph():
-    net, _ = rewritten_in_parts(Branching(), torch.randn(2, 4), gamma=0.5)
+    net, _ = rewritten_per_module(Branching(), torch.randn(2, 4), gamma=0.5)
     other = mfx.momentumize(Branching(), gamma=0.5)
     with pytest.warns(UserWarning, match="rewritten module by module.*before it is used"):
         other.load_state_dict(net.state_dict())
@@ -181,7 +181,7 @@ def test_its_weights_in_a_net_that_may_become_one_graph():
 
 
 def test_its_copies_are_rewritten_too():
-    net, out = rewritten_in_parts(Branching(), torch.ones(2, 4), gamma=0.5)
+    net, out = rewritten_per_module(Branching(), torch.ones(2, 4), gamma=0.5)
     for copied in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert torch.equal(copied(torch.ones(2, 4)), out)
 
