@@ -1,15 +1,15 @@
 """Graph passes of mfx: find chains of residual adds in a ``torch.fx`` graph and put one call in the place of each.
 
-Pure graph work: nothing here runs a model or knows about autograd. The road, one file each::
+Pure graph work: nothing here runs a model or depends on autograd, and nothing of `mfx` is imported. The folders, in the
+order in which a graph passes them::
 
-    vocabulary, sums   what single nodes do; one spelling for a residual sum
-    normalize          in-place operations untangled
-    mutations          what in-place operations change
-    relayout           one layout for all states of a chain
-    find, steps        residual adds, strung together, with the nodes each step owns
-    check, rows, chains  side conditions; chains cut, nested, named and selected
-    fold, sizes        nodes become module calls again; sizes are read off a chain's start
-    outline, rewrite   steps cut out as graphs; one momentum call per chain
+    ir            the data that the passes hand to each other; paths and errors beside it
+    ops           facts about single nodes: vocabulary, sums, markers of named steps
+    analysis      facts about graphs: ancestry, in-place changes, sizes
+    named_steps   module calls marked as steps, for models whose user names the steps
+    find          chains of residual steps, and refusals of other residual adds; changes no graph
+    rewrite       nodes folded to module calls again, steps cut out, one momentum call per chain
+    momentum_pass all of them, one after the other
 """
 
 from mfx_passes.analysis.networkx_view import to_networkx

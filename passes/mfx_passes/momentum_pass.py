@@ -1,4 +1,4 @@
-"""The whole road through the passes: find and check, fold, outline, rewrite."""
+"""All passes one after the other: find and check, fold, outline, rewrite."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ MakeCall = Callable[[ChainGraphs], nn.Module]
 
 @dataclass(frozen=True)
 class Rewritten:
-    """What was found in a graph, and what became of its module calls.
+    """The findings in a graph that was rewritten, and the fate of its module calls.
 
     Args:
         findings: the chains and the residual adds that are in none.
@@ -75,7 +75,7 @@ def _rewrite_found(
 
 
 def call_name(chain: str, taken: Container[str]) -> str:
-    """A name for a chain's momentum call that is an identifier and not taken: ``momentum_encoder_layers``."""
+    """Return a name for a chain's momentum call, an identifier that is not taken: ``momentum_encoder_layers``."""
     name = base = "momentum_" + re.sub(r"\W+", "_", chain).strip("_")
     count = 1
     while name in taken:

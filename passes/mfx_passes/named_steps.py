@@ -1,4 +1,4 @@
-"""Module calls as steps of chains, for users who name the steps instead of having residual adds looked for."""
+"""Mark module calls as steps of chains, for models whose user names the steps."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from mfx_passes.ops.step_markers import added, called, mapped, started
 
 @dataclass(frozen=True)
 class NamedSteps:
-    """Modules that are called one after the other, each on what the one before gave.
+    """Modules that are called one after the other, each on the output of the one before.
 
     Args:
-        name: what the user calls it.
+        name: the user's name for them.
         blocks: paths of the modules, in this order.
-        kept: how many of the first stay as they are.
-        is_residual: whether a module is the branch f of a step x + f(x); else it is the whole step, a map h.
+        kept: the number of first modules that stay as they are.
+        is_residual: True if each module is the branch f of a step x + f(x); else it is the whole step, a map h.
     """
 
     name: str
@@ -33,17 +33,17 @@ class NamedSteps:
 
 
 def is_mark(node: Node) -> bool:
-    """Whether a marked step ends in a node."""
+    """True if a marked step ends in a node."""
     return node.op == "call_function" and node.target in (mapped, added)
 
 
 def is_start(node: Node) -> bool:
-    """Whether a chain of marked steps starts from a node."""
+    """True if a chain of marked steps starts from a node."""
     return node.op == "call_function" and node.target is started
 
 
 def note_calls(graph: Graph, targets: Collection[str]) -> None:
-    """Note behind every call of some modules what they were called on; see `mark_steps`.
+    """Insert a note behind every call of some modules that names its input; see `mark_steps`.
 
     Where modules of the same container give tuples, the first part is the state.
     """
@@ -63,12 +63,12 @@ def _is_taken_apart(call: Node) -> bool:
 
 
 def _is_place(index: object) -> bool:
-    """Whether an index says which part of a tuple it means; -1 does not, for nobody knows how many there are."""
+    """True if an index means the same part of tuples of any length; -1 does not."""
     return isinstance(index, int) and index >= 0
 
 
 def _note_call(graph: Graph, call: Node, states: Sequence[Node]) -> None:
-    """Note what a module was called on behind the state it gave, which may be read from a tuple several times."""
+    """Insert a note behind the state that a module returned, which may be read from a tuple several times."""
     x = next(iter((*call.args, *call.kwargs.values())), None)
     if not states:
         return
@@ -82,7 +82,7 @@ def _note_call(graph: Graph, call: Node, states: Sequence[Node]) -> None:
 
 
 def mark_steps(graph: Graph, rows: Sequence[NamedSteps]) -> None:
-    """Mark the noted calls of the modules in ``rows`` as steps, and forget the notes.
+    """Mark the noted calls of the modules in ``rows`` as steps, and remove the notes.
 
     Before::
 
@@ -144,7 +144,7 @@ def _mark_row(graph: Graph, notes: Sequence[Node], row: NamedSteps) -> None:
 
 
 def _start(graph: Graph, note: Node, x: Node, row: NamedSteps) -> Node:
-    """Have the first step, and nobody else, read its state from a node that says that the chain starts there."""
+    """Insert a node that marks the start of a chain, read by the first step alone."""
     readers = [user for user in x.users if user is note or _is_inside(user, str(note.args[2]))]
     if row.is_residual and (written := _own_sum(note, x)) is not None:
         readers.append(written)
@@ -177,7 +177,7 @@ def _mark(graph: Graph, note: Node, row: NamedSteps) -> Node:
 
 
 def _own_sum(note: Node, x: Node) -> Node | None:
-    """The sum x + f(x) that the model writes around a branch, if there is one."""
+    """Return the sum x + f(x) that the model writes around a branch, if there is one."""
     for user in note.users:
         nodes = [term.node for term in sums.terms(user) or ()]
         if len(nodes) == 2 and {*nodes} == {note, x}:

@@ -1,4 +1,4 @@
-"""From a graph to its chains: find, check, cut where needed, nest, name and select. Changes no graph it is given."""
+"""Find the chains of a graph: assemble steps, check them, cut chains where needed, nest, name and select them."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def _nest(chains: Iterable[Chain], rejections: list[Rejection]) -> list[Chain]:
 
 
 def _name(chains: Sequence[Chain]) -> None:
-    """The longest common module path of the steps; ``#2`` and so on where that is not unique."""
+    """Name each chain after the longest common module path of its steps, with ``#2`` and so on to be unique."""
     taken = {chain.name for chain in chains}
     counts: Counter[str] = Counter()
     for chain in sorted(chains, key=lambda chain: chain.start):
@@ -119,7 +119,9 @@ def _select(chains: list[Chain], selection: Selection, rejections: list[Rejectio
 
 def _check_patterns(chains: Sequence[Chain], selection: Selection, graph: Graph) -> None:
     known = {chain.name for chain in chains} | {step.path for chain in chains for step in chain.steps}
-    if selection.within or any(map(is_momentum_call, graph.nodes)):  # it may mean one elsewhere, or one of these
+    if selection.within or any(
+        map(is_momentum_call, graph.nodes)
+    ):  # a pattern may mean a chain elsewhere, or one of these
         return
     for pattern in (*(selection.only or ()), *selection.skip):
         if not any(_fits(name, pattern) for name in known):
@@ -135,5 +137,5 @@ def _wanted(chain: Chain, step: Step, selection: Selection) -> bool:
 
 
 def _fits(path: str, pattern: str) -> bool:
-    """A pattern names a module with everything inside it."""
+    """True if a pattern fits a module or one that it is inside of."""
     return fnmatchcase(path, pattern) or fnmatchcase(path, f"{pattern}.*")

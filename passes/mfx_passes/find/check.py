@@ -1,4 +1,4 @@
-"""Side conditions of a step, one function each: None, or why it must stay as it was."""
+"""The side conditions of a step, one function each: None, or the refusal with its facts."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from mfx_passes.ops import sums
 Check = Callable[[Step, GraphIndex, Mutations], Grounds | None]
 
 
-def changes_outside_value(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
-    """A branch that writes into its input or a capture would write again when it is re-run.
+def changes_input(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
+    """Refuse a branch that writes into its input or a capture: recomputation would write again.
 
-    If it never is, it may write into what nobody else reads, as into the part of a cache that is its own.
+    Without recomputation it may write into what nothing else reads, as into its own part of a cache.
     """
     outside = set(step.inputs())
     for mutation in mutations.at(index.sorted(step.nodes - step.add.sums)):
@@ -30,13 +30,13 @@ def changes_outside_value(step: Step, index: GraphIndex, mutations: Mutations) -
 
 
 def _is_read_by(step: Step, mutation: Mutation) -> bool:
-    """Whether this step alone reads the memory that is changed in it; the graph may return it."""
+    """True if this step alone reads the memory that is changed in it; the graph may return it."""
     readers = {user for node in {*mutation.family, mutation.node} for user in node.users if user.op != "output"}
     return step.skip not in mutation.family and readers <= step.nodes
 
 
 def changed_later(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
-    """A value the branch reads must be the same when the branch is re-run, after the whole forward pass."""
+    """Refuse a branch that reads a value that is changed later: recomputation comes after the whole forward pass."""
     start = index.position[step.skip]
     for mutation in mutations.touching([step.skip, *step.reads]):
         inside = mutation.node in step.nodes or mutation.node in step.add.sums
@@ -45,8 +45,8 @@ def changed_later(step: Step, index: GraphIndex, mutations: Mutations) -> Ground
     return None
 
 
-def tangled(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
-    """A state changed in place by the sum, or after it, must not be read through another view afterwards."""
+def changes_state(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
+    """Refuse a state that is changed in place, by the sum or after it, and read through another view afterwards."""
     after = [mutation for mutation in mutations.touching([step.out]) if mutation.node not in step.nodes]
     for mutation in [*mutations.at(index.sorted(step.add.sums)), *after]:
         if any(alias.op in ("placeholder", "get_attr") for alias in mutation.family):
@@ -57,7 +57,7 @@ def tangled(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | No
 
 
 def narrows(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
-    """An in-place sum keeps the dtype of what it changes; written as x + f(x) it would not."""
+    """Refuse an in-place sum that keeps the dtype of its operand where x + f(x) would not."""
     for node in index.sorted(step.add.sums):
         if sums.out_of_place(node) == node.target:
             continue
@@ -78,7 +78,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def changes_shape(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
-    """With shapes at hand: the state must keep its shape, dtype and device."""
+    """Refuse a step that does not keep shape, dtype and device of the state; only if shapes are known."""
     before, after = _facts(step.skip), _facts(step.out)
     if before is None or after is None:
         return None
@@ -110,7 +110,7 @@ def _describe(facts: tuple[tuple[int, ...], torch.dtype, torch.device]) -> str:
     return f"{tuple(shape)} {_short(dtype)} on {device}"
 
 
-CHECKS: tuple[Check, ...] = (changes_outside_value, changed_later, tangled, changes_shape, narrows)
+CHECKS: tuple[Check, ...] = (changes_input, changed_later, changes_state, changes_shape, narrows)
 
 
 def refused(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:

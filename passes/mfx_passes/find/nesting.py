@@ -1,4 +1,4 @@
-"""The nesting of chains: which chain lies in the branch of which step."""
+"""The nesting of chains in the branches of steps of other chains."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""In-place operations untangled: whoever reads a changed value afterwards reads it from the operation that changed it.
+"""Untangle in-place operations: later readers of a changed value read it from the operation that changed it.
 
 Before::
 

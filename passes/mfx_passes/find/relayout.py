@@ -1,4 +1,4 @@
-"""A layout kept over several sums: every state in it is put back, so that the chain can go on before and after.
+"""Put back every state of a layout that is kept over several sums, so that the chain can go on before and after.
 
 A window attention cuts the stream into windows once, for two sums. With P for the cutting and Q for what undoes it:
 
@@ -54,13 +54,13 @@ class Span:
 
 @dataclass(frozen=True, eq=False)
 class Detour:
-    """What was inserted behind a state, first P⁻¹, then P."""
+    """Nodes inserted behind a state, first P⁻¹, then P."""
 
     state: Node
     nodes: tuple[Node, ...]
 
     def remove(self, graph: Graph) -> None:
-        """Leave the graph as it was."""
+        """Take the nodes out of the graph."""
         self.nodes[-1].replace_all_uses_with(self.state)
         for node in reversed(self.nodes):
             graph.erase_node(node)
@@ -75,16 +75,16 @@ def insert_detours(spans: Iterable[Span], index: GraphIndex) -> list[Detour]:
     """Put the states of every span back and rearrange them again.
 
     Returns:
-        What was inserted; the index is stale if that is anything.
+        The nodes that were inserted; the index is stale then.
     """
     return [detour for span in spans for detour in _insert_all(span, index)]
 
 
 def remove_unused(detours: Iterable[Detour], chains: Sequence[Chain], graph: Graph) -> dict[Node, Node]:
-    """Take out what turned out to be part of no chain; of the others, the states and what is read in their place."""
+    """Take out the detours that are in no chain; return the states of the others and what is read in their place."""
     used = {node for chain in chains for node in (chain.start, *chain.nodes)}
     kept = {}
-    for detour in reversed(list(detours)):  # a later one may ask for shapes on the way of an earlier one
+    for detour in reversed(list(detours)):  # a later one may read shapes on the way of an earlier one
         if used.isdisjoint(detour.nodes):
             detour.remove(graph)
         else:
@@ -141,7 +141,7 @@ def _insert_all(span: Span, index: GraphIndex) -> Iterator[Detour]:
 
 
 def _insert(state: Node, way: Sequence[Node], index: GraphIndex) -> tuple[Detour, list[Node]]:
-    """A detour behind a state, and its way from the state that was put back to what reads the same again."""
+    """Insert a detour; return it, and its way from the state that was put back to the rearranged state."""
     readers = list(state.users)
     writer = _Writer(index.graph, state)
     value = state
@@ -156,7 +156,7 @@ def _insert(state: Node, way: Sequence[Node], index: GraphIndex) -> tuple[Detour
 
 
 def _undo(node: Node, before: Node, value: Node, writer: _Writer, index: GraphIndex) -> Node:
-    """The value that ``node`` made ``value`` of, given the value that it was made of the first time."""
+    """Undo what ``node`` did to ``before``, for another ``value`` that is laid out as ``node`` is."""
     kind: Any = index.layout(node)
     if kind == vocabulary.NEUTRAL:
         return value
@@ -170,7 +170,7 @@ def _undo(node: Node, before: Node, value: Node, writer: _Writer, index: GraphIn
 
 
 class _Writer:
-    """Writes nodes behind a node, one behind the other."""
+    """A writer of nodes behind a node, one behind the other."""
 
     def __init__(self, graph: Graph, behind: Node) -> None:
         self._graph = graph
@@ -178,7 +178,7 @@ class _Writer:
         self.nodes: list[Node] = []
 
     def write(self, op: str, target: Any, args: tuple[Any, ...], described_by: Node, shaped_like: Node) -> Node:
-        """A new node, whose value has the shape of another one's, or is that shape."""
+        """Write a node whose value has the shape of another one's, or is that shape."""
         with self._graph.inserting_after(self._last):
             node = self._graph.create_node(op, target, args)
         node.meta = {key: value for key, value in described_by.meta.items() if key != "val"}
@@ -188,7 +188,7 @@ class _Writer:
         return self._appended(node)
 
     def copy(self, node: Node, replaced: dict[Node, Node]) -> Node:
-        """A copy that reads other nodes."""
+        """Write a copy of a node that reads other nodes."""
         lookup: Callable[[Node], Node] = lambda source: replaced.get(source, source)  # noqa: E731
         with self._graph.inserting_after(self._last):
             return self._appended(self._graph.node_copy(node, lookup))

@@ -1,4 +1,4 @@
-"""Find residual adds and string them into chains, by looking at who is computed from whom."""
+"""Find residual adds by ancestry, and string them together to candidates for chains."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Candidate:
 
 
 def find_adds(index: GraphIndex) -> tuple[list[ResidualAdd], list[Rejection]]:
-    """All residual adds of a graph, in program order, and the sums that only look like one."""
+    """Return the residual adds of a graph, in program order, and the sums that only look like one."""
     adds: list[ResidualAdd] = []
     rejections: list[Rejection] = []
     absorbed: set[Node] = set()
@@ -66,13 +66,13 @@ def _residual_add(node: Node, index: GraphIndex) -> ResidualAdd | Rejection | No
 
 
 def _as_skip(term: sums.Term, addends: list[sums.Term], index: GraphIndex) -> tuple[tuple[Node, ...], ...] | None:
-    """The skip path of a term, and where on it a step may begin, if all other terms are computed from there."""
+    """Return a term's skip path, and the part of it where a step may begin; None if other terms do not depend on it."""
     if len(term.factors) != 1:
         return None
     path = index.skip_path(term.factors[0])
     others = [other for other in addends if other is not term]
     for i, base in enumerate(path):
-        if base.op == "get_attr" or any(other.node is base for other in others):  # x + x is no step
+        if base.op == "get_attr" or any(other.node is base for other in others):  # x + x is not a step
             return None
         if all(any(index.is_ancestor(base, factor) for factor in other.factors) for other in others):
             return path, path[i:]
@@ -91,7 +91,7 @@ def _merge_of_branches(node: Node, index: GraphIndex) -> Rejection | None:
 
 
 def find_candidates(adds: Sequence[ResidualAdd], index: GraphIndex) -> list[Candidate]:
-    """String residual adds together: the value one ends in is the skip of the next."""
+    """String residual adds together: the state after one is the skip of the next, and each component is a path."""
     import networkx as nx  # takes half a second
 
     starting: dict[Node, list[ResidualAdd]] = defaultdict(list)
@@ -111,7 +111,7 @@ def find_candidates(adds: Sequence[ResidualAdd], index: GraphIndex) -> list[Cand
 
 
 def _link(add: ResidualAdd, starting: dict[Node, list[ResidualAdd]], index: GraphIndex) -> Link:
-    """Straight on, if the sum itself is a skip; else along its tail. Of several next sums, the outermost."""
+    """Link a sum to the next: the sum itself is its skip, or the end of a tail. Of several next sums, the outermost."""
     if following := starting.get(add.node):
         return Link(add, (), following[-1])
     tail: list[Node] = []
@@ -123,7 +123,7 @@ def _link(add: ResidualAdd, starting: dict[Node, list[ResidualAdd]], index: Grap
 
 
 def _tail(node: Node, index: GraphIndex) -> list[Node]:
-    """The single path of tail operations that begins at a node."""
+    """Return the single path of tail operations that begins at a node."""
     tail: list[Node] = []
     while (reader := index.only_reader(node)) is not None and vocabulary.is_tail(reader, index.modules):
         tail.append(node := reader)

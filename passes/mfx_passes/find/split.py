@@ -1,4 +1,4 @@
-"""Rows of steps that one call can run: refused steps are taken out, and a row ends where the next does not fit."""
+"""Split rows of steps into rows that one call can run: without refused steps, and cut where the next does not fit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cut_chain(
 
 
 class OpenChain:
-    """Steps that will be one call, and everything that is computed from them, inside and outside of them."""
+    """Steps that will be one call, and all that is computed from them, inside and outside of them."""
 
     def __init__(self, start: Node, index: GraphIndex, mutations: Mutations) -> None:
         self.steps: list[Step] = []
@@ -52,7 +52,7 @@ class OpenChain:
         self._own |= step.nodes
 
     def accepts(self, step: Step) -> bool:
-        """Whether all that the step captures is there before the row begins.
+        """True if all that the step captures is there before the row begins.
 
         Sizes need not be: all states share theirs, and what an earlier branch computed of others is handed on.
         """
@@ -70,7 +70,7 @@ class OpenChain:
         return True
 
     def _look_beside(self, step: Step) -> None:
-        """Follow what the row's values are used for outside, up to the end of the next step."""
+        """Follow the uses of the row's values outside, up to the end of the next step."""
         for node in self._index.between(self.steps[-1].skip, step.out):
             if node in self._own or node in step.nodes:
                 continue

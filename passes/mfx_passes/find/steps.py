@@ -1,4 +1,4 @@
-"""From runs of residual adds to steps: where each one starts and ends, and which nodes it owns."""
+"""Make steps of residual adds: their first and last states, and the nodes they own."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mfx_passes.ops.step_markers import mapped
 
 
 def assemble(run: Candidate, index: GraphIndex) -> tuple[list[list[Step]], list[Rejection]]:
-    """Rows of consecutive steps; a row ends where the stream's layout changes for good."""
+    """Return rows of consecutive steps; a row ends where the stream's layout changes for good."""
     rows: list[list[Step]] = [[]]
     rejections: list[Rejection] = []
     for link in run.links:
@@ -32,13 +32,13 @@ def assemble(run: Candidate, index: GraphIndex) -> tuple[list[list[Step]], list[
 
 
 def _first_step(link: Link, run: Candidate, index: GraphIndex) -> Step | None:
-    """A step that no other one precedes begins before a rearrangement of the skip if that is undone after the sum."""
+    """Start the first step of a row before a rearrangement of the skip, if that is undone after the sum."""
     starts = (*starts_before_relayout(link, index), link.add.bases[0])
     return next((step for start in starts if (step := _step(link, start, run, index))), None)
 
 
 def starts_before_relayout(link: Link, index: GraphIndex) -> list[Node]:
-    """The values on the skip's way that a rearrangement follows, the earliest one first."""
+    """Return the values on the skip's way that a rearrangement follows, the earliest one first."""
     path = link.add.skip_path
     return [base for above, base in pairwise(path) if _moves(above, index) and base in link.add.bases][::-1]
 
@@ -62,7 +62,7 @@ def _step(link: Link, skip: Node, run: Candidate, index: GraphIndex) -> Step | N
 
 
 def restored(end: Node, moved: list[tuple[object, ...] | None], link: Link, index: GraphIndex) -> Node | None:
-    """The node after ``end`` at which every rearrangement of the skip has been undone, last one first."""
+    """Return the node after ``end`` at which every rearrangement of the skip has been undone, last one first."""
     pending = list(moved)
     for node in _onwards(end, link, index):
         kind = index.layout(node)
@@ -77,7 +77,7 @@ def restored(end: Node, moved: list[tuple[object, ...] | None], link: Link, inde
 
 
 def _onwards(end: Node, link: Link, index: GraphIndex) -> list[Node]:
-    """Value-preserving operations from a state towards the next step's skip, or along a single path."""
+    """Return the value-preserving operations from a state towards the next step's skip, or along a single path."""
     if link.next is not None:
         path = link.next.skip_path
         return list(path[: path.index(end)][::-1])
@@ -88,11 +88,12 @@ def _onwards(end: Node, link: Link, index: GraphIndex) -> list[Node]:
 
 
 def _owned(skip: Node, out: Node, index: GraphIndex) -> tuple[set[Node], set[Node]]:
-    """The nodes between two states, and what was written beside them for nobody else; and which of them ``skip`` feeds.
+    """Return the nodes that a step between two states owns, and those of them that are computed from ``skip``.
 
-    That is: of what ``skip`` feeds, what ``out`` needs, and what is there for its effect, without readers (checks,
-    prints, ``copy_`` into a part of a tensor), with what that needs; then sizes of all these; then whatever is read by
-    all these alone (a position bias made of parameters, a key projected from an encoder's output).
+    It owns, of the nodes computed from ``skip``: those that ``out`` needs; those without readers, which are there for
+    their effect (checks, prints, ``copy_`` into a part of a tensor), with the nodes these need. Then sizes of all
+    these. Then nodes that all these alone read (a position bias made of parameters, a key projected from an encoder's
+    output).
     """
     interval = [node for node in index.between(skip, out) if node.op not in ("placeholder", "get_attr", "output")]
     fed = {skip}

@@ -1,4 +1,4 @@
-"""What the passes hand to each other: residual adds, steps and chains of them, findings and rejections.
+"""The data that the passes hand to each other: residual adds, steps and chains of them, findings and rejections.
 
 The ground floor: it imports nothing of `mfx_passes`.
 """

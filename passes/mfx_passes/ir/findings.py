@@ -21,8 +21,8 @@ class Rejection:
 
     Args:
         node: the node of the sum, in the graph as captured.
-        refusal: why.
-        facts: what the refusal's text names, by the names it has there.
+        refusal: the reason.
+        facts: values for the fields of the refusal's text.
     """
 
     node: Node
@@ -59,8 +59,8 @@ class Findings:
     """Chains, outermost first, and the residual adds that are in none.
 
     Args:
-        chains: those that were found; a chain inside of another's branch comes after it.
-        rejections: residual adds that stay as they were, and why.
+        chains: a chain inside of another's branch comes after that.
+        rejections: the residual adds that stay as they were.
         reread: from states to the nodes that are read in their place since `relayout`; the values are the same.
         graph: the graph that all these nodes are in: the one that was searched, or a copy of it with the same names.
     """
@@ -73,7 +73,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which residual adds may be rewritten at all.
+    """Options of the search: the residual adds that may be rewritten at all.
 
     Args:
         min_steps: shorter chains stay as they are.
@@ -81,7 +81,7 @@ class Selection:
         skip: chain names or module paths (shell patterns) to leave alone.
         refused: names of sums known not to fit, each with the refusal and its facts.
         within: module path of the part of a model that the graph is of; chains and steps are named as in the model.
-        forward_only: the graph is never differentiated, so no branch runs again.
+        forward_only: the graph is never differentiated, so no branch is recomputed.
         marked: only the steps that `named_steps.mark_steps` marked; all other residual adds stay as they are.
     """
 

@@ -10,7 +10,7 @@ _MARK = "momentum_chain"
 
 
 def tag_momentum_call(node: Node, chain: str) -> None:
-    """Note on a node that it runs a chain; the note stays with the node through other people's passes."""
+    """Tag a node that runs a chain; the tag stays with the node through passes of other libraries."""
     node.meta["custom"] = {**(node.meta.get("custom") or {}), _MARK: chain}
 
 
@@ -28,7 +28,7 @@ _INDEX = re.compile(r"@\d+$")
 
 
 def enclosing_path(node: Node) -> str:
-    """Path of the innermost module whose forward made the node; a called module counts as its own."""
+    """Return the path of the innermost module whose forward made the node; a called module counts as its own."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return str(node.target) if node.op in ("call_module", "get_attr") else ""
@@ -36,6 +36,6 @@ def enclosing_path(node: Node) -> str:
 
 
 def source_line(node: Node) -> str:
-    """``file:line`` of the innermost recorded frame, ``""`` if none was recorded."""
+    """Return ``file:line`` of the innermost recorded frame, ``""`` if none was recorded."""
     frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
     return ":".join(frames[-1]) if frames else ""

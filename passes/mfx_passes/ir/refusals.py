@@ -1,4 +1,4 @@
-"""The refusals: every reason for which a residual add stays as it is, and what to do about it."""
+"""The refusals: all reasons for which residual adds stay as they are, with remedies."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class Refusal(Enum):
         reason: the text for a residual add, a format string for the facts that a rejection holds.
         condition: the text for any residual add, for a table.
         why: the reason why such a residual add cannot be rewritten, for a table.
-        remedy: what to do about it, ``""`` if nothing is known.
+        remedy: a way to have it rewritten, ``""`` if none is known.
     """
 
     def __init__(self, reason: str, condition: str, why: str, remedy: str) -> None:

@@ -17,9 +17,9 @@ class ModuleCall:
 
     Args:
         target: the submodule's path.
-        args: what it was given by position, with nodes in place of tensors.
-        kwargs: what it was given by name.
-        output: what it returned.
+        args: its arguments by position, with nodes in place of tensors.
+        kwargs: its arguments by name.
+        output: its result.
         nodes: all nodes recorded while it ran.
     """
 
@@ -58,7 +58,7 @@ class Step:
         skip: the node that holds the state it starts from.
         term: the skip as the sum reads it, after value-preserving operations.
         out: the node that holds the state it ends in: the sum itself, or the end of its tail.
-        nodes: everything it owns: branch, sum and tail, and what is computed for it alone.
+        nodes: all nodes it owns: branch, sum and tail, and those that are computed for it alone.
         kind: ``"residual"``: a branch f is added to the state; ``"map"``: a map h replaces it, and f = h(x) - x.
         path: longest common module path of its branch.
     """
@@ -73,11 +73,11 @@ class Step:
 
     @property
     def reads(self) -> list[Node]:
-        """All that its nodes read from outside, in program order."""
+        """The nodes outside that its nodes read, in program order."""
         return sorted({source for node in self.nodes for source in node.all_input_nodes} - self.nodes)
 
     def inputs(self) -> list[Node]:
-        """Return its state first, then its captures: what it reads from outside but parameters and buffers."""
+        """Return its state first, then its captures: what it reads from outside, without parameters and buffers."""
         return [self.skip, *(node for node in self.reads if node is not self.skip and node.op != "get_attr")]
 
 
@@ -105,7 +105,7 @@ class Chain:
 
     @property
     def nodes(self) -> set[Node]:
-        """Everything the steps own."""
+        """All nodes that the steps own."""
         return set().union(*(step.nodes for step in self.steps))
 
 
@@ -118,7 +118,7 @@ class StepGraphs:
         kind: ``"residual"`` for x + f(x), ``"map"`` for h(x).
         branch: f(x) for the kind ``"residual"``, h(x) for ``"map"``.
         original: the step as the user wrote it; the same graph as ``branch`` for the kind ``"map"``.
-        captures: which of the chain's captures it reads, in the order of its inputs; numbers past these are side
+        captures: numbers of the chain's captures that it reads, in the order of its inputs; numbers past these are side
             outputs of earlier steps (sizes that one branch computed and a later one reads), counted from the first on.
         targets: dotted paths of the modules and tensors it reads.
         sides: names of its side outputs.
@@ -135,12 +135,12 @@ class StepGraphs:
 
 @dataclass(frozen=True, eq=False)
 class ChainGraphs:
-    """A chain cut out of its model: what a momentum call needs to run it.
+    """A chain cut out of its model, as a momentum call runs it.
 
     Args:
         name: unique in its model.
         steps: the steps, first to last.
-        taps: numbers t of the states x[t] that somebody outside reads (0 < t < number of steps).
+        taps: numbers t of the states x[t] that are read outside (0 < t < number of steps).
     """
 
     name: str
