@@ -80,7 +80,7 @@ def explained(capsys: pytest.CaptureFixture[str], *words: str) -> dict:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *words: str, status: int = 1) -> str:
-    """What a command that fails says, on standard error alone."""
+    """Return the message of a failing command, on standard error only."""
     try:
         found = main(words)
     except SystemExit as leaving:  # argparse's way

@@ -1,4 +1,4 @@
-"""Which graphs a model has: one answer for explain, draw, profile and the command line."""
+"""The views of a model: one for each of its graphs."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""What explain says could be done."""
+"""Advice in explanations."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What explain says, as objects, as text and as data."""
+"""Explanations as objects, as text and as data."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What explain predicts that a training step takes, against a training step."""
+"""The prediction of a training step, compared with a training step."""
 
 import json
 import logging
@@ -80,7 +80,7 @@ CASES = {
 
 
 def main_result(output):
-    """What explain lets the backward pass begin at."""
+    """Return the tensor that explain starts the backward pass at."""
     if not isinstance(output, dict):
         return output
     return output["loss"] if output.get("loss") is not None else next(iter(output.values()))

@@ -1,4 +1,4 @@
-"""What explain says is kept for the backward pass, against what is kept."""
+"""The predicted storage of streams, compared with the bytes kept."""
 
 import json
 import math
