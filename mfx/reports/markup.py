@@ -23,7 +23,7 @@ def attribute(text: str) -> str:
     return f'"{html.escape(_FORBIDDEN.sub(chr(0xFFFD), text))}"'
 
 
-def width(text: str, size: float) -> float:
+def text_width(text: str, size: float) -> float:
     """Return the width of a line of fixed-width text, in the units of its font size."""
     return len(text) * _CHARACTER * size
 

@@ -35,12 +35,12 @@ class ModuleBox:
     Args:
         name: path of the module, or names of the operations.
         kind: class of the module, if it is one.
-        about: path and operations in full, for a tooltip.
+        tooltip: path and operations in full.
     """
 
     name: str
     kind: str
-    about: str
+    tooltip: str
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,12 @@ class StepLine:
 
     Args:
         text: its formula.
-        about: the classes of the modules that the formula names.
+        tooltip: the classes of the modules that the formula names.
         inner: the chains inside its branch.
     """
 
     text: str
-    about: str
+    tooltip: str
     inner: tuple[ChainBox, ...] = ()
 
 
@@ -224,7 +224,7 @@ def _row(step: StepGraphs, model: Model) -> StepLine:
 def _merged(rows: Sequence[StepLine]) -> StepLine:
     """Merge rows that differ in indices only."""
     inner = tuple(_merged_chains(boxes) for boxes in zip(*(row.inner for row in rows), strict=True))
-    return StepLine(_merged_text([row.text for row in rows]), rows[0].about, inner)
+    return StepLine(_merged_text([row.text for row in rows]), rows[0].tooltip, inner)
 
 
 def _merged_chains(boxes: Sequence[ChainBox]) -> ChainBox:

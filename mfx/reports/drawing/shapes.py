@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from mfx.reports.drawing.boxes import Box, ChainBox, Fold, ModuleBox, StepLine, ValueBox
-from mfx.reports.markup import attribute, escape, width
+from mfx.reports.markup import attribute, escape, text_width
 from mfx.text import shorten
 
 FONT = 13.0
@@ -63,67 +63,67 @@ def line(x: float, y: float, text: str, style: str = "", *, anchor: str = "start
 
 def _value(box: ValueBox) -> Shape:
     name = shorten(box.name, _CHARACTERS)
-    across = width(name, FONT) + 3 * _PAD
-    rectangle = f'<rect class="value" width="{across:g}" height="26" rx="13"/>'
-    return Shape(across, 26, (rectangle, line(across / 2, 17.5, name, anchor="middle")))
+    width = text_width(name, FONT) + 3 * _PAD
+    rectangle = f'<rect class="value" width="{width:g}" height="26" rx="13"/>'
+    return Shape(width, 26, (rectangle, line(width / 2, 17.5, name, anchor="middle")))
 
 
 def _module(box: ModuleBox) -> Shape:
     name, kind = shorten(box.name, _CHARACTERS - 14), shorten(box.kind, 24)
-    across = width(f"{name}  {kind}".strip(), FONT) + 2 * _PAD
+    width = text_width(f"{name}  {kind}".strip(), FONT) + 2 * _PAD
     text = f'{escape(name)}<tspan class="dim">  {escape(kind)}</tspan>'
     elements = (
-        f"<title>{escape(shorten(box.about, 1000))}</title>",
-        f'<rect class="box" width="{across:g}" height="28" rx="4"/>',
+        f"<title>{escape(shorten(box.tooltip, 1000))}</title>",
+        f'<rect class="box" width="{width:g}" height="28" rx="4"/>',
         f'<text x="{_PAD:g}" y="18.5">{text}</text>',
     )
-    return Shape(across, 28, elements)
+    return Shape(width, 28, elements)
 
 
 def _chain(box: ChainBox) -> Shape:
     folds = [_fold(fold) for fold in box.folds]
     name, facts = shorten(box.name, _CHARACTERS), shorten(box.facts, 76)
-    across = max(width(name, FONT), width(facts, _SMALL), *(fold.width for fold in folds)) + 2 * _PAD
+    width = max(text_width(name, FONT), text_width(facts, _SMALL), *(fold.width for fold in folds)) + 2 * _PAD
     y = 46.0
     inside = []
     for fold in folds:
-        stretched = f'<rect class="fold" width="{across - 2 * _PAD:g}" height="{fold.height:g}" rx="4"/>'
-        inside.append(Shape(across, fold.height, (stretched, *fold.elements)).at(_PAD, y))
+        stretched = f'<rect class="fold" width="{width - 2 * _PAD:g}" height="{fold.height:g}" rx="4"/>'
+        inside.append(Shape(width, fold.height, (stretched, *fold.elements)).at(_PAD, y))
         y += fold.height + 6
     height = y + 4
     elements = (
-        f'<rect class="chain" width="{across:g}" height="{height:g}" rx="8"/>',
+        f'<rect class="chain" width="{width:g}" height="{height:g}" rx="8"/>',
         line(_PAD, 20, name, "name"),
         line(_PAD, 37, facts, "small"),
         *inside,
     )
-    return Shape(across, height, (f"<g aria-label={attribute(f'chain {box.name}: {box.facts}')}>", *elements, "</g>"))
+    return Shape(width, height, (f"<g aria-label={attribute(f'chain {box.name}: {box.facts}')}>", *elements, "</g>"))
 
 
 def _fold(fold: Fold) -> Shape:
     left = _BADGE if fold.count > 1 else _PAD
     elements: list[str] = []
-    y, across = 4.0, 0.0
+    y, width = 4.0, 0.0
     for row in fold.rows:
         drawn = _row(row)
         elements.append(drawn.at(left, y))
         y += drawn.height
-        across = max(across, drawn.width)
+        width = max(width, drawn.width)
     place = shorten(fold.place or "the model itself", _CHARACTERS + 8)
     elements.append(line(left, y + 11, place, "small"))
     if fold.count > 1:
         elements.append(line(left - 14, (y + 4) / 2 + 4.5, f"×{fold.count}", "count", anchor="end"))
         elements.append(f'<path class="bracket" d="M{left - 6:g} 7h-4v{y - 10:g}h4"/>')
-    return Shape(left + max(across, width(place, _SMALL)) + _PAD, y + 18, tuple(elements))
+    return Shape(left + max(width, text_width(place, _SMALL)) + _PAD, y + 18, tuple(elements))
 
 
 def _row(row: StepLine) -> Shape:
     text = shorten(row.text, _CHARACTERS)
-    elements = [f"<g><title>{escape(row.text)} ({escape(shorten(row.about, 1000))})</title>{line(0, 14.5, text)}</g>"]
-    y, across = _LINE, width(text, FONT)
+    elements = [f"<g><title>{escape(row.text)} ({escape(shorten(row.tooltip, 1000))})</title>{line(0, 14.5, text)}</g>"]
+    y, width = _LINE, text_width(text, FONT)
     for box in row.inner:
         drawn = _chain(box)
         elements.append(drawn.at(0, y + 2))
         y += drawn.height + 8
-        across = max(across, drawn.width)
-    return Shape(across, y, tuple(elements))
+        width = max(width, drawn.width)
+    return Shape(width, y, tuple(elements))

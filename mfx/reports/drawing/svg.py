@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from mfx.reports.drawing.boxes import ChainBox, ModuleBox, Picture
 from mfx.reports.drawing.shapes import FONT, STYLE, Shape, line, shape
-from mfx.reports.markup import attribute, width
+from mfx.reports.markup import attribute, text_width
 
 _MARGIN = 16.0
 _GAP = 24.0  # between boxes
@@ -29,16 +29,16 @@ def svg_of(name: str, pictures: Sequence[Picture]) -> str:
     columns = [_Column(picture, titled=len(pictures) > 1) for picture in pictures]
     has_chain = any(isinstance(box, ChainBox) for picture in pictures for box in picture.boxes)
     legend = [line(0, 12 + 16 * i, text, "small") for i, text in enumerate(_LEGEND)] if has_chain else []
-    across = max([column.width for column in columns] + [width(text, 11) for text in (*_LEGEND,) if has_chain])
+    width = max([column.width for column in columns] + [text_width(text, 11) for text in _LEGEND if has_chain])
     elements, y = [], _MARGIN
     for column in columns:
         elements.append(f'<g transform="translate({_MARGIN:g} {y:g})">{column.svg}</g>')
         y += column.height + 2 * _GAP
     elements.append(f'<g transform="translate({_MARGIN:g} {y - _GAP:g})">{"".join(legend)}</g>')
-    wide, high = across + 2 * _MARGIN, y - _GAP + 16 * len(legend) + _MARGIN
+    full, height = width + 2 * _MARGIN, y - _GAP + 16 * len(legend) + _MARGIN
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" class="mfx-drawing" viewBox="0 0 {wide:.0f} {high:.0f}" '
-        f'width="{wide:.0f}" height="{high:.0f}" role="img" aria-label={attribute(f"rewritten graph of {name}")}>'
+        f'<svg xmlns="http://www.w3.org/2000/svg" class="mfx-drawing" viewBox="0 0 {full:.0f} {height:.0f}" '
+        f'width="{full:.0f}" height="{height:.0f}" role="img" aria-label={attribute(f"rewritten graph of {name}")}>'
         f'<style>{STYLE}</style><rect class="ground" width="100%" height="100%"/>{"".join(elements)}</svg>\n'
     )
 
@@ -49,7 +49,7 @@ class _Column:
     def __init__(self, picture: Picture, *, titled: bool) -> None:
         shapes = [shape(box) for box in picture.boxes]
         title = picture.title if titled else ""
-        self._across = max([drawn.width for drawn in shapes] + [width(title, FONT)], default=0.0)
+        self._box_width = max([drawn.width for drawn in shapes] + [text_width(title, FONT)], default=0.0)
         self._shapes: list[tuple[Shape, float]] = []
         y = 2 * _GAP if title else 0.0
         for drawn in shapes:
@@ -57,14 +57,14 @@ class _Column:
             y += drawn.height + _GAP
         self.height = max(y - _GAP, 0.0)
         beside, lanes = self._beside(picture.edges)
-        self.width = self._across + _LANE * (lanes + 1) * bool(lanes)
-        boxes = [drawn.at((self._across - drawn.width) / 2, y) for drawn, y in self._shapes]
+        self.width = self._box_width + _LANE * (lanes + 1) * bool(lanes)
+        boxes = [drawn.at((self._box_width - drawn.width) / 2, y) for drawn, y in self._shapes]
         heading = [line(0, 14, title, "name")] if title else []
         self.svg = "".join([*heading, *self._straight(picture.edges), *beside, *boxes])
 
     def _straight(self, edges: Sequence[tuple[int, int]]) -> list[str]:
         """Return the edges from a box to the next."""
-        x = self._across / 2
+        x = self._box_width / 2
         found = []
         for source, target in edges:
             if target == source + 1:
@@ -86,12 +86,12 @@ class _Column:
             start, ends = y + drawn.height / 2, [self._entry(target) for target in reached]
             lane = next((i for i, free in enumerate(free_from) if free < start), len(free_from))
             free_from[lane : lane + 1] = [max(ends)]
-            x = self._across + _LANE * (lane + 1)
+            x = self._box_width + _LANE * (lane + 1)
             found.append(
-                f'<path class="edge" d="M{(self._across + drawn.width) / 2:g} {start:g}H{x:g}V{max(ends):g}"/>'
+                f'<path class="edge" d="M{(self._box_width + drawn.width) / 2:g} {start:g}H{x:g}V{max(ends):g}"/>'
             )
             for target, end in zip(reached, ends, strict=True):
-                side = (self._across + self._shapes[target][0].width) / 2
+                side = (self._box_width + self._shapes[target][0].width) / 2
                 found.append(f'<path class="edge" d="M{x:g} {end:g}H{side + 6:g}"/>{_head(side, end, left=True)}')
         return found, len(free_from)
 

@@ -55,7 +55,7 @@ class Nested(nn.Module):
 
 
 class Refused(nn.Module):
-    """A model that is no one graph: which of its parts runs is known once values are."""
+    """A model with a graph break: it prints a value between its two stacks."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -77,7 +77,7 @@ def names(found: Picture) -> list[str]:
 
 
 @given(st.lists(st.sampled_from("abc"), max_size=30))
-def test_repeats_say_the_whole_sequence_and_nothing_else(labels: list[str]) -> None:
+def test_repeats_unfold_to_the_whole_sequence(labels: list[str]) -> None:
     unfolded: list[str] = []
     for start, period, count in repeats(labels):
         assert start == len(unfolded)
@@ -85,7 +85,7 @@ def test_repeats_say_the_whole_sequence_and_nothing_else(labels: list[str]) -> N
     assert unfolded == labels
 
 
-def test_what_lies_around_a_chain_is_drawn_by_module() -> None:
+def test_modules_around_a_chain_are_boxes() -> None:
     found = picture(mfx.momentumize(Stack()))
     assert names(found) == ["x", "embed", "blocks", "head", "output"]
     assert found.edges == ((0, 1), (1, 2), (2, 3), (3, 4))
@@ -93,7 +93,7 @@ def test_what_lies_around_a_chain_is_drawn_by_module() -> None:
     assert kinds == ["Linear", "Linear"]
 
 
-def test_equal_steps_are_folded_and_say_what_they_compute() -> None:
+def test_equal_steps_are_folded_and_show_their_formula() -> None:
     chain = picture(mfx.momentumize(Stack(depth=5), gamma=0.5)).boxes[2]
     assert isinstance(chain, ChainBox)
     assert chain.facts == "10 steps · γ = 0.5 · exact arithmetic"
@@ -111,7 +111,7 @@ def test_steps_that_differ_are_not_folded() -> None:
     assert isinstance(chain, ChainBox)
     assert [(fold.count, len(fold.rows)) for fold in chain.folds] == [(1, 1)] * 4 + [(2, 2)]
     assert chain.folds[3].rows[0].text == "x + mlp(norm2(x))"
-    assert chain.folds[3].rows[0].about == "norm2: Identity, mlp: Tanh"
+    assert chain.folds[3].rows[0].tooltip == "norm2: Identity, mlp: Tanh"
 
 
 def test_a_step_of_kind_map_shows_the_whole_map() -> None:
@@ -134,7 +134,7 @@ def test_chains_inside_of_branches_are_drawn_inside_and_folded_with_them() -> No
     assert (2, output) in found.edges, "an output from the middle"
 
 
-def test_what_the_steps_read_beside_the_state_is_an_edge() -> None:
+def test_a_capture_of_the_steps_is_an_edge() -> None:
     found = picture(mfx.momentumize(Masked()), torch.randn(2, 8), torch.ones(2, 8))
     (chain,) = [box for box in found.boxes if isinstance(box, ChainBox)]
     assert [row.text for fold in chain.folds for row in fold.rows] == ["x + fcs[i](x)·…"]
@@ -149,8 +149,8 @@ def test_both_ways_to_capture_give_one_drawing() -> None:
     assert traced.edges == dynamo.edges
 
 
-def test_groups_are_never_in_a_circle() -> None:
-    """The parts of "a" before and after "b" are two groups."""
+def test_groups_are_never_on_a_cycle() -> None:
+    """The nodes of "a" before and after "b" are two groups."""
     graph = fx.Graph()
     x = graph.placeholder("x")
     before = graph.call_function(torch.relu, (x,))
@@ -198,7 +198,7 @@ def root(request: pytest.FixtureRequest) -> ElementTree.Element:
     return ElementTree.fromstring(mfx.draw(mfx.momentumize(build())).svg)
 
 
-def test_the_drawing_is_xml_that_needs_nothing_from_elsewhere(root: ElementTree.Element) -> None:
+def test_the_drawing_is_xml_that_loads_nothing(root: ElementTree.Element) -> None:
     kinds = {element.tag.removeprefix(SVG) for element in root.iter()}
     assert kinds <= {"svg", "style", "g", "rect", "path", "polygon", "text", "tspan", "title"}
     for element in root.iter():
@@ -209,8 +209,8 @@ def test_the_drawing_is_xml_that_needs_nothing_from_elsewhere(root: ElementTree.
     assert "@import" not in style
 
 
-def test_nothing_lies_outside_of_the_drawing(root: ElementTree.Element) -> None:
-    """Every rectangle and every line of text, at the widest that fixed-width fonts are (0.602 em; 11 or 13 pixels)."""
+def test_everything_lies_inside_the_drawing(root: ElementTree.Element) -> None:
+    """Holds for rectangles and for text in the widest of the fixed-width fonts (0.602 em; 11 or 13 pixels)."""
     _, _, wide, high = map(float, root.attrib["viewBox"].split())
     seen = 0
 
@@ -266,12 +266,12 @@ def test_a_file_is_written(tmp_path: Path) -> None:
         ("/nowhere/at/all/net.svg", r"cannot be written: No such file"),
     ],
 )
-def test_what_is_no_file_to_write(path: object, message: str) -> None:
+def test_a_bad_file_is_an_error(path: object, message: str) -> None:
     with pytest.raises(mfx.MfxError, match=message):
         mfx.draw(ConvNet(), path)  # type: ignore[arg-type]
 
 
-def test_what_is_no_model() -> None:
+def test_a_class_is_not_a_model() -> None:
     with pytest.raises(mfx.MfxError, match=r"draw takes a torch\.nn\.Module, not the class Stack\."):
         mfx.draw(Stack)  # type: ignore[arg-type]
 

@@ -31,7 +31,7 @@ CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shuti
 
 
 class Hostile(nn.Module):
-    """Names that would be a page's own, would they not be escaped: in a chain, around it, in a refused sum."""
+    """A model with HTML in the names of its modules: in a chain, around it, in a refused sum."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class Hostile(nn.Module):
 
 
 class Check(HTMLParser):
-    """Every element that is opened is closed, and nothing in it loads or runs anything."""
+    """A parser that checks that every element is closed, and that no attribute loads or runs anything."""
 
     VOID = frozenset({"meta", "link", "br"})
 
@@ -93,7 +93,7 @@ def checked(file: Path) -> Check:
     return check
 
 
-def test_the_page_is_whole_and_loads_and_runs_nothing(file: Path, checked: Check) -> None:
+def test_the_page_is_complete_and_loads_and_runs_nothing(file: Path, checked: Check) -> None:
     assert not checked.seen & {"script", "iframe", "img", "object", "embed", "form"}
     page = file.read_text(encoding="utf-8")
     assert page.startswith("<!DOCTYPE html>")
@@ -103,7 +103,7 @@ def test_the_page_is_whole_and_loads_and_runs_nothing(file: Path, checked: Check
     assert "default-src 'none'" in page.replace("&#x27;", "'")
 
 
-def test_all_is_on_the_page(checked: Check) -> None:
+def test_every_section_is_on_the_page(checked: Check) -> None:
     text = "".join(checked.text)
     for heading in ("Hostile", "Memory over time", "The rewritten graph", "Chains", "Left as they are"):
         assert heading in text
@@ -118,7 +118,7 @@ def test_all_is_on_the_page(checked: Check) -> None:
         assert way in text
 
 
-def test_what_is_text_stays_text() -> None:
+def test_text_is_escaped() -> None:
     assert element("p", "<b>", title='"<') == '<p title="&quot;&lt;">&lt;b&gt;</p>'
     assert element("pre", "a\n\0b") == "<pre>a\n\ufffdb</pre>"
 
@@ -168,14 +168,14 @@ def test_without_inputs_there_is_no_measurement(tmp_path: Path, capsys: pytest.C
         assert reason in said
 
 
-def test_keys_that_an_explanation_lacks_are_dashes() -> None:
+def test_unknown_values_of_an_explanation_are_dashes() -> None:
     net = mfx.momentumize(Stack())
     page = page_of(mfx.explain(net), mfx.draw(net), facts={"a": "<b>"})
     assert page.count('<td data-label="state">–</td>') == 1
     assert "<code>&lt;b&gt;</code>" in page
 
 
-def test_a_variant_that_did_not_run_is_said() -> None:
+def test_a_variant_that_did_not_run_is_named() -> None:
     row = ProfileRow("plain", 10, 20, 0.1, 1000, ((0.0, 1), (1.0, 20)), 0.4, note="as it is")
     net = mfx.momentumize(Stack())
     profile = Profile("Stack", "cpu", 3, (row,), (), (("checkpoint", "it has <no> blocks"),))
@@ -201,7 +201,7 @@ def test_long_code_is_cut_and_deletions_are_left_out() -> None:
         ("/nowhere/at/all.html", "cannot be written: No"),
     ],
 )
-def test_what_is_no_file_to_write(capsys: pytest.CaptureFixture[str], output: str, message: str) -> None:
+def test_a_bad_file_is_an_error(capsys: pytest.CaptureFixture[str], output: str, message: str) -> None:
     assert main(["report", "tests.mfx.models:Stack", "-o", output]) == 1
     assert message in capsys.readouterr().err
 
