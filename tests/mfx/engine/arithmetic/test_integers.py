@@ -17,7 +17,7 @@ def test_ties_round_to_even_as_python_does(values):
 
 
 def tops(d):
-    """What a store may hold when it is to be multiplied."""
+    """The integers that a store may hold before a multiplication."""
     return st.integers(0, (TOP_LIMIT - d) // d)
 
 

@@ -153,14 +153,14 @@ def test_grad_scaler_skips_the_step_and_goes_on(how, gamma, depth):
 
 
 @pytest.fixture
-def nobody_looks(monkeypatch):
+def never_reads_the_device(monkeypatch):
     """Every tensor as if it were on a device that computes while Python goes on."""
 
     monkeypatch.setattr(RangeCheck, "_inside", lambda self, t, one: False)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
-def test_the_largest_value_is_found_without_looking(nobody_looks, dtype):
+def test_the_largest_value_is_found_without_looking(never_reads_the_device, dtype):
     guard = RangeCheck()
     guard.admit(torch.tensor([1.0, math.nan, math.inf, -8.0], dtype=dtype))
     assert guard.overflowed.item() == 0  # neither infinity nor NaN is an overflow
@@ -175,7 +175,7 @@ def test_the_largest_value_is_found_without_looking(nobody_looks, dtype):
         assert guard.overflowed.item() == 2.0**24
 
 
-def test_without_looking_all_is_the_same(nobody_looks):
+def test_without_looking_all_is_the_same(never_reads_the_device):
     torch.manual_seed(0)
     model = Stack(DEEP)
     net = mfx.momentumize(model, verify="raise")
