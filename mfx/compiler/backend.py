@@ -45,38 +45,42 @@ def momentum(
         module: Dynamo's graph.
         inputs: the values of its inputs.
         mode: the inner backend's; see `torch.compile`, which takes no mode beside options: there it is ``inner_mode``.
-        options: options of `mfx.momentumize` by name; ``inner``, the backend that compiles what is rewritten, the
-            steps' branches and what lies around the chains: ``"inductor"`` (default), ``"eager"``, ``"aot_eager"`` or
-            any other, by name or as a callable; and ``inner_mode`` or ``inner_options``, `torch.compile`'s ``mode`` and
-            ``options`` for that one.
+        options: options of `mfx.momentumize` by name; ``inner``, the backend that compiles the rewritten graph, the
+            steps' branches and the segments around the chains: ``"inductor"`` (default), ``"eager"``, ``"aot_eager"``
+            or any other, by name or as a callable; and ``inner_mode`` or ``inner_options``, `torch.compile`'s ``mode``
+            and ``options`` for that one.
 
     Raises:
         MfxError: an option is unknown or wrong, a chain is cut by a graph break, or Dynamo is about to give up
             compiling anew and to run the model as it was.
     """
-    given = _given(options)
+    given = _as_dict(options)
     compiler = _compiler(given, mode)
-    checked = _checked(given)
+    checked = _options(given)
     _refuse_the_last_recompilation()
     sources = compat_dynamo.sources(module.graph)
     paths = [".".join(module_path(source)) if is_held_by_module(source) else None for source in sources]
     holders = _Holders(paths)
     holder = holders.of(inputs)
-    entry, positions = _rewrite(module, paths, holder, checked)
-    _refuse_fused_layers(entry)
-    _refuse_cut_chains(module, entry)
-    if not entry.calls:
+    rewritten, positions = _rewrite(module, paths, holder, checked)
+    _refuse_fused_layers(rewritten)
+    _refuse_cut_chains(module, rewritten)
+    if not rewritten.calls:
         _warn_idle(module, given)
-    checked.check_chains(entry.chain_lengths)
+    checked.check_chains(rewritten.chain_lengths)
     function = Assembly(
-        entry.graph, entry.calls, compiler, recompute_between=entry.recompute_between, verify=entry.verify
+        rewritten.graph,
+        rewritten.calls,
+        compiler,
+        recompute_between=rewritten.recompute_between,
+        verify=rewritten.verify,
     )
     plans = NetPlans(checked.budget) if checked.plans else None
     mode = compat_compiling.mode_of_compiled()
-    holders.tell(lambda net: CompiledGraph(entry, net, checked, mode))
+    holders.register(lambda net: CompiledGraph(rewritten, net, checked, mode))
 
     def run(*values: Any) -> Any:
-        holder = Scope(entry.captured.modules, holders.of(values))
+        holder = Scope(rewritten.captured.modules, holders.of(values))
         taken = [values[position] for position in positions]
         with nullcontext() if plans is None else plans.forward_pass(call_key(taken)):
             return function(holder, *taken)
@@ -87,8 +91,8 @@ def momentum(
 class _Holders:
     """Trees of modules that hold the parameters and buffers of a call under their paths.
 
-    Dynamo runs one graph for all models of a class, so each set of tensors has its own tree; a backward pass that is
-    still to come reads that of its forward pass.
+    Dynamo runs one graph for all models of a class, so each set of tensors has its own tree; a backward pass reads the
+    tree of its forward pass.
     """
 
     def __init__(self, paths: Sequence[str | None]) -> None:
@@ -97,8 +101,8 @@ class _Holders:
         self._graphs: dict[nn.Module, CompiledGraph] = {}
         self._describe: Callable[[nn.Module], CompiledGraph] | None = None
 
-    def tell(self, describe: Callable[[nn.Module], CompiledGraph]) -> None:
-        """Let the graph be found by the tensors of these trees, and of those that will be made."""
+    def register(self, describe: Callable[[nn.Module], CompiledGraph]) -> None:
+        """Register the graph under the tensors of these trees, and of those that will be made."""
         self._describe = describe
         for net in self._made.values():
             self._remember(net)
@@ -109,7 +113,7 @@ class _Holders:
             remember(self._graphs[net])
 
     def of(self, values: Sequence[Any]) -> nn.Module:
-        """The tree for these inputs of the graph."""
+        """Return the tree for these inputs of the graph."""
         key = tuple(id(values[position]) for position, _ in self._paths)
         if key not in self._made:
             self._made[key] = self._make(values)
@@ -134,7 +138,7 @@ class _Holders:
         return root
 
 
-def _given(options: object) -> dict[str, Any]:
+def _as_dict(options: object) -> dict[str, Any]:
     if not isinstance(options, Mapping | None):
         raise MfxError(f"options must be a dictionary such as {{'gamma': 0.9, 'inner': 'eager'}}, not {options!r}.")
     return dict(options or {})
@@ -162,7 +166,7 @@ def _compiler(options: dict[str, Any], mode: str | None) -> Callable[[fx.Graph],
     return BackendCompiler(inner, **{name: value for name, value in settings.items() if value is not None})
 
 
-def _checked(options: dict[str, Any]) -> Options:
+def _options(options: dict[str, Any]) -> Options:
     unknown = sorted(set(options) - set(_OPTIONS))
     if unknown:
         raise MfxError(
@@ -178,8 +182,8 @@ def _checked(options: dict[str, Any]) -> Options:
 def _rewrite(
     module: fx.GraphModule, paths: Sequence[str | None], holder: nn.Module, options: Options
 ) -> tuple[RewrittenGraph, tuple[int, ...]]:
-    """The rewritten graph, and which of the inputs it takes."""
-    module = _copy(module)  # Dynamo goes on to read its own
+    """Return the rewritten graph, and the positions of the inputs that it takes."""
+    module = _copy(module)  # Dynamo reads its own later
     modules, positions = tidy(module, paths, lambda key, source: ".".join(module_path(source)))
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
     names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
@@ -193,13 +197,13 @@ def _copy(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def _refuse_cut_chains(module: fx.GraphModule, entry: RewrittenGraph) -> None:
-    """A graph break inside a chain would set its velocity back to zero: another function."""
+def _refuse_cut_chains(module: fx.GraphModule, rewritten: RewrittenGraph) -> None:
+    """Raise if a graph break cuts a chain: its velocity would start again at zero, which is another function."""
     broken, resumed = compat_compiling.is_broken_off(module), compat_compiling.is_resumed()
-    for name, call in entry.calls.items():
-        node = next(iter(entry.graph.find_nodes(op="call_module", target=name)))
+    for name, call in rewritten.calls.items():
+        node = next(iter(rewritten.graph.find_nodes(op="call_module", target=name)))
         starts_at_break = resumed and any(source.op == "placeholder" for source in node.all_input_nodes[:1])
-        ends_at_break = broken and any(user.op == "output" for user in _onwards(node))
+        ends_at_break = broken and any(user.op == "output" for user in _readers_of_end(node))
         if starts_at_break or ends_at_break:
             raise MfxError(
                 f"the chain {call.chain} is cut by a graph break of torch.compile, where its velocity would be lost. "
@@ -207,9 +211,9 @@ def _refuse_cut_chains(module: fx.GraphModule, entry: RewrittenGraph) -> None:
             )
 
 
-def _refuse_fused_layers(entry: RewrittenGraph) -> None:
-    """The fused kernel for inference is one operation, in which no residual add can be found."""
-    if entry.captured.graph.find_nodes(op="call_function", target=compat_dynamo.FUSED_LAYER):
+def _refuse_fused_layers(rewritten: RewrittenGraph) -> None:
+    """Raise if a transformer layer is the fused kernel for inference, in which no residual add can be found."""
+    if rewritten.captured.graph.find_nodes(op="call_function", target=compat_dynamo.FUSED_LAYER):
         raise MfxError(
             "nn.TransformerEncoderLayer runs as one fused operation without gradients, so its residual adds cannot be "
             "found, and the network would be another one than in training. Call "
@@ -217,14 +221,14 @@ def _refuse_fused_layers(entry: RewrittenGraph) -> None:
         )
 
 
-def _onwards(call: fx.Node) -> list[fx.Node]:
-    """Who reads the end state of a chain, directly or as the first of several values."""
+def _readers_of_end(call: fx.Node) -> list[fx.Node]:
+    """Return the nodes that read the end state of a chain, directly or as the first of several values."""
     firsts = [user for user in call.users if user.target is operator.getitem and user.args[1] == 0]
     return [user for node in (call, *firsts) for user in node.users]
 
 
 def _refuse_the_last_recompilation() -> None:
-    """After so many graphs of one function Dynamo runs it as it was written, which is another function."""
+    """Raise before Dynamo reaches its limit of graphs and runs the model as written, which is another function."""
     if compat_compiling.recompilations_left() < 1:
         raise MfxError(
             "torch.compile has made as many graphs of this function as it will; at the next one it would run the model "
@@ -244,7 +248,7 @@ def _warn_idle(module: fx.GraphModule, given: Mapping[str, Any]) -> None:
 
 
 def _warn_given_up(code: CodeType, reason: str) -> None:
-    """The function then runs without mfx: where it holds a chain that is another function than the user asked for."""
+    """Warn of a function that Dynamo runs as written: without mfx it is another function if it holds a chain."""
     message = (
         f"mfx: torch.compile has given up on {code.co_name} ({code.co_filename}:{code.co_firstlineno}) and runs it as "
         f"it is written, so no residual adds in it are rewritten ({reason}). Compile with fullgraph=True to have this "

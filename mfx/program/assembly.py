@@ -1,4 +1,4 @@
-"""A rewritten graph as a function: its momentum calls, and what lies between them, put together."""
+"""The function of a rewritten graph, assembled from its momentum calls and the segments between them."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Assembly:
     Args:
         graph: the rewritten graph.
         calls: its momentum calls by name.
-        compiler: what makes functions of graphs: of those of the steps, and of what lies between the chains.
-        recompute_between: whether what lies between the chains runs again in the backward pass, as the steps do.
+        compiler: turns graphs into functions: those of the steps, and the segments between the chains.
+        recompute_between: True if the segments are recomputed in the backward pass, as the steps are.
         verify: see `BetweenChains`.
     """
 

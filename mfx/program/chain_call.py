@@ -1,4 +1,4 @@
-"""The module that runs a chain: one in the place of each chain in a rewritten graph."""
+"""The momentum call: the module that a rewritten graph calls in the place of a chain."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Stream = tuple[tuple[int, ...], torch.dtype]
 class Momentum(nn.Module):
     """One chain of residual steps, run as momentum steps.
 
-    It holds no parameters and no modules: those its steps use are handed to it at every call.
+    It holds no parameters and no modules: those that its steps use are arguments of every call.
 
     Args:
         graphs: the steps.
-        settings: how the chain runs. They may be replaced at any time; calls that are under way keep theirs.
-        plans: the plans under a memory budget for a chain that is called alone; None if it has none. Inside a net those
+        settings: settings of the chain. They may be replaced at any time; calls that are under way keep theirs.
+        plans: plans under a memory budget for a chain that is called alone; None without one. Inside a net, the plans
             of the net hold.
     """
 
@@ -39,7 +39,7 @@ class Momentum(nn.Module):
         self.graphs = graphs
         self.settings = settings
         self.plans = plans
-        self.stream: Stream | None = None  # what the last call ran on
+        self.stream: Stream | None = None  # of the last call
         self.compiler: GraphCompiler = to_function
         self._steps: dict[GraphCompiler, tuple[StepFunction, ...]] = {}
         self._cache: ChainCache = {}
@@ -72,11 +72,11 @@ class Momentum(nn.Module):
 
         Args:
             x: the state before the first step.
-            captures: what else the steps read.
-            roots: the attributes of the model that the steps reach into.
+            captures: all other values that the steps read.
+            roots: the attributes of the model under which the steps read modules and tensors.
             v0: the velocity before the first step, if a module computes it.
-            settings: those of this call, if not the module's present ones.
-            compiler: what makes functions of the steps' graphs, if not what the module has for that.
+            settings: those of this call, by default the module's.
+            compiler: turns the steps' graphs into functions, by default the module's.
 
         Returns:
             The end state; or a tuple of it, the taps and the side outputs, if there are any.
@@ -115,7 +115,7 @@ class Momentum(nn.Module):
             self._steps_by(compiler or self.compiler),
             x,
             tuple(captures),
-            Scope({name: _as_it_is_now(root, compiler) for name, root in roots.items()}),
+            Scope({name: _with_present_settings(root, compiler) for name, root in roots.items()}),
             settings,
             v0=v0,
             taps=self.graphs.taps,
@@ -127,7 +127,7 @@ class Momentum(nn.Module):
 
     @contextmanager
     def _share(self, x: Tensor, settings: ChainSettings) -> Iterator[ChainShare | None]:
-        """The chain's share of the net's budget; of its own, where it is called alone."""
+        """Yield the chain's share of the net's budget; of its own budget, if it is called alone."""
         if self.plans is None or not all(type(size) is int for size in x.shape):
             yield None
             return
@@ -170,7 +170,7 @@ class Momentum(nn.Module):
         return self._steps[compiler]
 
     def extra_repr(self) -> str:
-        """What ``print(net)`` shows."""
+        """Return the settings that ``print(net)`` shows."""
         return (
             f"{self.chain}: {len(self.graphs.steps)} steps, gamma={self.gamma.value:g}, {self.settings.arithmetic.name}"
         )
@@ -179,11 +179,11 @@ class Momentum(nn.Module):
         return {**self.__dict__, "compiler": to_function, "_steps": {}, "_cache": {}}
 
 
-def _as_it_is_now(root: Any, compiler: GraphCompiler | None) -> Any:
+def _with_present_settings(root: Any, compiler: GraphCompiler | None) -> Any:
     """Fix the settings of a chain inside a branch, so that the recomputation runs with those of the forward pass."""
     return partial(root, settings=root.settings, compiler=compiler) if isinstance(root, Momentum) else root
 
 
 def holds_chain(module: nn.Module) -> bool:
-    """Whether a module runs a chain already, so that a trace calls it as it is."""
+    """True if a module runs a chain already, so that a trace calls it as it is."""
     return any(isinstance(child, Momentum) for child in module.children())

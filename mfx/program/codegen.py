@@ -1,4 +1,4 @@
-"""Step graphs compiled by a torch.compile backend, each structure once."""
+"""Graphs turned into functions: as plain Python, or compiled by a torch.compile backend."""
 
 from __future__ import annotations
 
@@ -23,31 +23,31 @@ _NODE = re.compile(r"\bProxy\(\w+\)")
 
 
 class BackendCompiler:
-    """Turns graphs into compiled functions; graphs that differ in nothing but names share one.
+    """A graph compiler by a torch.compile backend; graphs that differ only in names share a compiled function.
 
     Args:
-        inner: name of a torch.compile backend, or one.
+        inner: a torch.compile backend, or its name.
         **settings: further arguments of `torch.compile`.
 
     Attributes:
-        kernels: how the states of chains move whose branches it compiles.
+        kernels: those of exact arithmetic in chains whose branches it compiles.
     """
 
     def __init__(self, inner: Any, **settings: Any) -> None:
         self._inner = inner
         self._settings = settings
         self._compiled: dict[Any, Function] = {}
-        # Other backends do not fuse what they compile, or nobody knows: then it would be slower.
+        # Another backend may not fuse elementwise operations, and then blocks of torch operations are faster.
         self.kernels: Kernels = FusedKernels(_elementwise) if compat.is_inductor(inner) else BLOCK_KERNELS
 
     def __call__(self, graph: Graph) -> Function:
-        """The function a graph stands for; its first argument is the object that holds what the graph reads by path.
+        """Return a graph's function; its first argument is the object under which the graph reads by path.
 
-        What is read or called by path is handed to the compiled function, so that blocks of one structure share it, and
-        a module that is replaced is another one for it.
+        Modules and tensors read by path are inputs of the compiled function, so that blocks of one structure share it,
+        and a module that is replaced is another input.
         """
         if any(map(is_momentum_call, graph.find_nodes(op="call_module"))):
-            return to_function(graph)  # a chain inside of a branch; what lies in its own branches is compiled
+            return to_function(graph)  # a chain inside of a branch; its own branches are compiled
         paths, shared = _with_inputs_only(graph)
         source = shared.python_code("self")
         key = source.src, tuple(sorted((name, id(value)) for name, value in source.globals.items()))
@@ -64,13 +64,13 @@ class BackendCompiler:
 
 
 def _elementwise(graph: Graph) -> Function:
-    from mfx.compat.inductor import elementwise  # which imports the compiler
+    from mfx.compat.inductor import elementwise  # imports Inductor
 
     return elementwise(graph)
 
 
 def _with_inputs_only(graph: Graph) -> tuple[list[str], Graph]:
-    """The paths a graph reads or calls, and a graph that gets what is there as inputs, with nodes named by number."""
+    """Return the paths a graph reads, and the graph with inputs in their place and its nodes named by number."""
     shared = PortableGraph()
     copies: dict[Node, Node] = {}
     read: dict[str, Node] = {}
@@ -98,7 +98,7 @@ def _with_inputs_only(graph: Graph) -> tuple[list[str], Graph]:
 
 
 def _without_numbers(value: Any) -> Any:
-    """A message that a trace wrote names nodes by number, which would tell apart what is alike."""
+    """Drop proxy numbers from assertion messages, so that equal blocks share a key."""
     return _NODE.sub("Proxy", value) if isinstance(value, str) else value
 
 
@@ -106,11 +106,11 @@ def _call(module: Any, *args: Any, **kwargs: Any) -> Any:
     return module(*args, **kwargs)
 
 
-GraphCompiler = Callable[[Graph], Callable[..., Any]]  # what makes a function of a graph
+GraphCompiler = Callable[[Graph], Callable[..., Any]]  # turns a graph into a function
 
 
 def to_function(graph: Graph) -> Callable[..., Any]:
-    """The function a graph stands for; its first argument is the object that holds the modules the graph calls.
+    """Return a graph's function in Python; its first argument is the object under which the graph reads by path.
 
     The modules are looked up at every call, so replacing one takes effect.
     """

@@ -1,4 +1,4 @@
-"""One captured and rewritten graph of a net, with the conditions under which it holds."""
+"""A captured and rewritten graph of a net, with the conditions under which it holds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from mfx_passes.rewrite.portable_graph import PortableGraph
 
 @dataclass(eq=False)
 class RewrittenGraph:
-    """A rewritten graph.
+    """A rewritten graph, and the function it stands for.
 
     Args:
         captured: the graph as the model wrote it.
@@ -37,14 +37,14 @@ class RewrittenGraph:
         calls: the momentum calls of the graph, by the name the graph calls them.
         flat: paths of modules whose own ``forward`` does not run, because their nodes belong to several steps.
         steps: module paths of the steps in its chains, by the names of their sums.
-        refused: sums that turned out not to fit once shapes were known, and why.
+        refused: sums that do not fit now that shapes are known, with the grounds.
         training: the training mode of the net it was made in.
-        guards: when it holds.
+        guards: the conditions under which it holds.
         assigned: attributes that the model's forward pass sets itself, by module.
-        within: path in the net of the part that the graph is of.
-        shapes_known: whether shapes were looked at.
-        recompute_between: whether what lies between the chains runs again in the backward pass, too.
-        verify: what happens if that was not reproducible.
+        within: path in the net of the submodule that the graph is of.
+        shapes_known: True once the chains were checked against shapes.
+        recompute_between: True if what lies between the chains is recomputed in the backward pass, too.
+        verify: the reaction if that recomputation was not reproducible.
     """
 
     captured: Captured
@@ -74,21 +74,21 @@ class RewrittenGraph:
 
     @property
     def chain_targets(self) -> tuple[str, ...]:
-        """Paths of what the steps of the chains read."""
+        """Paths of the modules and tensors that the steps of the chains read."""
         return tuple(target for call in self.calls.values() for step in call.graphs.steps for target in step.targets)
 
     @property
     def sums(self) -> dict[str, list[str]]:
         """For each chain, the paths in the net of the modules whose forwards add up its steps."""
-        return {call.chain: [self._place_of_sum(step) for step in call.graphs.steps] for call in self.calls.values()}
+        return {call.chain: [self._path_of_sum(step) for step in call.graphs.steps] for call in self.calls.values()}
 
-    def _place_of_sum(self, step: StepGraphs) -> str:
+    def _path_of_sum(self, step: StepGraphs) -> str:
         (output,) = step.original.find_nodes(op="output")
         return paths.join(self.within, enclosing_path(output.args[0][0]))
 
     @property
     def changes_function(self) -> bool:
-        """Whether one of its chains computes something else than the model did."""
+        """True if one of its chains computes another function than the model."""
         return not all(call.gamma.is_zero for call in self.calls.values())
 
     @property
@@ -119,7 +119,7 @@ class RewrittenGraph:
         return all(guard.holds() for guard in self.guards)
 
     def in_place(self) -> bool:
-        """True if these modules are still there, in whatever training mode."""
+        """True if these modules are still in place, in any training mode."""
         return all(guard.in_place() for guard in self.guards)
 
     def __call__(
@@ -135,7 +135,7 @@ class RewrittenGraph:
         return self._functions[compiler](net, *args, **kwargs)
 
     def graph_module(self, net: nn.Module) -> fx.GraphModule:
-        """The rewritten graph as a module of its own, over the modules of ``net``."""
+        """Return the rewritten graph as a module of its own, over the modules of ``net``."""
         root = nn.Module()
         root.__dict__.update(
             {key: value for key, value in net.__dict__.items() if key not in ("forward", "graph", "code")}
@@ -146,7 +146,7 @@ class RewrittenGraph:
         return module
 
     def findings(self, net: nn.Module, options: Options) -> Findings:
-        """What was found in the graph, computed anew."""
+        """Find chains in the captured graph anew."""
         return find_chains(
             self.captured.graph, self.captured.modules_of(net), _selection(options, self.captured, self.refused)
         )
@@ -167,8 +167,8 @@ def rewrite_captured(
     Args:
         net: the tree copy it was captured from.
         captured: the graph.
-        options: how to rewrite it.
-        refused: sums to leave alone, and why.
+        options: those to rewrite it by.
+        refused: sums to leave alone, with the grounds.
         assigned: attributes that the forward pass sets itself, by module.
 
     Raises:
@@ -208,7 +208,7 @@ def rewrite_captured(
 
 
 def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:
-    """The module that runs a chain as the options say."""
+    """Return the module that runs a chain by the options."""
     velocity = options.velocity_of(graphs.name)
     settings = ChainSettings(
         gamma=options.gamma_of(graphs.name),
@@ -225,13 +225,13 @@ def _selection(options: Options, captured: Captured, refused: Mapping[str, Groun
 
 
 def named_by_mode(graphs: Iterable[tuple[str, RewrittenGraph, nn.Module]]) -> dict[str, fx.GraphModule]:
-    """Graphs as modules, named after the mode they are for; ``train#2`` for the second one of a mode.
+    """Return graphs as modules, named after their mode; ``train#2`` for the second one of a mode.
 
     Args:
         graphs: the mode of each, the graph, and the modules that it runs on.
     """
     modules: dict[str, fx.GraphModule] = {}
-    for mode, entry, net in graphs:
+    for mode, rewritten, net in graphs:
         count = sum(name.partition("#")[0] == mode for name in modules)
-        modules[f"{mode}#{count + 1}" if count else mode] = entry.graph_module(net)
+        modules[f"{mode}#{count + 1}" if count else mode] = rewritten.graph_module(net)
     return modules

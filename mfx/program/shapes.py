@@ -1,4 +1,4 @@
-"""Look at the shapes of a graph's values without computing them, and without touching the model."""
+"""Shapes of a graph's values, found on fake tensors without running or changing the model."""
 
 from __future__ import annotations
 
@@ -28,20 +28,20 @@ def find_with_shapes(
     kwargs: Mapping[str, Any],
     refused: Mapping[str, Grounds] | None = None,
 ) -> Findings | None:
-    """Return what is found in a graph once shapes are known; None if they cannot be had without running the model."""
+    """Find chains in a graph with shapes; return None if shapes cannot be found without running the model."""
     graph, _ = captured.copy()
     try:
         with compat.fake_mode() as mode:
             shadow = shadow_of(net, lambda tensor: mode.from_tensor(undivided(tensor)))
             fake_args, fake_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
             captured.binding.function(_Shapes(shadow, graph).run)(shadow, *fake_args, **fake_kwargs)
-    except Exception:  # whatever goes wrong on tensors without values may go well on real ones
+    except Exception:  # any failure on fake tensors may be none on real ones
         return None
     return find_chains(graph, captured.modules_of(net), replace(options.selection, refused=refused or {}))
 
 
 def shadow_of(net: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
-    """A copy of a net, without hooks, in which every tensor is what ``fake`` makes of it."""
+    """Return a copy of a net, without hooks, in which ``fake`` replaces every tensor."""
     shadow = tree_copy(net, fake)
     for inner in shadow.modules():
         for table in compat.forward_hook_tables(inner):
@@ -50,14 +50,14 @@ def shadow_of(net: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) -> n
 
 
 def undivided(tensor: torch.Tensor) -> torch.Tensor:
-    """As large as the tensor whose shards several processes hold; without the hooks they are not used as shards."""
+    """Return a tensor as large as all shards together, if the tensor is a shard; without hooks a net needs those."""
     if not compat.is_sharded(tensor):
         return tensor
     return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, requires_grad=tensor.requires_grad)
 
 
 class _Shapes(fx.Interpreter):
-    """Runs a graph and notes the value of every node."""
+    """Runs a graph and stores the value of every node in its ``meta``."""
 
     def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
         super().__init__(root, graph=graph)
@@ -71,14 +71,14 @@ class _Shapes(fx.Interpreter):
 def stream_shapes(
     net: nn.Module,
     options: Options,
-    entry: RewrittenGraph,
+    rewritten: RewrittenGraph,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> dict[str, Stream]:
-    """Shape and dtype of each chain's state for these inputs, by chain name; empty where they cannot be had."""
-    if entry.captured.values:  # captured with shapes
-        return _at_start(entry.findings(net, options))
-    found = find_with_shapes(net, entry.captured, options, args, kwargs, entry.refused)
+    """Return shape and dtype of each chain's state for these inputs, by chain name; empty if they cannot be found."""
+    if rewritten.captured.values:  # captured with shapes
+        return _at_start(rewritten.findings(net, options))
+    found = find_with_shapes(net, rewritten.captured, options, args, kwargs, rewritten.refused)
     return {} if found is None else _at_start(found)
 
 

@@ -1,4 +1,4 @@
-"""The modules that compute the velocity before a chain's first step."""
+"""The modules that compute the velocity before a chain's first step, under ``velocity.`` in the net."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from mfx_passes.momentum_pass import call_name
 
 
 def velocity_target(net: nn.Module, chain: str, options: Options) -> str | None:
-    """Path in the net of the module that computes a chain's initial velocity; it is put there the first time."""
+    """Return the path in the net of the module that computes a chain's initial velocity; it is added the first time."""
     module = options.velocity_of(chain)
     if isinstance(module, str):
         return None
