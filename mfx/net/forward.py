@@ -78,7 +78,7 @@ class NetForward(Overlay):
 
     @property
     def options(self) -> Options:
-        """How chains are rewritten."""
+        """The options of the net."""
         return self.table.options
 
     @property

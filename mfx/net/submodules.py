@@ -20,7 +20,7 @@ from mfx_passes import MfxError, paths
 
 
 class Role(Enum):
-    """What a submodule is to the graphs of the net around it."""
+    """The role of a submodule in the graphs of the net around it."""
 
     OWN = "holds whole chains"
     PIECE = "holds pieces of chains"
