@@ -14,12 +14,12 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 
-def not_looked_into(function: Callable[..., Any]) -> Callable[..., Any]:
+def called_as_it_is(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that Dynamo calls on fake tensors and records in its graph as one call."""
     return torch._dynamo.nonstrict_trace(torch._dynamo.disable(function))
 
 
-def is_looked_at(values: Any) -> bool:
+def has_fake(values: Any) -> bool:
     """True if there are fake tensors among these values: they are a compiler's, not a computation's."""
     return torch._guards.detect_fake_mode(pytree.tree_leaves(values)) is not None
 

@@ -44,15 +44,15 @@ EXITS = (
 SWITCHES = (torch._C._set_grad_enabled, torch.nn.attention._sdpa_kernel)  # the same function turns them on and off
 FUSED_LAYER = torch._transformer_encoder_layer_fwd  # what nn.TransformerEncoderLayer is in inference
 
-# The second where a branch of Python's goes by a number that was read from a tensor.
+# The second is raised where a branch of Python code depends on a number that was read from a tensor.
 DYNAMO_ERRORS = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
 
-_TOLD = "told to require a gradient"
+_TOLD = "mfx.requires_grad_set"  # in the metadata of nodes
 _LOGGING = ("debug", "info", "warning", "warn", "error", "exception", "critical", "log", "warning_once", "info_once")
 
 
-class Seen:
-    """What Dynamo made of one call: a graph, and guards.
+class DynamoCapture:
+    """The result of a capture by Dynamo: the graph of one call, and its guards.
 
     Attributes:
         graph: the tensor work of the call.
@@ -67,7 +67,7 @@ class Seen:
 
     def holds(self, variables: Mapping[str, Any]) -> bool:
         """True if Dynamo's guards hold for these local variables of the function."""
-        with _as_seen():
+        with _capture_conditions():
             return bool(self._guards.check(dict(variables)))
 
     def callable(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
@@ -92,14 +92,14 @@ class Seen:
         return names
 
 
-def see_call(
+def trace_call(
     function: Any,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
     *,
     history: MutableMapping[Any, Any] | None,
     any_float: bool,
-) -> Seen:
+) -> DynamoCapture:
     """Capture one call of a bound method by Dynamo, as one graph or not at all.
 
     Args:
@@ -127,7 +127,7 @@ def see_call(
         "capture_dynamic_output_shape_ops": True,
     }
     with (
-        _as_seen(),
+        _capture_conditions(),
         _quiet(),
         _own_tensors_may_require_gradients(),
         _checkpoints_are_calls(),
@@ -145,7 +145,7 @@ def see_call(
         except IndexError as error:  # of Dynamo's own, looking for where a size comes from
             what = "a tensor made in it, nested perhaps, has a size that no argument tells"
             raise torch._dynamo.exc.TorchDynamoException(what) from error
-    return Seen(output, guards.guard_manager)
+    return DynamoCapture(output, guards.guard_manager)
 
 
 @contextmanager
@@ -249,7 +249,7 @@ def _is_about_forward(guard: Any) -> bool:
 
 
 @contextmanager
-def _as_seen() -> Iterator[None]:
+def _capture_conditions() -> Iterator[None]:
     """Set up the surroundings in which a call is captured and its guards are checked.
 
     `nn.Transformer` then takes the same path whatever the values are and whether or not gradients are on. A dispatch

@@ -73,11 +73,11 @@ def _gather(
             _gather(child, parameters, buffers, seen_parameters, seen_buffers)
 
 
-@compat_compiling.not_looked_into
+@compat_compiling.called_as_it_is
 def _run(key: str, training: bool, held: tuple[list[Any], list[Any]], arguments: Any) -> Any:
     """Run the net: compilers call this on fake tensors, and Dynamo without a compiler on real ones."""
     forward, (args, kwargs) = forward_by(key), pytree.tree_map(decode_none, arguments)
-    if not compat_compiling.is_looked_at(held):
+    if not compat_compiling.has_fake(held):
         return pytree.tree_map(_wrap_plain, forward.run(args, kwargs))
     try:
         return _opaque(forward, args, kwargs, *held)

@@ -1,4 +1,4 @@
-"""What mfx adds to the modules of a net, in front of their own attributes, and how to go past it."""
+"""The attributes that mfx adds to the modules of a net, in front of their own, and how to go past them."""
 
 from __future__ import annotations
 

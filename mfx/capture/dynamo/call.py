@@ -17,7 +17,7 @@ from mfx import compat
 from mfx.capture.captured import Captured, CaptureError
 from mfx.capture.dynamo.graph import tidy
 from mfx.capture.dynamo.sources import is_held_by_module, module_path
-from mfx.compat.dynamo import DYNAMO_ERRORS, Seen, see_call, sources
+from mfx.compat.dynamo import DYNAMO_ERRORS, DynamoCapture, sources, trace_call
 from mfx.modules.overlay import Overlay
 from mfx.modules.restore import restored_if_changed, restored_if_fake
 from mfx_passes.ops.step_markers import called
@@ -46,7 +46,7 @@ class GuardedCall:
     key = None
 
     def __init__(
-        self, seen: Seen, forward: FunctionType, positions: tuple[int, ...], modules: Iterable[nn.Module]
+        self, seen: DynamoCapture, forward: FunctionType, positions: tuple[int, ...], modules: Iterable[nn.Module]
     ) -> None:
         self._seen = seen
         self._replaced = {id(module) for module in modules if _has_forward(module)}
@@ -107,10 +107,10 @@ def capture_call(
     method = forward.__get__(net)
     try:
         try:
-            seen = see_call(method, args, kwargs, history=history, any_float=any_float)
+            seen = trace_call(method, args, kwargs, history=history, any_float=any_float)
         except DYNAMO_ERRORS:
             _run_first_call(method, args, kwargs)
-            seen = see_call(method, args, kwargs, history=history, any_float=any_float)
+            seen = trace_call(method, args, kwargs, history=history, any_float=any_float)
     except DYNAMO_ERRORS as error:
         reason = f"{type(net).__name__} cannot be captured as one graph: {_said(error)}"
         raise CaptureError(f"{reason}. {_ADVICE}") from error
@@ -122,7 +122,7 @@ def capture_call(
     return Captured(copy_graph(module.graph), [], {}, call, modules, values, forward_only=not torch.is_grad_enabled())
 
 
-def _paths(net: nn.Module, seen: Seen) -> Iterator[str | None]:
+def _paths(net: nn.Module, seen: DynamoCapture) -> Iterator[str | None]:
     """Yield the path of each input of the graph that the call reads off the model, None for one that it does not.
 
     A buffer that the call replaces stays an input.
