@@ -82,7 +82,7 @@ class Options:
 
     @property
     def selection(self) -> Selection:
-        """Which residual adds may be rewritten."""
+        """The residual adds that may be rewritten."""
         only, skip = _patterns("only", self.only), _patterns("skip", self.skip)
         return Selection(self.min_steps, only, skip or (), within=self.within, marked=bool(self.layers))
 
