@@ -115,12 +115,13 @@ class SymbolicRoute:
         # Nothing for autograd, nor for a checkpoint around this call, to save.
         with compat.outside_of_export(), torch.no_grad():
             found = find_with_shapes(net, graph.captured, options, args, kwargs)
-        graph.shapes_known = True
         if found is None:
+            graph.shapes_known = True
             return None
         rejections = {rejection.node.name: rejection for rejection in found.rejections}
         rejected = {name: rejections[name] for name in graph.steps if name in rejections}
         if not rejected:
+            graph.shapes_known = True
             return graph
         refused = {name: (rejection.refusal, rejection.facts) for name, rejection in rejected.items()}
         fitting = rewrite_captured(net, graph.captured, options, refused, graph.assigned)
