@@ -147,9 +147,8 @@ class RewrittenGraph:
 
     def findings(self, net: nn.Module, options: Options) -> Findings:
         """Find chains in the captured graph anew."""
-        return find_chains(
-            self.captured.graph, self.captured.modules_of(net), _selection(options, self.captured, self.refused)
-        )
+        graph, _ = self.captured.copy()  # which has the values' shapes, as the graph had that was rewritten
+        return find_chains(graph, self.captured.modules_of(net), _selection(options, self.captured, self.refused))
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_functions": {}}

@@ -149,6 +149,11 @@ def test_both_ways_to_capture_give_one_drawing() -> None:
     assert traced.edges == dynamo.edges
 
 
+def test_with_inputs_a_graph_by_dynamo_has_the_shape_of_the_state() -> None:
+    net = mfx.momentumize(Stack(), capture="dynamo", example_inputs=inputs())
+    assert "state 2×8 float32" in mfx.draw(net, None, inputs()).svg
+
+
 def test_groups_are_never_on_a_cycle() -> None:
     """The nodes of "a" before and after "b" are two groups."""
     graph = fx.Graph()
