@@ -5,6 +5,7 @@ import dataclasses
 import inspect
 import re
 import textwrap
+from pathlib import Path
 
 import pytest
 
@@ -81,3 +82,17 @@ def test_the_checks_can_fail():
     assert section(silent, "Args") == {"x"}
     assert undocumented_arguments(silent) == {"y"}
     assert raises_unsaid(silent)
+
+
+def docstrings(path):
+    """Yield the first line of every docstring in a file."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and (text := ast.get_docstring(node)):
+            yield text.splitlines()[0]
+
+
+@pytest.mark.parametrize("package", [mfx, mfx_passes], ids=["mfx", "mfx_passes"])
+def test_no_docstring_opens_with_a_question_word(package):
+    asking = re.compile(r"(What|Whether|How|Who|Whoever|Where|Which|When|Why)\b")
+    files = Path(package.__file__).parent.rglob("*.py")
+    assert not [f"{file}: {line}" for file in files for line in docstrings(file) if asking.match(line)]

@@ -36,7 +36,7 @@ class Rejection:
 
     @property
     def remedy(self) -> str:
-        """What to do about it, ``""`` if nothing is known."""
+        """The remedy, ``""`` if none is known."""
         return self.refusal.remedy
 
     @property
