@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from mfx_passes import Refusal, Selection
+from mfx_passes import Selection
 
 D = 4
 
@@ -266,7 +266,7 @@ class Unnamed(Linears):
 @refused(
     {"found out later": 1},
     steps=2,
-    selection=Selection(refused={"add": (Refusal.OTHER, {"reason": "found out later"})}),
+    selection=Selection(refused={"add": "found out later"}),
 )
 class RefusedByName(Linears):
     """A sum that was refused before, by name."""

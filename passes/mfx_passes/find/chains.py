@@ -43,13 +43,13 @@ def chains_of(prepared: Prepared, selection: Selection) -> Findings:
     index, graph = prepared.index, prepared.index.graph
     sums = {node for add in prepared.adds for node in add.sums}
     mutations = Mutations(index, sums, forward_only=selection.forward_only)
-    rejections = list(prepared.rejections)
+    rejections, known = list(prepared.rejections), selection.grounds
     rows: list[list[Step]] = []
     for candidate in prepared.candidates:
         assembled, refused = assemble(candidate, index)
         rejections += refused
         for row in assembled:
-            kept, refused = cut_chain(row, index, mutations, selection.refused)
+            kept, refused = cut_chain(row, index, mutations, known)
             rows += kept
             rejections += refused
     for step in (step for row in rows for step in row):

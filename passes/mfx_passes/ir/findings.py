@@ -79,7 +79,7 @@ class Selection:
         min_steps: shorter chains stay as they are.
         only: chain names or module paths (shell patterns); None allows all.
         skip: chain names or module paths (shell patterns) to leave alone.
-        refused: names of sums known not to fit, each with the refusal and its facts.
+        refused: names of sums known not to fit, each with the reason: a text, or a refusal and its facts.
         within: module path of the part of a model that the graph is of; chains and steps are named as in the model.
         forward_only: the graph is never differentiated, so no branch is recomputed.
         marked: only the steps that `named_steps.mark_steps` marked; all other residual adds stay as they are.
@@ -88,7 +88,15 @@ class Selection:
     min_steps: int = 2
     only: tuple[str, ...] | None = None
     skip: tuple[str, ...] = ()
-    refused: Mapping[str, Grounds] = field(default_factory=dict)
+    refused: Mapping[str, str | Grounds] = field(default_factory=dict)
     within: str = ""
     marked: bool = False
     forward_only: bool = False
+
+    @property
+    def grounds(self) -> dict[str, Grounds]:
+        """The refused sums, each with a refusal and its facts."""
+        return {
+            name: (Refusal.OTHER, {"reason": reason}) if isinstance(reason, str) else reason
+            for name, reason in self.refused.items()
+        }
