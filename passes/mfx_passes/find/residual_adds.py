@@ -123,9 +123,11 @@ def _link(add: ResidualAdd, starting: dict[Node, list[ResidualAdd]], index: Grap
 
 
 def _tail(node: Node, index: GraphIndex) -> list[Node]:
-    """Return the single path of tail operations that begins at a node."""
+    """Return the single path of tail operations that begins at a node, each on the value of the one before."""
     tail: list[Node] = []
     while (reader := index.only_reader(node)) is not None and vocabulary.is_tail(reader, index.modules):
+        if next(source for source in reader.all_input_nodes if source.op != "get_attr") is not node:
+            break  # a weight or a bound that is computed: the tail of another value
         tail.append(node := reader)
     return tail
 

@@ -102,6 +102,13 @@ def other_tail(x: Tensor) -> Tensor:
     return x + x.exp()
 
 
+def weight_is_a_state(x: Tensor) -> Tensor:
+    weight_of_next = x + x.sin()
+    x = F.layer_norm(x + x.exp(), (4,), weight_of_next)
+    x = x + x.exp()
+    return x + x.cos()
+
+
 @pytest.mark.parametrize(
     "forward, expected",
     [
@@ -109,6 +116,10 @@ def other_tail(x: Tensor) -> Tensor:
         (two_operations, [("map", ["add", "add_1"], [2, 2])]),
         (relu_then_not, [("map", ["add", "add_1", "add_2"], [1, 1, 0]), ("residual", ["add_3"], [0])]),
         (other_tail, [("map", ["add", "add_1", "add_2"], [1, 1, 0]), ("residual", ["add_3"], [0])]),
+        (
+            weight_is_a_state,
+            [("residual", ["add"], [0]), ("map", ["add_1", "add_2"], [1, 0]), ("residual", ["add_3"], [0])],
+        ),
     ],
 )
 def test_candidates(forward: Callable[[Tensor], Tensor], expected: object) -> None:
