@@ -82,7 +82,7 @@ def untrained(layers: int) -> BertModel:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' report that the weights hold a pooling layer which nobody uses."""
+    """Without transformers' report that the weights hold a pooling layer which is not used."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -100,7 +100,7 @@ def tokenized(pairs: int | None = None) -> dict[str, Tensor]:
 
 
 def embed(model: nn.Module, tokens: Mapping[str, Tensor]) -> Tensor:
-    """Unit vectors (sentences, width): the mean over tokens that are no padding."""
+    """Unit vectors (sentences, width): the mean over tokens that are not padding."""
     hidden = model(**tokens).last_hidden_state
     mask = tokens["attention_mask"].unsqueeze(-1)
     return normalize((hidden * mask).sum(1) / mask.sum(1))

@@ -15,7 +15,7 @@ from mfx.compat import compiled_model
 from mfx.compiler.compiled_graphs import named_graphs
 from mfx.modules.restore import attributes_restored
 from mfx.modules.tree_copy import M, net_of
-from mfx.net.build import rewritten
+from mfx.net.build import build_net
 from mfx.net.forward import forward_of
 from mfx.options.options import Options
 from mfx.program.chain_call import holds_chain
@@ -87,7 +87,7 @@ def momentumize(
     options = Options(
         gamma, velocity, arithmetic, memory_budget, recompute, min_steps, only, skip, capture, example_inputs, verify
     )
-    return rewritten(model, options)
+    return build_net(model, options)
 
 
 def trace(model: nn.Module) -> fx.GraphModule:

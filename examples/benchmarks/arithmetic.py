@@ -56,7 +56,7 @@ class Layer(nn.Module):
 
 
 class Encoder(nn.Module):
-    """A stack of layers, as anybody would write it."""
+    """A stack of layers, as it is usually written."""
 
     def __init__(self, width: int, depth: int) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def turns(runs: dict[str, Run], rounds: int, device: torch.device) -> dict[str, 
     for round_ in tqdm(range(-1, rounds), unit="round", leave=False):
         for name, run in runs.items():
             seconds = _timed(run, device)
-            if round_ >= 0:  # what is done once, in the first call, is no part of a step
+            if round_ >= 0:  # what is done once, in the first call, is not part of a step
                 measured[name].append(seconds)
     return measured
 

@@ -22,7 +22,7 @@ class Branch(nn.Module):
 
 
 class Residual(nn.Module):
-    """A stack of blocks, as anybody would write it."""
+    """A stack of blocks, as it is usually written."""
 
     def __init__(self, depth: int, width: int) -> None:
         super().__init__()

@@ -138,7 +138,7 @@ def compare(batch: int, depth: int, rounds: int, device: torch.device, *, compil
     by_hand, by_compiler = eager(model, x), compiled(model) if compiling else {}
     forwards = {**by_hand, **by_compiler}
     for forward in forwards.values():
-        step(forward, x)  # what is done once, at the first call, is no part of a step
+        step(forward, x)  # what is done once, at the first call, is not part of a step
     work = {name: flops(forward, x) for name, forward in by_hand.items()}
     work |= {name: compiled_flops(forward, x) for name, forward in by_compiler.items()}
     kept = {name: memory(forward, x, parameters) for name, forward in forwards.items()}

@@ -112,7 +112,7 @@ def check_steps(graph: Graph, steps: Mapping[str, int], rejections: Collection[R
         reasons = [f"{rejection.path}: {rejection.reason}" for rejection in rejections if rejection.node.name in marks]
         why = "; ".join(reasons) or f"the chains that could be had are {dict(steps)}"
         raise MfxError(
-            f"the modules of sub_layers are no chain of steps that keep the state's shape and dtype. {why}. "
+            f"the modules of sub_layers are not a chain of steps that keep the state's shape and dtype. {why}. "
             "keep_first_layer=True leaves the first module of each layer as it is; without sub_layers, residual adds "
             "are looked for and what does not fit is left out."
         )

@@ -115,8 +115,8 @@ def _compiler() -> GraphCompiler:
 
 
 @torch.compiler.disable(  # type: ignore[untyped-decorator]
-    reason="a net made by mfx.momentumize can be no part of this graph: because the graph is exported by strict "
-    "tracing (use strict=False), or because the net is no one graph itself, or spread over processes"
+    reason="a net made by mfx.momentumize cannot be part of this graph: because the graph is exported by strict "
+    "tracing (use strict=False), or because the net is not one graph itself, or spread over processes"
 )
 def _run_net_outside(forward: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return forward.run(args, kwargs)

@@ -11,7 +11,7 @@ from torch import fx, nn
 from mfx.capture.named_steps import check_layer
 from mfx.modules.tree_copy import M
 from mfx.momentumnet.momentum_net import check_flags
-from mfx.net.build import rewritten
+from mfx.net.build import build_net
 from mfx.net.forward import forward_of
 from mfx.net.gammas import gammas_of
 from mfx.options.options import Layer, Options
@@ -67,7 +67,7 @@ def transform_to_momentumnet(
             raise MfxError(
                 "is_residual=True is about the modules in sub_layers; name them, or leave is_residual False."
             )
-        return rewritten(model, options)
+        return build_net(model, options)
     paths = _paths(sub_layers)
     if isinstance(model, fx.GraphModule):
         raise MfxError("sub_layers name modules of a model, and a GraphModule is a graph already; transform the model.")
@@ -75,7 +75,7 @@ def transform_to_momentumnet(
         check_layer(model, path)
     layers = tuple(Layer(path, keep_first_layer, is_residual) for path in paths)
     options = replace(options, layers=layers, min_steps=1)
-    return rewritten(model, _with_earlier(model, options))
+    return build_net(model, _with_earlier(model, options))
 
 
 def _paths(sub_layers: Any) -> tuple[str, ...]:

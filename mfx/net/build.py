@@ -18,7 +18,7 @@ from mfx.text import without_chains
 from mfx_passes import ChainGraphs, MfxError, MomentumPass
 
 
-def rewritten(model: M, options: Options) -> M:
+def build_net(model: M, options: Options) -> M:
     """Return a model rewritten as checked options say; see `momentumize`."""
     net: M = tree_copy(model) if isinstance(model, fx.GraphModule) else net_of(model)
     found = _rewrite_graph_module(net, options) if isinstance(net, fx.GraphModule) else _give_forward(net, options)

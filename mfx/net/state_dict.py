@@ -43,7 +43,7 @@ def _compare(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Ma
     if metadata.get(_PER_MODULE) and not _is_per_module(net) and any(gamma != _ZERO for gamma in saved.values()):
         warnings.warn(
             f"mfx: the weights given to this {type(net).__name__} are those of a net that was rewritten module by "
-            "module, because a call of it was no one graph. This net is not, so far; as one graph it may have other "
+            "module, because a call of it was not one graph. This net is not, so far; as one graph it may have other "
             "chains, and so compute another function. Call it once as the other was called (in training mode, say) "
             "before it is used.",
             stacklevel=3,

@@ -137,8 +137,8 @@ def _mark_row(graph: Graph, notes: Sequence[Node], row: NamedSteps) -> None:
         elif x is not state:
             raise MfxError(
                 f"{module} of {row.name} is not called on what the module before it gave, but on {x.name}, which was "
-                "made of it in between: the modules are no steps x -> module(x) of a chain. If they are the branches f "
-                "of steps x + f(x), say is_residual=True; or leave sub_layers out to have residual adds looked for."
+                "made of it in between: the modules are not steps x -> module(x) of a chain. If they are the branches "
+                "f of steps x + f(x), say is_residual=True; or leave sub_layers out to have residual adds looked for."
             )
         state = _mark(graph, note, row)
 

@@ -190,4 +190,4 @@ LEFT_OUT = {
     "vit_nd_pope.ViTND": _FLEX,
     "vit_nd_rotary.ViTND": _FLEX,
 }
-"""Models and modules of the library that are no part of the zoo, and why."""
+"""Models and modules of the library that are not part of the zoo, and why."""

@@ -320,7 +320,7 @@ def test_other_containers_are_refused(gives, route, message):
 
 
 class Odd(nn.Module):
-    """Layers that are no chains."""
+    """Layers that are not chains."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Parts of a net that are called by themselves, and models that are no one graph."""
+"""Parts of a net that are called by themselves, and models that are not one graph."""
 
 import copy
 import pickle
