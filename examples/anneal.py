@@ -34,7 +34,7 @@ VARIANTS = {"plain": "plain", "fixed": "γ = 0.9 at once", "annealed": "γ from 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is trained, and for how long."""
+    """A setting: what is trained, and for how long."""
 
     blocks: tuple[int, int] = (8, 4)  # of 64 channels, of 128
     batch: int = 64

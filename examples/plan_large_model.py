@@ -1,4 +1,4 @@
-"""What models that no laptop can hold would need on each GPU under FSDP, with and without mfx: read off on a laptop.
+"""The memory that models too large for a laptop would need on each GPU under FSDP, with mfx and without.
 
     python examples/plan_large_model.py
 
@@ -153,7 +153,7 @@ class Row:
 
     @property
     def total(self) -> float:
-        """What the GPU must hold."""
+        """All that the GPU must hold."""
         return self.sharded + self.gathered + self.peak
 
 
@@ -212,7 +212,7 @@ def table(rows: Sequence[Row], limit: float) -> str:
 
 
 def plot(rows: Sequence[Row], limit: float, path: Path) -> None:
-    """What each GPU must hold, in parts, and what it has."""
+    """Plot what each GPU must hold, in parts, and what it has."""
     from matplotlib.figure import Figure
 
     models = list(dict.fromkeys(row.model for row in rows))

@@ -137,7 +137,7 @@ def evaluate(model: nn.Module, tokens: Mapping[str, Tensor]) -> Tensor:
 
 
 def storage_of(net: nn.Module, tokens: Mapping[str, Tensor]) -> tuple[str, float]:
-    """What the encoder's chain keeps in a training step: the policy, and bits per element of the stream and step."""
+    """Return what the encoder's chain keeps in a step: the policy, and bits per element of the stream and step."""
     net.train()
     (chain,) = mfx.explain(net, **tokens).chains
     storage = chain.storage

@@ -1,4 +1,4 @@
-"""What a momentum net can do that a residual network cannot: cross trajectories, separate nested rings.
+"""Two things that a momentum net can do and a residual network cannot: cross trajectories, separate nested rings.
 
     python examples/toy_dynamics.py
 

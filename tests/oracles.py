@@ -1,4 +1,4 @@
-"""What mfx is judged by. Nothing here imports mfx, reads a torch.fx graph, or shares a line with what it checks."""
+"""Oracles that judge mfx. Nothing here imports mfx, reads a torch.fx graph, or shares a line with what it checks."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class _History:
         return edge
 
     def before_tails(self, edge: Edge) -> Node:
-        """What made the tensor ``edge``, but for relayouts, activations, normalisations, dropout and factors."""
+        """Return what made the tensor ``edge``, but for relayouts, activations, normalisations, dropout and factors."""
         while (node := self.source(edge).node).name() in TAILS:
             inputs = [e for e in self.inputs[node] if e.node.name() != "torch::autograd::AccumulateGrad"]
             if len(inputs) != 1:
@@ -135,7 +135,7 @@ class _History:
         return node
 
     def computed_from(self, end: Edge, start: Edge) -> bool:
-        """Whether ``end`` was computed from ``start``.
+        """True if ``end`` was computed from ``start``.
 
         Looks only at nodes deeper than ``start``: no other can lie between the two.
         """

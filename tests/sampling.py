@@ -1,4 +1,4 @@
-"""What of a large set of tests runs by default: a part, another every day; all of it with ``-m zoo``.
+"""The sample of a large set of tests that runs by default: another part every day; all of it with ``-m zoo``.
 
 The ids of what the day chose end in the number that chose it; the environment variable MFX_ZOO_SAMPLE sets it.
 """
@@ -18,7 +18,7 @@ Item = TypeVar("Item")
 
 
 def number() -> int:
-    """What chooses: days since 1970, or MFX_ZOO_SAMPLE."""
+    """Return the number that chooses the sample: days since 1970, or MFX_ZOO_SAMPLE."""
     return int(os.environ.get("MFX_ZOO_SAMPLE", time.time() // 86400))
 
 

@@ -1,4 +1,4 @@
-"""What users may import says in words what it is, takes and raises."""
+"""Public names say in words what they are, take and raise."""
 
 import ast
 import dataclasses
@@ -37,7 +37,7 @@ def undocumented_arguments(function):
 
 
 def raises_unsaid(function):
-    """Whether an MfxError is raised in the function's own body and its docstring does not say so."""
+    """True if an MfxError is raised in the function's own body and its docstring does not say so."""
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     raised = any(isinstance(node, ast.Raise) and "MfxError" in ast.unparse(node) for node in ast.walk(tree))
     return raised and "MfxError" not in section(function, "Raises")
@@ -91,8 +91,8 @@ def docstrings(path):
             yield text.splitlines()[0]
 
 
-@pytest.mark.parametrize("package", [mfx, mfx_passes], ids=["mfx", "mfx_passes"])
-def test_no_docstring_opens_with_a_question_word(package):
+@pytest.mark.parametrize("folder", ["mfx", "passes", "tests", "examples"])
+def test_no_docstring_opens_with_a_question_word(folder):
     asking = re.compile(r"(What|Whether|How|Who|Whoever|Where|Which|When|Why)\b")
-    files = Path(package.__file__).parent.rglob("*.py")
+    files = (Path(__file__).parents[1] / folder).rglob("*.py")
     assert not [f"{file}: {line}" for file in files for line in docstrings(file) if asking.match(line)]

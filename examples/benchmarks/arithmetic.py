@@ -1,4 +1,4 @@
-"""What exact arithmetic costs: in a training step of a ViT-S, in a step of the recurrence alone, and in stored bits.
+"""The cost of exact arithmetic: in a training step of a ViT-S, in a step of the recurrence alone, and in stored bits.
 
     python examples/benchmarks/arithmetic.py --quick
 
@@ -168,7 +168,7 @@ class Recurrence:
         self.state.advance(self.y, "residual", self.gamma)
 
     def back(self) -> None:
-        """What undoes it."""
+        """Undo it."""
         self.state.retreat_x()
         self.state.retreat_v(self.y, "residual", self.gamma)
 
@@ -252,7 +252,7 @@ def _verdict(steps: Sequence[Training], recurrences: Sequence[Alone]) -> str:
 
 
 def roofline(shape: tuple[int, int, int], depth: int) -> str:
-    """What exact arithmetic adds to a training step in float where every byte and FLOP goes at a device's peak."""
+    """Return what exact arithmetic adds to a step in float where every byte and FLOP goes at a device's peak."""
     model, x = Encoder(shape[-1], depth), torch.zeros(shape)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(x)

@@ -8,7 +8,7 @@ __all__ = ["Branch", "Residual"]
 
 
 class Branch(nn.Module):
-    """What a block adds; inside it is four times as wide."""
+    """The branch of a block; inside it is four times as wide."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

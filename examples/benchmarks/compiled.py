@@ -36,7 +36,7 @@ BASE = "checkpoint per block, compiled"
 
 @dataclass(frozen=True)
 class Size:
-    """What is measured.
+    """The sizes of the model and its inputs.
 
     Attributes:
         width: of the token vectors.

@@ -1,4 +1,4 @@
-"""What a training step, and a pass without gradients, cost per residual block where the blocks cost next to nothing.
+"""The cost of a training step, and of a pass without gradients, per residual block that costs next to nothing.
 
     python examples/benchmarks/overhead.py
 

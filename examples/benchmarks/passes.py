@@ -1,4 +1,4 @@
-"""What capturing and rewriting a model costs, against its size and against ``torch.fx`` capturing it.
+"""The cost of capturing and rewriting a model, against its size and against ``torch.fx`` capturing it.
 
     python examples/benchmarks/passes.py --quick
 

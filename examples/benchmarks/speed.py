@@ -5,7 +5,7 @@
 Models of torchvision, timm and transformers with random weights: forward, a sum, backward; no optimizer. The methods
 take turns and start from the same random numbers; times are medians, as ratios to plain training, next to the peak of
 activation memory and the work. Theory: a second forward pass makes 4/3 of the work. ``torch.utils.checkpoint`` does
-not run again what nobody asks for at the end of a block, and keeps a block's input where momentum keeps nothing.
+not run again what is not needed at the end of a block, and keeps a block's input where momentum keeps nothing.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ METHODS: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Size:
-    """How large the inputs are."""
+    """The sizes of the inputs."""
 
     batch: int
     pixels: int

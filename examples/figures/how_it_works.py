@@ -89,7 +89,7 @@ def residual(top: float) -> str:
 
 
 def digit(x: float, y: float) -> str:
-    """What multiplying v by γ dropped, in a store."""
+    """Draw a digit that multiplying v by γ dropped, in a store."""
     return f'<rect x="{x:g}" y="{y:g}" width="13" height="13" class="kept"/>'
 
 
@@ -144,7 +144,7 @@ def backward(top: float) -> str:
 
 
 def legend(y: float) -> str:
-    """What the fills mean."""
+    """Draw the meaning of the fills."""
     entries = ((KEPT, "kept until the backward pass"), (FREED, "freed at once"), (REBUILT, "rebuilt, then freed"))
     return "".join(
         f'<rect x="{x}" y="{y - 12}" width="26" height="15" rx="3" class="{fate}"/>' + text(x + 35, y, words, "note")

@@ -1,4 +1,4 @@
-"""What distributed and single-process training are compared on."""
+"""The nets on which distributed and single-process training are compared."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def loss_of(net: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def single_loss(net: nn.Module, step: int = 0) -> Tensor:
-    """What both processes together minimise: the mean of their losses, as gradients are averaged."""
+    """Return what both processes together minimise: the mean of their losses, as gradients are averaged."""
     return sum(loss_of(net, batch(rank, step)) for rank in range(SIZE)) / SIZE
 
 

@@ -14,7 +14,7 @@ DEPTH = 13
 
 
 class SynchronisedNorm(nn.Module):
-    """What nn.SyncBatchNorm does on a GPU: statistics of all processes' rows together, running ones kept."""
+    """The same as nn.SyncBatchNorm on a GPU: statistics of all processes' rows together, running ones kept."""
 
     def __init__(self):
         super().__init__()

@@ -127,7 +127,7 @@ def test_mixed_precision(world):
 
 @contextmanager
 def watching(net: nn.Module) -> Iterator[list[int]]:
-    """How many units other than the root hold whole parameters, whenever a linear layer has run or got its gradient."""
+    """Count the units but the root that hold whole parameters, when a linear layer has run or got its gradient."""
     units = [module for module in net.modules() if isinstance(module, FSDPModule) and module is not net]
     counts: list[int] = []
 

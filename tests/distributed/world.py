@@ -34,7 +34,7 @@ class World:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What ``function(*args)`` returns in each process; it must be found by name in its module."""
+        """Return what ``function(*args)`` returns in each process; it must be found by name in its module."""
         for pipe in self._pipes:
             pipe.send((function, args))
         replies = [pipe.recv() for pipe in self._pipes]

@@ -16,7 +16,7 @@ def results(tmp_path_factory):
 
 
 def crosses(result):
-    """Whether the order of the points on the line changes."""
+    """True if the order of the points on the line changes."""
     return bool((result.states[..., 0].diff(dim=1) <= 0).any())
 
 

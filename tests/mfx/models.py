@@ -120,7 +120,7 @@ def recurrence(
 
 
 def stack_recurrence(model: Stack, x: Tensor, gamma: float) -> Tensor:
-    """What a momentumized Stack without dropout computes."""
+    """Return what a momentumized Stack without dropout computes."""
     branches: list[Callable[[Tensor], Tensor]] = []
     for block in model.blocks:
         branches.append(lambda x, b=block: b.mix(b.norm1(x)))

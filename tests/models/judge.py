@@ -1,4 +1,4 @@
-"""What every model has to pass, whoever wrote it."""
+"""The tests that every model has to pass, of whatever library."""
 
 from __future__ import annotations
 

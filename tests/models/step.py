@@ -22,7 +22,7 @@ NOTHING: Named = {}
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a forward and a backward pass leave behind."""
+    """The result of a forward and a backward pass."""
 
     outputs: list[Tensor]
     grads: Grads

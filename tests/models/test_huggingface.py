@@ -95,7 +95,7 @@ def assert_equal(family: Family, actual: Outcome, expected: Outcome) -> None:
 
 
 def rounding(family: Family) -> float:
-    """How far two ways to compute the model may be apart, relatively."""
+    """Return the relative distance that two ways to compute the model may have."""
     return 0.0 if family.compiles_alike else ROUNDING * torch.finfo(family.dtype).eps
 
 

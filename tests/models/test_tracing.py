@@ -1,4 +1,4 @@
-"""What models write that a tracer has to be told about.
+"""Spellings in models that a tracer has to be told about.
 
 PYTEST_DONT_REWRITE: pytest replaces the assert statements of a test module by code of its own, those of models too.
 """

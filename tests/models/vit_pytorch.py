@@ -1,4 +1,4 @@
-"""How the models of vit_pytorch are built: as its README or their own files show, at small sizes."""
+"""The models of vit_pytorch, built as its README or their own files show, at small sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PIXELS, FRAMES = 32, 4
 
 
 def of(path: str) -> Any:
-    """What a module of the library defines, by ``module.name``."""
+    """Return what a module of the library defines, by ``module.name``."""
     module, name = path.split(".")
     return getattr(import_module(f"vit_pytorch.{module}"), name)
 

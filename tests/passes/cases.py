@@ -647,7 +647,7 @@ class _Careless(nn.Module):
 
 
 class CutByCapture(Case):
-    """What the third branch computes of the second state is used by later branches: the chain is cut after it."""
+    """Later branches use a value that the third branch computes of the second state: the chain is cut after it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What the passes make of each kind of step, and of each thing they refuse, as text to be read."""
+"""Golden files: what the passes make of each kind of step, and of each thing they refuse, as text to be read."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_lists_tuples_and_dicts_of_plain_values():
 
 
 class Batch:
-    """What some data loader returns."""
+    """A batch as a data loader returns it."""
 
     def __init__(self) -> None:
         self.x = inputs()
@@ -207,7 +207,7 @@ def test_no_batch_and_empty_batch():
 
 @dataclass
 class Result(OrderedDict):
-    """What Hugging Face models return: a mapping of the fields that are there."""
+    """An output as Hugging Face models return it: a mapping of the fields that are there."""
 
     end: torch.Tensor | None = None
     start: torch.Tensor | None = None

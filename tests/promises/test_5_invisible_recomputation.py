@@ -64,7 +64,7 @@ HOW = [("exact", 0.9), ("float", 0.9), ("exact", 0.0)]
 
 
 def everything(net):
-    """What a training step leaves, in the net and outside it."""
+    """Return all that a training step leaves, in the net and outside it."""
     return {
         **{f"state.{name}": value for name, value in net.state_dict().items()},
         **{f"buffer.{name}": value for name, value in net.named_buffers()},

@@ -1,4 +1,4 @@
-"""What a zoo is made of."""
+"""The entries of a zoo."""
 
 from __future__ import annotations
 

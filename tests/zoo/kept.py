@@ -19,7 +19,7 @@ PACKAGES = {"torchvision": "torchvision", "timm": "timm", "vit_pytorch": "vit-py
 
 
 def read(folder: Path = FOLDER) -> dict[str, Any]:
-    """What was kept; without rows, if nothing was."""
+    """Return what was kept; without rows, if nothing was."""
     file = folder / "zoo.json"
     return json.loads(file.read_text()) if file.exists() else {"versions": {}, "pending": [], "rows": []}
 

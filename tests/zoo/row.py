@@ -1,4 +1,4 @@
-"""What the sweep found out about one model."""
+"""The row of one model: what the sweep found out about it."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Row:
 
     @property
     def is_wrong(self) -> bool:
-        """Whether a comparison was made and failed."""
+        """True if a comparison was made and failed."""
         return any(verdict not in ("", *AGREE) for verdict in (self.gamma0, self.exact))
 
     @property

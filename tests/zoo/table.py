@@ -78,7 +78,7 @@ def share(rows: Iterable[Row]) -> float:
 
 
 def explained(versions: Mapping[str, str]) -> str:
-    """How it was measured, and what the columns mean."""
+    """Return the text that says how it was measured, and what the columns mean."""
     used = ", ".join(f"{package} {version}" for package, version in versions.items())
     return f"""
 Measured by `python -m tests.zoo` with {used}; one thread of a CPU, float32 where nothing else is said,
@@ -138,7 +138,7 @@ def lengths(chains: Sequence[int]) -> str:
 
 
 def reasons(row: Row) -> dict[str, int]:
-    """How many identity residual adds stay as they were, by reason; those that no graph shows among them."""
+    """Count identity residual adds that stay as they were, by reason; those that no graph shows among them."""
     unseen = max(0, row.adds - row.rewritten - sum(row.refused.values()))
     return {**row.refused, **({UNSEEN: unseen} if unseen else {})}
 

@@ -124,7 +124,7 @@ def smallest(module: str) -> str:
 
 
 def size(name: str) -> int:
-    """How many parameters a model has."""
+    """Return the number of parameters of a model."""
     with torch.device("meta"):
         return sum(p.numel() for p in timm.create_model(name).parameters())
 

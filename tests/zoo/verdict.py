@@ -128,7 +128,7 @@ def made(entry: Entry) -> tuple[nn.Module, Call]:
 
 
 def agrees_without_dropout(entry: Entry) -> bool:
-    """Whether at γ = 0 an entry's net is the model if no dropout masks are drawn, which two chains do by turns."""
+    """True if at γ = 0 an entry's net is the model if no dropout masks are drawn, which two chains do by turns."""
     model, call = made(entry)
     dropouts = [module for module in model.modules() if isinstance(module, _DropoutNd)]
     for module in dropouts:
@@ -175,7 +175,7 @@ def _verdict(compare: Callable[[], None], good: str) -> str:
 
 
 def steps_run(net: nn.Module, call: Call) -> int:
-    """How many steps of momentum chains one forward pass goes through."""
+    """Return the number of steps of momentum chains that one forward pass goes through."""
     with counted() as calls:
         net(*call[0], **call[1])
     return sum(calls)
@@ -196,7 +196,7 @@ def counted() -> Iterator[Sequence[int]]:
 
 
 def capture_of(net: nn.Module) -> str:
-    """How its graphs were had."""
+    """Return the way in which its graphs were captured."""
     forward = forward_of(net)
     if forward is None:
         return "symbolic"  # only such a graph says at once that there is nothing to rewrite

@@ -50,7 +50,7 @@ def labelled() -> Call:
 
 
 def seen() -> Call:
-    """What a robot saw (two views of two frames), felt, and did."""
+    """Return what a robot saw (two views of two frames), felt, and did."""
     views, tasks = torch.randn(BATCH, 2, 3, 2, PIXELS, PIXELS), torch.randint(0, 4, (BATCH,))
     return (views,), {"actions": torch.randn(BATCH, 3, 6), "tasks": tasks, "extra": torch.randn(BATCH, 9)}
 

@@ -68,7 +68,7 @@ def test_a_mode_inside_of_a_branch(mode, outside):
 
 
 def state() -> tuple:
-    """How deep in autocast we are, and what a model may switch."""
+    """Return the depth in autocast, and what a model may switch."""
     depth = torch.autocast_increment_nesting()
     torch.autocast_decrement_nesting()
     return depth, compat.modes()

@@ -102,7 +102,7 @@ def test_shapes(use_backprop):
 
 @pytest.mark.parametrize("gamma", [0.01, 0.5, 0.9])
 def test_states_are_rebuilt_bit_for_bit(gamma):
-    """What the package's own integers cannot: negative velocities, depth past any one store."""
+    """The package's own integers cannot do this: negative velocities, depth past any one store."""
     fs, x = functions(64), torch.randn(4, WIDTH, dtype=torch.float64, requires_grad=True)
     rebuilt, kept = (mfx.MomentumNet(fs, gamma, use_backprop=flag, verify="raise") for flag in (False, True))
     wanted = (x, *rebuilt.parameters())

@@ -1,4 +1,4 @@
-"""What the momentumnet package's own pages show, after a change of the import, in float64 against the package.
+"""The code that the momentumnet package's own pages show, after a change of the import, in float64 against the package.
 
 States have 40 fraction bits: a floor a step is below n·2⁻⁴⁰·T^1.5 after T steps at γ = n/d = 9/10. CONDITION is how
 much an error grows on its way to the output; networks without training, as these are, do not shrink it.
