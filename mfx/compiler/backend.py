@@ -29,6 +29,7 @@ from mfx.program.rewritten import RewrittenGraph, rewrite_captured
 from mfx.program.scope import Scope
 from mfx.text import without_chains
 from mfx_passes import MfxError
+from mfx_passes.ir import is_momentum_call, momentum_chain
 from mfx_passes.rewrite.portable_graph import copy_graph
 
 _HOLDERS_KEPT = 8
@@ -200,14 +201,13 @@ def _copy(module: fx.GraphModule) -> fx.GraphModule:
 def _refuse_cut_chains(module: fx.GraphModule, rewritten: RewrittenGraph) -> None:
     """Raise if a graph break cuts a chain: its velocity would start again at zero, which is another function."""
     broken, resumed = compat_compiling.is_broken_off(module), compat_compiling.is_resumed()
-    for name, call in rewritten.calls.items():
-        node = next(iter(rewritten.graph.find_nodes(op="call_module", target=name)))
+    for node in filter(is_momentum_call, rewritten.graph.nodes):  # none within a branch, which no break cuts
         starts_at_break = resumed and any(source.op == "placeholder" for source in node.all_input_nodes[:1])
         ends_at_break = broken and any(user.op == "output" for user in _readers_of_end(node))
         if starts_at_break or ends_at_break:
             raise MfxError(
-                f"the chain {call.chain} is cut by a graph break of torch.compile, where its velocity would be lost. "
-                "Compile with fullgraph=True to see what breaks the graph, or use mfx.momentumize."
+                f"the chain {momentum_chain(node)} is cut by a graph break of torch.compile, where its velocity "
+                "would be lost. Compile with fullgraph=True to see what breaks the graph, or use mfx.momentumize."
             )
 
 

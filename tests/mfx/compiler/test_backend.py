@@ -95,6 +95,31 @@ def test_it_is_another_function_otherwise():
     assert not torch.allclose(compiled(model, gamma=0.9)(x), model(x), atol=1e-3)
 
 
+class Nested(nn.Module):
+    """Blocks whose branches are chains themselves."""
+
+    def __init__(self):
+        super().__init__()
+        self.outer = nn.ModuleList(nn.ModuleList(nn.Linear(5, 5) for _ in range(3)) for _ in range(2))
+
+    def forward(self, x):
+        for inner in self.outer:
+            y = x.sin()
+            for block in inner:
+                y = y + block(y).tanh()
+            x = x + y
+        return x
+
+
+@pytest.mark.parametrize("inner", INNER)
+def test_chains_in_branches_of_a_chain(inner):
+    model, x = Nested(), torch.randn(4, 5)
+    net = compiled(model, inner)
+    expected = result(mfx.momentumize(model), list(model.parameters()), x)
+    assert_same(result(net, list(model.parameters()), x), expected)
+    assert [chain.name for chain in mfx.explain(net).chains] == ["root", "root#2", "root#3"]
+
+
 @pytest.mark.parametrize("inner", INNER)
 def test_statistics_of_batch_norm(inner):
     model, x = Normalized(), torch.randn(2, 4, 6, 6)
