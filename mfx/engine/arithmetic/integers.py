@@ -14,5 +14,9 @@ ONE = 2.0**40  # 1.0 in fixed point
 
 
 def nearest(t: Tensor) -> Tensor:
-    """Return the integers nearest to float64 ``t``, ties to even; ``t``, below 2⁶³ in magnitude, is written over."""
-    return t.round_().to(torch.int64)
+    """Return the integers nearest to float64 ``t``, ties to even, in the memory of ``t``, whose values are gone.
+
+    Args:
+        t: numbers below 2⁶³ in magnitude.
+    """
+    return t.view(torch.int64).copy_(t.round_())  # each element is read before it is written over

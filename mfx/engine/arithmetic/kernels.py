@@ -60,8 +60,8 @@ def increment(y: Tensor, x: Tensor, kind: str, gamma: Gamma) -> Tensor:
     f = y.to(torch.float64, copy=True)
     if kind == "residual":
         return nearest(f.mul_(gamma.complement * ONE))
-    F = nearest(f.mul_(ONE)).sub_(x)
-    return nearest(F.to(torch.float64).mul_(gamma.complement))
+    F = nearest(f.mul_(ONE)).sub_(x)  # in the memory of f
+    return nearest(f.copy_(F).mul_(gamma.complement))
 
 
 def read(x: Tensor, out: Tensor) -> None:

@@ -13,7 +13,10 @@ from mfx.engine.arithmetic.integers import nearest
 @given(st.lists(st.floats(-(2.0**62), 2.0**62), min_size=1, max_size=20))
 def test_ties_round_to_even_as_python_does(values):
     expected = [round(Fraction(value)) for value in values]
-    assert nearest(torch.tensor(values, dtype=torch.float64)).tolist() == expected
+    given_values = torch.tensor(values, dtype=torch.float64)
+    found = nearest(given_values)
+    assert found.tolist() == expected
+    assert found.data_ptr() == given_values.data_ptr()  # a GPU holds no second copy of a large tensor
 
 
 def tops(d):
