@@ -18,6 +18,7 @@ from mfx.net.routes import DynamoRoute, SymbolicRoute
 from mfx.net.warn_once import WarnOnce
 from mfx.options.options import Options
 from mfx.program.rewritten import RewrittenGraph
+from mfx_passes import MfxError
 
 
 class GraphTable:
@@ -56,10 +57,21 @@ class GraphTable:
         graph = self._symbolic.find(args, kwargs) or self._dynamo.find(args, kwargs) or self._capture(args, kwargs)
         if graph.shapes_known or not (compat.runs_for_real() or torch.compiler.is_exporting()):
             return graph
+        return self._fit(graph, args, kwargs)
+
+    def _fit(self, graph: RewrittenGraph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
+        """Return a graph with the steps that fit the shapes of a call, and keep it in place of the other."""
         fitting = self._symbolic.fit(graph, args, kwargs, self.options, self._warn)
         if fitting is None:
+            graph.shapes_known = True  # as far as they can be
             return graph
-        self.check(fitting)
+        fitting.shapes_known = True
+        try:
+            self.check(fitting)
+        except MfxError:
+            fitting.shapes_known = False  # the next such call is refused, too
+            raise
+        self._symbolic.replace(graph, fitting)
         return fitting
 
     def graph_for_defaults(self) -> RewrittenGraph:

@@ -107,30 +107,30 @@ class SymbolicRoute:
         options: Options,
         warn: Callable[[str], None],
     ) -> RewrittenGraph | None:
-        """Return a graph without the steps that do not fit the shapes of a call, and keep it in place of the other.
+        """Return a graph without the steps that do not fit the shapes of a call, which may be the graph itself.
 
-        None if the shapes cannot be had without running the model; then the graph stays.
+        None if the shapes cannot be found without running the model.
         """
         net = self._net
         # Nothing for autograd, nor for a checkpoint around this call, to save.
         with compat.outside_of_export(), torch.no_grad():
             found = find_with_shapes(net, graph.captured, options, args, kwargs)
         if found is None:
-            graph.shapes_known = True
             return None
         rejections = {rejection.node.name: rejection for rejection in found.rejections}
         rejected = {name: rejections[name] for name in graph.steps if name in rejections}
         if not rejected:
-            graph.shapes_known = True
             return graph
         refused = {name: (rejection.refusal, rejection.facts) for name, rejection in rejected.items()}
         fitting = rewrite_captured(net, graph.captured, options, refused, graph.assigned)
-        fitting.shapes_known = True
-        self.graphs = [fitting if other is graph else other for other in self.graphs]
         for name, rejection in rejected.items():
             path = graph.steps[name] or "the model"
             warn(f"the residual add {name} in {path} is left as it was: {rejection.reason}.")
         return fitting
+
+    def replace(self, graph: RewrittenGraph, fitting: RewrittenGraph) -> None:
+        """Keep a graph in place of another one, if that one was kept."""
+        self.graphs = [fitting if other is graph else other for other in self.graphs]
 
 
 class DynamoRoute:

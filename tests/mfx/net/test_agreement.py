@@ -115,6 +115,10 @@ class OtherInEval(Stack):
 def test_other_chains_in_eval_mode_are_refused():
     net = mfx.momentumize(OtherInEval())
     message = r"other chains in one call .*train and eval mode; .*'blocks': 6.*only= or skip="
+    for _ in range(2):  # the refused graph serves no later call either
+        with pytest.raises(mfx.MfxError, match=message):
+            net.eval()(inputs())
+    net.train()(inputs())
     with pytest.raises(mfx.MfxError, match=message):
         net.eval()(inputs())
 
