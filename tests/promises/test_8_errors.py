@@ -95,14 +95,24 @@ def test_not_a_net(wrong, name):
         pass
 
 
+class BySize(Stack):
+    """Symbolic tracing cannot follow it, so TorchDynamo captures it."""
+
+    def forward(self, x):
+        return super().forward(x if len(x) > 1 else 2 * x)
+
+
 def test_a_call_with_other_arguments_than_forward_takes():
     """A TypeError, as for any function, that names the function."""
-    net = mfx.momentumize(Stack())
+    net, captured_by_dynamo = mfx.momentumize(Stack()), mfx.momentumize(BySize())
+    captured_by_dynamo(inputs())
     for call in (net, partial(mfx.explain, Stack()), partial(mfx.profile, net)):
         with pytest.raises(TypeError, match=r"Stack.forward: missing a required argument: 'x'; it takes \(x\)"):
             call(y=inputs())
         with pytest.raises(TypeError, match=r"Stack.forward: too many positional arguments; it takes \(x\)"):
             call(inputs(), inputs())
+    with pytest.raises(TypeError, match=r"BySize.forward: missing a required argument: 'x'; it takes \(x\)"):
+        captured_by_dynamo(y=inputs())
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,10 @@ class GuardedCall:
             return False  # guards do not hold for tensors without values
         if any(_has_forward(module) and id(module) not in self._replaced for module in net.modules()):
             return False
-        bound = self._signature.bind(net, *args, **kwargs)
+        try:
+            bound = self._signature.bind(net, *args, **kwargs)
+        except TypeError:
+            return False  # the error is that of a call that is captured
         bound.apply_defaults()
         names, cells = self._forward.__code__.co_freevars, self._forward.__closure__ or ()
         closed_over = {name: cell.cell_contents for name, cell in zip(names, cells, strict=True)}
