@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from mfx.compat import compiling as compat_compiling
 from mfx.compiler.call_site import forward_by, site_for
+from mfx.compiler.callee import Callee
 from mfx.compiler.ops import run, settle
 from mfx.compiler.output_spec import is_plain
-from mfx.program.codegen import BackendCompiler
+from mfx.program.codegen import BackendCompiler, GraphCompiler
 from mfx_passes import MfxError
-
-if TYPE_CHECKING:
-    from mfx.compiler.callee import Callee
-    from mfx.program.codegen import GraphCompiler
-from torch import Tensor
 
 _COMPILERS: list[tuple[Any, GraphCompiler]] = []  # with their backends, which compare but do not hash
 _NONE = "mfx: None"  # stands for None, which code that Dynamo does not trace cannot take

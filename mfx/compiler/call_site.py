@@ -7,23 +7,20 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from mfx import compat
+from mfx.compiler.callee import Callee
 from mfx.compiler.output_spec import FromInput, OutputSpec, Produced, describe_outputs
 from mfx.modules.overlay import Extra
 from mfx.modules.random_state import undisturbed
 from mfx.modules.tree_copy import tree_copy
+from mfx.program.codegen import GraphCompiler
 from mfx_passes import MfxError
-
-if TYPE_CHECKING:
-    from mfx.compiler.callee import Callee
-    from mfx.program.codegen import GraphCompiler
-
 
 _FORWARDS: weakref.WeakValueDictionary[str, Callee] = weakref.WeakValueDictionary()
 _SITES: weakref.WeakValueDictionary[str, CallSite] = weakref.WeakValueDictionary()

@@ -2,4 +2,4 @@
 
 
 class MfxError(Exception):
-    """Says what is wrong, where in the user's model, and what to do about it."""
+    """An error whose message tells what is wrong, where in the user's model, and what to do about it."""

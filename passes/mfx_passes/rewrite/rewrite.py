@@ -16,8 +16,6 @@ from mfx_passes.ops.vocabulary import Modules, reads_size_only
 from mfx_passes.rewrite.outline import outline
 
 Insert = Callable[[ChainGraphs], tuple[str, str | None]]
-
-
 """Takes a chain's graphs and returns the name of the module that will run them, a ``call_module`` target.
 
 That module is called with ``(x, captures, roots)``: the state, a tuple of captures, and the attributes of the model

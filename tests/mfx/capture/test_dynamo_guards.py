@@ -22,7 +22,7 @@ class Block(nn.Module):
         return x + torch.tanh(self.fc(x))
 
 
-class SubmoduleForward(nn.Module):
+class Blocks(nn.Module):
     """Holds a chain, so it gets a forward of its own in the net; called as a module, it is guarded by Dynamo."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class SubmoduleForward(nn.Module):
 class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.part = SubmoduleForward()
+        self.part = Blocks()
 
     def forward(self, x):
         return self.part(x).sum()
@@ -72,7 +72,7 @@ def test_a_dispatch_mode_around_a_call_sees_the_rewritten_call_alone():
     assert len(forward_of(net).table.graphs) == 1
 
 
-class Prompted(SubmoduleForward):
+class Prompted(Blocks):
     def __init__(self) -> None:
         super().__init__()
         self.prompts = nn.ParameterList(nn.Parameter(torch.randn(4)) for _ in range(2))
@@ -101,7 +101,7 @@ def test_a_forward_replaced_in_a_module(capture):
 @pytest.mark.parametrize("change", [lambda m: m.table.update(scale=3.0), lambda m: setattr(m, "function", torch.relu)])
 @pytest.mark.parametrize("capture", ["symbolic", "dynamo"])
 def test_what_the_forward_goes_by(capture, change):
-    class Configured(SubmoduleForward):
+    class Configured(Blocks):
         def __init__(self) -> None:
             super().__init__()
             self.table, self.function = {"scale": 2.0}, torch.tanh
@@ -186,7 +186,7 @@ def rows_and_columns(net):
 
 
 def test_only_what_changed_is_a_variable_of_the_next_graph():
-    model = SubmoduleForward()
+    model = Blocks()
     net = mfx.momentumize(model, gamma=0.0, capture="dynamo")
 
     def run(rows, columns):
@@ -202,7 +202,7 @@ def test_only_what_changed_is_a_variable_of_the_next_graph():
 
 
 def test_another_condition_of_the_same_sizes_makes_none_a_variable():
-    net = mfx.momentumize(SubmoduleForward(), gamma=0.0, capture="dynamo")
+    net = mfx.momentumize(Blocks(), gamma=0.0, capture="dynamo")
     for double in (False, True):
         net.to(torch.float64 if double else torch.float32)
         net(torch.randn(2, 6, 4, dtype=torch.float64 if double else torch.float32))
@@ -211,6 +211,6 @@ def test_another_condition_of_the_same_sizes_makes_none_a_variable():
 
 def test_models_of_one_class_know_nothing_of_each_other():
     for rows in (2, 3):
-        net = mfx.momentumize(SubmoduleForward(), gamma=0.0, capture="dynamo")
+        net = mfx.momentumize(Blocks(), gamma=0.0, capture="dynamo")
         net(torch.randn(rows, 6, 4))
         assert rows_and_columns(net) == [f"{rows}, 6"]

@@ -254,7 +254,7 @@ def test_a_layer_by_itself_copies_and_hooks():
 # --- modules that give tuples, with which the package fails --------------------------------------------------------
 
 
-class SubmoduleForward(nn.Module):
+class WithByproduct(nn.Module):
     """A map with a byproduct, or without."""
 
     def __init__(self, gives):
@@ -270,7 +270,7 @@ class Stack(nn.Module):
     def __init__(self, gives, route):
         super().__init__()
         torch.manual_seed(0)
-        self.layers, self.route = nn.ModuleList(SubmoduleForward(gives) for _ in range(3)), route
+        self.layers, self.route = nn.ModuleList(WithByproduct(gives) for _ in range(3)), route
 
     def forward(self, x):
         if self.route == "dynamo" and len(x) < 1:  # which a symbolic trace cannot know
