@@ -45,7 +45,7 @@ def test_each_argument_reaches_its_option(monkeypatch):
         "example_inputs": {"x": 1},
         "verify": "raise",
     }
-    monkeypatch.setattr("mfx.api.rewritten", lambda model, options: options)
+    monkeypatch.setattr("mfx.api.build_net", lambda model, options: options)
     options = mfx.momentumize(nn.Identity(), **given)
     assert {name: getattr(options, name) for name in given} == given
     assert options.example_call == ((), {"x": 1})
