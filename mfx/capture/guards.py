@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from mfx.modules.overlay import Extra, Overlay
-from mfx.modules.restore import _ABSENT
 from mfx_passes import paths
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 _INTERNAL = frozenset({*nn.Module().__dict__, "forward", "graph", "code", "print_readable"})
+_ABSENT = object()
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,9 @@ class NamedStepModules:
     """The modules of some layers in a model to be captured: each is a step, and called as a whole.
 
     Args:
-        root: the model, or a part of it.
+        root: the model, or a submodule of it.
         layers: the layers.
-        within: path of that part in the whole model.
+        within: path of that submodule in the whole model.
     """
 
     def __init__(self, root: nn.Module, layers: Sequence[Layer], within: str = "") -> None:

@@ -188,7 +188,9 @@ class NetForward(Overlay):
         """
         if self.per_module:
             paths = {module: path for path, module in self.net.named_modules()}
-            return {f"{paths[part.net]}: {name}": g for part in self.submodules() for name, g in part.graphs().items()}
+            return {
+                f"{paths[inner.net]}: {name}": g for inner in self.submodules() for name, g in inner.graphs().items()
+            }
         return named_by_mode((graph.mode, graph, self.net) for graph in self.table.graphs)
 
     def _mention_hooks(self, graph: RewrittenGraph) -> None:

@@ -105,8 +105,8 @@ class GraphTable:
         self.check(graph)
         if torch.compiler.is_exporting():
             return graph  # its constants may be tensors without values: it is for this once
-        if graph.shapes_known:
-            self.check_names(graph)
+        if graph.shapes_known and not self.options.within:  # options name chains of the net as a whole
+            self.options.check_chains(graph.chain_lengths)
         self.known_chains.update(graph.chain_lengths)
         drop_overlays(self.net, graph.called_modules)
         route.keep(graph)
@@ -119,11 +119,3 @@ class GraphTable:
             MfxError: the chains are not the same, see `check_agreement`.
         """
         check_agreement(self.net, graph, self.graphs)
-
-    def check_names(self, graph: RewrittenGraph) -> None:
-        """Check that the options name chains of a graph.
-
-        Raises:
-            MfxError: an option names a chain that the model does not have.
-        """
-        self.options.check_chains(graph.chain_lengths)

@@ -138,9 +138,6 @@ class SubmoduleTable(GraphTable):
                     f"are {lengths}. Call the net instead, or use only= or skip= to leave out what differs."
                 )
 
-    def check_names(self, graph: RewrittenGraph) -> None:
-        """Check nothing: the options name chains of the net."""
-
 
 def install_submodules(outer: NetForward, net: nn.Module | None = None, path: str = "") -> None:
     """Give every module inside a net that may hold chains a forward of its own.

@@ -23,8 +23,8 @@ def tidy(
     """Put a graph that Dynamo captured into the form that a symbolic trace has, in place.
 
     Parameters and buffers are read by their path in the model instead of being inputs; checkpointed functions are
-    inlined; what runs in a grad, autocast or `torch.func` mode of its own becomes one call; nodes know their modules by
-    path.
+    inlined; what runs in a grad, autocast or `torch.func` mode of its own becomes one call; nodes have the paths
+    of their modules.
 
     Args:
         module: the captured graph.

@@ -181,7 +181,7 @@ def test_many_numbers_are_one_graph_in_the_end():
 
 def rows_and_columns(net):
     """For each of a net's graphs, the oldest first, the size of its input; None for any."""
-    guards = [str(entry.captured.binding._seen._guards) for entry in forward_of(net).table.graphs]
+    guards = [str(graph.captured.binding._seen._guards) for graph in forward_of(net).table.graphs]
     return [re.search(r"L\['x'\].*size=\[(.*?), 4\]", text).group(1) for text in guards[::-1]]
 
 

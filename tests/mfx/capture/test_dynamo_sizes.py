@@ -35,4 +35,4 @@ def test_sizes_do_not_stand_behind_a_cache_that_is_filled():
         (y, caches), (expected, expected_caches) = plain(x), model(x)
         assert torch.equal(y, expected)
         assert all(map(torch.equal, caches, expected_caches))
-    assert [entry.chain_lengths for entry in forward_of(net).table.graphs] == [{"root": 3}] * 2
+    assert [graph.chain_lengths for graph in forward_of(net).table.graphs] == [{"root": 3}] * 2

@@ -1,4 +1,4 @@
-"""A model that computes parts of itself in a mode of its own: the net does as well, whoever calls it."""
+"""A model that enters a mode of its own for some of its operations: the net does too, whatever mode it is called in."""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -89,7 +89,7 @@ def as_backend(model, gamma, inner="eager"):
     return torch.compile(model, backend=momentum, options={"gamma": gamma, "inner": inner})
 
 
-COMPILED = {name: mode for name, mode in MODES.items() if name != "inference_mode"}  # which AOTAutograd does not know
+COMPILED = {name: mode for name, mode in MODES.items() if name != "inference_mode"}  # AOTAutograd has none
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo asks

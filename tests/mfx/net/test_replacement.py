@@ -34,7 +34,7 @@ class OtherBlock(nn.Module):
 
 
 class Plain(nn.Linear):
-    """A block that is no residual step."""
+    """A block that is not a residual step."""
 
 
 REPLACEMENTS = {
