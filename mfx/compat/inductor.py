@@ -29,7 +29,7 @@ def elementwise(graph: Graph) -> Callable[..., None]:
         graph: its inputs are tensors of one size; only the last may be of another one.
 
     Returns:
-        A function of None (see `mfx.program.GraphCompiler`) and the inputs.
+        A function of None (see `mfx.program.codegen.GraphCompiler`) and the inputs.
     """
     made: dict[tuple[torch.device, bool, int], Callable[[list[Tensor]], Any]] = {}
 
