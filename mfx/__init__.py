@@ -1,4 +1,8 @@
-"""mfx: train deep residual networks without storing their activations."""
+"""mfx: train deep residual networks without storing their activations.
+
+The public names. Read ``api.py`` first, then ``ARCHITECTURE.md``: the road from a model to its gradients, the folders,
+and which may import which. This file may import all of them but ``mfx.cli``.
+"""
 
 from mfx.api import graphs, momentumize, original, to_networkx, trace
 from mfx.engine import recomputing

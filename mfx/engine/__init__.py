@@ -2,7 +2,7 @@
 
 `run_chain` runs the steps (``chain``), in an arithmetic of its own (``arithmetic``), under autograd (``update``), so
 that the backward pass recomputes what it needs (``recompute``), as a memory plan says (``memory``). The engine handles
-steps as functions; it does not handle graphs. It imports `mfx.modules`, `mfx.options`, `mfx.meter`, `mfx.compat` and
+steps as functions; it does not handle graphs. It may import `mfx.modules`, `mfx.options`, `mfx.meter`, `mfx.compat` and
 `mfx_passes`.
 """
 

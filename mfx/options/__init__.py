@@ -1,4 +1,4 @@
 """The options of `mfx.momentumize`, checked when they are made: γ as a fraction, memory budgets, chains by name.
 
-Imports ``mfx_passes``, `mfx.compat` and `mfx.text` only.
+May import ``mfx_passes``, `mfx.compat` and `mfx.text`.
 """
