@@ -32,6 +32,11 @@ class StepMeasure(FlopCounter):
         self._group: dict[int, int] = {}
         self._held: list[Any] = []
 
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """True, so that a compiled branch runs compiled while it is measured: its recomputation does."""
+        return True
+
     def saw(self, tensor: Tensor) -> None:
         """Count a tensor that is saved for the backward pass."""
         self._flops_to_last_saved = self.flops

@@ -95,6 +95,16 @@ def test_it_is_another_function_otherwise():
     assert not torch.allclose(compiled(model, gamma=0.9)(x), model(x), atol=1e-3)
 
 
+@pytest.mark.parametrize("inner", INNER)
+@pytest.mark.parametrize("options", [{"memory_budget": 0.5}, {"recompute": "all"}], ids=str)
+def test_plans_of_what_is_kept(inner, options):
+    model, x = Blocks(), torch.randn(4, 5)
+    expected = result(mfx.momentumize(model), list(model.parameters()), x)
+    net = compiled(model, inner, **options)
+    for _ in range(3):  # the first call measures the branches, as they run in its backward pass too: compiled
+        assert_same(result(net, list(model.parameters()), x), expected)
+
+
 class Nested(nn.Module):
     """Blocks whose branches are chains themselves."""
 
