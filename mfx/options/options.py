@@ -73,7 +73,10 @@ class Options:
                 "only is empty, so nothing would be rewritten; give it chain names or module paths, or None for all."
             )
         gamma = dict(self.gamma) if isinstance(self.gamma, Mapping) else self.gamma
-        self.__dict__.update(gamma=gamma, only=only, skip=skip)  # copies: the caller may change theirs later
+        inputs = self.example_inputs
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, list) else inputs
+        # Copies: the caller may change theirs later.
+        self.__dict__.update(gamma=gamma, only=only, skip=skip, example_inputs=inputs)
 
     @property
     def budget(self) -> MemoryBudget:

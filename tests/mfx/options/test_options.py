@@ -31,6 +31,14 @@ def test_what_the_caller_changes_later_changes_nothing():
     assert options.selection.skip == ("head",)
 
 
+@pytest.mark.parametrize("inputs", [{"x": 1}, [1]], ids=["by name", "by position"])
+def test_example_inputs_are_those_of_the_time(inputs):
+    options = Options(example_inputs=inputs)
+    before = options.example_call
+    inputs.clear()
+    assert options.example_call == before == (((), {"x": 1}) if before[1] else ((1,), {}))
+
+
 def test_each_argument_reaches_its_option(monkeypatch):
     given = {
         "gamma": 0.5,
