@@ -86,7 +86,7 @@ class ExactState(State):
             out = self._add_to_velocity(y, kind, gamma)
         self.owns_v = True
         self.steps += 1
-        self.range_check.check(self.X)
+        self.range_check.check(self.X, kind)
         return self.range_check.poison(out)
 
     @override

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -13,8 +15,8 @@ LIMIT = 2.0**22
 class RangeCheck:
     """The elements of a chain's state that are out of range: they are NaN whenever the stream is read.
 
-    On a CPU the common case, nothing wrong, costs one pass that finds the extremes. On other devices that would mean
-    waiting for the device, so the masks are always formed.
+    On a CPU the common case, nothing wrong, costs one pass over a branch's values that finds the extremes: x needs no
+    look while they bound it. On other devices that would mean waiting for the device, so the masks are always formed.
 
     Attributes:
         poisoned: a mask of the elements; None if there are none.
@@ -22,6 +24,9 @@ class RangeCheck:
 
     def __init__(self) -> None:
         self.poisoned: Tensor | None = None
+        self._admitted = 0.0  # the largest magnitude admitted so far; infinite where unknown, as the bounds below
+        self._x: float | None = None  # no magnitude of x is larger; None before the first step
+        self._v = 0.0
         self._peak: Tensor | None = None  # the largest finite magnitude, on the device
 
     @property
@@ -34,22 +39,27 @@ class RangeCheck:
 
     def admit(self, y: Tensor) -> Tensor:
         """Return ``y`` with zeros for what fixed point cannot hold, and remember these elements."""
-        if self._inside(y, 1.0):
+        extent = _extent(y)
+        self._admitted = max(self._admitted, extent)
+        if extent < LIMIT:
             return y
         size = y.abs()
         bad = (size < LIMIT).logical_not_()
         self._remember(bad, size.nan_to_num_(nan=0.0, posinf=0.0).amax().to(torch.float64))
         return y.masked_fill(bad, 0)
 
-    def check(self, X: Tensor) -> None:
-        """Remember the elements at which the fixed-point ``X`` left the range."""
-        if not self._inside(X, 2.0**40):
+    def check(self, X: Tensor, kind: str) -> None:
+        """Remember the elements at which the fixed-point ``X`` left the range in a step of this kind."""
+        if self._is_bounded(kind):
+            return
+        self._x = _extent(X) / 2.0**40
+        if not self._x < LIMIT:
             size = X.abs()
             self._remember(size >= int(LIMIT) << 40, size.amax().to(torch.float64) / 2.0**40)
 
     def clean(self, y: Tensor) -> Tensor:
         """Return what ``admit`` returned for this ``y``; remember nothing."""
-        if self._inside(y, 1.0):
+        if _extent(y) < LIMIT:
             return y
         return y.masked_fill((y.abs() < LIMIT).logical_not_(), 0)
 
@@ -57,15 +67,29 @@ class RangeCheck:
         """Set the poisoned elements of ``x`` to NaN, in place."""
         return x if self.poisoned is None else x.masked_fill_(self.poisoned, torch.nan)
 
-    def _inside(self, t: Tensor, one: float) -> bool:
-        """True if all of ``t``, in which 1.0 is ``one``, is known to be in range."""
-        if t.numel() == 0:
-            return True
-        if t.device.type != "cpu":
-            return False
-        low, high = torch.aminmax(t)
-        return max(-low.item(), high.item()) < LIMIT * one  # False for NaN
+    def _is_bounded(self, kind: str) -> bool:
+        """True if a step that adds admitted values cannot have led out of range.
+
+        V is an average of f, which is the branch's value, less x in a map. What that leaves out are roundings: v is off
+        by at most (2n + 1)·2⁻⁴⁰/(1 − γ) < 2⁻¹⁰, and x by that times the number of steps: far less than half the range.
+        """
+        if self._x is None:
+            self._x = self._v = self._admitted
+        self._v = max(self._v, self._admitted + (self._x if kind == "map" else 0.0))
+        self._x += self._v
+        return self._x < LIMIT / 2
 
     def _remember(self, bad: Tensor, peak: Tensor) -> None:
         self.poisoned = bad if self.poisoned is None else self.poisoned | bad
         self._peak = peak if self._peak is None else torch.maximum(self._peak, peak)
+
+
+def _extent(t: Tensor) -> float:
+    """Return the largest magnitude; infinity if there is a NaN, or if that would mean waiting for a device."""
+    if t.numel() == 0:
+        return 0.0
+    if t.device.type != "cpu":
+        return math.inf
+    low, high = torch.aminmax(t)
+    extent = float(max(-low.item(), high.item()))
+    return math.inf if math.isnan(extent) else extent

@@ -6,10 +6,14 @@ import re
 import pytest
 import timm
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
 
 import mfx
+from mfx.engine.arithmetic import ExactState, range_check
 from mfx.engine.arithmetic.range_check import LIMIT, RangeCheck
+from mfx.options.gamma import Gamma
 from tests.mfx.models import Stack, inputs, recurrence
 
 SHORT, DEEP = 3, 16  # steps' inputs are kept in the short one
@@ -149,6 +153,40 @@ def test_grad_scaler_skips_the_step_and_goes_on(how, gamma, depth):
         torch.testing.assert_close(p, q, rtol=0, atol=0)
 
 
+# --- where no look is needed ------------------------------------------------------------------------------------------
+
+
+@given(
+    gamma=st.sampled_from([0.0, 0.5, 0.9, 9999 / 10000]),
+    kind=st.sampled_from(["residual", "map"]),
+    scale=st.sampled_from([1.0, 1e4, 3e5, 2e6, 4e6]),
+    drift=st.sampled_from([0.0, 1.0]),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_where_x_is_not_looked_at_nothing_is_missed(gamma, kind, scale, drift, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x, *ys = (scale * (drift + torch.randn(8, generator=generator)) for _ in range(25))
+    state = ExactState.start(x, None, reversible=True)
+    for y in ys:
+        state.advance(y, kind, Gamma.of(gamma))
+        out = state.X.abs() >= int(LIMIT) << 40
+        poisoned = torch.zeros_like(out) if state.range_check.poisoned is None else state.range_check.poisoned
+        assert poisoned[out].all()
+
+
+def test_x_is_looked_at_where_it_may_be_out_of_range_only(monkeypatch):
+    seen = []
+    extent = range_check._extent
+    monkeypatch.setattr(range_check, "_extent", lambda t: seen.append(t.dtype) or extent(t))
+    for scale, looks in ((1.0, 0), (LIMIT / 8, 1)):
+        seen.clear()
+        state = ExactState.start(torch.zeros(4), None, reversible=True)
+        for y in (torch.full((4,), scale), *[torch.full((4,), -scale)] * 3):
+            state.advance(y, "residual", Gamma.of(0.0))
+        # Four steps of 1/8 of the limit: the last bound is half of it. Each branch's value and the start are looked at.
+        assert (seen.count(torch.int64), seen.count(torch.float32)) == (looks, 5)
+
+
 # --- where looking would mean waiting --------------------------------------------------------------------------------
 
 
@@ -156,7 +194,7 @@ def test_grad_scaler_skips_the_step_and_goes_on(how, gamma, depth):
 def never_reads_the_device(monkeypatch):
     """Every tensor as if it were on a device that computes while Python goes on."""
 
-    monkeypatch.setattr(RangeCheck, "_inside", lambda self, t, one: False)
+    monkeypatch.setattr(range_check, "_extent", lambda t: math.inf)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -165,8 +203,8 @@ def test_the_largest_value_is_found_without_looking(never_reads_the_device, dtyp
     guard.admit(torch.tensor([1.0, math.nan, math.inf, -8.0], dtype=dtype))
     assert guard.overflowed.item() == 0  # neither infinity nor NaN is an overflow
     assert guard.poisoned.tolist() == [False, True, True, False]
-    guard.check(torch.tensor([0, 0, 0, -(5_000_000 << 40)]))
-    guard.check(torch.tensor([0, 0, 0, 0]))
+    guard.check(torch.tensor([0, 0, 0, -(5_000_000 << 40)]), "residual")
+    guard.check(torch.tensor([0, 0, 0, 0]), "residual")
     assert guard.overflowed.item() == 5e6
     assert guard.poisoned.tolist() == [False, True, True, True]
     if dtype != torch.float16:
@@ -197,7 +235,7 @@ def test_nothing_waits_for_the_device():
     guard = RangeCheck()
     y = torch.empty(3, 8, device="meta")
     guard.admit(y)
-    guard.check(torch.empty(3, 8, dtype=torch.int64, device="meta"))
+    guard.check(torch.empty(3, 8, dtype=torch.int64, device="meta"), "residual")
     guard.poison(guard.clean(y))
     assert guard.overflowed.device.type == "meta"
     with pytest.raises((RuntimeError, NotImplementedError)):
