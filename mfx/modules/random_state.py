@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ def undisturbed(model: nn.Module) -> Iterator[list[str]]:
                 generator.write(state)
 
 
+_PLAIN = {bool, int, float, str, type(None), dict, OrderedDict, set, list, tuple}  # nearly all that a module holds
+
+
 def _generators(model: nn.Module) -> Iterator[_Generator]:
     yield _Generator("torch", torch.get_rng_state, torch.set_rng_state)
     yield _Generator("random", random.getstate, random.setstate)
@@ -53,7 +57,8 @@ def _generators(model: nn.Module) -> Iterator[_Generator]:
         yield _Generator("torch.cuda", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            yield from _own_generator(paths.join(path, name), value)
+            if type(value) not in _PLAIN:
+                yield from _own_generator(paths.join(path, name), value)
 
 
 def _own_generator(name: str, value: Any) -> Iterator[_Generator]:
