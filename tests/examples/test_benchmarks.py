@@ -1,10 +1,11 @@
 import json
+import re
 
 import pytest
 import torch
 
 import mfx
-from examples.benchmarks import arithmetic, contenders, depth, memory, overhead, passes, speed
+from examples.benchmarks import arithmetic, contenders, depth, memory, overhead, passes, results, speed
 from examples.benchmarks.blocks import Residual
 from examples.benchmarks.command import read_rows
 
@@ -152,3 +153,10 @@ def test_the_passes_benchmark_measures_stacks_and_resnets(capsys, tmp_path):
 def test_an_exponent_is_that_of_a_power():
     rows = [passes.Row("stack", 0, nodes, 0.0, 0.0, 3e-6 * nodes**1.5) for nodes in (10, 100, 3000)]
     assert passes.exponent(rows, "momentumize") == pytest.approx(1.5)
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results():
+    text = results.README.read_text()
+    assert results.filled(text) == text
+    named = re.findall(r"<!-- results: (\w+) -->", text)
+    assert sorted(named) == sorted(file.stem for file in (results.FOLDER / "results").glob("*.json"))
