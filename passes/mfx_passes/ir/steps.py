@@ -120,7 +120,7 @@ class StepGraphs:
         original: the step as the user wrote it; the same graph as ``branch`` for the kind ``"map"``.
         captures: numbers of the chain's captures that it reads, in the order of its inputs; numbers past these are side
             outputs of earlier steps (sizes that one branch computed and a later one reads), counted from the first on.
-        targets: dotted paths of the modules and tensors it reads.
+        targets: dotted paths of the modules and tensors it reads, through inner chain calls, too.
         sides: names of its side outputs.
     """
 

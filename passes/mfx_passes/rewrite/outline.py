@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch.fx import Graph, Node
 
@@ -11,15 +11,22 @@ from mfx_passes.ir import Chain, ChainGraphs, Step, StepGraphs
 from mfx_passes.ops import sums
 from mfx_passes.rewrite.extract import Lookup, extract
 
+Reached = Mapping[str, tuple[str, ...]]  # what the steps of rewritten chains read, by the targets of their calls
 
-def outline(chain: Chain) -> tuple[ChainGraphs, list[Node], list[list[Node]]]:
-    """Return the graphs of a chain, the nodes it captures, and for each step its side outputs."""
+
+def outline(chain: Chain, reached: Reached) -> tuple[ChainGraphs, list[Node], list[list[Node]]]:
+    """Return the graphs of a chain, the nodes it captures, and for each step its side outputs.
+
+    Args:
+        chain: the chain.
+        reached: what the steps of the chains inside of it read.
+    """
     inside = chain.nodes
     read = dict.fromkeys(node for step in chain.steps for node in step.inputs()[1:])
     captures = [node for node in read if node not in inside]
     sides = [side_outputs(step) for step in chain.steps]
     position = {node: i for i, node in enumerate([*captures, *(node for side in sides for node in side)])}
-    steps = tuple(_outline_step(step, position, side) for step, side in zip(chain.steps, sides, strict=True))
+    steps = tuple(_outline_step(step, position, side, reached) for step, side in zip(chain.steps, sides, strict=True))
     return ChainGraphs(chain.name, steps, _taps(chain)), captures, sides
 
 
@@ -34,20 +41,29 @@ def _taps(chain: Chain) -> tuple[int, ...]:
     return tuple(t for t, (step, after) in enumerate(following, 1) if set(step.out.users) - step.nodes - after.nodes)
 
 
-def _outline_step(step: Step, captures: dict[Node, int], sides: Sequence[Node]) -> StepGraphs:
+def _outline_step(step: Step, captures: dict[Node, int], sides: Sequence[Node], reached: Reached) -> StepGraphs:
     inputs = step.inputs()
     original = _graph_of(step, inputs, sides, without_skip=False)
     branch = original if step.kind == "map" else _graph_of(step, inputs, sides, without_skip=True)
-    targets = [str(node.target) for node in original.nodes if node.op in ("call_module", "get_attr")]
     return StepGraphs(
         path=step.path,
         kind=step.kind,
         branch=branch,
         original=original,
         captures=tuple(captures[node] for node in inputs[1:]),
-        targets=tuple(dict.fromkeys(targets)),
+        targets=tuple(dict.fromkeys(_targets(original, reached))),
         sides=tuple(node.name for node in sides),
     )
+
+
+def _targets(graph: Graph, reached: Reached) -> Iterator[str]:
+    """Yield the paths that a graph reads; of what it hands to an inner chain call only what the chain's steps read."""
+    calls = [node for node in graph.find_nodes(op="call_module") if node.target in reached]
+    handed = {root for call in calls for root in call.args[2].values()}
+    for node in graph.nodes:
+        if node.op in ("call_module", "get_attr") and node not in handed:
+            yield str(node.target)
+            yield from reached.get(str(node.target), ())
 
 
 def _graph_of(step: Step, inputs: Sequence[Node], sides: Sequence[Node], *, without_skip: bool) -> Graph:

@@ -61,16 +61,18 @@ class _Rewriter:
         self._modules = modules
         self._insert = insert
         self._replaced: dict[Node, Node] = {}
+        self._reached: dict[str, tuple[str, ...]] = {}
 
     def rewrite(self, chain: Chain) -> None:
         for step in chain.steps:
             step.skip = self._replaced.get(step.skip, step.skip)
             step.term = self._replaced.get(step.term, step.term)
         self._redirect_early_readers(chain)
-        graphs, captures, sides = outline(chain)
+        graphs, captures, sides = outline(chain, self._reached)
         inside = chain.nodes
         anchor, late = _place(chain, inside, captures)
         call, added = _insert_call(self._graph, graphs, chain, captures, anchor, self._insert)
+        self._reached[str(call.target)] = tuple(target for step in graphs.steps for target in step.targets)
         states = [chain.steps[t - 1].out for t in graphs.taps]
         outputs = [chain.steps[-1].out, *states, *(node for side in sides for node in side)]
         values = _unpack(self._graph, call, outputs)

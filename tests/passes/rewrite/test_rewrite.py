@@ -178,3 +178,20 @@ def test_calls_survive_a_round_trip() -> None:
             b.output,
             b.nodes,
         )
+
+
+def test_a_step_reads_what_the_chain_in_it_reads_and_no_more() -> None:
+    class Block(nn.Module):
+        def __init__(self, *inside: nn.Module) -> None:
+            super().__init__()
+            self.f = nn.Sequential(nn.Linear(4, 4), *inside)
+            self.scale = nn.Parameter(torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.f(x) * self.scale
+
+    inner = nn.Sequential(*(Block(Block(), Block()) for _ in range(2)))
+    outer = rewrite_model(inner).chains[-1]
+    for number, step in enumerate(outer.steps):
+        read = {f"{number}.{path}" for path in ("f.0", "scale", "f.1.f", "f.1.scale", "f.2.f", "f.2.scale")}
+        assert {target for target in step.targets if not target.startswith("momentum")} == read
