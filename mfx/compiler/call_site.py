@@ -114,7 +114,7 @@ class CallSite:
         difference = self.output_spec.difference(real)
         if difference is not None:
             raise MfxError(
-                f"{type(self.forward.net).__name__} {difference} when the code around it was compiled. Call "
+                f"{type(self.forward.net).__name__} {difference}: not as when the code around it was compiled. Call "
                 "torch.compiler.reset() after a change of the model."
             )
 

@@ -49,12 +49,12 @@ class OutputSpec:
     def difference(self, real: OutputSpec) -> str | None:
         """Describe the first difference that matters to code compiled for this spec, or return None."""
         if (self.leaves, self.treespec) != (real.leaves, real.treespec):
-            return f"returned {real.structure}, where {self.structure} was foreseen"
+            return f"returned {real.structure} instead of {self.structure}"
         for expected, found in zip(self.kinds, real.kinds, strict=True):
             if expected[:2] != found[:2] or not _sizes_agree(expected[2], found[2]):
-                return f"returned a tensor of {_kind_text(found)}, where {_kind_text(expected)} was foreseen"
+                return f"returned a tensor of {_kind_text(found)} instead of {_kind_text(expected)}"
         if not {*real.used} <= {*self.used} or not {*real.differentiable} <= {*self.differentiable}:
-            return "returned what depends on other parameters or inputs than was foreseen"
+            return "returned what depends on other parameters or inputs"
         return None
 
     @property

@@ -172,17 +172,14 @@ def _run_recorded(call: ChainCall, x: Tensor) -> ChainOutput:
         # With these, gradients arrive elsewhere too, when the last update may have been freed.
         on_tape = bool(call.taps or side) or out.has_sides
         last = tape if is_end and not on_tape else None
-        what = f"{call.name}: the stream after step {step.path}"
-        context = UpdateContext(state, step.kind, gamma, settings.gamma, index > 0, dummy, what, last)
+        context = UpdateContext(state, step.kind, gamma, settings.gamma, index > 0, dummy, last)
         x, v = Update.apply(x, v, y, context)
         out.add(x, side)
         if (on_cpu or index == len(call.steps) - 1) and (overflowed := state.overflowed()) is not None:
             notice_overflow(f"chain {call.name}, at or before step {step.path}", overflowed, call.cache)
         position = index + 1 - walked.start
-        if tape is not None and is_end and on_tape:
-            tape.store_end(state, what)
-        elif tape is not None and index in walked and not is_end and position % spacing == 0:
-            tape.anchor(position, state, what)
+        if tape is not None and index in walked and (is_end or position % spacing == 0):
+            tape.store(position, state, f"{call.name}: the stream after step {step.path}")
     return out.finish()
 
 

@@ -33,8 +33,8 @@ def verify_chain(name: str, cache: ChainCache, action: str, same: Tensor) -> Non
 def verify_step(name: str, cache: ChainCache, action: str, path: str, same: Tensor) -> None:
     """Warn or raise, as ``action`` says, if the recomputation of a step differs from the forward pass."""
     error = (
-        f"chain {name}, step {path}: the second run, in the backward pass, did not compute the values of the first, so "
-        f"gradients are those of other values. {_ADVICE}"
+        f"chain {name}, step {path}: the recomputation, in the backward pass, did not compute the values of the "
+        f"forward pass, so gradients are those of other values. {_ADVICE}"
     )
     _read(~same, action, lambda _: error, cache)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,7 +10,6 @@ from typing_extensions import override
 
 from mfx.engine.arithmetic import State
 from mfx.engine.arithmetic.base import wide
-from mfx.engine.recompute.saved import saved_by
 from mfx.options.gamma import Gamma
 
 if TYPE_CHECKING:
@@ -28,8 +26,7 @@ class UpdateContext(NamedTuple):
         later_gamma: γ of the steps after this one.
         follows: whether there is a step before this one.
         dummy: the chain's ``velocity_dummy``.
-        what: the stream after the step, in words, for messages.
-        tape: the chain's tape, for the last update if that keeps the end state; else None.
+        tape: the chain's tape, for the update whose gradient arrives before all others; else None.
     """
 
     state: State
@@ -38,7 +35,6 @@ class UpdateContext(NamedTuple):
     later_gamma: Gamma
     follows: bool
     dummy: Tensor
-    what: str
     tape: Tape | None = None
 
 
@@ -64,19 +60,13 @@ class Update(torch.autograd.Function):
         ctx.gamma, ctx.kind, ctx.tape = context.gamma, context.kind, context.tape
         ctx.later_gamma, ctx.follows, ctx.wide = context.later_gamma, context.follows, context.dummy.dtype
         ctx.dtypes = x.dtype, context.dummy.dtype if v is None else v.dtype, y.dtype
-        x_next = context.state.advance(y, context.kind, context.gamma)
-        if context.tape is not None:
-            tensors, ctx.thaw = context.state.freeze()
-            ctx.save_for_backward(*tensors)
-            ctx.what = context.what
-            context.tape.last = weakref.ref(ctx)
-        return x_next, context.dummy.detach()
+        return context.state.advance(y, context.kind, context.gamma), context.dummy.detach()
 
     @staticmethod
     @override
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.tape is not None:
-            ctx.tape.begin(ctx.thaw(saved_by(ctx, ctx.what)))
+            ctx.tape.begin()
         x_dtype, v_dtype, y_dtype = ctx.dtypes
         gamma, later = ctx.gamma, ctx.later_gamma
         if gv is None:

@@ -119,7 +119,7 @@ def test_off(build, place):
 
 def test_the_step_is_named_where_it_is_known():
     net = mfx.momentumize(hooked(2), gamma=0.0, verify="raise")
-    with pytest.raises(mfx.MfxError, match=r"chain blocks, step blocks\.0: the second run"):
+    with pytest.raises(mfx.MfxError, match=r"chain blocks, step blocks\.0: the recomputation"):
         net(inputs()).sum().backward()
 
 

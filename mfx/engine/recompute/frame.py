@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mfx.compat import NO_TASK, current_task, when_task_ends
 from mfx.engine.recompute.environment import StepEnvironment
-from mfx.engine.recompute.saved import Captures, SavedTensors
+from mfx.engine.recompute.saved import Captures, SavedTensors, freed
 from mfx.engine.scope import measure
 from mfx.modules.uninterrupted import may_stop
 from mfx_passes.errors import MfxError
@@ -54,7 +54,11 @@ class Rebuilt:
         if handle.tensor is None:
             rebuild()
         tensor = handle.tensor
-        assert tensor is not None, "the second run of a step did not reach what its first had saved"
+        if tensor is None:
+            raise MfxError(
+                "a recomputation ended before it had saved all that the forward pass saved. A step must do the same "
+                "both times: see that it depends on nothing that changed in between, or skip it"
+            )
         if tensor._version != handle.version:
             raise MfxError(
                 f"a step changes in place a tensor of shape {tuple(tensor.shape)} that its backward pass needs, as in "
@@ -193,8 +197,8 @@ class Frame:
     def _complaint(self, hooks: RecomputationHooks) -> str:
         what = hooks.wrong or f"saved {hooks.count} tensors, {len(self._packed)} in the forward pass"
         return (
-            f"{self._where}, step {self._path}: the second run of this step, in the backward pass, {what}. A step must "
-            "do the same both times: see that it depends on nothing that changed in between (Python state, an "
+            f"{self._where}, step {self._path}: the recomputation of this step, in the backward pass, {what}. A step "
+            "must do the same both times: see that it depends on nothing that changed in between (Python state, an "
             "attribute, a global, a random number not drawn from torch), or skip it"
         )
 
@@ -205,11 +209,13 @@ class KeptStep:
     live = None
 
     def __init__(self, y: Tensor, what: str) -> None:
+        self._what = what
         self._y: SavedTensors | None = SavedTensors([y], what)
 
     def rerun(self, x: Tensor, rebuilt: Rebuilt, *, to_value: bool) -> Tensor:
         """Return the value that recomputation would give."""
-        assert self._y is not None, "the last walk has passed here"
+        if self._y is None:
+            raise freed(self._what)
         return self._y.get()[0]
 
     def release(self) -> None:

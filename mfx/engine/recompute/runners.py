@@ -133,7 +133,8 @@ class FromTape(_Recomputing, Runner):
 
     def __init__(self, call: ChainCall, device: torch.device) -> None:
         super().__init__(call, device, original=False)
-        self.tape = Tape(partial(verify_chain, call.name, call.cache, call.settings.verify) if call.verifies else None)
+        verify = partial(verify_chain, call.name, call.cache, call.settings.verify) if call.verifies else None
+        self.tape = Tape(call.name, verify)
         self.walked = call.plan.walked(len(call.steps))
 
     def run(self, index: int, step: StepFunction, x: Tensor, gamma: Gamma) -> tuple[Any, ...]:  # noqa: D102

@@ -64,6 +64,11 @@ def saved_by(node: Any, what: str) -> tuple[Tensor, ...]:
         ) from error
 
 
+def freed(what: str) -> MfxError:
+    """Return the error for what a backward pass needs after an earlier one has freed it with the graph."""
+    return MfxError(f"{what} was freed with the graph by an earlier backward pass; give that one retain_graph=True")
+
+
 class Captures:
     """The other values that a chain's branches read, kept for recomputation; tensors inside containers too."""
 

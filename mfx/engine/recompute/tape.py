@@ -6,15 +6,14 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mfx.compat import NO_TASK, current_task, when_task_ends
+from mfx.compat import NO_TASK, current_task, keeps_graph, when_task_ends
 from mfx.engine.arithmetic import State
 from mfx.engine.recompute.frame import Frame, Handle, KeptStep, Rebuilt
-from mfx.engine.recompute.saved import SavedTensors
+from mfx.engine.recompute.saved import SavedTensors, freed
 from mfx.options.gamma import Gamma
 
 
@@ -36,42 +35,40 @@ class StoredInput:
 
 @dataclass
 class _Walk:
-    """The progress of one backward pass: ``state`` is the chain's after ``position`` steps."""
+    """The progress of one backward pass: ``state`` is the chain's after ``position`` steps; None: the stored one."""
 
     task: int
     position: int
-    state: State | None
-    repeatable: bool | None = None  # another walk can start from the end; None: not looked up yet
+    state: State | None = None
     ends_with_task: bool = False
 
 
-@dataclass(frozen=True)
 class _Stored:
     """A state that a walk can start from."""
 
-    tensors: Callable[[], tuple[Tensor, ...]]
-    thaw: Callable[[tuple[Tensor, ...]], State]
+    def __init__(self, state: State, what: str) -> None:
+        tensors, self._thaw = state.freeze()
+        self._tensors = SavedTensors(tensors, what)
 
-
-def _stored(state: State, what: str) -> _Stored:
-    tensors, thaw = state.freeze()
-    return _Stored(SavedTensors(tensors, what).get, thaw)
+    def state(self) -> State:
+        """Return the state; it does not write into what is stored."""
+        return self._thaw(self._tensors.get())
 
 
 class Tape:
     """Consecutive steps of one call, of which the first and the last are recomputed, and the state to walk back from.
 
-    Positions count the steps from the tape's first one. The end state is kept by the autograd node of the tape's last
-    update, which frees it as soon as the walk has begun; or here, by ``store_end``, if gradients may arrive without
-    passing through that node. At an anchor a walk continues from the stored state. After a complete walk ``verify`` is
-    called with the result of comparing its last state with the one that the first step started from.
+    Positions count the steps from the tape's first one. A walk starts from the nearest stored state; where it comes by
+    another one, it continues from that. The end state, stored like the others, is dropped when a backward pass that
+    frees the graph has begun there, and else lives as long as a handle does: parts of a graph may be run backward by
+    themselves, also after its outputs are gone (pipelines compute the gradients of weights so). After a complete walk
+    ``verify`` is called with the result of comparing its last state with the one that the first step started from.
     """
 
-    def __init__(self, verify: Callable[[Tensor], None] | None) -> None:
-        self.last: weakref.ref[Any] | None = None
+    def __init__(self, chain: str, verify: Callable[[Tensor], None] | None) -> None:
+        self._chain = chain
         self._steps: list[tuple[Frame | KeptStep, str, Gamma]] = []
-        self._end: _Stored | None = None
-        self._anchors: dict[int, _Stored] = {}
+        self._stored: dict[int, _Stored] = {}
         self._walk: _Walk | None = None
         self._rebuilt = Rebuilt()
         self._verify = verify
@@ -85,26 +82,23 @@ class Tape:
         """Append a step that is not recomputed."""
         self._steps.append((step, kind, gamma))
 
-    def store_end(self, state: State, what: str) -> None:
-        """Keep the state after all steps."""
-        self._end = _stored(state, what)
-
-    def anchor(self, position: int, state: State, what: str) -> None:
-        """Let walks continue from ``state`` at ``position``.
+    def store(self, position: int, state: State, what: str) -> None:
+        """Let walks start or continue from ``state`` at ``position``; the last one is the end.
 
         All of it is kept: the error of a walk is not known beforehand. Where a branch rounds to bfloat16, by itself or
         under autocast, its values for nearly the same x differ in the third digit.
         """
-        self._anchors[position] = _stored(state, what)
+        self._stored[position] = _Stored(state, what)
 
-    def begin(self, state: State) -> None:
-        """Start a walk from ``state``, the chain's end: a backward pass has reached it."""
-        self._set_walk(_Walk(current_task(), len(self._steps), state))
-        if torch.is_grad_enabled():
-            # This backward pass will itself be differentiated. That one need not pass through the last update, which
-            # may be freed by then.
-            tensors, thaw = state.freeze()
-            self._end = _Stored(lambda: tensors, thaw)
+    def begin(self) -> None:
+        """Start a walk from the end: a backward pass has reached it, before any handle."""
+        end = len(self._steps)
+        if end not in self._stored:
+            return  # an earlier pass has freed the graph, as autograd itself will say
+        walk = _Walk(current_task(), end)
+        if not (keeps_graph() or torch.is_grad_enabled()):  # a pass that is differentiated itself leaves handles, too
+            walk.state = self._stored.pop(end).state()
+        self._set_walk(walk)
 
     def _rebuild(self, index: int) -> None:
         frame = self._steps[index][0]
@@ -129,29 +123,27 @@ class Tape:
         task, walk = current_task(), self._walk
         if walk is not None and walk.task == task and walk.position > index:
             return walk
-        if self._end is not None:
-            return _Walk(task, len(self._steps), self._end.thaw(self._end.tensors()))
-        ctx = self._last_update()
-        assert ctx is not None, "the end state is gone while a handle is alive"
-        return _Walk(task, len(self._steps), ctx.thaw(ctx.saved_tensors))
+        position = min((stored for stored in self._stored if stored > index), default=None)
+        if position is None:
+            raise freed(f"{self._chain}: the state that activations are rebuilt from")
+        return _Walk(task, position)
 
     def _step_down(self, walk: _Walk) -> None:
-        if walk.repeatable is None:
-            walk.repeatable = self._end is not None or self._last_update() is not None
-        if walk.repeatable:
+        repeatable = len(self._steps) in self._stored
+        if repeatable:
             # The graph is retained, so handles stay alive; what they still hold can be rebuilt.
             self._rebuilt.clear()
-        if (anchor := self._anchors.get(walk.position)) is not None:  # the step above has its gradients now
-            walk.state = anchor.thaw(anchor.tensors())
-            if not walk.repeatable:
-                del self._anchors[walk.position]
+        if (stored := self._stored.get(walk.position)) is not None:  # the step above has its gradients now
+            walk.state = stored.state()
+            if not repeatable:
+                del self._stored[walk.position]
         state = walk.state
-        assert state is not None
+        assert state is not None, "a walk starts from a stored state"
         walk.position -= 1
         frame, kind, gamma = self._steps[walk.position]
         is_first = walk.position == 0
         y = frame.rerun(state.retreat_x(), self._rebuilt, to_value=not is_first or self._verify is not None)
-        if isinstance(frame, KeptStep) and not walk.repeatable:
+        if isinstance(frame, KeptStep) and not repeatable:
             frame.release()
         if is_first:
             walk.state = None
@@ -160,14 +152,6 @@ class Tape:
         state.retreat_v(y, kind, gamma)
         if is_first and self._verify is not None:
             self._verify(state.is_start())
-
-    def _last_update(self) -> Any:
-        """Return the last update's node if it still has the end state: until its backward has run, unless retained."""
-        ctx = self.last() if self.last is not None else None
-        try:
-            return ctx if ctx is not None and ctx.saved_tensors else None
-        except RuntimeError:
-            return None
 
 
 def _end_walk(this: weakref.ref[Tape], task: int) -> None:

@@ -311,7 +311,7 @@ def test_a_shape_that_changes_between_the_runs_names_its_step(how):
     loss = total(run(root, steps, x, **how).x)
     sizes["rows"] = 2
     with pytest.raises(
-        MfxError, match=r"blocks, step blocks\.12: the second run of this step.* saved a tensor of shape"
+        MfxError, match=r"blocks, step blocks\.12: the recomputation of this step.* saved a tensor of shape"
     ):
         loss.backward()
 

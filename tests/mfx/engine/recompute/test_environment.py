@@ -240,7 +240,7 @@ def test_second_run_that_saves_other_tensors(how, change):
 
     root = make_root(10)
     loss = run(root, make_steps(root, call=call), torch.randn(5, WIDTH), **how).x.sum()
-    with pytest.raises(MfxError, match=r"blocks, step blocks\.9: the second run of this step"):
+    with pytest.raises(MfxError, match=r"blocks, step blocks\.9: the recomputation of this step"):
         loss.backward()
 
 

@@ -213,7 +213,7 @@ def test_a_step_with_forward_hooks_runs_to_its_end(how):
 def test_other_values_are_noticed_where_they_matter(gamma):
     root, x = make_root(DEPTH), data()
     steps = make_steps(root, call=lambda f, x: f(x * (1 + 1e-6 * recomputing())))
-    with pytest.raises(MfxError, match=r"step blocks\.2: the second run.* did not compute the values of the first"):
+    with pytest.raises(MfxError, match=r"step blocks\.2: the recomputation.* did not compute the values"):
         run(root, steps, x, gamma=gamma).x.sum().backward()
 
 
@@ -243,7 +243,7 @@ def test_without_a_witness_the_values_are_compared(view):
             return self.up(self.down(x)) * (1 + recomputing())
 
     root = make_root(1, Low)
-    with pytest.raises(MfxError, match="did not compute the values of the first"):
+    with pytest.raises(MfxError, match="did not compute the values of the forward"):
         run(root, make_steps(root), x, gamma=0.0).x.sum().backward()
 
 
@@ -259,14 +259,14 @@ def test_a_mask_drawn_anew_is_noticed(mask, gamma):
     """It needs no gradient, and is the last thing that is saved: the value is never formed again."""
     root, x, generator = make_root(DEPTH), data(), torch.Generator().manual_seed(1)
     steps = make_steps(root, call=lambda f, x: f(x) * mask(x, generator))
-    with pytest.raises(MfxError, match="did not compute the values of the first"):
+    with pytest.raises(MfxError, match="did not compute the values of the forward"):
         run(root, steps, x, gamma=gamma).x.sum().backward()
 
 
 def test_a_run_that_saves_less_is_noticed(how):
     root, x = make_root(DEPTH), data()
     steps = make_steps(root, call=lambda f, x: f[0](x) if recomputing() else f(x))
-    with pytest.raises(MfxError, match=r"the second run of this step.* in the forward pass"):
+    with pytest.raises(MfxError, match=r"the recomputation of this step.* in the forward pass"):
         run(root, steps, x, **how).x.sum().backward()
 
 
