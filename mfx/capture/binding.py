@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -44,12 +44,14 @@ class ByName:
         constants: names and values of the others.
         positional: names of the arguments that may come by position.
         defaults: the default values that the signature has, by name.
+        shapes: shape, dtype and device of the inputs, by name, if the graph holds for these only.
     """
 
     inputs: tuple[str, ...]
     constants: Mapping[str, Any]
     positional: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
+    shapes: Mapping[str, Any] = field(default_factory=dict)
 
     guards_modules = False
 
@@ -74,6 +76,8 @@ class ByName:
         for name in inputs:
             if not isinstance(given.get(name), Tensor):
                 return False
+        if any(_kind(given[name]) != kind for name, kind in self.shapes.items()):
+            return False
         try:
             for name, value in constants:
                 if name not in given or frozen(given[name]) != value:
@@ -81,6 +85,15 @@ class ByName:
         except NotPlainError:
             return False
         return True
+
+    def tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the inputs of a call, by name."""
+        given = self._given(args, kwargs)
+        return {name: given[name] for name in self.inputs}
+
+    def for_shapes(self, inputs: Mapping[str, Tensor]) -> ByName:
+        """Return the same binding for inputs of these shapes, dtypes and devices only."""
+        return replace(self, shapes={name: _kind(tensor) for name, tensor in inputs.items()})
 
     def function(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function of the net and the arguments of a call; the net is not used."""
@@ -93,6 +106,10 @@ class ByName:
 
     def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {**self.defaults, **dict(zip(self.positional, args, strict=False)), **kwargs}
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.dtype, tensor.device
 
 
 class NotPlainError(TypeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +30,7 @@ class Captured:
         modules: modules that the graph calls and the model does not have.
         values: tensors without data by node name, where they are known: shapes, dtypes and devices.
         forward_only: True if the graph serves only calls in which no gradients are recorded.
+        leaves: paths of modules that the graph calls as a whole because a trace cannot walk through them, and why.
     """
 
     graph: PortableGraph
@@ -38,6 +40,7 @@ class Captured:
     modules: dict[str, nn.Module] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     forward_only: bool = False
+    leaves: Mapping[str, str] = field(default_factory=dict)
 
     def modules_of(self, net: nn.Module) -> dict[str, nn.Module]:
         """Return all modules that the graph may call, by path."""

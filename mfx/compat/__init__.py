@@ -15,9 +15,9 @@ from mfx.compat.autograd import (
     when_task_ends,
 )
 from mfx.compat.compiled import compiled_model, is_inductor
-from mfx.compat.fake_tensors import fake_mode, fake_mode_of, is_fake, runs_for_real, unlogged
+from mfx.compat.fake_tensors import fake_mode, fake_mode_of, is_fake, new_fake_mode, runs_for_real, unlogged
 from mfx.compat.fsdp import class_before_sharding, is_group, is_sharded, shards_of, share_shards
-from mfx.compat.fx import is_erased, search_autowrapped_in
+from mfx.compat.fx import is_erased, search_autowrapped_in, untraced
 from mfx.compat.hooks import forward_hook_tables, has_state_dict_hook, hook_tables
 from mfx.compat.modes import (
     AutocastState,
@@ -62,6 +62,7 @@ __all__ = [
     "modes",
     "modes_left",
     "modes_observed",
+    "new_fake_mode",
     "outside_of_export",
     "patching",
     "plain_transformer_layers",
@@ -71,6 +72,7 @@ __all__ = [
     "share_shards",
     "under_transform",
     "unlogged",
+    "untraced",
     "when_task_ends",
     "without_modes",
     "written_arguments",

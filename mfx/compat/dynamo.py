@@ -125,6 +125,7 @@ def trace_call(
         "ignore_logging_functions": set(_logging_methods()),
         "capture_scalar_outputs": True,
         "capture_dynamic_output_shape_ops": True,
+        "allow_rnn": True,  # LSTM, GRU and RNN are one operation each
     }
     with (
         _capture_conditions(),

@@ -22,10 +22,15 @@ def fake_mode() -> Iterator[Any]:
 
     Read in torch 2.11 to 2.15.
     """
+    with new_fake_mode() as mode, unlogged():
+        yield mode
+
+
+def new_fake_mode() -> Any:
+    """Return a mode as `fake_mode` enters it, to enter several times (torch 2.11 to 2.15)."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode, unlogged():
-        yield mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
 
 
 @contextmanager

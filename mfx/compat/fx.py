@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
+from unittest.mock import patch
 
-from torch import fx
+import torch
+from torch import fx, nn
+from torch.fx import _symbolic_trace
+
+from mfx.compat.fake_tensors import unlogged
+from mfx.compat.modes import modes_unobserved, without_function_modes
 
 
 def search_autowrapped_in(tracer: fx.Tracer, module: ModuleType) -> None:
@@ -15,3 +23,25 @@ def search_autowrapped_in(tracer: fx.Tracer, module: ModuleType) -> None:
 def is_erased(node: fx.Node) -> bool:
     """True if a node is no longer part of its graph (torch 2.11 to 2.15)."""
     return node._erased
+
+
+@contextmanager
+def untraced() -> Iterator[None]:
+    """Within this context, modules run as they do outside of the symbolic trace that is going on (torch 2.11 to 2.15).
+
+    The modes that watch the trace do not see it, what fails on fake tensors is not logged, and autocast does not keep
+    what it casts.
+    """
+    caches = torch.is_autocast_cache_enabled()
+    torch.set_autocast_cache_enabled(False)
+    with (
+        patch.object(nn.Module, "__call__", _symbolic_trace._orig_module_call),
+        patch.object(nn.Module, "__getattr__", _symbolic_trace._orig_module_getattr),
+        without_function_modes(),
+        modes_unobserved(),
+        unlogged(),
+    ):
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(caches)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any
 from unittest.mock import patch
@@ -66,7 +67,7 @@ def modes_observed(
 
     def notifying(function: Callable[..., Any], notify: Callable[[], object]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
-            if threading.get_ident() == thread:
+            if threading.get_ident() == thread and not _UNOBSERVED.get():
                 notify()
             return function(*args)
 
@@ -79,6 +80,19 @@ def modes_observed(
             stack.enter_context(patch.object(mode, "__exit__", notifying(mode.__exit__, left)))
         stack.enter_context(patch.object(torch, "set_rng_state", notifying(torch.set_rng_state, seeded)))
         yield
+
+
+@contextmanager
+def modes_unobserved() -> Iterator[None]:
+    """Let code within an observed block enter modes that are not the model's."""
+    token = _UNOBSERVED.set(True)
+    try:
+        yield
+    finally:
+        _UNOBSERVED.reset(token)
+
+
+_UNOBSERVED: ContextVar[bool] = ContextVar("unobserved", default=False)
 
 
 @contextmanager
@@ -154,6 +168,17 @@ def outside_of_export() -> Iterator[None]:
 
 
 _EXPORT = ("torch._export.non_strict_utils", "torch.export._safeguard", "torch.fx.experimental.proxy_tensor")
+
+
+@contextmanager
+def without_function_modes() -> Iterator[None]:
+    """Within this context, no function mode sees operations (torch 2.11 to 2.15)."""
+    modes = _get_current_function_mode_stack()
+    _replace_function_modes(())
+    try:
+        yield
+    finally:
+        _replace_function_modes(modes)
 
 
 def _replace_function_modes(modes: Sequence[Any]) -> None:

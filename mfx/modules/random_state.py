@@ -48,7 +48,7 @@ _PLAIN = {bool, int, float, str, type(None), dict, OrderedDict, set, list, tuple
 
 
 def _generators(model: nn.Module) -> Iterator[_Generator]:
-    yield _Generator("torch", torch.get_rng_state, torch.set_rng_state)
+    yield _Generator("torch", torch.random.get_rng_state, torch.random.set_rng_state)
     yield _Generator("random", random.getstate, random.setstate)
     numpy = sys.modules.get("numpy")
     if numpy is not None:

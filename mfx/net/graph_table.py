@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -91,12 +92,34 @@ class GraphTable:
         try:
             return self._admit(self._symbolic.capture(args, kwargs, options), self._symbolic)
         except CaptureError as untraceable:
-            if options.capture == "symbolic":
-                raise
-            try:
-                return self._admit(self._dynamo.capture(args, kwargs, options), self._dynamo)
-            except CaptureError as error:
-                raise CaptureError(f"{error} (Before that: {untraceable})") from error.__cause__
+            return self._admit(*self._second_best(args, kwargs, untraceable))
+
+    def _second_best(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], untraceable: CaptureError
+    ) -> tuple[RewrittenGraph, SymbolicRoute | DynamoRoute]:
+        """Return a graph of a model that cannot be traced symbolically as it is, and the route that it came by.
+
+        TorchDynamo is asked, and so is a trace in which the modules that cannot be followed are called as a whole. The
+        one with more steps is taken: Dynamo may have found sums inside of these modules, or may have had to give up.
+        Where they are equal it is Dynamo's, which holds for more shapes.
+
+        Raises:
+            CaptureError: there is none.
+        """
+        found: list[tuple[RewrittenGraph, SymbolicRoute | DynamoRoute]] = []
+        error: CaptureError | None = None
+        with suppress(CaptureError):
+            graph = self._symbolic.capture_with_leaves(args, kwargs, self.options)
+            found += [(graph, self._symbolic)] if graph.calls else []  # else there may be chains in its leaves
+        try:
+            if self.options.capture == "auto":
+                found.insert(0, (self._dynamo.capture(args, kwargs, self.options), self._dynamo))
+        except CaptureError as refused:
+            error = CaptureError(f"{refused} (Before that: {untraceable})")
+            error.__cause__ = refused.__cause__
+        if found:
+            return max(found, key=lambda one: sum(one[0].chain_lengths.values()))
+        raise error or untraceable
 
     def _admit(self, graph: RewrittenGraph, route: SymbolicRoute | DynamoRoute) -> RewrittenGraph:
         """Check a new graph, and keep it; the modules that it calls as a whole are left as they are."""

@@ -7,13 +7,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mfx import compat
 from mfx.capture.arguments import bind, bind_defaults, check_constants, check_signature
 from mfx.capture.binding import ByName
 from mfx.capture.captured import Captured, CaptureError, signature_of
 from mfx.capture.named_steps import named_steps_of
+from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.trace import capture
 from mfx.modules.overlay import bare_submodules
 from mfx.modules.restore import attributes_restored
@@ -56,6 +57,18 @@ class SymbolicRoute:
         """
         return self._capture(bind(self._net, signature_of(self._net), args, kwargs), options)
 
+    def capture_with_leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options) -> RewrittenGraph:
+        """Capture and rewrite a graph for a call, in which modules that cannot be traced are called as a whole.
+
+        Raises:
+            CaptureError: the model cannot be traced even so.
+        """
+        binding = bind(self._net, signature_of(self._net), args, kwargs)
+        check_constants(self._net, binding)
+        graph = self._traced(binding, options, binding.tensors(args, kwargs))
+        graph.shapes_known = True  # the trace was made with shapes
+        return graph
+
     def for_defaults(self, options: Options) -> RewrittenGraph:
         """Return the graph for default arguments, captured and rewritten now if there is none.
 
@@ -77,19 +90,26 @@ class SymbolicRoute:
         if mode in self._failures:
             raise CaptureError(self._failures[mode])
         try:
+            return self._traced(binding, options, None)
+        except CaptureError as error:
+            # else there is nothing to fall back on, or other conditions than in a call: try again
+            if options.capture != "symbolic" and not torch.compiler.is_exporting():
+                self._failures[mode] = str(error)
+            raise
+
+    def _traced(self, binding: ByName, options: Options, inputs: Mapping[str, Tensor] | None) -> RewrittenGraph:
+        net, leaves = self._net, Leaves(allowed=inputs is not None)
+        while True:  # where a trace has failed and gone on, it may have left something behind
+            leaves.grew = False
             with (
                 compat.patching(),
                 compat.outside_of_export(),
                 attributes_restored(net) as changed,
                 bare_submodules(net),
             ):
-                captured = capture(net, binding, named_steps_of(net, options), holds_chain)
-        except CaptureError as error:
-            # else there is nothing to fall back on, or other conditions than in a call: try again
-            if options.capture != "symbolic" and not torch.compiler.is_exporting():
-                self._failures[mode] = str(error)
-            raise
-        return rewrite_captured(net, captured, options, {}, changed)
+                captured = capture(net, binding, named_steps_of(net, options), holds_chain, leaves, inputs)
+            if not leaves.grew:
+                return rewrite_captured(net, captured, options, {}, changed)
 
     def keep(self, graph: RewrittenGraph) -> None:
         """Keep a graph for later calls; the oldest one goes if there are many for the same arguments."""

@@ -5,12 +5,16 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
 from mfx.capture.symbolic.bytecode import asserted
+from mfx.capture.symbolic.call_values import UNKNOWN
+
+if TYPE_CHECKING:
+    from mfx.capture.symbolic.tracer import SymbolicTracer
 
 _INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 
@@ -18,9 +22,29 @@ _INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "ia
 class _Proxy(fx.Proxy):
     """A proxy on which ``x += y`` is recorded as a change of x in place, not as a new value."""
 
+    tracer: SymbolicTracer
+
     def __len__(self) -> int:
-        # A TypeError, which list.extend takes for "not known".
-        raise TypeError("the length of a traced value is not known")
+        length = self.tracer.length_of(self)
+        if length is None:  # a TypeError, which list.extend takes for "not known"
+            raise TypeError("the length of a traced value is not known")
+        return int(length)
+
+    def __index__(self) -> int:
+        return operator.index(self._number())
+
+    def __int__(self) -> int:
+        return int(self._number())
+
+    def __float__(self) -> float:
+        return float(self._number())
+
+    def _number(self) -> Any:
+        """Return a traced size as it is in the call that is traced."""
+        value = self.tracer.number_of(self)
+        if value is UNKNOWN:
+            raise TypeError("the value of a traced tensor is needed as a number")
+        return value
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Attributes of the model's own stay while it is traced; a tensor's attributes would change without a record.

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 from mfx import compat
 from mfx.capture.binding import ByName
 from mfx.capture.captured import Captured, CaptureError
 from mfx.capture.named_steps import NamedStepModules
+from mfx.capture.symbolic.call_values import CallValues
+from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.tracer import SymbolicTracer
+from mfx.capture.symbolic.user_code import said_by, user_line
 from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import tensors_restored
 from mfx_passes import MfxError
@@ -41,19 +43,27 @@ def capture(
     binding: ByName,
     steps: NamedStepModules | None = None,
     is_leaf: Callable[[nn.Module], bool] = lambda module: False,
+    leaves: Leaves | None = None,
+    inputs: Mapping[str, Tensor] | None = None,
 ) -> Captured:
     """Trace a model symbolically.
+
+    With ``inputs``, a submodule in which the trace fails is called as a whole, and where the model uses sizes as
+    numbers, they are those of the inputs.
 
     Args:
         model: the model, in the training mode that the graph is for; it is left as it was.
         binding: which arguments are tensors, and the values of the others.
         steps: modules that are steps as a whole.
         is_leaf: True for other modules that are called as a whole.
+        leaves: submodules that are known to become leaves; those that do now are added.
+        inputs: the tensors of the call that the graph is for; None if it is for any call.
 
     Raises:
         CaptureError: it cannot be traced, or the trace would hold for this one run only.
     """
-    tracer = SymbolicTracer(binding.inputs, binding.constants, steps.modules if steps else (), is_leaf)
+    values = None if inputs is None else CallValues(model, inputs)
+    tracer = SymbolicTracer(binding.inputs, binding.constants, steps.modules if steps else (), is_leaf, leaves, values)
     attributes = set(model.__dict__)
     with (
         tensors_restored(model) as replaced,
@@ -63,15 +73,19 @@ def capture(
     ):
         try:
             graph = tracer.trace(model)
+            if values is not None:
+                values.find(graph)
         except MfxError:
             raise
         except Exception as error:
             for name in set(model.__dict__) - attributes:
                 delattr(model, name)
             raise CaptureError(
-                f"{type(model).__name__} cannot be traced symbolically: {_first_line(error)} "
-                f"({_user_line(error, model)}). {_ADVICE}"
+                f"{type(model).__name__} cannot be traced symbolically: {said_by(error, model)}. {_ADVICE}"
             ) from error
+        finally:
+            if values is not None:
+                values.put_back()
     if replaced:
         raise CaptureError(
             f"{type(model).__name__} replaces buffers while it runs ({', '.join(dict.fromkeys(replaced))}), which a "
@@ -91,7 +105,15 @@ def capture(
     if steps is not None:
         steps.mark(graph)
     kept = copy_graph(graph)
-    return Captured(kept, load_calls(dump_calls(tracer.calls), kept), tracer.walked, binding)
+    called = {str(node.target): model.get_submodule(str(node.target)) for node in kept.find_nodes(op="call_module")}
+    return Captured(
+        kept,
+        load_calls(dump_calls(tracer.calls), kept),
+        tracer.walked,
+        binding.for_shapes(values.inputs) if values is not None and values.numbers_used else binding,
+        values={} if values is None else values.tensors(graph),
+        leaves={path: tracer.leaves.reasons[module] for path, module in called.items() if module in tracer.leaves},
+    )
 
 
 class _ValuesRead(TorchFunctionMode):
@@ -101,7 +123,7 @@ class _ValuesRead(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS and not isinstance(args[0], fx.Proxy):
-            where = _user_frame(traceback.extract_stack(), self._model)
+            where = user_line(traceback.extract_stack(), self._model)
             raise CaptureError(
                 f"{type(self._model).__name__} reads the value of a tensor while it runs ({where}): a graph would hold "
                 f"for this one value only. {_ADVICE}"
@@ -127,23 +149,3 @@ def _self_of(hook: Any) -> object:
     while isinstance(hook, partial):
         hook = hook.func
     return getattr(hook, "__self__", None)
-
-
-def _first_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
-
-
-def _user_line(error: BaseException, model: nn.Module) -> str:
-    return _user_frame(traceback.extract_tb(error.__traceback__), model)
-
-
-def _user_frame(frames: traceback.StackSummary, model: nn.Module) -> str:
-    """Return the innermost line that is neither torch's nor mfx's."""
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
-    theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
-    torchs = [
-        frame for frame in frames if "/torch/nn/" in frame.filename and "/modules/module.py" not in frame.filename
-    ]
-    for frame in (theirs or torchs)[-1:]:
-        return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
-    return f"in the forward of {type(model).__name__}"

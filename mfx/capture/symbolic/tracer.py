@@ -16,10 +16,17 @@ from torch.fx.node import map_aggregate
 from torch.nn.utils.parametrize import is_parametrized
 
 from mfx import compat
+from mfx.capture.captured import CaptureError
+from mfx.capture.symbolic.applied_functions import functions_are_nodes
 from mfx.capture.symbolic.bytecode import unpacked_indices
+from mfx.capture.symbolic.call_values import UNKNOWN, CallValues
 from mfx.capture.symbolic.entered_modes import EnteredModes
-from mfx.capture.symbolic.leaf_modules import LOOKED_INTO, einops_functions, timm_functions, timm_modules
+from mfx.capture.symbolic.leaf_modules import LOOKED_INTO, einops_functions, timm_functions
+from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.proxies import Value
+from mfx.capture.symbolic.user_code import said_by, user_stack
+from mfx.modules.random_state import undisturbed
+from mfx.modules.restore import tensors_restored
 from mfx_passes import ModuleCall
 
 
@@ -29,8 +36,10 @@ class SymbolicTracer(fx.Tracer):
     Args:
         inputs: names of the arguments that are tensors.
         constants: values of the other arguments, by name; the trace holds for these values only.
-        leaves: modules that are called as a whole, whatever they are.
+        steps: modules that are called as a whole, whatever they are.
         is_leaf: True for further modules that are called as a whole.
+        leaves: modules that cannot be walked through; a trace adds those in which it fails.
+        values: what is known of the call that the trace is made for.
 
     Attributes:
         calls: the module calls that were walked through, in the order they ended.
@@ -41,14 +50,16 @@ class SymbolicTracer(fx.Tracer):
         self,
         inputs: Sequence[str],
         constants: Mapping[str, Any],
-        leaves: Collection[nn.Module] = (),
+        steps: Collection[nn.Module] = (),
         is_leaf: Callable[[nn.Module], bool] = lambda module: False,
+        leaves: Leaves | None = None,
+        values: CallValues | None = None,
     ) -> None:
         super().__init__(autowrap_functions=(*einops_functions(), *timm_functions(), torch.finfo, torch.iinfo))
         compat.search_autowrapped_in(self, torch)  # which is where torch.finfo is looked up
-        self._timm_modules = timm_modules()
-        self._leaves, self._is_leaf = leaves, is_leaf
-        self._opaque: set[str] = set()
+        self._steps, self._is_leaf = steps, is_leaf
+        self.leaves = Leaves(allowed=False) if leaves is None else leaves
+        self.values = values
         self._inputs = inputs
         self._constants = constants
         self.calls: list[ModuleCall] = []
@@ -61,7 +72,7 @@ class SymbolicTracer(fx.Tracer):
         self._tensor_paths = {id(tensor): path for path, tensor in reversed(tensors)}
         self.walked = {"": root}
         self._modes = EnteredModes()
-        with self._modes.watched():
+        with self._modes.watched(), functions_are_nodes():
             graph = super().trace(root, concrete_args)
         # What forward is annotated to return says nothing a graph needs, and a string breaks its pickle in torch 2.13.
         graph.output_node().type = None
@@ -81,12 +92,10 @@ class SymbolicTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """True for modules of torch.nn and einops that cannot hold residual adds: they are called as a whole."""
-        if m in self._leaves or self._is_leaf(m):
-            return True  # the latter runs a chain already
+        if m in self._steps or m in self.leaves or self._is_leaf(m):
+            return True  # the last runs a chain already
         if type(m) in LOOKED_INTO:
             return False
-        if module_qualified_name in self._opaque:
-            return True
         if is_parametrized(m) and not type(m).__mro__[1].__module__.startswith("torch.nn"):
             return False  # its class was made by torch.nn, but from one that was not
         return type(m).__module__.startswith("einops.") or super().is_leaf_module(m, module_qualified_name)
@@ -96,11 +105,16 @@ class SymbolicTracer(fx.Tracer):
     ) -> Any:
         """Record a call; for a module that is walked through, record its nodes, too."""
         path = self.path_of_module(m)
-        if self.is_leaf_module(m, path):
-            return super().call_module(m, forward, args, kwargs)
-        if type(m) in self._timm_modules:
-            return self._walk_if_possible(m, path, args, kwargs)
-        return self._walk(m, path, args, kwargs)
+        if m not in self.leaves and not self.is_leaf_module(m, path):
+            if not self.leaves.may_take(m):
+                return self._walk(m, path, args, kwargs)
+            output = self._walk_if_possible(m, path, args, kwargs)
+            if m not in self.leaves:
+                return output
+        output = super().call_module(m, forward, args, kwargs)
+        if m not in self.leaves or self.values is None:
+            return output
+        return self.values.call_leaf(m, output, args, kwargs)
 
     def _walk(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.walked[path] = m
@@ -113,13 +127,18 @@ class SymbolicTracer(fx.Tracer):
         return output
 
     def _walk_if_possible(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Walk through a module that is declared to be untraceable; call it as a whole if it is."""
+        """Walk through a module; where that fails, it becomes a leaf and nothing is recorded."""
         attributes = {module: dict(module.__dict__) for module in m.modules()}
         last = next(reversed(self.graph.nodes), None)
         calls, walked, stack = len(self.calls), dict(self.walked), self.module_stack.copy()
         try:
-            return self._walk(m, path, args, kwargs)
-        except Exception:  # whatever its forward says to symbolic values
+            with undisturbed(m) as drawn, tensors_restored(m) as replaced:
+                output = self._walk(m, path, args, kwargs)
+            if drawn or replaced:
+                what = f"draws random numbers ({', '.join(drawn)})" if drawn else f"replaces {', '.join(replaced)}"
+                raise CaptureError(f"it {what} while it runs")
+            return output
+        except Exception as error:  # whatever its forward says to symbolic values
             for module, before in attributes.items():
                 module.__dict__.clear()
                 module.__dict__.update(before)
@@ -127,8 +146,8 @@ class SymbolicTracer(fx.Tracer):
                 self.graph.erase_node(node)
             del self.calls[calls:]
             self.walked, self.module_stack = walked, stack
-        self._opaque.add(path)
-        return super().call_module(m, m.forward, args, kwargs)
+            self.leaves.add(m, f"a trace cannot follow it: {said_by(error, m)}")
+            return None
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return a proxy for a parameter or buffer: the graph does not depend on its value."""
@@ -159,7 +178,7 @@ class SymbolicTracer(fx.Tracer):
         """Record a node with the stack of the user's code (cheaper than torch's own stack traces)."""
         self._modes.check()
         node = super().create_node(*args, **kwargs)
-        node.meta["stack_trace"] = _user_stack()
+        node.meta["stack_trace"] = user_stack()
         return node
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
@@ -167,8 +186,24 @@ class SymbolicTracer(fx.Tracer):
         count = _length(obj.node)
         indices = unpacked_indices(sys._getframe(2)) if count is None else range(count)
         if indices is None:
-            return super().iter(obj)
+            length = self.length_of(obj)
+            if length is None:
+                return super().iter(obj)
+            indices = range(length)
         return iter([None if i is None else operator.getitem(obj, i) for i in indices])
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        """Return the truth value of a size or of what was computed of sizes."""
+        value = self.number_of(obj)
+        return super().to_bool(obj) if value is UNKNOWN else bool(value)
+
+    def number_of(self, obj: fx.Proxy) -> Any:
+        """Return a size, or what was computed of sizes, in the call that is traced; `UNKNOWN` if it is not known."""
+        return UNKNOWN if self.values is None else self.values.number(obj.node)
+
+    def length_of(self, obj: fx.Proxy) -> int | None:
+        """Return the length of a value in the call that is traced; None if it is not known."""
+        return None if self.values is None else self.values.length(obj.node)
 
 
 def _is_made_of_fields(mapping: Any) -> bool:
@@ -186,22 +221,6 @@ def _after(graph: fx.Graph, last: fx.Node | None) -> Iterator[fx.Node]:
     while node is not None and node.op != "root":
         yield node
         node = node.next
-
-
-def _user_stack() -> str:
-    """Return the frames of the user's model, outermost first, as a traceback prints them."""
-    lines = []
-    frame = sys._getframe(2)
-    while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module == "mfx.capture.symbolic.trace":
-            break
-        if not module.startswith(
-            ("torch.fx", "torch.nn.modules.module", "torch.overrides", "mfx.capture.symbolic", "contextlib")
-        ):
-            lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n')
-        frame = frame.f_back  # type: ignore[assignment]
-    return "".join(reversed(lines))
 
 
 def _length(node: fx.Node) -> int | None:

@@ -1,0 +1,226 @@
+"""What the nodes of a trace are in one call: tensors without data, and sizes as numbers."""
+
+from __future__ import annotations
+
+import io
+import operator
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+from torch.utils import _pytree as pytree
+
+from mfx import compat
+from mfx.modules.random_state import undisturbed
+from mfx.modules.restore import attributes_restored, restored_if_changed, tensors_restored
+
+UNKNOWN = object()
+_CONSTANT = (type(None), str, torch.dtype, torch.device)  # what a module returns whatever its input is
+
+
+class CallValues:
+    """The values of nodes in one call, as far as they can be had without running the model.
+
+    Args:
+        root: the model.
+        inputs: the tensors of the call, by placeholder.
+
+    Attributes:
+        numbers_used: True once a trace has used a size as a number: it then holds for the shapes of this call only.
+    """
+
+    def __init__(self, root: nn.Module, inputs: Mapping[str, Tensor]) -> None:
+        self.numbers_used = False
+        self._root = root
+        self.inputs = inputs
+        self._mode = compat.new_fake_mode()
+        self._fakes = {name: self._without_data(tensor) for name, tensor in inputs.items()}
+        self._known: dict[fx.Node, Any] = {}
+        self._outputs: dict[Any, tuple[Any, dict[nn.Module, set[str]]]] = {}
+        self._set_by_leaves: dict[nn.Module, dict[str, Any]] = {}
+
+    def of(self, node: fx.Node) -> Any:
+        """Return the value of a node, `UNKNOWN` if it depends on data."""
+        if node not in self._known:
+            self.find(node.graph)
+        return self._known.get(node, UNKNOWN)
+
+    def number(self, node: fx.Node) -> Any:
+        """Return the value of a node if it is no tensor, for a trace that then holds for these shapes only."""
+        value = self.of(node)
+        if isinstance(value, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
+            return UNKNOWN
+        self.numbers_used = self.numbers_used or value is not UNKNOWN
+        return value
+
+    def length(self, node: fx.Node) -> int | None:
+        """Return the length of a node's value, for a trace that then holds for these shapes only; None if unknown."""
+        value = self.of(node)
+        if not isinstance(value, tuple | list | Tensor) or (isinstance(value, Tensor) and not value.dim()):
+            return None
+        self.numbers_used = True
+        return len(value)
+
+    def tensors(self, graph: fx.Graph) -> dict[str, Tensor]:
+        """Return the values that are tensors, by name of the node."""
+        return {node.name: value for node in graph.nodes if isinstance(value := self._known.get(node), Tensor)}
+
+    def find(self, graph: fx.Graph) -> None:
+        """Find the values of all nodes that are in the graph by now."""
+        missing = [node for node in graph.nodes if node not in self._known]
+        if missing:
+            with compat.untraced(), torch.random.fork_rng(devices=()), restored_if_changed(), self._mode:
+                for node in missing:
+                    self._known[node] = self._value(node)
+
+    def _value(self, node: fx.Node) -> Any:
+        args, kwargs = self._arguments((node.args, node.kwargs))
+        if any(leaf is UNKNOWN for leaf in pytree.tree_leaves((args, kwargs))):
+            return UNKNOWN
+        try:
+            match node.op:
+                case "placeholder":
+                    return self._fakes[str(node.target)]
+                case "get_attr":
+                    found = operator.attrgetter(str(node.target))(self._root)
+                    return self._mode.from_tensor(found) if isinstance(found, Tensor) else found
+                case "call_module":  # without its hooks, which are the user's
+                    return self._root.get_submodule(str(node.target)).forward(*args, **kwargs)
+                case "call_method":
+                    return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                case "call_function":
+                    return node.target(*args, **kwargs)  # type: ignore[operator]
+        except Exception:  # whatever an operation says to tensors without data
+            return UNKNOWN
+        return args[0]  # the output
+
+    def _without_data(self, tensor: Tensor) -> Tensor:
+        """Return a tensor without data; to be called outside of the mode, where detach gives one with data."""
+        if tensor.is_leaf:
+            return self._mode.from_tensor(tensor)
+        fake: Tensor = self._mode.from_tensor(tensor.detach())
+        return fake.requires_grad_()
+
+    def _arguments(self, arguments: Any) -> Any:
+        return map_aggregate(arguments, lambda arg: self._known[arg] if isinstance(arg, fx.Node) else arg)
+
+    def call_leaf(self, module: nn.Module, output: fx.Proxy, args: Any, kwargs: Any) -> Any:
+        """Return what a trace has for the output of a module that is called as a whole: proxies in their structure.
+
+        The module is run for that on tensors without data, else on made-up ones. What else it does is undone, but for
+        the attributes that it sets: these are gone until `put_back`, as their values are not known to the trace.
+
+        Args:
+            module: the module.
+            output: the proxy for its output as a whole.
+            args: arguments of the call, with proxies.
+            kwargs: arguments by name.
+
+        Raises:
+            TypeError: the call cannot be part of a graph.
+        """
+        given = map_aggregate((args, kwargs), lambda arg: self.of(arg.node) if isinstance(arg, fx.Proxy) else arg)
+        leaves = pytree.tree_leaves(given)
+        if any(leaf is UNKNOWN for leaf in leaves):
+            raise TypeError(f"the arguments of {type(module).__name__} are not known before the call")
+        key = (module, *(_described(leaf) for leaf in leaves))
+        if key not in self._outputs:
+            self.put_back()
+            self._outputs[key] = self._rehearse(module, *given)
+        value, assigned = self._outputs[key]
+        self._known[output.node] = value
+        for inner, names in assigned.items():
+            kept = self._set_by_leaves.setdefault(inner, {})
+            kept.update({name: inner.__dict__.pop(name) for name in names if name in inner.__dict__})
+        return _proxies(output, value)
+
+    def put_back(self) -> None:
+        """Put back the attributes that leaves set, with the values from before the trace."""
+        for module, attributes in self._set_by_leaves.items():
+            module.__dict__.update(attributes)
+        self._set_by_leaves.clear()
+
+    def _rehearse(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[nn.Module, set[str]]]:
+        """Run a module; return its output without data, and the attributes that it set."""
+        with compat.untraced(), self._mode:
+            try:
+                with _without_effects(module) as assigned:
+                    return self._checked_output(module, args, kwargs), assigned
+            except Exception:  # it looks at data
+                pass
+        with compat.untraced(), _without_effects(module) as assigned:
+            made = map_aggregate((args, kwargs), lambda arg: _made_up(arg) if isinstance(arg, Tensor) else arg)
+            output = self._checked_output(module, *made)
+        with compat.untraced():
+            fake = pytree.tree_map_only(Tensor, self._without_data, output)
+        return fake, assigned
+
+    def _checked_output(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
+        tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        versions = [tensor._version for tensor in tensors]
+        output = module.forward(*args, **kwargs)
+        if versions != [tensor._version for tensor in tensors]:
+            raise TypeError(f"{type(module).__name__} changes its arguments in place")
+        memory = {tensor.untyped_storage()._cdata for tensor in tensors}
+        for leaf in pytree.tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata in memory:
+                raise TypeError(f"{type(module).__name__} returns a view of its argument")
+        return output
+
+
+@contextmanager
+def _without_effects(module: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
+    """Undo what a module does beside its output, its prints and its hooks included."""
+    with ExitStack() as stack:
+        for inner in module.modules():
+            for table in compat.forward_hook_tables(inner):
+                stack.callback(table.update, dict(table))
+                table.clear()
+        stack.enter_context(redirect_stdout(io.StringIO()))
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(undisturbed(module))
+        assigned = stack.enter_context(attributes_restored(module))
+        stack.enter_context(tensors_restored(module))
+        stack.enter_context(restored_if_changed())
+        yield assigned
+
+
+def _made_up(fake: Tensor) -> Tensor:
+    """Return a tensor with values that are ordinary for its dtype: small numbers, valid indices."""
+    make = torch.randn if fake.is_floating_point() or fake.is_complex() else torch.zeros
+    made = make(fake.shape, dtype=fake.dtype, device=fake.device)
+    return made.requires_grad_(fake.requires_grad)
+
+
+def _described(leaf: Any) -> Any:
+    """Return what a module's output may depend on, but for data."""
+    return (leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad) if isinstance(leaf, Tensor) else repr(leaf)
+
+
+def _proxies(output: fx.Proxy, value: Any) -> Any:
+    """Return the structure of a module's output, with proxies for what depends on the call."""
+    if isinstance(value, Tensor):
+        return output
+    leaves, spec = pytree.tree_flatten_with_path(value)
+    if len(leaves) == 1 and not leaves[0][0] and not isinstance(value, (*_CONSTANT, int, float, bool)):
+        raise TypeError(f"a module returns {type(value).__name__}, which is no part of a graph")
+    return pytree.tree_unflatten(
+        [leaf if isinstance(leaf, _CONSTANT) else _at(output, path) for path, leaf in leaves], spec
+    )
+
+
+def _at(output: fx.Proxy, path: tuple[Any, ...]) -> Any:
+    """Return a proxy for one part of an output."""
+    part: Any = output
+    for key in path:
+        part = getattr(part, key.name) if isinstance(key, pytree.GetAttrKey) else part[_index(key)]
+    return part
+
+
+def _index(key: Any) -> Any:
+    return key.idx if isinstance(key, pytree.SequenceKey) else key.key

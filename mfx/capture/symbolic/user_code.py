@@ -1,0 +1,44 @@
+"""The user's code in a trace: which line made a node, and which one a trace cannot follow."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from pathlib import Path
+
+import torch
+from torch import nn
+
+
+def said_by(error: BaseException, model: nn.Module) -> str:
+    """Return the first line of an error's message, and the line of the model's code that raised it."""
+    said = (str(error).strip().splitlines() or ["no message"])[0]
+    return f"{type(error).__name__}: {said} ({user_line(traceback.extract_tb(error.__traceback__), model)})"
+
+
+def user_line(frames: traceback.StackSummary, model: nn.Module) -> str:
+    """Return the innermost line that is neither torch's nor mfx's."""
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
+    theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
+    torchs = [
+        frame for frame in frames if "/torch/nn/" in frame.filename and "/modules/module.py" not in frame.filename
+    ]
+    for frame in (theirs or torchs)[-1:]:
+        return f"{frame.filename}:{frame.lineno}, in {frame.name}: {frame.line}"
+    return f"in the forward of {type(model).__name__}"
+
+
+def user_stack() -> str:
+    """Return the frames of the user's model, outermost first, as a traceback prints them."""
+    lines = []
+    frame = sys._getframe(2)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module == "mfx.capture.symbolic.trace":
+            break
+        if not module.startswith(
+            ("torch.fx", "torch.nn.modules.module", "torch.overrides", "mfx.capture.symbolic", "contextlib")
+        ):
+            lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n')
+        frame = frame.f_back  # type: ignore[assignment]
+    return "".join(reversed(lines))
