@@ -100,10 +100,8 @@ class CallValues:
 
     def _without_data(self, tensor: Tensor) -> Tensor:
         """Return a tensor without data; to be called outside of the mode, where detach gives one with data."""
-        if tensor.is_leaf:
-            return self._mode.from_tensor(tensor)
-        fake: Tensor = self._mode.from_tensor(tensor.detach())
-        return fake.requires_grad_()
+        fake: Tensor = self._mode.from_tensor(tensor if tensor.is_leaf else tensor.detach())
+        return fake if tensor.is_leaf else fake.requires_grad_()
 
     def _arguments(self, arguments: Any) -> Any:
         return map_aggregate(arguments, lambda arg: self._known[arg] if isinstance(arg, fx.Node) else arg)
@@ -186,6 +184,9 @@ def _without_effects(module: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
         stack.enter_context(undisturbed(module))
         assigned = stack.enter_context(attributes_restored(module))
         stack.enter_context(tensors_restored(module))
+        copies = {id(buffer): buffer.clone() for buffer in module.buffers()}  # BatchNorm does not say that it writes
+        for inner in module.modules():
+            inner._buffers.update({name: copies[id(b)] for name, b in inner._buffers.items() if b is not None})
         stack.enter_context(restored_if_changed())
         yield assigned
 
