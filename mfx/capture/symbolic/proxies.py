@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import fx
@@ -13,16 +13,13 @@ from torch import fx
 from mfx.capture.symbolic.bytecode import asserted
 from mfx.capture.symbolic.call_values import UNKNOWN
 
-if TYPE_CHECKING:
-    from mfx.capture.symbolic.tracer import SymbolicTracer
-
 _INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
 
 
 class _Proxy(fx.Proxy):
     """A proxy on which ``x += y`` is recorded as a change of x in place, not as a new value."""
 
-    tracer: SymbolicTracer
+    tracer: Any  # a SymbolicTracer
 
     def __len__(self) -> int:
         length = self.tracer.length_of(self)
