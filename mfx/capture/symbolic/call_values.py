@@ -1,4 +1,4 @@
-"""What the nodes of a trace are in one call: tensors without data, and sizes as numbers."""
+"""The values of the nodes of a trace in one call: tensors without data, and sizes as numbers."""
 
 from __future__ import annotations
 
