@@ -31,6 +31,7 @@ class Captured:
         values: tensors without data by node name, where they are known: shapes, dtypes and devices.
         forward_only: True if the graph serves only calls in which no gradients are recorded.
         leaves: paths of modules that the graph calls as a whole because a trace cannot walk through them, and why.
+        partial: True if the graph ends or begins at a graph break of the model.
     """
 
     graph: PortableGraph
@@ -41,6 +42,7 @@ class Captured:
     values: dict[str, Any] = field(default_factory=dict)
     forward_only: bool = False
     leaves: Mapping[str, str] = field(default_factory=dict)
+    partial: bool = False
 
     def modules_of(self, net: nn.Module) -> dict[str, nn.Module]:
         """Return all modules that the graph may call, by path."""

@@ -5,12 +5,13 @@ All were read in torch 2.13 to 2.14.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch._dynamo
-from torch import fx
+from torch import fx, nn
 from torch.utils import _pytree as pytree
 
 
@@ -43,15 +44,29 @@ def backends(*, hidden: bool = False) -> list[str]:
     return list(torch._dynamo.list_backends(exclude_tags=()) if hidden else torch._dynamo.list_backends())
 
 
-def mode_of_compiled() -> str:
-    """Return the mode of the module that Dynamo is compiling, ``"train"`` or ``"eval"``; ``"graph"`` for a function."""
+def compiled_module() -> tuple[str, nn.Module] | None:
+    """Return the module whose forward Dynamo is compiling, and what its author calls it there, mostly ``self``."""
     from torch._dynamo.symbolic_convert import InstructionTranslator
 
     try:
-        module = InstructionTranslator.current_tx().f_locals.get("self")
+        variables = InstructionTranslator.current_tx().f_locals
     except (AttributeError, IndexError):
-        return "graph"
-    return ("train" if module.training else "eval") if isinstance(module, torch.nn.Module) else "graph"
+        return None
+    # After a graph break the variables are the same, but no longer the first of the function.
+    return next(((name, value) for name, value in variables.items() if _is_self(name, value)), None)
+
+
+def _is_self(name: str, value: Any) -> bool:
+    if not isinstance(value, nn.Module):
+        return False
+    code = getattr(inspect.unwrap(type(value).forward), "__code__", None)
+    return code is not None and code.co_varnames[:1] == (name,)
+
+
+def mode_of_compiled() -> str:
+    """Return the mode of the module that Dynamo is compiling, ``"train"`` or ``"eval"``; ``"graph"`` for a function."""
+    found = compiled_module()
+    return "graph" if found is None else "train" if found[1].training else "eval"
 
 
 def is_broken_off(module: fx.GraphModule) -> bool:

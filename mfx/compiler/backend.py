@@ -15,7 +15,7 @@ from torch import fx, nn
 from mfx.capture.binding import ByName
 from mfx.capture.captured import Captured
 from mfx.capture.dynamo.graph import tidy
-from mfx.capture.dynamo.sources import is_held_by_module, module_path
+from mfx.capture.dynamo.sources import is_held_by_module, model_in, module_path
 from mfx.compat import compiling as compat_compiling
 from mfx.compat import dynamo as compat_dynamo
 from mfx.compat.given_up import when_given_up
@@ -52,23 +52,28 @@ def momentum(
             and ``options`` for that one.
 
     Raises:
-        MfxError: an option is unknown or wrong, a chain is cut by a graph break, or Dynamo is about to give up
-            compiling anew and to run the model as it was.
+        MfxError: an option is unknown or wrong; at γ > 0, if a chain is cut by a graph break, or Dynamo is about to
+            give up compiling anew and to run the model as it was.
     """
     given = _as_dict(options)
     compiler = _compiler(given, mode)
     checked = _options(given)
-    _refuse_the_last_recompilation()
+    if checked.may_change_function:
+        _refuse_the_last_recompilation()
     sources = compat_dynamo.sources(module.graph)
-    paths = [".".join(module_path(source)) if is_held_by_module(source) else None for source in sources]
+    compiled = compat_compiling.compiled_module()
+    model = model_in(sources, None if compiled is None else compiled[0])
+    paths = _paths(sources, model)
     holders = _Holders(paths)
     holder = holders.of(inputs)
-    rewritten, positions = _rewrite(module, paths, holder, checked)
-    _refuse_fused_layers(rewritten)
-    _refuse_cut_chains(module, rewritten)
+    rewritten, positions = _rewrite(module, paths, model, holder, checked)
+    if checked.may_change_function:
+        _refuse_fused_layers(rewritten)
+        _refuse_cut_chains(module, rewritten)
     if not rewritten.calls:
         _warn_idle(module, given)
-    checked.check_chains(rewritten.chain_lengths)
+    if not rewritten.captured.partial:
+        checked.check_chains(rewritten.chain_lengths)
     function = Assembly(
         rewritten.graph,
         rewritten.calls,
@@ -180,15 +185,25 @@ def _options(options: dict[str, Any]) -> Options:
     return checked
 
 
+def _paths(sources: Sequence[str], model: str) -> list[str | None]:
+    """Return the path to read each input of a graph by; None for what stays an input."""
+    paths: list[str | None] = []
+    for source in sources:
+        path = ".".join(module_path(source, model)) if is_held_by_module(source) else None
+        paths.append(None if path in paths else path)  # a module may have the name of another's submodule
+    return paths
+
+
 def _rewrite(
-    module: fx.GraphModule, paths: Sequence[str | None], holder: nn.Module, options: Options
+    module: fx.GraphModule, paths: Sequence[str | None], model: str, holder: nn.Module, options: Options
 ) -> tuple[RewrittenGraph, tuple[int, ...]]:
     """Return the rewritten graph, and the positions of the inputs that it takes."""
+    partial = compat_compiling.is_broken_off(module) or compat_compiling.is_resumed()
     module = _copy(module)  # Dynamo reads its own later
-    modules, positions = tidy(module, paths, lambda key, source: ".".join(module_path(source)))
+    modules, positions = tidy(module, paths, lambda key, source: ".".join(module_path(source, model)))
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
     names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
-    captured = Captured(copy_graph(module.graph), [], {}, ByName(names, {}), modules, values)
+    captured = Captured(copy_graph(module.graph), [], {}, ByName(names, {}), modules, values, partial=partial)
     return rewrite_captured(holder, captured, options, {}, {}), positions
 
 
@@ -202,6 +217,8 @@ def _refuse_cut_chains(module: fx.GraphModule, rewritten: RewrittenGraph) -> Non
     """Raise if a graph break cuts a chain: its velocity would start again at zero, which is another function."""
     broken, resumed = compat_compiling.is_broken_off(module), compat_compiling.is_resumed()
     for node in filter(is_momentum_call, rewritten.graph.nodes):  # none within a branch, which no break cuts
+        if rewritten.calls[str(node.target)].gamma.is_zero:
+            continue
         starts_at_break = resumed and any(source.op == "placeholder" for source in node.all_input_nodes[:1])
         ends_at_break = broken and any(user.op == "output" for user in _readers_of_end(node))
         if starts_at_break or ends_at_break:

@@ -102,6 +102,12 @@ class Options:
         """True if one plan for the whole net says what is kept."""
         return self.budget.is_partial or (self.recompute is not None and self.budget.share != 1.0)
 
+    @property
+    def may_change_function(self) -> bool:
+        """True if γ is not 0 for every chain."""
+        values = self.gamma.values() if isinstance(self.gamma, Mapping) else (self.gamma,)
+        return not all(Gamma.of(value).is_zero for value in values)
+
     def gamma_of(self, chain: str) -> Gamma:
         """Return the momentum of a chain.
 

@@ -220,7 +220,9 @@ def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:
 
 
 def _selection(options: Options, captured: Captured, refused: Mapping[str, Grounds]) -> Selection:
-    return replace(options.selection, refused=dict(refused), forward_only=captured.forward_only)
+    return replace(
+        options.selection, refused=dict(refused), forward_only=captured.forward_only, partial=captured.partial
+    )
 
 
 def named_by_mode(graphs: Iterable[tuple[str, RewrittenGraph, nn.Module]]) -> dict[str, fx.GraphModule]:

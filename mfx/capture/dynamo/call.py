@@ -131,9 +131,9 @@ def _paths(net: nn.Module, seen: DynamoCapture) -> Iterator[str | None]:
     A buffer that the call replaces stays an input.
     """
     tensors = dict(chain(net.named_parameters(remove_duplicate=False), net.named_buffers(remove_duplicate=False)))
-    model = f"{inspect.unwrap(type(net).forward).__code__.co_varnames[0]}."  # "self.", by most authors
+    model = f"L[{inspect.unwrap(type(net).forward).__code__.co_varnames[0]!r}]"  # "self", by most authors
     for source, value in zip(sources(seen.graph.graph), seen.inputs, strict=True):
-        path = ".".join(module_path(source)).removeprefix(model) if is_held_by_module(source) else ""
+        path = ".".join(module_path(source, model)) if is_held_by_module(source) else ""
         is_read = tensors.get(path) is value and path.rpartition(".")[2] not in seen.replaced_buffers
         yield path if is_read else None
 

@@ -120,7 +120,7 @@ def _select(chains: list[Chain], selection: Selection, rejections: list[Rejectio
 def _check_patterns(chains: Sequence[Chain], selection: Selection, graph: Graph) -> None:
     known = {chain.name for chain in chains} | {step.path for chain in chains for step in chain.steps}
     # A pattern may mean a chain in another part of the model, or one that was rewritten before.
-    if selection.within or any(map(is_momentum_call, graph.nodes)):
+    if selection.within or selection.partial or any(map(is_momentum_call, graph.nodes)):
         return
     for pattern in (*(selection.only or ()), *selection.skip):
         if not any(_fits(name, pattern) for name in known):

@@ -80,6 +80,7 @@ class Selection:
         only: chain names or module paths (shell patterns); None allows all.
         skip: chain names or module paths (shell patterns) to leave alone.
         refused: names of sums known not to fit, each with the reason: a text, or a refusal and its facts.
+        partial: True if the graph is but a part of a model's, so that patterns may mean what is not in it.
         within: module path of the part of a model that the graph is of; chains and steps are named as in the model.
         forward_only: the graph is never differentiated, so no branch is recomputed.
         marked: only the steps that `named_steps.mark_steps` marked; all other residual adds stay as they are.
@@ -90,6 +91,7 @@ class Selection:
     skip: tuple[str, ...] = ()
     refused: Mapping[str, str | Grounds] = field(default_factory=dict)
     within: str = ""
+    partial: bool = False
     marked: bool = False
     forward_only: bool = False
 
