@@ -36,7 +36,7 @@ def momentumize(
     memory_budget: float | str = 0.0,
     recompute: str | None = None,
     min_steps: int = 2,
-    only: str | Sequence[str] | None = None,
+    only: str | Sequence[str | Sequence[str]] | None = None,
     skip: str | Sequence[str] | None = None,
     capture: str = "auto",
     example_inputs: Any = None,
@@ -65,7 +65,8 @@ def momentumize(
         recompute: ``"all"``: what lies between the chains (stem, projections, head) is recomputed in the backward pass
             as well, in pieces, within the same budget; None: autograd keeps what it keeps.
         min_steps: chains with fewer steps stay as they were.
-        only: chain names or module paths (shell patterns) to rewrite, all others stay as they were.
+        only: chain names or module paths (shell patterns) to rewrite, all others stay as they were. A list of them in
+            the list names steps that are in no chain with others.
         skip: chain names or module paths (shell patterns) to leave as they were.
         capture: ``"symbolic"``: by symbolic tracing; ``"dynamo"``: by TorchDynamo, which captures the first call and
             later ones that differ in what the graph depends on; ``"auto"``: symbolic tracing if it works, else Dynamo.

@@ -32,18 +32,6 @@ def _contradict(one: RewrittenGraph, other: RewrittenGraph) -> bool:
     if not (one.changes_function or other.changes_function):
         return False  # both are the model
     key, other_key = one.captured.binding.key, other.captured.binding.key
-    if key is not None and other_key is not None:
-        return key == other_key and one.chain_lengths != other.chain_lengths  # other arguments may lead to other chains
-    return _misses(one, other) or _misses(other, one)
-
-
-def _misses(graph: RewrittenGraph, other: RewrittenGraph) -> bool:
-    """True if another graph has a chain that this one has not, or not as long, though it computes its steps."""
-    lengths = graph.chain_lengths
-    for call in other.calls.values():
-        length = lengths.get(call.chain)
-        if length is None and any(map(graph.computes, (step.path for step in call.graphs.steps))):
-            return True
-        if length is not None and length != len(call.graphs.steps):
-            return True
-    return False
+    if key is not None and other_key is not None and key != other_key:
+        return False  # other arguments may lead to other chains
+    return one.record.differs(other.record, one.chains, other.chains)

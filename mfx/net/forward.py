@@ -15,6 +15,7 @@ from mfx.capture.captured import CaptureError, signature_of
 from mfx.compiler.call_site import CallSite, register
 from mfx.modules.overlay import Overlay
 from mfx.net.graph_table import GraphTable
+from mfx.net.loaded import Loaded
 from mfx.net.lost_effects import lost_hooks, of_lost_hooks
 from mfx.net.sharded import is_sharded_somewhere, refuse_containers
 from mfx.net.shown import Shown
@@ -154,6 +155,23 @@ class NetForward(Overlay):
         """Return the forwards of all submodules of the net that have one of their own."""
         forwards = [module.__dict__.get("forward") for module in self.net.modules() if module is not self.net]
         return [forward for forward in forwards if isinstance(forward, NetForward) and forward.is_submodule]
+
+    def load(self, loaded: Loaded | None) -> None:
+        """Compare the chains that weights about to be loaded were saved with, as graphs to come will be compared.
+
+        Args:
+            loaded: these chains, None if they are not known.
+
+        Raises:
+            MfxError: a graph of the net or of its submodules has others, and nothing was changed.
+        """
+        tables = [part.table for part in (self, *self.submodules())]
+        if loaded is not None:
+            for table in tables:
+                for graph in table.graphs:
+                    loaded.check(table.net, graph, table.options)
+        for table in tables:
+            table.loaded = loaded
 
     def prepare(self) -> RewrittenGraph:
         """Capture and rewrite before any call, for the net's training mode and example inputs or default arguments.

@@ -11,6 +11,7 @@ from mfx.net.forward import NetForward, forward_of
 from mfx.options.gamma import Gamma
 from mfx.options.options import check_gamma, check_names, look_up
 from mfx.program.chain_call import Momentum
+from mfx.program.record import Record, steps_of
 from mfx.text import described
 from mfx_passes import MfxError
 
@@ -66,11 +67,20 @@ def gammas_of(module: nn.Module) -> dict[str, Gamma]:
     forward = forward_of(module)
     if forward is None:
         return {call.chain: call.gamma for call in module.children() if isinstance(call, Momentum)}
-    if forward.per_module:
-        return {name: gamma for inner in forward.submodules() for name, gamma in gammas_of(inner.net).items()}
-    if calls := _calls(forward):
+    if calls := [call for part in (forward, *forward.submodules()) for call in _calls(part)]:
         return {call.chain: call.gamma for call in calls}
-    return {name: forward.options.gamma_of(name) for name in sorted(forward.table.known_chains)}
+    record = record_of(module)
+    return {name: forward.options.gamma_of(name) for name in record.known} if record else {}
+
+
+def record_of(module: nn.Module) -> Record | None:
+    """Return a record of the chains of a momentumized net, as far as they are known; None for any other module."""
+    forward = forward_of(module)
+    if forward is not None:
+        records = (part.table.record for part in (forward, *forward.submodules()))
+        return Record.merged(record for record in records if record is not None)
+    chains = {c.chain: [steps_of(c.graphs.steps)] for c in module.children() if isinstance(c, Momentum)}
+    return Record(chains, chains, None) if chains else None
 
 
 def gammas_to_be(module: nn.Module, chains: Iterable[str]) -> dict[str, Gamma]:

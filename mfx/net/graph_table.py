@@ -14,10 +14,12 @@ from mfx.capture.arguments import refuse_nested
 from mfx.capture.captured import CaptureError
 from mfx.modules.overlay import drop_overlays
 from mfx.net.agreement import check_agreement
+from mfx.net.loaded import Loaded
 from mfx.net.lost_effects import lost_attributes, of_lost_attributes
 from mfx.net.routes import DynamoRoute, SymbolicRoute
 from mfx.net.warn_once import WarnOnce
 from mfx.options.options import Options
+from mfx.program.record import Record
 from mfx.program.rewritten import RewrittenGraph
 from mfx_passes import MfxError
 
@@ -31,13 +33,14 @@ class GraphTable:
         warn: warns, once per message.
 
     Attributes:
-        known_chains: names of the chains of all graphs that were ever admitted, also to the table this is a copy of.
+        loaded: the chains that the net's weights were saved with, if they were loaded with a record of them.
     """
 
     def __init__(self, net: nn.Module, options: Options, warn: WarnOnce) -> None:
         self.net = net
         self.options = options
-        self.known_chains: set[str] = set()
+        self.loaded: Loaded | None = None
+        self._known: Record | None = None
         self._warn = warn
         self._symbolic = SymbolicRoute(net)
         self._dynamo = DynamoRoute(net)
@@ -46,6 +49,11 @@ class GraphTable:
     def graphs(self) -> list[RewrittenGraph]:
         """All rewritten graphs that are kept."""
         return [*self._symbolic.graphs, *self._dynamo.graphs]
+
+    @property
+    def record(self) -> Record | None:
+        """The chains of the graphs, else of those of the table that this is a copy of; None before the first graph."""
+        return Record.merged(graph.record for graph in self.graphs if graph.in_place()) or self._known
 
     def graph_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
         """Return the rewritten graph that a call with these arguments runs, or would run.
@@ -130,7 +138,6 @@ class GraphTable:
             return graph  # its constants may be tensors without values: it is for this once
         if graph.shapes_known and not self.options.within:  # options name chains of the net as a whole
             self.options.check_chains(graph.chain_lengths)
-        self.known_chains.update(graph.chain_lengths)
         drop_overlays(self.net, graph.called_modules)
         route.keep(graph)
         return graph
@@ -139,6 +146,11 @@ class GraphTable:
         """Check that a graph is of the same function as the others.
 
         Raises:
-            MfxError: the chains are not the same, see `check_agreement`.
+            MfxError: the chains are not the same, see `check_agreement` and `Loaded`.
         """
         check_agreement(self.net, graph, self.graphs)
+        if self.loaded is not None:
+            self.loaded.check(self.net, graph, self.options)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_known": self.record}  # graphs that Dynamo captured are not copied

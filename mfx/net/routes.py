@@ -109,7 +109,9 @@ class SymbolicRoute:
             ):
                 captured = capture(net, binding, named_steps_of(net, options), holds_chain, leaves, inputs)
             if not leaves.grew:
-                return rewrite_captured(net, captured, options, {}, changed)
+                graph = rewrite_captured(net, captured, options, {}, changed)
+                graph.traced = graph.chains
+                return graph
 
     def keep(self, graph: RewrittenGraph) -> None:
         """Keep a graph for later calls; the oldest one goes if there are many for the same arguments."""
@@ -143,6 +145,7 @@ class SymbolicRoute:
             return graph
         refused = {name: (rejection.refusal, rejection.facts) for name, rejection in rejected.items()}
         fitting = rewrite_captured(net, graph.captured, options, refused, graph.assigned)
+        fitting.traced = graph.traced
         for name, rejection in rejected.items():
             path = graph.steps[name] or "the model"
             warn(f"the residual add {name} in {path} is left as it was: {rejection.reason}.")

@@ -1,4 +1,4 @@
-"""γ in the metadata of a net's ``state_dict``."""
+"""γ and the steps of the chains in the metadata of a net's ``state_dict``."""
 
 from __future__ import annotations
 
@@ -10,19 +10,23 @@ from torch import nn
 
 from mfx import compat
 from mfx.net.forward import forward_of
-from mfx.net.gammas import gammas_of, gammas_to_be
+from mfx.net.gammas import gammas_of, gammas_to_be, record_of
+from mfx.net.loaded import Loaded
 from mfx.options.gamma import Gamma
+from mfx.program.record import Record
+from mfx_passes import MfxError
 
-_KEY = "mfx.gamma"
-_PER_MODULE = "mfx.in_parts"  # as in older checkpoints
+_GAMMA = "mfx.gamma"
+_CHAINS = "mfx.chains"
+_PER_MODULE = "mfx.in_parts"  # all that older checkpoints say about chains
 _ZERO = Gamma(0, 1)  # of a chain that was not rewritten
 
 
 def note_gamma(net: nn.Module) -> None:
-    """Have a net's ``state_dict()`` record its γ, and ``load_state_dict`` warn of another γ.
+    """Have a net's ``state_dict()`` record its γ and its chains, and ``load_state_dict`` compare them.
 
-    There are no new keys: γ lies in ``state_dict()._metadata``, with the versions of modules; ``torch.save`` saves it.
-    Weights of a model that was never momentumized have no γ, and load without a warning.
+    There are no new keys: both lie in ``state_dict()._metadata``, with the versions of modules; ``torch.save`` saves
+    it. Weights of a model that was never momentumized have no record, and load without a warning.
     """
     if not compat.has_state_dict_hook(net, _note):
         net.register_state_dict_post_hook(_note)
@@ -30,17 +34,34 @@ def note_gamma(net: nn.Module) -> None:
 
 
 def _note(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    if gammas := gammas_of(net):
-        metadata[_KEY] = {chain: (gamma.numerator, gamma.denominator) for chain, gamma in gammas.items()}
+    record = record_of(net)
+    if record is None and (loaded := _loaded(net)):
+        record = loaded.record  # weights on their way from one file to another
+    if gammas := gammas_to_be(net, record.known if record else ()):
+        metadata[_GAMMA] = {chain: (gamma.numerator, gamma.denominator) for chain, gamma in gammas.items()}
         metadata[_PER_MODULE] = _is_per_module(net)
+        if record is not None:
+            metadata[_CHAINS] = record.to_metadata()
 
 
 def _compare(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Mapping[str, Any], *_: Any) -> None:
-    saved = {chain: Gamma(*fraction) for chain, fraction in metadata.get(_KEY, {}).items()}
+    saved = {chain: Gamma(*fraction) for chain, fraction in metadata.get(_GAMMA, {}).items()}
+    record, here = Record.of_metadata(metadata[_CHAINS]) if _CHAINS in metadata else None, record_of(net)
+    moving = frozenset(chain for chain, gamma in saved.items() if gamma != _ZERO)
+    loaded = None if record is None else Loaded(record, moving)
+    _load(net, loaded)
+    difference = ""
+    if record is not None and loaded is not None and here is not None:
+        if moving and here.differs(record, here.known, moving):
+            difference = f" Besides, {loaded.difference(net, here)}"
+        saved = {here.name_of(chain, record): gamma for chain, gamma in saved.items()}
     now = gammas_to_be(net, saved)
+    if loaded is not None and moving and any(gamma != _ZERO for gamma in now.values()):
+        saved = {chain: gamma for chain, gamma in saved.items() if chain in now}  # the others: see `Loaded`
+        now = {chain: gamma for chain, gamma in now.items() if chain in saved}
     if not now or not saved:
         return
-    if metadata.get(_PER_MODULE) and not _is_per_module(net) and any(gamma != _ZERO for gamma in saved.values()):
+    if record is None and metadata.get(_PER_MODULE) and not _is_per_module(net) and moving:
         warnings.warn(
             f"mfx: the weights given to this {type(net).__name__} are those of a net that was rewritten module by "
             "module, because a call of it was not one graph. This net is not, so far; as one graph it may have other "
@@ -50,7 +71,27 @@ def _compare(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Ma
         )
     others = [name for name in sorted({**saved, **now}) if saved.get(name, _ZERO) != now.get(name, _ZERO)]
     if others:
-        warnings.warn(f"mfx: {_message(type(net).__name__, others, saved, now)}", stacklevel=4)
+        warnings.warn(f"mfx: {_message(type(net).__name__, others, saved, now)}{difference}", stacklevel=4)
+
+
+def _loaded(net: nn.Module) -> Loaded | None:
+    forward = forward_of(net)
+    return None if forward is None else forward.table.loaded
+
+
+def _load(net: nn.Module, loaded: Loaded | None) -> None:
+    """Compare the chains of a net with those that weights were saved with, and have it compare later ones.
+
+    Raises:
+        MfxError: they are others.
+    """
+    forward, here = forward_of(net), record_of(net)
+    if forward is not None:
+        forward.load(loaded)
+    elif loaded is not None and here is not None:
+        moving = {chain for chain, gamma in gammas_of(net).items() if gamma != _ZERO}
+        if moving and loaded.moving and here.differs(loaded.record, moving, loaded.moving):
+            raise MfxError(f"{loaded.difference(net, here)} Make this net as the other one was made.")
 
 
 def _is_per_module(net: nn.Module) -> bool:

@@ -43,7 +43,7 @@ class Options:
     memory_budget: float | str = 0.0
     recompute: str | None = None
     min_steps: int = 2
-    only: str | Sequence[str] | None = None
+    only: str | Sequence[str | Sequence[str]] | None = None
     skip: str | Sequence[str] | None = None
     capture: str = "auto"
     example_inputs: Any = None
@@ -67,8 +67,8 @@ class Options:
             raise MfxError(
                 f"min_steps={self.min_steps!r}: the number of steps a chain must have is an integer of at least 1."
             )
-        only, skip = _patterns("only", self.only), _patterns("skip", self.skip)
-        if only == ():
+        only, skip = _groups(self.only), _patterns("skip", self.skip)
+        if only is not None and (not only or () in only):
             raise MfxError(
                 "only is empty, so nothing would be rewritten; give it chain names or module paths, or None for all."
             )
@@ -86,7 +86,7 @@ class Options:
     @property
     def selection(self) -> Selection:
         """The residual adds that may be rewritten."""
-        only, skip = _patterns("only", self.only), _patterns("skip", self.skip)
+        only, skip = _groups(self.only), _patterns("skip", self.skip)
         return Selection(self.min_steps, only, skip or (), within=self.within, marked=bool(self.layers))
 
     @property
@@ -205,6 +205,17 @@ def _check_velocity(velocity: Any) -> None:
 def _check_choice(name: str, value: Any, values: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in values:
         raise MfxError(f"{name}={value!r}: must be {' or '.join(map(repr, values))}.")
+
+
+def _groups(only: Any) -> tuple[str | tuple[str, ...], ...] | None:
+    """Return ``only`` as a tuple of patterns and of tuples of patterns."""
+    if isinstance(only, str) or not isinstance(only, Iterable):
+        return _patterns("only", only)
+    entries = tuple(only)
+    flat = [entry if isinstance(entry, str) or not isinstance(entry, Iterable) else tuple(entry) for entry in entries]
+    for entry in flat:
+        _patterns("only", entry if isinstance(entry, tuple) else (entry,))
+    return tuple(flat)
 
 
 def _patterns(name: str, value: Any) -> tuple[str, ...] | None:

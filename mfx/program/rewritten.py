@@ -19,6 +19,7 @@ from mfx.program.assembly import Assembly
 from mfx.program.chain_call import Momentum
 from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.memory_plans import NetPlans
+from mfx.program.record import Chains, Record, steps_of, unwrapped
 from mfx.program.scope import Scope
 from mfx.program.velocity import velocity_target
 from mfx_passes import ChainGraphs, Findings, StepGraphs, find_chains, paths, rewrite_graph
@@ -45,6 +46,7 @@ class RewrittenGraph:
         shapes_known: True once the chains were checked against shapes.
         recompute_between: True if what lies between the chains is recomputed in the backward pass, too.
         verify: the reaction if that recomputation was not reproducible.
+        traced: the chains before they were checked against shapes; None if there was no such time.
     """
 
     captured: Captured
@@ -60,6 +62,7 @@ class RewrittenGraph:
     shapes_known: bool = False
     recompute_between: bool = False
     verify: str = "warn"
+    traced: Chains | None = None
     _functions: dict[GraphCompiler, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     @property
@@ -71,6 +74,21 @@ class RewrittenGraph:
     def chain_lengths(self) -> dict[str, int]:
         """The number of steps of each chain, by name."""
         return {call.chain: len(call.graphs.steps) for call in self.calls.values()}
+
+    @property
+    def chains(self) -> Chains:
+        """Path and kind of the steps of each chain, by name."""
+        return {call.chain: [steps_of(call.graphs.steps)] for call in self.calls.values()}
+
+    @property
+    def record(self) -> Record:
+        """The chains, to compare with others."""
+        return Record(self.chains if self.shapes_known else None, self.traced, self._computed)
+
+    @property
+    def moving(self) -> set[str]:
+        """Names of the chains with γ > 0."""
+        return {call.chain for call in self.calls.values() if not call.gamma.is_zero}
 
     @property
     def chain_targets(self) -> tuple[str, ...]:
@@ -89,7 +107,7 @@ class RewrittenGraph:
     @property
     def changes_function(self) -> bool:
         """True if one of its chains computes another function than the model."""
-        return not all(call.gamma.is_zero for call in self.calls.values())
+        return bool(self.moving)
 
     @property
     def called_modules(self) -> set[str]:
@@ -100,12 +118,12 @@ class RewrittenGraph:
     @cached_property
     def _computed(self) -> frozenset[str]:
         """Paths in the net of all modules that nodes of the graph lie in."""
-        inner = {paths.join(self.within, enclosing_path(node)) for node in self.captured.graph.nodes}
+        inner = {unwrapped(paths.join(self.within, enclosing_path(node))) for node in self.captured.graph.nodes}
         return frozenset(chain.from_iterable(map(paths.ancestors, inner)))
 
     def computes(self, path: str) -> bool:
         """True if the module at this path in the net has a share in the graph."""
-        return path in self._computed
+        return unwrapped(path) in self._computed
 
     def serves(self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """True if the graph is one for this call."""

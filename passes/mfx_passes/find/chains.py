@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 from itertools import groupby
 
 from torch import nn
 from torch.fx import Graph
 
 from mfx_passes import paths
+from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.errors import MfxError
 from mfx_passes.find.nesting import Nesting
@@ -52,8 +54,7 @@ def chains_of(prepared: Prepared, selection: Selection) -> Findings:
             kept, refused = cut_chain(row, index, mutations, known)
             rows += kept
             rejections += refused
-    for step in (step for row in rows for step in row):
-        step.path = paths.join(selection.within, step.path)
+    _name_steps([step for row in rows for step in row], index, selection.within)
     chains = [Chain(row) for row in _long_enough(rows, selection.min_steps, rejections)]
     chains = _nest(chains, rejections)
     _name(chains)
@@ -62,6 +63,14 @@ def chains_of(prepared: Prepared, selection: Selection) -> Findings:
     reread = remove_unused(prepared.detours, chains, graph)
     rejections.sort(key=lambda rejection: index.position[rejection.node])
     return Findings(chains, rejections, reread, graph)
+
+
+def _name_steps(steps: Iterable[Step], index: GraphIndex, within: str) -> None:
+    counts: Counter[str] = Counter()
+    for step in sorted(steps, key=lambda step: index.position[step.add.node]):
+        step.path = paths.join(within, step.path)
+        counts[step.path] += 1
+        step.name = f"{step.path}:{counts[step.path]}"
 
 
 def _long_enough(rows: Iterable[list[Step]], min_steps: int, rejections: list[Rejection]) -> list[list[Step]]:
@@ -98,41 +107,43 @@ def _name(chains: Sequence[Chain]) -> None:
 
 
 def _select(chains: list[Chain], selection: Selection, rejections: list[Rejection]) -> list[Chain]:
-    """Apply ``only`` and ``skip``; a chain that loses a step in its middle becomes two."""
+    """Apply ``only`` and ``skip``; a chain that loses a step in its middle becomes two, as where a group ends."""
     selected = []
     for chain in chains:
-        wanted = [_wanted(chain, step, selection) for step in chain.steps]
-        if all(wanted):
+        rows = [(group, list(row)) for group, row in groupby(chain.steps, partial(_group, chain, selection))]
+        if len(rows) == 1 and rows[0][0] is not None:
             selected.append(chain)
             continue
-        left_out = [step for step, keep in zip(chain.steps, wanted, strict=True) if not keep]
+        left_out = [step for group, row in rows for step in row if group is None]
         rejections += [Rejection(step.add.node, Refusal.LEFT_OUT) for step in left_out]
-        rows = [
-            [step for step, _ in group]
-            for keep, group in groupby(zip(chain.steps, wanted, strict=True), key=lambda pair: pair[1])
-            if keep
-        ]
-        selected += [Chain(row) for row in _long_enough(rows, selection.min_steps, rejections)]
+        kept = [row for group, row in rows if group is not None]
+        selected += [Chain(row) for row in _long_enough(kept, selection.min_steps, rejections)]
     _name(selected)
     return selected
 
 
 def _check_patterns(chains: Sequence[Chain], selection: Selection, graph: Graph) -> None:
-    known = {chain.name for chain in chains} | {step.path for chain in chains for step in chain.steps}
+    steps = [step for chain in chains for step in chain.steps]
+    known = {chain.name for chain in chains} | {name for step in steps for name in (step.path, step.name)}
     # A pattern may mean a chain in another part of the model, or one that was rewritten before.
     if selection.within or selection.partial or any(map(is_momentum_call, graph.nodes)):
         return
-    for pattern in (*(selection.only or ()), *selection.skip):
+    for pattern in (*sum(selection.groups or [], ()), *selection.skip):
         if not any(_fits(name, pattern) for name in known):
             names = ", ".join(sorted(chain.name for chain in chains)) or "none"
             raise MfxError(f"{pattern!r} in only/skip fits no chain and no module path of a step. Chains: {names}.")
 
 
-def _wanted(chain: Chain, step: Step, selection: Selection) -> bool:
-    def named(pattern: str) -> bool:
-        return fnmatchcase(chain.name, pattern) or _fits(step.path, pattern)
+def _group(chain: Chain, selection: Selection, step: Step) -> int | None:
+    """Return which patterns of ``only`` name a step, 0 without any; None if it is left out."""
 
-    return (selection.only is None or any(map(named, selection.only))) and not any(map(named, selection.skip))
+    def named(pattern: str) -> bool:
+        return step.name == pattern or fnmatchcase(chain.name, pattern) or _fits(step.path, pattern)
+
+    if any(map(named, selection.skip)):
+        return None
+    groups = selection.groups
+    return 0 if groups is None else next((i for i, group in enumerate(groups) if any(map(named, group))), None)
 
 
 def _fits(path: str, pattern: str) -> bool:

@@ -77,8 +77,9 @@ class Selection:
 
     Args:
         min_steps: shorter chains stay as they are.
-        only: chain names or module paths (shell patterns); None allows all.
-        skip: chain names or module paths (shell patterns) to leave alone.
+        only: chain names, module paths (shell patterns) or step names; None allows all. What a tuple in it names is
+            in chains of its own.
+        skip: chain names, module paths (shell patterns) or step names to leave alone.
         refused: names of sums known not to fit, each with the reason: a text, or a refusal and its facts.
         partial: True if the graph is but a part of a model's, so that patterns may mean what is not in it.
         within: module path of the part of a model that the graph is of; chains and steps are named as in the model.
@@ -87,13 +88,21 @@ class Selection:
     """
 
     min_steps: int = 2
-    only: tuple[str, ...] | None = None
+    only: tuple[str | tuple[str, ...], ...] | None = None
     skip: tuple[str, ...] = ()
     refused: Mapping[str, str | Grounds] = field(default_factory=dict)
     within: str = ""
     partial: bool = False
     marked: bool = False
     forward_only: bool = False
+
+    @property
+    def groups(self) -> list[tuple[str, ...]] | None:
+        """The patterns of ``only``, those for the same chains together."""
+        if self.only is None:
+            return None
+        together = tuple(entry for entry in self.only if isinstance(entry, str))
+        return [together, *(entry for entry in self.only if not isinstance(entry, str))]
 
     @property
     def grounds(self) -> dict[str, Grounds]:

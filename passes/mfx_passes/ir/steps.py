@@ -61,6 +61,7 @@ class Step:
         nodes: all nodes it owns: branch, sum and tail, and those that are computed for it alone.
         kind: ``"residual"``: a branch f is added to the state; ``"map"``: a map h replaces it, and f = h(x) - x.
         path: longest common module path of its branch.
+        name: its path, and its number among the steps of this path: ``blocks.0:2``.
     """
 
     add: ResidualAdd
@@ -70,6 +71,7 @@ class Step:
     nodes: set[Node]
     kind: Kind
     path: str
+    name: str = ""
 
     @property
     def reads(self) -> list[Node]:

@@ -39,6 +39,18 @@ def test_example_inputs_are_those_of_the_time(inputs):
     assert options.example_call == before == (((), {"x": 1}) if before[1] else ((1,), {}))
 
 
+def test_chains_of_their_own():
+    assert Options(only=["a", ["b", "c"]]).selection.only == ("a", ("b", "c"))
+    for wrong in ([["a", 1]], [["a", ["b"]]], [1]):
+        with pytest.raises(mfx.MfxError, match="must be a chain name or module path"):
+            Options(only=wrong)
+    for empty in ([], [[]]):
+        with pytest.raises(mfx.MfxError, match="only is empty"):
+            Options(only=empty)
+    with pytest.raises(mfx.MfxError, match="must be a chain name or module path"):
+        Options(skip=[["a"]])
+
+
 def test_each_argument_reaches_its_option(monkeypatch):
     given = {
         "gamma": 0.5,

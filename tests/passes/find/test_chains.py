@@ -83,6 +83,14 @@ def test_a_chain_of_the_root_is_called_root() -> None:
             {"late.0.attn": ["late.0.attn"], "late.1": steps("late")[2:]},
         ),
         ({"min_steps": 5}, {}),
+        ({"only": (("late.0",), ("late.1",))}, {"late.0": steps("late")[:2], "late.1": steps("late")[2:]}),
+        (
+            {"only": ("late.0", ("late.1",), "early#2")},
+            {"late.0": steps("late")[:2], "late.1": steps("late")[2:], "early#2": steps("early")},
+        ),
+        ({"only": ("late.0", "late.1")}, {"late": steps("late")}),
+        ({"only": (("early.0.attn:2", "early.0.mlp:2"),)}, {"early.0": steps("early")[:2]}),
+        ({"only": (("late",), ("late.1",))}, {"late": steps("late")}),
     ],
 )
 def test_selection(selection: dict[str, object], expected: dict[str, list[str]]) -> None:

@@ -1,0 +1,149 @@
+"""A record of chains: their steps by path and kind, as a checkpoint carries it and graphs are compared by."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mfx_passes import paths
+from mfx_passes.ir import Step, StepGraphs
+
+Steps = tuple[tuple[str, str], ...]
+Chains = Mapping[str, Sequence[Steps]]
+
+_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})  # not in checkpoints' keys
+
+
+@dataclass(frozen=True)
+class Record:
+    """The chains of one or several graphs.
+
+    Args:
+        chains: the steps of each chain, path and kind, by the chain's name; several lists where calls with other
+            arguments lead to other steps. None if the steps were not checked against shapes.
+        traced: the same before that check, which may cost steps. None if there was no such time.
+        computes: paths of all modules with a share in the graphs; None if these are all there is.
+    """
+
+    chains: Chains | None
+    traced: Chains | None
+    computes: frozenset[str] | None
+
+    @property
+    def known(self) -> Chains:
+        """The chains, checked against shapes if there are such."""
+        return self.traced or {} if self.chains is None else self.chains
+
+    @classmethod
+    def merged(cls, records: Iterable[Record]) -> Record | None:
+        """Return the record of all graphs that some records are of; None without any."""
+        records = list(records)
+        if not records:
+            return None
+        computes = [record.computes for record in records if record.computes is not None]
+        return cls(
+            _merged(record.chains for record in records),
+            _merged(record.traced for record in records),
+            frozenset().union(*computes) if len(computes) == len(records) else None,
+        )
+
+    def differs(self, other: Record, moving: Collection[str], others_moving: Collection[str]) -> bool:
+        """True if one of two records has a chain that the other has not, though it computes its steps.
+
+        Args:
+            other: the other record.
+            moving: names of the chains of this one with γ > 0; what the others compute is the model.
+            others_moving: those of the other one.
+        """
+        mine, theirs = self.comparable(other)
+        if mine is None or theirs is None:
+            return False  # steps may still be lost
+        counts, others = _counted(mine), _counted(theirs)
+        unknown = (
+            steps
+            for name in moving
+            for steps in mine.get(name, ())
+            if counts[steps] > others[steps] and other._computes_any(steps)
+        )
+        missing = (
+            steps
+            for name in others_moving
+            for steps in theirs.get(name, ())
+            if others[steps] > counts[steps] and self._computes_any(steps)
+            # or a call with other arguments led to these
+            if not any(others[variant] for variant in mine.get(name, ()))
+        )
+        return any(True for _ in (*unknown, *missing))
+
+    def name_of(self, name: str, other: Record) -> str:
+        """Return the name here of a chain of another record: that of a chain with the same steps, else its own."""
+        mine, theirs = self.comparable(other)
+        alike = (
+            here
+            for here, variants in (mine or {}).items()
+            for steps in variants
+            if steps in (theirs or {}).get(name, ())
+        )
+        return next(alike, name) if name not in (mine or {}) else name
+
+    def comparable(self, other: Record) -> tuple[Chains | None, Chains | None]:
+        """Return chains of this record and of another, in both with shapes or in both without."""
+        if self.chains is not None and other.chains is not None:
+            return self.chains, other.chains
+        return self.traced, other.traced
+
+    def _computes_any(self, steps: Steps) -> bool:
+        return self.computes is None or any(path in self.computes for path, _ in steps)
+
+    def to_metadata(self) -> dict[str, Any]:
+        """Return the record as lists and dictionaries."""
+        computes = None if self.computes is None else sorted(self.computes)
+        return {"chains": _plain(self.chains), "traced": _plain(self.traced), "computes": computes}
+
+    @classmethod
+    def of_metadata(cls, data: Mapping[str, Any]) -> Record:
+        """Return the record that `to_metadata` wrote."""
+        computes = data["computes"]
+        chains, traced = _of_plain(data["chains"]), _of_plain(data["traced"])
+        return cls(chains, traced, None if computes is None else frozenset(computes))
+
+
+def steps_of(steps: Iterable[Step | StepGraphs]) -> Steps:
+    """Return path and kind of each step, without the wrappers that checkpoints say nothing about."""
+    return tuple((unwrapped(step.path), step.kind) for step in steps)
+
+
+def unwrapped(path: str) -> str:
+    """Return a path without the modules that only wrap another one."""
+    return paths.join(*(name for name in path.split(".") if name not in _WRAPPERS))
+
+
+def _counted(chains: Chains) -> Counter[Steps]:
+    return Counter(steps for variants in chains.values() for steps in variants)
+
+
+def _merged(several: Iterable[Chains | None]) -> Chains | None:
+    merged: dict[str, list[Steps]] | None = None
+    for chains in several:
+        if chains is not None:
+            merged = {} if merged is None else merged
+            for name, variants in chains.items():
+                known = merged.setdefault(name, [])
+                known += [steps for steps in variants if steps not in known]
+    return merged
+
+
+def _plain(chains: Chains | None) -> Any:
+    if chains is None:
+        return None
+    return {name: [[list(step) for step in steps] for steps in variants] for name, variants in chains.items()}
+
+
+def _of_plain(data: Any) -> Chains | None:
+    if data is None:
+        return None
+    return {
+        name: [tuple((path, kind) for path, kind in steps) for steps in variants] for name, variants in data.items()
+    }
