@@ -139,8 +139,9 @@ class Moving(nn.Module):
 
     def forward(self, x):
         if self.training:
-            self.mean.lerp_(averaged(x), 0.1)
-            self.last = averaged(x)
+            now = averaged(x).to(self.mean.dtype)
+            self.mean.lerp_(now, 0.1)
+            self.last = now
         return x - self.mean
 
 

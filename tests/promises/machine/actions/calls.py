@@ -1,5 +1,6 @@
 """Forward and backward passes, in all the ways that people make them."""
 
+import math
 import threading
 from contextlib import nullcontext
 from typing import Any
@@ -22,7 +23,7 @@ from tests.promises.machine.participant import Call, Interrupted, Participant
 from tests.promises.machine.table import Refusal, action
 
 MOST_CALLS = 4
-SEEDS, BATCHES, EXTRAS = range(8), (2, 3, 3, 5), ("none", "none", "none", "mask", "scale", "other")
+SEEDS, BATCHES, EXTRAS = range(8), (2, 3, 3, 5, [2, 3]), ("none", "none", "none", "mask", "scale", "other")
 INPLACE = r"modified by an inplace operation"
 CHANGED = r"was (changed|replaced|frozen or unfrozen) between forward and backward|modified by an inplace operation"
 LATE = (
@@ -36,11 +37,14 @@ RARELY_WAITING = (False,) * 12 + (True,)
 """True if calls under way wait for their backward pass until after a change that may make it impossible."""
 
 
-def inputs(participant: Participant, seed: int, batch: int, extra: str) -> tuple[Tensor, dict[str, Any]]:
+def inputs(participant: Participant, seed: int, batch: int | list[int], extra: str) -> tuple[Tensor, dict[str, Any]]:
     """Return the input of a call and its optional arguments."""
     generator = torch.Generator().manual_seed(seed)
     dtype = next(p.dtype for p in participant.model.parameters())
-    x = torch.randn(batch, models.WIDTH, generator=generator).to(dtype)
+    sizes = [batch] if isinstance(batch, int) else batch
+    if any(isinstance(module, nn.BatchNorm1d) for module in participant.model.modules()):
+        sizes = [math.prod(sizes)]  # which takes the second dimension for channels
+    x = torch.randn(*sizes, models.WIDTH, generator=generator).to(dtype)
     mask = torch.rand(models.WIDTH, generator=generator).to(dtype)
     if extra == "other" and not isinstance(participant.model, models.Optional):
         extra = "none"
