@@ -27,7 +27,7 @@ LENGTH = 16  # actions per model
 
 @dataclass
 class Run:
-    """What a run has done and found.
+    """The result of a run.
 
     Attributes:
         models: how many were drawn.

@@ -34,7 +34,7 @@ class NotAlikeError(AssertionError):
 
     @property
     def kind(self) -> str:
-        """Where the first difference is, of which kind."""
+        """The kind of the first difference."""
         return self.differences[0].kind
 
 

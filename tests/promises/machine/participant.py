@@ -88,7 +88,7 @@ class Participant:
 
     @property
     def log(self) -> list[Any]:
-        """What hooks noted."""
+        """The notes of user hooks."""
         return LOGS[self.name]
 
     def layers(self, of=nn.Module) -> list[nn.Module]:
