@@ -1,4 +1,4 @@
-"""What can be observed of a participant, as plain values by path; and what differs between two."""
+"""Observations of a participant, as plain values by path, and the differences between two."""
 
 import random
 from collections.abc import Iterator, Mapping

@@ -16,7 +16,7 @@ import mfx
 from tests.promises.machine import models
 
 LOGS: dict[str, list[Any]] = {}
-"""What user hooks noted, by participant: outside of all models, so that copies of a hook write there, too."""
+"""Notes of user hooks, by participant: outside of all models, so that copies of a hook write there, too."""
 
 SAID = re.compile(  # what the README's limits announce
     r"mfx: (hooks on .* will not run|loading weights|.* is called by itself|the residual add .* is left as it was|"

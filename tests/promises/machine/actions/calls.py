@@ -32,7 +32,7 @@ LATE = (
     Refusal("frozen", r"was frozen or unfrozen between forward and backward"),
     Refusal("modules", r"modules were added, removed or replaced between|reads what the model no longer has"),
 )
-"""What a backward pass may refuse, after changes since its forward pass that no recomputation can go behind."""
+"""Errors of a backward pass, after changes since its forward pass that no recomputation can go behind."""
 RARELY_WAITING = (False,) * 12 + (True,)
 """True if calls under way wait for their backward pass until after a change that may make it impossible."""
 
