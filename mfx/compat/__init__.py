@@ -4,6 +4,7 @@ Imports torch and nothing of mfx outside this package. What this file offers is 
 ``given_up`` and ``inductor`` import TorchDynamo or Inductor and are imported where they are needed.
 """
 
+from mfx.compat.aside import aside_from_caller, without_global_hooks
 from mfx.compat.autograd import (
     NO_TASK,
     OPAQUE_TAGS,
@@ -27,7 +28,6 @@ from mfx.compat.modes import (
     modes,
     modes_left,
     modes_observed,
-    outside_of_export,
     under_transform,
     without_modes,
     written_arguments,
@@ -40,6 +40,7 @@ __all__ = [
     "OPAQUE_TAGS",
     "AutocastState",
     "above_autograd",
+    "aside_from_caller",
     "autocast_as",
     "autocast_state",
     "class_before_sharding",
@@ -63,7 +64,6 @@ __all__ = [
     "modes_left",
     "modes_observed",
     "new_fake_mode",
-    "outside_of_export",
     "patching",
     "plain_transformer_layers",
     "runs_for_real",
@@ -74,6 +74,7 @@ __all__ = [
     "unlogged",
     "untraced",
     "when_task_ends",
+    "without_global_hooks",
     "without_modes",
     "written_arguments",
 ]

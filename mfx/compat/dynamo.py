@@ -22,10 +22,9 @@ from torch._dynamo import pgo
 from torch._functorch import predispatch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils.module_tracker import ModuleTracker
 
-from mfx.compat import fake_mode, patching, plain_transformer_layers, unlogged
+from mfx.compat import aside_from_caller, fake_mode, patching, plain_transformer_layers, unlogged
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 ENTRANCES = (
@@ -116,6 +115,7 @@ def trace_call(
     """
     from torch._dynamo.convert_frame import fullgraph_capture
     from torch._dynamo.utils import dynamo_timed, get_metrics_context
+    from torch._dynamo.variables.torch_function import torch_function_mode_stack_state_mgr
 
     config = {
         "assume_static_by_default": True,
@@ -137,7 +137,8 @@ def trace_call(
         get_metrics_context(),
         dynamo_timed("mfx"),
     ):
-        output = fullgraph_capture(function, tuple(args), dict(kwargs))
+        with torch_function_mode_stack_state_mgr:  # knows the default device
+            output = fullgraph_capture(function, tuple(args), dict(kwargs))
         if output.backend_input is None:
             raise RuntimeError("the model computes nothing with tensors")
         _check_gradients_returned(output.backend_input.graph_module.graph)
@@ -253,9 +254,9 @@ def _is_about_forward(guard: Any) -> bool:
 def _capture_conditions() -> Iterator[None]:
     """Set up the surroundings in which a call is captured and its guards are checked.
 
-    `nn.Transformer` then takes the same path whatever the values are and whether or not gradients are on. A dispatch
-    mode of the user's (a counter of FLOPs or bytes) is not a condition of a graph, nor are the hooks by which
-    `torch.utils.flop_counter` follows modules; and they do not see a capture's operations on fake tensors.
+    `nn.Transformer` then takes the same path whatever the values are and whether or not gradients are on. What a caller
+    has open (a counter of FLOPs or bytes) is not a condition of a graph, nor are the hooks by which
+    `torch.utils.flop_counter` follows modules.
     """
     from torch.nn.modules import module
 
@@ -264,7 +265,7 @@ def _capture_conditions() -> Iterator[None]:
         plain_transformer_layers(),
         _without_trackers(module._global_forward_pre_hooks),
         _without_trackers(module._global_forward_hooks),
-        _disable_current_modes(),
+        aside_from_caller(),
     ):
         yield
 

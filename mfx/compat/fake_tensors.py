@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfx.compat.aside import without_global_hooks
+
 
 def fake_mode_of(tensors: Sequence[Tensor]) -> Any:
     """Return the mode in which the fake ones of some tensors were made; None if none is fake (torch 2.11 to 2.15)."""
@@ -17,13 +19,16 @@ def fake_mode_of(tensors: Sequence[Tensor]) -> Any:
 
 
 @contextmanager
-def fake_mode() -> Iterator[Any]:
-    """Enter a mode in which tensors have shapes, dtypes and devices but no values; what fails in it is not logged.
+def fake_mode(mode: Any = None) -> Iterator[Any]:
+    """Enter a mode in which tensors have shapes, dtypes and devices but no values.
 
-    Read in torch 2.11 to 2.15.
+    What fails in it is not logged, and hooks on all modules are not called. Read in torch 2.11 to 2.15.
+
+    Args:
+        mode: the mode, by default a new one.
     """
-    with new_fake_mode() as mode, unlogged():
-        yield mode
+    with mode or new_fake_mode() as entered, unlogged(), without_global_hooks():
+        yield entered
 
 
 def new_fake_mode() -> Any:

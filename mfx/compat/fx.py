@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from types import ModuleType
 from unittest.mock import patch
 
-import torch
 from torch import fx, nn
 from torch.fx import _symbolic_trace
 
+from mfx.compat.aside import without_global_hooks
 from mfx.compat.fake_tensors import unlogged
 from mfx.compat.modes import modes_unobserved, without_function_modes
 
@@ -29,19 +29,14 @@ def is_erased(node: fx.Node) -> bool:
 def untraced() -> Iterator[None]:
     """Within this context, modules run as they do outside of the symbolic trace that is going on (torch 2.11 to 2.15).
 
-    The modes that watch the trace do not see it, what fails on fake tensors is not logged, and autocast does not keep
-    what it casts.
+    The modes that watch the trace do not see it, nor do hooks on all modules; what fails on fake tensors is not logged.
     """
-    caches = torch.is_autocast_cache_enabled()
-    torch.set_autocast_cache_enabled(False)
     with (
         patch.object(nn.Module, "__call__", _symbolic_trace._orig_module_call),
         patch.object(nn.Module, "__getattr__", _symbolic_trace._orig_module_getattr),
         without_function_modes(),
+        without_global_hooks(),
         modes_unobserved(),
         unlogged(),
     ):
-        try:
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(caches)
+        yield

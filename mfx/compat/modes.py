@@ -11,7 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
+from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mfx.compat.patching import patching
@@ -150,31 +150,10 @@ def written_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, 
 
 
 @contextmanager
-def outside_of_export() -> Iterator[None]:
-    """Leave the modes of torch.export, in which new tensors are fake and which Dynamo does not accept.
-
-    Read in torch 2.13 to 2.14.
-    """
-    if not torch.compiler.is_exporting():
-        yield
-        return
-    modes = _get_current_function_mode_stack()
-    _replace_function_modes([mode for mode in modes if type(mode).__module__ not in _EXPORT])
-    try:
-        with _disable_current_modes():
-            yield
-    finally:
-        _replace_function_modes(modes)
-
-
-_EXPORT = ("torch._export.non_strict_utils", "torch.export._safeguard", "torch.fx.experimental.proxy_tensor")
-
-
-@contextmanager
 def without_function_modes() -> Iterator[None]:
-    """Within this context, no function mode sees operations (torch 2.11 to 2.15)."""
+    """Within this context, no function mode sees operations, but for the default device (torch 2.11 to 2.15)."""
     modes = _get_current_function_mode_stack()
-    _replace_function_modes(())
+    _replace_function_modes([mode for mode in modes if isinstance(mode, DeviceContext)])
     try:
         yield
     finally:

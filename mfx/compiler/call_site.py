@@ -16,8 +16,8 @@ from torch.utils import _pytree as pytree
 from mfx import compat
 from mfx.compiler.callee import Callee
 from mfx.compiler.output_spec import FromInput, OutputSpec, Produced, describe_outputs
+from mfx.modules.aside import aside
 from mfx.modules.overlay import Extra
-from mfx.modules.random_state import undisturbed
 from mfx.modules.tree_copy import tree_copy
 from mfx.program.codegen import GraphCompiler
 from mfx_passes import MfxError
@@ -182,7 +182,7 @@ def _infer(
     def fake(tensor: Tensor) -> Tensor:
         return stand_ins[id(tensor)] if id(tensor) in stand_ins else mode.from_tensor(tensor)
 
-    with compat.without_modes(), undisturbed(net), mode, call.as_called():
+    with aside(net), compat.fake_mode(mode), call.as_called():
         given = [_leaf_like(t, r) for t, r in zip([*inputs, *held], call.requires, strict=True)]
         stand_ins.update((id(t), fake) for t, fake in zip(held_by(net), given[len(inputs) :], strict=True))
         shadow = tree_copy(net, fake)

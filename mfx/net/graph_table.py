@@ -12,6 +12,7 @@ from torch import nn
 from mfx import compat
 from mfx.capture.arguments import refuse_nested
 from mfx.capture.captured import CaptureError
+from mfx.modules.aside import aside
 from mfx.modules.overlay import drop_overlays
 from mfx.net.agreement import check_agreement
 from mfx.net.loaded import Loaded
@@ -63,10 +64,13 @@ class GraphTable:
             MfxError: the graph would be of another function than the others.
         """
         refuse_nested(self.net, args, kwargs)
-        graph = self._symbolic.find(args, kwargs) or self._dynamo.find(args, kwargs) or self._capture(args, kwargs)
-        if graph.shapes_known or not (compat.runs_for_real() or torch.compiler.is_exporting()):
+        graph = self._symbolic.find(args, kwargs) or self._dynamo.find(args, kwargs)
+        if graph is not None and graph.shapes_known:
             return graph
-        return self._fit(graph, args, kwargs)
+        has_shapes = compat.runs_for_real() or torch.compiler.is_exporting()
+        with aside(self.net):
+            graph = graph or self._capture(args, kwargs)
+            return self._fit(graph, args, kwargs) if has_shapes and not graph.shapes_known else graph
 
     def _fit(self, graph: RewrittenGraph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
         """Return a graph with the steps that fit the shapes of a call, and keep it in place of the other."""
@@ -90,8 +94,9 @@ class GraphTable:
             CaptureError: the model cannot be traced without a call.
             MfxError: the graph would be of another function than the others.
         """
-        graph = self._symbolic.for_defaults(self.options)
-        return graph if graph in self.graphs else self._admit(graph, self._symbolic)
+        with aside(self.net):
+            graph = self._symbolic.for_defaults(self.options)
+            return graph if graph in self.graphs else self._admit(graph, self._symbolic)
 
     def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
         options = self.options

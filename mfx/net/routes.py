@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfx import compat
 from mfx.capture.arguments import bind, bind_defaults, check_constants, check_signature
 from mfx.capture.binding import ByName
 from mfx.capture.captured import Captured, CaptureError, signature_of
@@ -101,12 +100,7 @@ class SymbolicRoute:
         net, leaves = self._net, Leaves(allowed=inputs is not None)
         while True:  # where a trace has failed and gone on, it may have left something behind
             leaves.grew = False
-            with (
-                compat.patching(),
-                compat.outside_of_export(),
-                attributes_restored(net) as changed,
-                bare_submodules(net),
-            ):
+            with attributes_restored(net) as changed, bare_submodules(net):
                 captured = capture(net, binding, named_steps_of(net, options), holds_chain, leaves, inputs)
             if not leaves.grew:
                 graph = rewrite_captured(net, captured, options, {}, changed)
@@ -134,9 +128,7 @@ class SymbolicRoute:
         None if the shapes cannot be found without running the model.
         """
         net = self._net
-        # Nothing for autograd, nor for a checkpoint around this call, to save.
-        with compat.outside_of_export(), torch.no_grad():
-            found = find_with_shapes(net, graph.captured, options, args, kwargs)
+        found = find_with_shapes(net, graph.captured, options, args, kwargs)
         if found is None:
             return None
         rejections = {rejection.node.name: rejection for rejection in found.rejections}
@@ -192,7 +184,7 @@ class DynamoRoute:
         """
         net = self._net
         refuse_shards(net)
-        with compat.patching(), compat.outside_of_export(), bare_submodules(net):
+        with bare_submodules(net):
             captured = self._captured(args, kwargs)
         if (steps := named_steps_of(net, options)) is not None:
             steps.mark(captured.graph)

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
+from torch import nn
 from torch.fx import Graph
 
 from mfx.program.between_chains import BetweenChains
@@ -28,7 +29,7 @@ class Assembly:
     def __init__(
         self,
         graph: Graph,
-        calls: Mapping[str, Callable[..., Any]],
+        calls: Mapping[str, nn.Module],
         compiler: GraphCompiler,
         *,
         recompute_between: bool = False,
@@ -39,10 +40,9 @@ class Assembly:
             graph, self._segments = split_between_calls(graph, partial(BetweenChains, compiler=compiler, verify=verify))
         elif compiler is not to_function:
             graph, self._segments = split_between_calls(graph, compiler)
-        if compiler is not to_function:
-            calls = {name: partial(call, compiler=compiler) for name, call in calls.items()}
         self._function = to_function(graph)
-        self._calls = calls
+        called = {str(node.target) for node in graph.find_nodes(op="call_module")}.intersection(calls)
+        self._calls = {**calls, **{name: _unobserved(calls[name], compiler) for name in called}}
 
     def __call__(self, holder: Any, *inputs: Any) -> Any:
         """Run the graph.
@@ -53,3 +53,8 @@ class Assembly:
         """
         segments = {name: partial(segment, holder) for name, segment in self._segments.items()}
         return self._function(Scope({**self._calls, **segments}, holder), *inputs)
+
+
+def _unobserved(call: nn.Module, compiler: GraphCompiler) -> Callable[..., Any]:
+    """Return the forward of a momentum call: hooks on all modules are about those of the user's model."""
+    return call.forward if compiler is to_function else partial(call.forward, compiler=compiler)

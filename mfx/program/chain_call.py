@@ -181,7 +181,9 @@ class Momentum(nn.Module):
 
 def _with_present_settings(root: Any, compiler: GraphCompiler | None) -> Any:
     """Fix the settings of a chain inside a branch, so that the recomputation runs with those of the forward pass."""
-    return partial(root, settings=root.settings, compiler=compiler) if isinstance(root, Momentum) else root
+    if not isinstance(root, Momentum):
+        return root
+    return partial(root.forward, settings=root.settings, compiler=compiler)
 
 
 def holds_chain(module: nn.Module) -> bool:

@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from mfx import compat
 from mfx.capture.captured import Captured
+from mfx.modules.aside import aside
 from mfx.modules.tree_copy import tree_copy
 from mfx.options.options import Options
 from mfx.program.chain_call import Stream
@@ -30,14 +31,15 @@ def find_with_shapes(
 ) -> Findings | None:
     """Find chains in a graph with shapes; return None if shapes cannot be found without running the model."""
     graph, _ = captured.copy()
-    try:
-        with compat.fake_mode() as mode:
-            shadow = shadow_of(net, lambda tensor: mode.from_tensor(undivided(tensor)))
-            fake_args, fake_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-            captured.binding.function(_Shapes(shadow, graph).run)(shadow, *fake_args, **fake_kwargs)
-    except Exception:  # any failure on fake tensors may be none on real ones
-        return None
-    return find_chains(graph, captured.modules_of(net), replace(options.selection, refused=refused or {}))
+    with aside(net), torch.no_grad():
+        try:
+            with compat.fake_mode() as mode:
+                shadow = shadow_of(net, lambda tensor: mode.from_tensor(undivided(tensor)))
+                fake_args, fake_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+                captured.binding.function(_Shapes(shadow, graph).run)(shadow, *fake_args, **fake_kwargs)
+        except Exception:  # any failure on fake tensors may be none on real ones
+            return None
+        return find_chains(graph, captured.modules_of(net), replace(options.selection, refused=refused or {}))
 
 
 def shadow_of(net: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:

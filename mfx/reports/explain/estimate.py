@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from mfx import compat
 from mfx.engine.memory.flops import FlopCounter
+from mfx.modules.aside import aside
 from mfx.net.views import Inputs, View
 from mfx.program.chain_call import Momentum
 from mfx.program.codegen import to_function
@@ -70,6 +71,11 @@ def estimate(view: View, args: tuple[Any, ...], kwargs: Mapping[str, Any], optio
         kwargs: arguments by name.
         optional: keys of the output that the user may not need.
     """
+    with aside(view.module):
+        return _estimate(view, args, kwargs, optional)
+
+
+def _estimate(view: View, args: tuple[Any, ...], kwargs: Mapping[str, Any], optional: tuple[str, ...]) -> Estimate:
     plans = _plans(view.all_calls.values())
     if plans is not None:  # the first step keeps as little as possible and measures what the budget buys
         _Rehearsal(view, args, kwargs, plans=plans).training_step()
@@ -119,7 +125,7 @@ class _Rehearsal:
         observer = self._observer
         hooks = [tensor.register_post_accumulate_grad_hook(observer.leave_out_grad) for tensor in self._trained]
         try:
-            with compat.unlogged(), self._mode, torch.enable_grad(), self._counter, observer:
+            with compat.fake_mode(self._mode), torch.enable_grad(), self._counter, observer:
                 output = self._run()
                 kept, chains = observer.live, [call.chain for call in self._calls.values()]
                 in_chains = {chain: observer.live_in(chain) for chain in chains}
@@ -134,7 +140,7 @@ class _Rehearsal:
 
     def held(self, keys: tuple[str, ...]) -> dict[str, int]:
         """Return the bytes that are freed when these entries are deleted from the output, one after the other."""
-        with compat.unlogged(), self._mode, torch.enable_grad(), self._observer:
+        with compat.fake_mode(self._mode), torch.enable_grad(), self._observer:
             output = dict(self._run())
             freed = {}
             for key in keys:
