@@ -32,6 +32,7 @@ from mfx.compat.modes import (
     without_modes,
     written_arguments,
 )
+from mfx.compat.parametrizations import cached_weights, weights_cached
 from mfx.compat.patching import patching
 from mfx.compat.transformer import plain_transformer_layers
 
@@ -43,6 +44,7 @@ __all__ = [
     "aside_from_caller",
     "autocast_as",
     "autocast_state",
+    "cached_weights",
     "class_before_sharding",
     "compiled_model",
     "current_task",
@@ -73,6 +75,7 @@ __all__ = [
     "under_transform",
     "unlogged",
     "untraced",
+    "weights_cached",
     "when_task_ends",
     "without_global_hooks",
     "without_modes",

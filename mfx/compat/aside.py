@@ -10,10 +10,10 @@ from unittest.mock import patch
 
 import torch
 from torch.nn.modules import module as modules
-from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import _disable_current_modes
 
 from mfx.compat.modes import without_function_modes
+from mfx.compat.parametrizations import weights_cached
 
 
 @contextmanager
@@ -32,7 +32,7 @@ def aside_from_caller() -> Iterator[None]:
         without_function_modes(),
         _without_saved_tensor_hooks(),
         _without_cached_casts(),
-        _without_cached_parametrizations(),
+        weights_cached(None),
         _without_anomaly_mode(),
         _outside_of_inference_mode(),
     ):
@@ -80,17 +80,6 @@ def _without_cached_casts() -> Iterator[None]:
         yield
     finally:
         torch.set_autocast_cache_enabled(caches)
-
-
-@contextmanager
-def _without_cached_parametrizations() -> Iterator[None]:
-    """Leave ``parametrize.cached()``, which counts how often it was entered, in all threads."""
-    depth = parametrize._cache_enabled
-    parametrize._cache_enabled -= depth
-    try:
-        yield
-    finally:
-        parametrize._cache_enabled += depth
 
 
 @contextmanager

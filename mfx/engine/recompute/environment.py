@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfx.compat import autocast_as, autocast_state, is_sharded
+from mfx.compat import autocast_as, autocast_state, cached_weights, is_sharded, weights_cached
 from mfx.engine.recompute.layout import TensorSlot, layout_of
 from mfx.engine.scope import inside_recomputation
 from mfx.engine.steps import ChainCache
@@ -95,6 +95,7 @@ class StepEnvironment:
         self._clock, self._autocast = clock, cast
         self._random: tuple[Tensor, ...] | None = clock.now
         self._random_after: tuple[Tensor, ...] = ()
+        self._cached_weights = cached_weights()
         layout = self._layout = layout_of(cache, key, root, targets, path)
         self._flags = layout.flags
         self._slots = layout.slots(root)
@@ -175,6 +176,8 @@ class StepEnvironment:
         contexts = self._autocast.contexts()
         if self._random is not None:
             contexts.append(self._clock.turned_back(self._random))
+        if self._cached_weights is not None or cached_weights() is not None:
+            contexts.append(weights_cached(self._cached_weights))
         if self._values or self._flags != self._layout.flags:
             contexts.append(self._put_back())
         return contexts
