@@ -284,6 +284,57 @@ class Windows(Case):
         return end([self.convs[0], *on_windows, self.convs[1]], x, gamma)
 
 
+class Joins(Case):
+    """Flux: in every block, two streams are put together for a step and split again."""
+
+    inputs = ((2, 2, D), (2, 3, D))
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears(3)
+
+    def forward(self, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        for f in self.fs:
+            n = text.shape[1]
+            x = torch.cat([text, image], dim=1)
+            x = x + f(x)
+            text, image = x[:, :n], x[:, n:]
+        return text, image
+
+    def by_hand(self, gamma: float, text: Tensor, image: Tensor) -> tuple[Tensor, Tensor]:
+        x = end(list(self.fs), torch.cat([text, image], 1), gamma)
+        return x[:, :2], x[:, 2:]
+
+
+class OtherJoins(Case):
+    """Halves put together in another order, overlapping, or one of them changed: other values than the stream."""
+
+    inputs = ((2, 4, D),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        joins = (
+            lambda x: torch.cat([x[:, 2:], x[:, :2]], 1),
+            lambda x: torch.cat([x[:, :3], x[:, 2:3]], 1),
+            lambda x: torch.cat([x[:, :2], x[:, 2:].relu()], 1),
+            lambda x: x,
+        )
+        for i, join in enumerate(joins):
+            x = x + self.fs[2 * i](x)
+            x = join(x + self.fs[2 * i + 1](x))
+        return x
+
+    def by_hand(self, gamma: float, x: Tensor) -> Tensor:
+        a, b, c, d, e, f, g, h = self.fs
+        x = end([a, b], x, gamma)
+        x = end([c, d], torch.cat([x[:, 2:], x[:, :2]], 1), gamma)
+        x = end([e, f], torch.cat([x[:, :3], x[:, 2:3]], 1), gamma)
+        return end([g, h], torch.cat([x[:, :2], x[:, 2:].relu()], 1), gamma)
+
+
 class WrongWindows(Case):
     """A square is cut into windows and put together transposed: not what undoes it, but the shape is right."""
 

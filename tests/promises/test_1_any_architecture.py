@@ -323,3 +323,53 @@ def test_the_networks_with_and_without_gradients_must_be_one():
         call(net)
     with pytest.raises(mfx.MfxError, match="other chains in one call than in another"):
         call(net)
+
+
+# --- pieces of the stream --------------------------------------------------------------------------------------------
+
+
+class Single(nn.Module):
+    """Text and image are put together for every block and split again, as in the single-stream blocks of Flux."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = Stack(depth=3, dropout=0.25).blocks
+        self.head = nn.Linear(WIDTH, 2)
+
+    def forward(self, text, image):
+        seen = []
+        for block in self.blocks:
+            n = text.shape[1]
+            x = block(torch.cat([text, image], dim=1))
+            text, image = x[:, :n], x[:, n:]
+            seen.append(self.head(image))
+        return image, seen
+
+
+def texts_and_images(sizes):
+    torch.manual_seed(0)
+    return [torch.randn(2, size, WIDTH, requires_grad=True) for size in sizes]
+
+
+def gradients(net, sizes):
+    given = texts_and_images(sizes)
+    torch.manual_seed(1)
+    image, seen = net(*given)
+    (image.square().sum() + sum(each.sum() for each in seen)).backward()
+    found = [tensor.grad for tensor in (*given, *net.parameters())]
+    net.zero_grad()
+    return [image, *seen, *found]
+
+
+@pytest.mark.parametrize("capture", ["symbolic", "dynamo"])
+def test_a_stream_that_is_split_and_put_together_is_one_chain(capture):
+    model = Single()
+    net = mfx.momentumize(model, gamma=0.0, capture=capture)
+    kept = mfx.momentumize(model, gamma=0.9, capture=capture, memory_budget=1.0)
+    for sizes in ((3, 5), (2, 7)):
+        expected = gradients(model, sizes)
+        assert all(map(torch.equal, gradients(net, sizes), expected))
+    assert lengths(net) == [6]
+    mfx.set_gamma(net, 0.9)
+    for sizes in ((3, 5), (2, 7)):
+        assert all(map(torch.equal, gradients(net, sizes), gradients(kept, sizes)))

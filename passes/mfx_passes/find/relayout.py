@@ -35,6 +35,7 @@ from mfx_passes.find.residual_adds import Candidate, Link
 from mfx_passes.find.steps import restored, starts_before_relayout
 from mfx_passes.ir import Chain
 from mfx_passes.ops import vocabulary
+from mfx_passes.ops.joins import joined
 
 
 @dataclass(frozen=True, eq=False)
@@ -149,7 +150,8 @@ def _insert(state: Node, way: Sequence[Node], index: GraphIndex) -> tuple[Detour
         value = _undo(node, before, value, writer, index)
     again = [value]
     for node in way[1:]:
-        again.append(writer.copy(node, {vocabulary.preserved(node): again[-1]}))
+        is_join = joined(node) is not None  # of pieces of another state
+        again.append(again[-1] if is_join else writer.copy(node, {vocabulary.preserved(node): again[-1]}))
     for reader in readers:
         reader.replace_input_with(state, again[-1])
     return Detour(state, tuple(writer.nodes)), again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 
 from torch.fx import Node
@@ -53,12 +54,35 @@ def _step(link: Link, skip: Node, run: Candidate, index: GraphIndex) -> Step | N
     end = link.tail[-1] if link.tail else link.add.node
     moved = [kind for kind in entry[::-1] if kind != vocabulary.NEUTRAL]
     out = restored(end, moved, link, index) if moved else end
+    if out is None and _is_back(moved):
+        out, moved = end, []
     if out is None:
         return None
     nodes, fed = _owned(skip, out, index)
     kind = "map" if moved or link.add.node.target is mapped else run.kind
-    branch = fed - link.add.sums - set(link.tail) - index.sizes - set(path) - set(index.skip_path(out))
+    branch = fed - link.add.sums - set(link.tail) - index.sizes - _towards(path[0], fed) - set(index.skip_path(out))
     return Step(link.add, skip, path[0], out, nodes, kind, paths.common(map(enclosing_path, branch)))
+
+
+def _is_back(moved: Sequence[tuple[object, ...] | None]) -> bool:
+    """True if rearrangements undo each other already (for reshapes: if the shape is restored)."""
+    pending: list[tuple[object, ...]] = []
+    for kind in moved:
+        if pending and kind is not None and vocabulary.undoes(kind, pending[-1]):
+            pending.pop()
+        else:
+            pending.append(kind or ())
+    return not pending
+
+
+def _towards(node: Node, nodes: set[Node]) -> set[Node]:
+    """Return those of some nodes that a node is computed from, with the node itself."""
+    found, todo = {node}, [node]
+    while todo:
+        sources = nodes.intersection(todo.pop().all_input_nodes) - found
+        found |= sources
+        todo += sources
+    return found
 
 
 def restored(end: Node, moved: list[tuple[object, ...] | None], link: Link, index: GraphIndex) -> Node | None:

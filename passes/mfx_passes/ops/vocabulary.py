@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from mfx_passes.ops.joins import joined
+
 Modules = Mapping[str, nn.Module]
 
 NEUTRAL = ("neutral",)
@@ -104,11 +106,13 @@ def _inplace_position(function: Any) -> int | None:
 
 
 def layout(node: Node, modules: Modules) -> tuple[Any, ...] | None:
-    """Return how a value-preserving operation moves the elements of its first argument; None for others.
+    """Return how a value-preserving operation moves the elements of the value that it preserves; None for others.
 
-    ``NEUTRAL`` leaves every element in its place, ``RESHAPE`` keeps their order, ``("permute", dims)`` and
-    ``("transpose", a, b)`` move dimensions.
+    ``NEUTRAL`` leaves every element in its place (all pieces of a value put together do, see `joins`), ``RESHAPE``
+    keeps their order, ``("permute", dims)`` and ``("transpose", a, b)`` move dimensions.
     """
+    if joined(node) is not None:
+        return NEUTRAL
     if not node.args or not isinstance(node.args[0], Node):
         return _adds_zero(node)
     if node.op == "call_module":
@@ -150,6 +154,8 @@ _ALIAS_ATTRIBUTES = frozenset({"T", "H", "mT", "mH", "data", "real", "imag"})
 
 def may_alias(node: Node, modules: Modules) -> bool:
     """True if the value of a node may share memory with its first argument without having changed it."""
+    if joined(node) is not None:
+        return False
     if not (node.args and isinstance(node.args[0], Node)):
         return layout(node, modules) is not None
     if layout(node, modules) is not None:
@@ -166,8 +172,8 @@ def may_alias(node: Node, modules: Modules) -> bool:
 
 
 def preserved(node: Node) -> Node:
-    """Return the operand whose value a value-preserving operation returns."""
-    return next(arg for arg in node.args if isinstance(arg, Node))
+    """Return the value that a value-preserving operation preserves."""
+    return joined(node) or next(arg for arg in node.args if isinstance(arg, Node))
 
 
 def _flat(args: Any) -> tuple[Any, ...]:
