@@ -44,14 +44,14 @@ class ByName:
         constants: names and values of the others.
         positional: names of the arguments that may come by position.
         defaults: the default values that the signature has, by name.
-        shapes: shape, dtype and device of the inputs, by name, if the graph holds for these only.
+        kinds: dtype, device and perhaps shape of the inputs, by name, if the graph holds for these only.
     """
 
     inputs: tuple[str, ...]
     constants: Mapping[str, Any]
     positional: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
-    shapes: Mapping[str, Any] = field(default_factory=dict)
+    kinds: Mapping[str, Any] = field(default_factory=dict)
 
     guards_modules = False
 
@@ -76,7 +76,7 @@ class ByName:
         for name in inputs:
             if not isinstance(given.get(name), Tensor):
                 return False
-        if any(_kind(given[name]) != kind for name, kind in self.shapes.items()):
+        if any(_kind(given[name])[: len(kind)] != kind for name, kind in self.kinds.items()):
             return False
         try:
             for name, value in constants:
@@ -91,9 +91,10 @@ class ByName:
         given = self._given(args, kwargs)
         return {name: given[name] for name in self.inputs}
 
-    def for_shapes(self, inputs: Mapping[str, Tensor]) -> ByName:
-        """Return the same binding for inputs of these shapes, dtypes and devices only."""
-        return replace(self, shapes={name: _kind(tensor) for name, tensor in inputs.items()})
+    def for_inputs(self, inputs: Mapping[str, Tensor], *, shapes: bool) -> ByName:
+        """Return the same binding for inputs of these dtypes and devices only, and with ``shapes`` of these shapes."""
+        kinds = {name: _kind(tensor) for name, tensor in inputs.items()}
+        return replace(self, kinds=kinds if shapes else {name: kind[:2] for name, kind in kinds.items()})
 
     def function(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function of the net and the arguments of a call; the net is not used."""
@@ -109,7 +110,7 @@ class ByName:
 
 
 def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.dtype, tensor.device
+    return tensor.dtype, tensor.device, tuple(tensor.shape)
 
 
 class NotPlainError(TypeError):

@@ -112,27 +112,32 @@ class GraphTable:
     ) -> tuple[RewrittenGraph, SymbolicRoute | DynamoRoute]:
         """Return a graph of a model that cannot be traced symbolically as it is, and the route that it came by.
 
-        TorchDynamo is asked, and so is a trace in which the modules that cannot be followed are called as a whole. The
-        one with more steps is taken: Dynamo may have found sums inside of these modules, or may have had to give up.
-        Where they are equal it is Dynamo's, which holds for more shapes.
+        Two are tried: a trace that calls the modules it cannot follow as a whole, their sums with them, and
+        TorchDynamo, which may look into these modules and may have to give up. The one with more steps is taken, so a
+        leaf never costs a step. If they have as many, it is Dynamo's: that one holds for more shapes, and it knows what
+        the modules do. A trace without any step is none: the modules are then rewritten each on its own.
 
         Raises:
             CaptureError: there is none.
         """
-        found: list[tuple[RewrittenGraph, SymbolicRoute | DynamoRoute]] = []
-        error: CaptureError | None = None
-        with suppress(CaptureError):
-            graph = self._symbolic.capture_with_leaves(args, kwargs, self.options)
-            found += [(graph, self._symbolic)] if graph.calls else []  # else there may be chains in its leaves
-        try:
-            if self.options.capture == "auto":
-                found.insert(0, (self._dynamo.capture(args, kwargs, self.options), self._dynamo))
-        except CaptureError as refused:
-            error = CaptureError(f"{refused} (Before that: {untraceable})")
-            error.__cause__ = refused.__cause__
-        if found:
-            return max(found, key=lambda one: sum(one[0].chain_lengths.values()))
-        raise error or untraceable
+        leaves: RewrittenGraph | None = None
+        with suppress(MfxError):  # whatever is wrong with it, it is no reason to fail
+            leaves = self._symbolic.capture_with_leaves(args, kwargs, self.options)
+        steps = sum(leaves.chain_lengths.values()) if leaves else 0
+        refused = untraceable
+        if self.options.capture == "auto":
+            try:
+                graph = self._dynamo.capture(args, kwargs, self.options)
+            except CaptureError as error:
+                refused = CaptureError(f"{error} (Before that: {untraceable})")
+                refused.__cause__ = error.__cause__
+            else:
+                if steps <= sum(graph.chain_lengths.values()):
+                    return graph, self._dynamo
+        if leaves is None or not steps:
+            raise refused
+        self._symbolic.settle_for_leaves(leaves)
+        return leaves, self._symbolic
 
     def _admit(self, graph: RewrittenGraph, route: SymbolicRoute | DynamoRoute) -> RewrittenGraph:
         """Check a new graph, and keep it; the modules that it calls as a whole are left as they are."""

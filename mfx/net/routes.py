@@ -40,6 +40,7 @@ class SymbolicRoute:
         self._net = net
         self.graphs: list[RewrittenGraph] = []
         self._failures: dict[Hashable, str] = {}
+        self._with_leaves: set[Hashable] = set()
 
     def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph | None:
         """Return the graph that serves a call, None if there is none."""
@@ -54,9 +55,15 @@ class SymbolicRoute:
         Raises:
             CaptureError: the model cannot be traced.
         """
-        return self._capture(bind(self._net, signature_of(self._net), args, kwargs), options)
+        binding = bind(self._net, signature_of(self._net), args, kwargs)
+        check_constants(self._net, binding)
+        if (binding.key, self._net.training) in self._with_leaves:
+            return self.capture_with_leaves(args, kwargs, options)
+        return self._capture(binding, options)
 
-    def capture_with_leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options) -> RewrittenGraph:
+    def capture_with_leaves(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options
+    ) -> RewrittenGraph:
         """Capture and rewrite a graph for a call, in which modules that cannot be traced are called as a whole.
 
         Raises:
@@ -64,9 +71,15 @@ class SymbolicRoute:
         """
         binding = bind(self._net, signature_of(self._net), args, kwargs)
         check_constants(self._net, binding)
+        if not compat.runs_for_real():
+            raise CaptureError(f"{type(self._net).__name__} is called on tensors without values.")
         graph = self._traced(binding, options, binding.tensors(args, kwargs))
         graph.shapes_known = True  # the trace was made with shapes
         return graph
+
+    def settle_for_leaves(self, graph: RewrittenGraph) -> None:
+        """Capture later calls like that of a graph with leaves, too, whatever their shapes are."""
+        self._with_leaves.add((graph.captured.binding.key, graph.training))
 
     def for_defaults(self, options: Options) -> RewrittenGraph:
         """Return the graph for default arguments, captured and rewritten now if there is none.
@@ -83,7 +96,6 @@ class SymbolicRoute:
 
     def _capture(self, binding: ByName, options: Options) -> RewrittenGraph:
         net = self._net
-        check_constants(net, binding)
         self.graphs = [graph for graph in self.graphs if graph.in_place()]
         mode = binding.key, net.training
         if mode in self._failures:

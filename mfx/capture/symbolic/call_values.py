@@ -6,7 +6,7 @@ import io
 import operator
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import Any
 
 import torch
@@ -121,6 +121,7 @@ class CallValues:
         Raises:
             TypeError: the call cannot be part of a graph.
         """
+        self._known[output.node] = UNKNOWN  # it is run below
         given = map_aggregate((args, kwargs), lambda arg: self.of(arg.node) if isinstance(arg, fx.Proxy) else arg)
         leaves = pytree.tree_leaves(given)
         if any(leaf is UNKNOWN for leaf in leaves):
@@ -144,12 +145,9 @@ class CallValues:
 
     def _rehearse(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[nn.Module, set[str]]]:
         """Run a module; return its output without data, and the attributes that it set."""
-        with compat.untraced(), self._mode:
-            try:
-                with _without_effects(module) as assigned:
-                    return self._checked_output(module, args, kwargs), assigned
-            except Exception:  # it looks at data
-                pass
+        with suppress(Exception), compat.untraced(), _without_effects(module) as assigned, self._mode:
+            return self._checked_output(module, args, kwargs), assigned
+        # It looks at data.
         with compat.untraced(), _without_effects(module) as assigned:
             made = map_aggregate((args, kwargs), lambda arg: _made_up(arg) if isinstance(arg, Tensor) else arg)
             output = self._checked_output(module, *made)

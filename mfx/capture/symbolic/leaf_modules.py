@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import nn
 
 # torch.nn is opaque to a tracer, which is right for all but the modules that hold residual adds themselves.
@@ -17,6 +18,8 @@ LOOKED_INTO = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
+# Functions of torch that do not take symbolic values by themselves: dtypes, sizes.
+TORCH_FUNCTIONS = (torch.finfo, torch.iinfo, torch.zeros, torch.ones, torch.empty, torch.full)
 _EINOPS_FUNCTIONS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "asnumpy", "parse_shape")
 
 

@@ -36,6 +36,15 @@ class _Proxy(fx.Proxy):
     def __float__(self) -> float:
         return float(self._number())
 
+    def __array__(self, *args: Any, **kwargs: Any) -> Any:
+        import numpy
+
+        return numpy.array(self._number(), *args, **kwargs)
+
+    def __format__(self, form: str) -> str:
+        value = self.tracer.number_of(self)
+        return super().__format__(form) if value is UNKNOWN else format(value, form)
+
     def _number(self) -> Any:
         """Return a traced size as it is in the call that is traced."""
         value = self.tracer.number_of(self)
@@ -61,12 +70,21 @@ class _Proxy(fx.Proxy):
 class _Attribute(_Proxy, fx.proxy.Attribute):
     """``x.shape`` and the like."""
 
+    def __getattr__(self, name: str) -> fx.proxy.Attribute:
+        if self.attr == "shape" and not hasattr(torch.Size, name):  # numpy tries shape.prod
+            raise AttributeError(f"torch.Size has no attribute {name}")
+        return fx.proxy.Attribute(self, name)
+
 
 class Value(_Proxy):
     """The value of a node."""
 
-    def __getattr__(self, name: str) -> _Attribute:
-        return _Attribute(self, name)
+    def __getattr__(self, name: str) -> Any:
+        attribute = _Attribute(self, name)
+        if name not in ("dtype", "device"):
+            return attribute
+        value = self.tracer.constant_of(attribute)
+        return attribute if value is UNKNOWN else value
 
 
 def _record_inplace(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:

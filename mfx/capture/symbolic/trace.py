@@ -110,7 +110,7 @@ def capture(
         kept,
         load_calls(dump_calls(tracer.calls), kept),
         tracer.walked,
-        binding.for_shapes(values.inputs) if values is not None and values.numbers_used else binding,
+        binding if values is None else binding.for_inputs(values.inputs, shapes=values.numbers_used),
         values={} if values is None else values.tensors(graph),
         leaves={path: tracer.leaves.reasons[module] for path, module in called.items() if module in tracer.leaves},
     )

@@ -8,7 +8,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import fx, nn
@@ -21,7 +21,7 @@ from mfx.capture.symbolic.applied_functions import functions_are_nodes
 from mfx.capture.symbolic.bytecode import unpacked_indices
 from mfx.capture.symbolic.call_values import UNKNOWN, CallValues
 from mfx.capture.symbolic.entered_modes import EnteredModes
-from mfx.capture.symbolic.leaf_modules import LOOKED_INTO, einops_functions, timm_functions
+from mfx.capture.symbolic.leaf_modules import LOOKED_INTO, TORCH_FUNCTIONS, einops_functions, timm_functions
 from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.proxies import Value
 from mfx.capture.symbolic.user_code import said_by, user_stack
@@ -55,7 +55,7 @@ class SymbolicTracer(fx.Tracer):
         leaves: Leaves | None = None,
         values: CallValues | None = None,
     ) -> None:
-        super().__init__(autowrap_functions=(*einops_functions(), *timm_functions(), torch.finfo, torch.iinfo))
+        super().__init__(autowrap_functions=(*einops_functions(), *timm_functions(), *TORCH_FUNCTIONS))
         compat.search_autowrapped_in(self, torch)  # which is where torch.finfo is looked up
         self._steps, self._is_leaf = steps, is_leaf
         self.leaves = Leaves(allowed=False) if leaves is None else leaves
@@ -166,6 +166,8 @@ class SymbolicTracer(fx.Tracer):
     def create_arg(self, a: Any) -> Any:
         """Return an argument of a node; the graph makes mappings of other classes than dict, for torch makes a dict."""
         cls: Any = type(a)
+        if cls.__module__ == "numpy" and isinstance(a, SupportsIndex):  # a product of sizes, for instance
+            return operator.index(a)
         if cls is dict or not issubclass(cls, dict):
             return super().create_arg(a)
         if cls is OrderedDict:
@@ -200,6 +202,10 @@ class SymbolicTracer(fx.Tracer):
     def number_of(self, obj: fx.Proxy) -> Any:
         """Return a size, or what was computed of sizes, in the call that is traced; `UNKNOWN` if it is not known."""
         return UNKNOWN if self.values is None else self.values.number(obj.node)
+
+    def constant_of(self, obj: fx.Proxy) -> Any:
+        """Return a dtype or device in the call that is traced; `UNKNOWN` if it is not known."""
+        return UNKNOWN if self.values is None else self.values.of(obj.node)
 
     def length_of(self, obj: fx.Proxy) -> int | None:
         """Return the length of a value in the call that is traced; None if it is not known."""
