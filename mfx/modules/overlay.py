@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 from torch import nn
@@ -51,12 +51,16 @@ def bare_submodules(net: nn.Module) -> Iterator[None]:
             module.__dict__["forward"] = forward
 
 
-def drop_overlays(net: nn.Module, called: set[str]) -> None:
-    """Give the modules at these paths, and those inside of them, the forward of their class for good."""
+def drop_overlays(net: nn.Module, called: set[str], leaves: Collection[str]) -> None:
+    """Give the modules at these paths, and those inside of them, the forward of their class for good.
+
+    Those inside of ``leaves`` keep theirs: no graph looks in there, so they run chains of their own.
+    """
     for path, module in net.named_modules():
         forward = module.__dict__.get("forward")
         overlaid = isinstance(forward, Overlay) and forward.is_submodule
-        if overlaid and not called.isdisjoint(paths.ancestors(path)):
+        around = set(paths.ancestors(path))
+        if overlaid and not called.isdisjoint(around) and not any(leaf in around for leaf in leaves if leaf != path):
             del module.__dict__["forward"]
 
 

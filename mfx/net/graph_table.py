@@ -148,7 +148,7 @@ class GraphTable:
             return graph  # its constants may be tensors without values: it is for this once
         if graph.shapes_known and not self.options.within:  # options name chains of the net as a whole
             self.options.check_chains(graph.chain_lengths)
-        drop_overlays(self.net, graph.called_modules)
+        drop_overlays(self.net, graph.called_modules, graph.captured.leaves)
         route.keep(graph)
         return graph
 

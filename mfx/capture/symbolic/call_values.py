@@ -179,7 +179,7 @@ def _without_effects(module: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
         stack.enter_context(redirect_stdout(io.StringIO()))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
-        stack.enter_context(undisturbed(module))
+        stack.enter_context(_only_torch_draws(module))
         assigned = stack.enter_context(attributes_restored(module))
         stack.enter_context(tensors_restored(module))
         copies = {id(buffer): buffer.clone() for buffer in module.buffers()}  # BatchNorm does not say that it writes
@@ -187,6 +187,15 @@ def _without_effects(module: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
             inner._buffers.update({name: copies[id(b)] for name, b in inner._buffers.items() if b is not None})
         stack.enter_context(restored_if_changed())
         yield assigned
+
+
+@contextmanager
+def _only_torch_draws(module: nn.Module) -> Iterator[None]:
+    """Put random generators back; a recomputation puts back torch's only, so a leaf must not draw from others."""
+    with undisturbed(module) as drawn:
+        yield
+    if others := [name for name in drawn if name not in ("torch", "torch.cuda")]:
+        raise TypeError(f"{type(module).__name__} draws random numbers that are not torch's ({', '.join(others)})")
 
 
 def _made_up(fake: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import traceback
 from pathlib import Path
@@ -18,7 +19,7 @@ def said_by(error: BaseException, model: nn.Module) -> str:
 
 def user_line(frames: traceback.StackSummary, model: nn.Module) -> str:
     """Return the innermost line that is neither torch's nor mfx's."""
-    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]))
+    ours = (str(Path(torch.__file__).parent), str(Path(__file__).parents[2]), contextlib.__file__)
     theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
     torchs = [
         frame for frame in frames if "/torch/nn/" in frame.filename and "/modules/module.py" not in frame.filename
