@@ -57,7 +57,11 @@ class Captured:
         return graph, load_calls(dump_calls(self.calls), graph)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "calls": dump_calls(self.calls)}
+        return {
+            **self.__dict__,
+            "calls": dump_calls(self.calls),
+            "values": {},
+        }  # which can be neither copied nor dumped
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, calls=load_calls(state["calls"], state["graph"]))

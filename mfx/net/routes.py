@@ -61,9 +61,7 @@ class SymbolicRoute:
             return self.capture_with_leaves(args, kwargs, options)
         return self._capture(binding, options)
 
-    def capture_with_leaves(
-        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options
-    ) -> RewrittenGraph:
+    def capture_with_leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options) -> RewrittenGraph:
         """Capture and rewrite a graph for a call, in which modules that cannot be traced are called as a whole.
 
         Raises:

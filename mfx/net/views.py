@@ -22,7 +22,7 @@ from mfx.program.chain_call import Momentum, Stream, holds_chain
 from mfx.program.codegen import GraphCompiler
 from mfx.program.rewritten import RewrittenGraph
 from mfx.program.shapes import stream_shapes
-from mfx_passes import Findings, find_chains
+from mfx_passes import Findings, find_chains, paths
 
 Calls = Mapping[str, Momentum]
 Inputs = tuple[tuple[Any, ...], Mapping[str, Any]]
@@ -42,6 +42,7 @@ class View(ABC):
         is_whole: True if the graph is all that a call of the model runs.
         flat: paths of modules whose own ``forward`` does not run, because their operations belong to several steps.
         recompute_between: True if what lies between the chains runs again in the backward pass.
+        leaves: paths of modules that are called as a whole because a trace cannot follow them, and why.
     """
 
     module: nn.Module
@@ -52,6 +53,7 @@ class View(ABC):
     is_whole: bool = True
     flat: tuple[str, ...] = ()
     recompute_between: bool = False
+    leaves: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def all_calls(self) -> Calls:
@@ -207,7 +209,7 @@ def views_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         warnings.filterwarnings("ignore", message="mfx: ")  # an explanation says what they say
         graph = _graph_for(forward, args, kwargs, usage)
         streams = stream_shapes(forward.net, forward.options, graph, args, kwargs) if given else {}
-    return [_of_graph(forward, graph, forward.graphs, streams=streams)]
+    return [_of_graph(forward, graph, forward.graphs, streams=streams), *_inside_leaves(forward, graph)]
 
 
 def written(model: nn.Module) -> nn.Module:
@@ -224,7 +226,9 @@ def last_views(net: nn.Module) -> list[View]:
         return [ChainView(module, _own_calls(module), path=path) for path, module in holders]
     if forward.per_module:
         return _of_modules(forward)
-    return [] if forward.active is None else [_of_graph(forward, forward.active, forward.graphs)]
+    if forward.active is None:
+        return []
+    return [_of_graph(forward, forward.active, forward.graphs), *_inside_leaves(forward, forward.active)]
 
 
 def _of_compiled(model: nn.Module) -> list[View]:
@@ -244,6 +248,16 @@ def _of_modules(forward: NetForward) -> list[View]:
     ]
 
 
+def _inside_leaves(forward: NetForward, graph: RewrittenGraph) -> list[View]:
+    """Return views of the modules that run chains of their own inside of what a graph calls as a whole."""
+    leaves = graph.captured.leaves
+    return [
+        view
+        for view in (_of_modules(forward) if leaves else ())
+        if view.calls and any(paths.is_inside(view.path, leaf) for leaf in leaves)
+    ]
+
+
 def _of_graph(
     where: NetForward | CompiledGraph,
     graph: RewrittenGraph,
@@ -256,6 +270,7 @@ def _of_graph(
         path=graph.within,
         flat=graph.flat,
         recompute_between=graph.recompute_between,
+        leaves={paths.join(graph.within, path): why for path, why in graph.captured.leaves.items()},
         graph=graph,
         options=where.options,
         all_graphs=all_graphs,

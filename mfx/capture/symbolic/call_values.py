@@ -67,7 +67,8 @@ class CallValues:
 
     def tensors(self, graph: fx.Graph) -> dict[str, Tensor]:
         """Return the values that are tensors, by name of the node."""
-        return {node.name: value for node in graph.nodes if isinstance(value := self._known.get(node), Tensor)}
+        known = {node.name: self._known.get(node) for node in graph.nodes}
+        return {name: value.detach() for name, value in known.items() if isinstance(value, Tensor)}
 
     def find(self, graph: fx.Graph) -> None:
         """Find the values of all nodes that are in the graph by now."""

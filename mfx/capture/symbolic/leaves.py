@@ -19,7 +19,7 @@ class Leaves:
             known about what the others return.
 
     Attributes:
-        reasons: why each of them is called as a whole, in plain English: "it draws random numbers".
+        reasons: why a trace cannot follow each of them, in plain English: "it sets an attribute of its parent".
         grew: True if modules were added in this trace.
     """
 
@@ -41,12 +41,12 @@ class Leaves:
 
         Args:
             module: a submodule of the model, not the model itself.
-            reason: why a trace cannot walk through it; it follows the word "because".
+            reason: why a trace cannot follow it; `mfx.explain` shows it behind a colon.
 
         Raises:
             CaptureError: modules may not become leaves here.
         """
         if not self.may_take(module):
-            raise CaptureError(f"{type(module).__name__} cannot be traced symbolically, because {reason}.")
+            raise CaptureError(f"{type(module).__name__} cannot be traced symbolically: {reason}.")
         self.reasons[module] = reason
         self.grew = self.grew or type(module) not in self._declared  # those leave nothing behind where they fail

@@ -13,6 +13,7 @@ from typing import Any, SupportsIndex
 import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
+from torch.fx.proxy import TraceError
 from torch.nn.utils.parametrize import is_parametrized
 
 from mfx import compat
@@ -146,7 +147,7 @@ class SymbolicTracer(fx.Tracer):
                 self.graph.erase_node(node)
             del self.calls[calls:]
             self.walked, self.module_stack = walked, stack
-            self.leaves.add(m, f"a trace cannot follow it: {said_by(error, m)}")
+            self.leaves.add(m, said_by(error, m))
             return None
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -197,7 +198,9 @@ class SymbolicTracer(fx.Tracer):
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Return the truth value of a size or of what was computed of sizes."""
         value = self.number_of(obj)
-        return super().to_bool(obj) if value is UNKNOWN else bool(value)
+        if value is UNKNOWN:
+            raise TraceError("a decision (control flow) depends on the value of a tensor")
+        return bool(value)
 
     def number_of(self, obj: fx.Proxy) -> Any:
         """Return a size, or what was computed of sizes, in the call that is traced; `UNKNOWN` if it is not known."""

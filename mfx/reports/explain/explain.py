@@ -57,6 +57,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         tuple(path for view in views if view.is_whole for path in view.flat),
         predicted,
         unpredicted,
+        {path: why for view in views for path, why in view.leaves.items()},
     )
 
 

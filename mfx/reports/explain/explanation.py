@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
@@ -17,6 +17,7 @@ from mfx.reports.explain.tables import (
     chain_table,
     groups,
     headline,
+    leaves,
     memory_table,
     policies,
     sources,
@@ -40,6 +41,7 @@ class Explanation:
         flat: modules whose own ``forward`` and hooks do not run, because their operations belong to several steps.
         estimate: predicted memory and work of a training step with mfx and without; None without inputs.
         unpredicted: reason why there is no ``estimate`` although there were inputs.
+        leaves: modules that are called as a whole because a trace cannot follow them, and why.
     """
 
     model: str
@@ -49,6 +51,7 @@ class Explanation:
     flat: tuple[str, ...]
     estimate: Estimate | None = None
     unpredicted: str = ""
+    leaves: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def advice(self) -> tuple[str, ...]:
@@ -72,6 +75,7 @@ class Explanation:
             advice=self.advice,
             rejections=groups(self.rejections),
             flat=tuple(filter(None, self.flat)),
+            leaves=leaves(self.leaves),
         )
 
     def __str__(self) -> str:
@@ -87,9 +91,10 @@ class Explanation:
             ``model``; ``chains``, each with ``name``, ``gamma``, ``arithmetic``, ``weights``, ``advice``, ``storage``
             (the attributes of `ExplainedStorage`, and ``kept``), ``memory`` (``plain`` and ``kept`` in bytes,
             ``recomputed`` in FLOP) and ``steps`` (``path``, ``kind``, ``branch``, ``captures``, ``sides``, ``source``);
-            ``rejections``, each with ``node``, ``path``, ``source``, ``reason`` and ``remedy``; ``flat``; ``totals``:
-            ``plain`` and ``momentum``, each with ``kept`` and ``peak`` in bytes and ``flops``; ``held``: bytes by key
-            of the output; ``advice``; ``unpredicted``. ``storage``, ``memory`` and ``totals`` are None where unknown.
+            ``rejections``, each with ``node``, ``path``, ``source``, ``reason`` and ``remedy``; ``flat``;
+            ``leaves``: reasons by path; ``totals``: ``plain`` and ``momentum``, each with ``kept`` and ``peak`` in
+            bytes and ``flops``; ``held``: bytes by key of the output; ``advice``; ``unpredicted``. ``storage``,
+            ``memory`` and ``totals`` are None where unknown.
         """
         return {
             "model": self.model,
@@ -105,6 +110,7 @@ class Explanation:
                 for rejection in self.rejections
             ],
             "flat": list(self.flat),
+            "leaves": dict(self.leaves),
             "totals": self._totals(),
             "held": {} if self.estimate is None else dict(self.estimate.held),
             "advice": list(self.advice),

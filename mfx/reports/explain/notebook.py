@@ -33,6 +33,7 @@ def page(contents: Contents) -> Markup:
         _list("what could be done", contents.advice),
         _rejections(contents.rejections),
         _paragraph("hooks on these modules do not run", ", ".join(contents.flat)),
+        _list("called as a whole, since a trace cannot follow them", map(": ".join, contents.leaves)),
         *(element("details", element("summary", f"steps of {name}"), _table(steps)) for name, steps in contents.steps),
         class_="mfx",
     )

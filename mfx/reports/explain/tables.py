@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from mfx.reports.explain.data import ExplainedChain
 from mfx.reports.explain.estimate import Estimate
 from mfx.reports.table import Table
-from mfx.text import amount, count, ratio, size
+from mfx.text import amount, count, listed, ratio, size
 from mfx_passes import Rejection
 
 _CHAINS = ("chain", "steps", "kind", "gamma", "arithmetic", "weights of the branches", "state")
@@ -50,6 +50,7 @@ class Contents:
         advice: advice, one line each.
         rejections: residual adds that stay as they are, by reason.
         flat: paths of modules whose hooks do not run.
+        leaves: modules that are called as a whole because a trace cannot follow them, and why.
     """
 
     headline: str
@@ -62,6 +63,7 @@ class Contents:
     advice: tuple[str, ...]
     rejections: list[RejectedGroup]
     flat: tuple[str, ...]
+    leaves: Rows
 
 
 def headline(model: str, chains: Sequence[ExplainedChain], rejections: Sequence[Rejection]) -> str:
@@ -150,6 +152,14 @@ def groups(rejections: Iterable[Rejection]) -> list[RejectedGroup]:
     for rejection in rejections:
         found[rejection.reason, rejection.remedy].append(rejection)
     return [RejectedGroup(*why, tuple(alike)) for why, alike in found.items()]
+
+
+def leaves(reasons: Mapping[str, str]) -> Rows:
+    """Return the modules that are called as a whole, those with the same reason together, and why."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path, why in reasons.items():
+        found[why].append(path)
+    return [(listed(places), short_place(why)) for why, places in found.items()]
 
 
 def _bytes(name: str, plain: int, kept: int, recomputed: str) -> tuple[str, ...]:

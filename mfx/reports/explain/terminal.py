@@ -14,7 +14,7 @@ _SHOWN = 3  # rejections per reason
 
 def text(contents: Contents) -> str:
     """Return all of an explanation, section by section."""
-    sections = (_chains, _memory, _policies, _advice, _rejections, _flat)
+    sections = (_chains, _memory, _policies, _advice, _rejections, _flat, _leaves)
     lines = _wrapped(contents.headline)
     for section in sections:
         if found := section(contents):
@@ -69,6 +69,13 @@ def _flat(contents: Contents) -> list[str]:
         return []
     shown = listed([shorten(path, 60) for path in contents.flat])
     return _wrapped(f"hooks on these modules do not run, since sums in them are part of a chain: {shown}")
+
+
+def _leaves(contents: Contents) -> list[str]:
+    lines = ["called as a whole, since a trace cannot follow them:"] if contents.leaves else []
+    for names, why in contents.leaves:
+        lines += _wrapped(f"  {names}: {why}")
+    return lines
 
 
 def _wrapped(line: str) -> list[str]:
