@@ -121,7 +121,7 @@ class GraphTable:
             CaptureError: there is none.
         """
         leaves: RewrittenGraph | None = None
-        with suppress(MfxError):  # whatever is wrong with it, it is no reason to fail
+        with suppress(Exception):  # whatever an unusual kind of tensor says to it, Dynamo may do
             leaves = self._symbolic.capture_with_leaves(args, kwargs, self.options)
         steps = sum(leaves.chain_lengths.values()) if leaves else 0
         refused = untraceable
