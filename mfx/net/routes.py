@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from mfx import compat
 from mfx.capture.arguments import bind, bind_defaults, check_constants, check_signature
 from mfx.capture.binding import ByName
 from mfx.capture.captured import Captured, CaptureError, signature_of
@@ -69,9 +70,10 @@ class SymbolicRoute:
         """
         binding = bind(self._net, signature_of(self._net), args, kwargs)
         check_constants(self._net, binding)
-        if not compat.runs_for_real():
-            raise CaptureError(f"{type(self._net).__name__} is called on tensors without values.")
-        graph = self._traced(binding, options, binding.tensors(args, kwargs))
+        inputs = binding.tensors(args, kwargs)
+        if any(map(compat.is_fake, inputs.values())):
+            raise CaptureError(f"{type(self._net).__name__} is called on tensors of another trace.")
+        graph = self._traced(binding, options, inputs)
         graph.shapes_known = True  # the trace was made with shapes
         return graph
 
