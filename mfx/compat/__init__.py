@@ -19,6 +19,7 @@ from mfx.compat.compiled import compiled_model, is_inductor
 from mfx.compat.fake_tensors import fake_mode, fake_mode_of, is_fake, new_fake_mode, runs_for_real, unlogged
 from mfx.compat.fsdp import class_before_sharding, is_group, is_sharded, shards_of, share_shards
 from mfx.compat.fx import is_erased, search_autowrapped_in, untraced
+from mfx.compat.generators import sign_of_numpy, sign_of_python
 from mfx.compat.hooks import forward_hook_tables, has_state_dict_hook, hook_tables
 from mfx.compat.modes import (
     AutocastState,
@@ -72,6 +73,8 @@ __all__ = [
     "search_autowrapped_in",
     "shards_of",
     "share_shards",
+    "sign_of_numpy",
+    "sign_of_python",
     "under_transform",
     "unlogged",
     "untraced",

@@ -142,6 +142,7 @@ def trace_call(
         if output.backend_input is None:
             raise RuntimeError("the model computes nothing with tensors")
         _check_gradients_returned(output.backend_input.graph_module.graph)
+        _check_draws(output)
         try:
             guards = output.graph_capture_output.build_guards(function.__func__.__code__, _hooks())
         except IndexError as error:  # of Dynamo's own, looking for where a size comes from
@@ -207,6 +208,20 @@ def _check_gradients_returned(graph: fx.Graph) -> None:
             raise torch._dynamo.exc.TorchDynamoException(
                 f"{node.name} is returned, and requires a gradient only because its requires_grad is set"
             )
+
+
+def _check_draws(output: Any) -> None:
+    """Check that random numbers are drawn in every call, and from where the model draws them.
+
+    Dynamo draws from torch's generator what the model draws from numpy's, and would set a generator of the model's own
+    to the state after this one call.
+    """
+    functions = (getattr(node.target, "f", None) for node in output.backend_input.graph_module.graph.nodes)
+    by_numpy = any(getattr(function, "__module__", "") == "torch._numpy.random" for function in functions)
+    instructions = dis.get_instructions(output.graph_capture_output.bytecode)
+    if by_numpy or any(instruction.argval == "setstate" for instruction in instructions):
+        what = "numpy's generator" if by_numpy else "a generator of its own (random.Random)"
+        raise torch._dynamo.exc.TorchDynamoException(f"it draws random numbers from {what}, which TorchDynamo does not")
 
 
 def _requires_grad(node: fx.Node) -> bool:

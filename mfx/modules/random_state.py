@@ -1,28 +1,54 @@
-"""Puts random generators back after a trace, and tells which were drawn from."""
+"""Random generators: found, read and put back, and which were drawn from."""
 
 from __future__ import annotations
 
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from mfx import compat
 from mfx_passes import paths
 
 
+class RandomState(NamedTuple):
+    """The state of a generator, and a sign that changes with it; None if there is no such sign."""
+
+    sign: Hashable
+    value: Any
+
+
 @dataclass(frozen=True)
-class _Generator:
-    """A source of random numbers, with functions that read and set its state."""
+class Generator:
+    """A source of random numbers, with functions that read and set its state.
+
+    Attributes:
+        sign: reads what changes whenever the state does, if that is cheaper to read.
+        is_told: True if a state is one in which a draw changes the sign.
+    """
 
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], object]
+    sign: Callable[[], Hashable] = lambda: None
+    is_told: Callable[[Any], bool] = lambda state: True
+
+    def state(self, before: RandomState | None = None) -> RandomState:
+        """Return the present state; ``before`` itself, if it is still the present one."""
+        sign = self.sign()
+        if before is not None and sign is not None and sign == before.sign:
+            return before
+        value = self.read()
+        if before is not None and _same(value, before.value):
+            return before
+        return RandomState(sign if self.is_told(value) else None, value)
 
 
 @contextmanager
@@ -44,35 +70,90 @@ def undisturbed(model: nn.Module) -> Iterator[list[str]]:
                 generator.write(state)
 
 
-_PLAIN = {bool, int, float, str, type(None), dict, OrderedDict, set, list, tuple}  # nearly all that a module holds
+def generators_on(device: torch.device) -> list[Generator]:
+    """Return the global generators that code on a device draws from: torch's (also the CPU's), Python's, numpy's."""
+    generators = [Generator("torch", torch.random.get_rng_state, torch.random.set_rng_state)]
+    backend: Any = getattr(torch, device.type, None)
+    if device.type != "cpu" and hasattr(backend, "get_rng_state"):
+        where = () if device.type == "mps" else (device,)
+        write = lambda state: backend.set_rng_state(state, *where)  # noqa: E731
+        generators.append(Generator(f"torch.{device}", partial(backend.get_rng_state, *where), write))
+    return [*generators, *_others()]
 
 
-def _generators(model: nn.Module) -> Iterator[_Generator]:
-    yield _Generator("torch", torch.random.get_rng_state, torch.random.set_rng_state)
-    yield _Generator("random", random.getstate, random.setstate)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        yield _Generator("numpy.random", numpy.random.get_state, numpy.random.set_state)
+def _others() -> Iterator[Generator]:
+    yield Generator("random", random.getstate, random.setstate, compat.sign_of_python)
+    if "numpy" in sys.modules:
+        from numpy import random as numpy_random
+
+        # A spare Gaussian is used without a sign.
+        has_no_spare = lambda state: not state[3]  # noqa: E731
+        yield Generator(
+            "numpy.random", numpy_random.get_state, numpy_random.set_state, compat.sign_of_numpy, has_no_spare
+        )
+
+
+_PLAIN = {bool, int, float, str, type(None)}  # nearly all that a module holds
+_CONTAINERS = {dict, OrderedDict, set, list, tuple}
+_LARGE = 64  # entries of a container that is not looked into
+
+
+def _generators(model: nn.Module) -> Iterator[Generator]:
+    yield Generator("torch", torch.random.get_rng_state, torch.random.set_rng_state)
+    yield from _others()
     if torch.cuda.is_initialized():
-        yield _Generator("torch.cuda", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
+        yield Generator("torch.cuda", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
+    files: dict[str, None] = {}
     for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if type(value) not in _PLAIN:
-                yield from _own_generator(paths.join(path, name), value)
+        files[type(module).__module__] = None
+        yield from generators_of(module, path)
+    for file in files:
+        if not file.startswith("torch."):
+            yield from _global_generators(file)
 
 
-def _own_generator(name: str, value: Any) -> Iterator[_Generator]:
-    """Yield the generator that a value of a module's is, or that it is a method of."""
+def generators_of(module: nn.Module, path: str) -> Iterator[Generator]:
+    """Yield the generators that attributes of a module hold, also in small containers and one attribute deep."""
+    for name, value in vars(module).items():
+        if type(value) in _PLAIN or (type(value) in _CONTAINERS and (not value or name.startswith("_"))):
+            continue
+        for held in _held_by(value):
+            yield from _own_generator(paths.join(path, name), held)
+
+
+def _held_by(value: Any) -> Iterator[Any]:
+    if type(value) in _CONTAINERS:
+        if len(value) <= _LARGE:
+            yield from value.values() if isinstance(value, dict) else value
+        return
+    yield value
+    attributes = getattr(value, "__dict__", None)
+    if type(attributes) is dict and len(attributes) <= _LARGE and not isinstance(value, nn.Module | torch.Tensor):
+        yield from attributes.values()
+
+
+def _global_generators(file: str) -> Iterator[Generator]:
+    """Yield the generators that the file of a class holds."""
+    for name, value in list(vars(sys.modules.get(file, random)).items()):
+        for held in _held_by(value) if type(value) in _CONTAINERS and not name.startswith("__") else [value]:
+            if isinstance(held, random.Random | torch.Generator) or type(held).__module__.startswith("numpy.random"):
+                yield from _own_generator(f"{file}.{name}", held)
+
+
+def _own_generator(name: str, value: Any) -> Iterator[Generator]:
+    """Yield the generator that a value is, or that it is a method of."""
     value = getattr(value, "__self__", value)
+    if value is random._inst:
+        return
     if isinstance(value, random.Random):
-        yield _Generator(name, value.getstate, value.setstate)
+        yield Generator(name, value.getstate, value.setstate)
     elif isinstance(value, torch.Generator):
-        yield _Generator(name, value.get_state, value.set_state)
+        yield Generator(name, value.get_state, value.set_state)
     elif type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator"):
         bits = value.bit_generator
-        yield _Generator(name, lambda: bits.state, lambda state: setattr(bits, "state", state))
+        yield Generator(name, lambda: bits.state, lambda state: setattr(bits, "state", state))
     elif type(value).__module__.startswith("numpy.random") and hasattr(value, "get_state"):
-        yield _Generator(name, value.get_state, value.set_state)
+        yield Generator(name, value.get_state, value.set_state)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -12,48 +12,12 @@ from torch import Tensor
 
 from mfx.compat import autocast_as, autocast_state, cached_weights, is_sharded, weights_cached
 from mfx.engine.recompute.layout import TensorSlot, layout_of
+from mfx.engine.recompute.random_clock import RandomClock
 from mfx.engine.scope import inside_recomputation
 from mfx.engine.steps import ChainCache
 from mfx_passes.errors import MfxError
 
 _State = tuple[int, bool] | None  # of a tensor: its version, and whether it requires a gradient
-
-
-class RandomClock:
-    """The states of the random generators that code on ``device`` draws from, read once per step."""
-
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
-        self._is_cuda = device.type == "cuda"
-        self.now = self._read()
-
-    def tick(self) -> bool:
-        """Read the states again; True if anything was drawn since the last time."""
-        before, self.now = self.now, self._read()
-        return not all(map(torch.equal, before, self.now))
-
-    def is_at(self, states: tuple[Tensor, ...]) -> bool:
-        """True if the generators are in these states."""
-        return all(map(torch.equal, states, self._read()))
-
-    @contextmanager
-    def turned_back(self, states: tuple[Tensor, ...]) -> Iterator[None]:
-        """Let the generators start from ``states``; afterwards put them back."""
-        real = self._read()
-        try:
-            self._write(states)
-            yield
-        finally:
-            self._write(real)
-
-    def _read(self) -> tuple[Tensor, ...]:
-        cpu = torch.get_rng_state()
-        return (cpu, torch.cuda.get_rng_state(self._device)) if self._is_cuda else (cpu,)
-
-    def _write(self, states: tuple[Tensor, ...]) -> None:
-        torch.set_rng_state(states[0])
-        if self._is_cuda:
-            torch.cuda.set_rng_state(states[1], self._device)
 
 
 class Autocast:
@@ -93,10 +57,10 @@ class StepEnvironment:
     ) -> None:
         self._root, self._path = root, path
         self._clock, self._autocast = clock, cast
-        self._random: tuple[Tensor, ...] | None = clock.now
-        self._random_after: tuple[Tensor, ...] = ()
         self._cached_weights = cached_weights()
         layout = self._layout = layout_of(cache, key, root, targets, path)
+        self._own_clock = RandomClock(layout.generators) if layout.generators else None
+        self._drawn = [draw for clock in self._clocks() for draw in clock.all()]
         self._flags = layout.flags
         self._slots = layout.slots(root)
         self.tensors = layout.tensors(self._slots)
@@ -124,14 +88,14 @@ class StepEnvironment:
 
     def has_drawn_all(self) -> bool:
         """True if the recomputation has drawn all random numbers that the forward pass drew."""
-        return self._random is None or self._clock.is_at(self._random_after)
+        return all(draw.is_done() for draw in self._drawn)
+
+    def _clocks(self) -> list[RandomClock]:
+        return [self._clock] if self._own_clock is None else [self._clock, self._own_clock]
 
     def settle(self) -> None:
         """Drop what the branch turned out not to need."""
-        if self._clock.tick():
-            self._random_after = self._clock.now
-        else:
-            self._random = None
+        self._drawn = [draw for clock in self._clocks() for draw in clock.tick()]
         if self._buffers:
             self._settle_buffers()
 
@@ -174,8 +138,7 @@ class StepEnvironment:
     def _contexts(self) -> list[AbstractContextManager[object]]:
         """Return contexts for what differs now from the forward pass."""
         contexts = self._autocast.contexts()
-        if self._random is not None:
-            contexts.append(self._clock.turned_back(self._random))
+        contexts += [draw.repeated() for draw in self._drawn]
         if self._cached_weights is not None or cached_weights() is not None:
             contexts.append(weights_cached(self._cached_weights))
         if self._values or self._flags != self._layout.flags:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from mfx.modules.random_state import generators_of
 from mfx_passes.errors import MfxError
 from mfx_passes.paths import resolve
 
@@ -44,6 +45,7 @@ class StateLayout:
     Attributes:
         modules: all modules, each once.
         changing: labels of the slots whose tensors the step changes, by the modules' training flags, once known.
+        generators: the random generators that the modules hold.
         has_buffers: True if any slot is not a module's parameter.
     """
 
@@ -67,6 +69,7 @@ class StateLayout:
         self._names = list(map(tuple, self._tensor_tables))
         self._module_tables = [m._modules for m in self.modules]
         self._children = self._children_now()
+        self.generators = [generator for module in self.modules for generator in generators_of(module, step_path)]
 
     @property
     def flags(self) -> Flags:

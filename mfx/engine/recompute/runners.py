@@ -15,12 +15,14 @@ from torch import Tensor
 from mfx.engine.flags import verify_chain, verify_step
 from mfx.engine.memory.measure import StepMeasure
 from mfx.engine.recompute.checked_frame import CheckedFrame
-from mfx.engine.recompute.environment import Autocast, RandomClock, StepEnvironment
+from mfx.engine.recompute.environment import Autocast, StepEnvironment
 from mfx.engine.recompute.frame import Frame, Handle, KeptStep, Rebuilt
+from mfx.engine.recompute.random_clock import RandomClock
 from mfx.engine.recompute.saved import Captures, tensors_in
 from mfx.engine.recompute.tape import StoredInput, Tape
 from mfx.engine.scope import inside_kept_step, measured_by
 from mfx.engine.steps import ChainCall, StepFunction
+from mfx.modules.random_state import generators_on
 from mfx.options.gamma import Gamma
 
 
@@ -58,7 +60,8 @@ class _Recomputing:
         self._call, self._original = call, original
         self._values = list(call.captures)
         self._captures = Captures(call.captures, f"{call.name}: a tensor that its steps read beside the stream")
-        self._clock, self._autocast = RandomClock(device), Autocast(device)
+        self._clock = RandomClock(generators_on(device), are_global=True)
+        self._autocast = Autocast(device)
 
     def _run_kept(self, step: StepFunction, x: Tensor) -> tuple[Any, ...]:
         """Run a step that keeps its activations."""

@@ -1,0 +1,64 @@
+"""The random generators while a chain runs: which steps draw from which of them, and from where."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+from mfx.modules.random_state import Generator, RandomState
+
+_last: dict[str, RandomState] = {}  # of the global generators: their states take long to read
+
+
+class Draw(NamedTuple):
+    """A generator that a step draws from, with the states before and after."""
+
+    generator: Generator
+    before: RandomState
+    after: RandomState
+
+    def is_done(self) -> bool:
+        """True if the generator is where the step left it."""
+        return self.generator.state(self.after) is self.after
+
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Let the generator start where it did in the forward pass; afterwards put it back."""
+        real = self.generator.read()
+        try:
+            self.generator.write(self.before.value)
+            yield
+        finally:
+            self.generator.write(real)
+
+
+class RandomClock:
+    """Random generators, looked at after every step.
+
+    Args:
+        generators: the generators.
+        are_global: True if their states may be remembered by name.
+    """
+
+    def __init__(self, generators: Sequence[Generator], *, are_global: bool = False) -> None:
+        self._generators = generators
+        known = _last if are_global else {}
+        self._states = [generator.state(known.get(generator.name)) for generator in generators]
+        if are_global:
+            _last.update({generator.name: s for generator, s in zip(generators, self._states, strict=True) if s.sign})
+
+    def all(self) -> list[Draw]:
+        """Return a draw from every generator, for a step that has not ended."""
+        return [Draw(generator, now, now) for generator, now in zip(self._generators, self._states, strict=True)]
+
+    def tick(self) -> list[Draw]:
+        """Look at the generators again; return what was drawn since the last time."""
+        drawn = []
+        for number, generator in enumerate(self._generators):
+            before = self._states[number]
+            now = generator.state(before)
+            if now is not before:
+                self._states[number] = now
+                drawn.append(Draw(generator, before, now))
+        return drawn
