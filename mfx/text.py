@@ -30,10 +30,10 @@ def shorten(text: str, characters: int) -> str:
     return f"{text[: characters - 1 - half]}…{text[-half:]}"
 
 
-def without_chains(model: nn.Module) -> str:
-    """Return the warning for a model in which there is nothing to rewrite."""
+def without_chains(model: nn.Module, consequence: str) -> str:
+    """Return the warning for a model in which there is nothing to rewrite, with what follows from that."""
     return (
-        f"{type(model).__name__} has no chain of residual adds to rewrite and is returned unchanged. Looked for: two "
+        f"{type(model).__name__} has no chain of residual adds to rewrite and {consequence}. Looked for: two "
         "or more sums x + f(x) in a row, where the sum is the x of the next one. mfx.explain(model) lists what came "
         "close."
     )

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from mfx.modules.overlay import Extra, Overlay
+from mfx.modules.overlay import MARK, Extra, Overlay
 from mfx_passes import paths
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
-_INTERNAL = frozenset({*nn.Module().__dict__, "forward", "graph", "code", "print_readable"})
+_INTERNAL = frozenset({*nn.Module().__dict__, "forward", MARK, "graph", "code", "print_readable"})
 _ABSENT = object()
 
 
@@ -37,7 +37,7 @@ class ModuleGuard:
     children: tuple[tuple[str, nn.Module | None], ...]
     training: bool
     plain: tuple[tuple[str, Any], ...]
-    missing: frozenset[str]
+    missing: list[str]
     forward: Any
 
     @classmethod
@@ -61,13 +61,22 @@ class ModuleGuard:
 
     def holds(self) -> bool:
         """True if all of it is as it was."""
-        own = self.module.__dict__
+        module = self.module
+        own = module.__dict__  # with few Python calls: there are guards by the hundred
+        is_as_it_was = tuple(own["_modules"].items()) == self.children and type(module) is self.kind
+        if own["training"] != self.training or not (is_as_it_was or self.in_place()):
+            return False
+        for name, snapshot in self.plain:
+            value = own.get(name, _ABSENT)
+            is_it = type(snapshot) is tuple and snapshot[1] is value  # most often: a number or string, as it was
+            if not is_it and _snapshot(value) != snapshot:
+                return False
+        if (own["_parameters"] or own["_buffers"]) and _missing(module) != self.missing:
+            return False
         return (
-            self.module.training == self.training
-            and self.in_place()
-            and all(_snapshot(own.get(name, _ABSENT)) == value for name, value in self.plain)
-            and _missing(self.module) == self.missing
-            and (self.forward is _ABSENT or _forward(self.module) is self.forward)
+            self.forward is _ABSENT
+            or ("forward" not in own and self.forward is None)
+            or _forward(module) is self.forward
         )
 
 
@@ -90,11 +99,11 @@ def _walked(module: nn.Module, path: str, leaves: frozenset[str], seen: set[int]
 
 
 def _children(module: nn.Module) -> tuple[tuple[str, nn.Module | None], ...]:
-    return tuple(item for item in module._modules.items() if not isinstance(item[1], Extra))
+    return tuple([item for item in module._modules.items() if not isinstance(item[1], Extra)])
 
 
-def _missing(module: nn.Module) -> frozenset[str]:
-    return frozenset(name for table in (module._parameters, module._buffers) for name, t in table.items() if t is None)
+def _missing(module: nn.Module) -> list[str]:
+    return [name for table in (module._parameters, module._buffers) for name, t in table.items() if t is None]
 
 
 def _forward(module: nn.Module) -> Any:

@@ -255,7 +255,7 @@ def _refuse_the_last_recompilation() -> None:
 
 def _warn_idle(module: fx.GraphModule, given: Mapping[str, Any]) -> None:
     if not calls_a_net(module.graph):
-        warnings.warn(f"mfx: {without_chains(module)}", stacklevel=3)
+        warnings.warn(f"mfx: {without_chains(module, 'is returned unchanged')}", stacklevel=3)
     elif given:
         message = (
             f"mfx: {', '.join(given)}: no effect, for there are no chains to rewrite beside those of a net that was "

@@ -1,13 +1,15 @@
-"""Check that the graphs of a net, in training and in evaluation, have the same chains."""
+"""Check that all graphs of a net, in training and in evaluation, of it and of its modules, have the same chains."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 
 from torch import nn
 
+from mfx.program.chain_call import Momentum
 from mfx.program.rewritten import RewrittenGraph
-from mfx_passes import MfxError
+from mfx_passes import MfxError, paths
 
 
 def check_agreement(net: nn.Module, graph: RewrittenGraph, others: Iterable[RewrittenGraph]) -> None:
@@ -26,12 +28,63 @@ def check_agreement(net: nn.Module, graph: RewrittenGraph, others: Iterable[Rewr
             )
 
 
+def check_per_module(net: nn.Module, graph: RewrittenGraph, modules: Mapping[str, Sequence[RewrittenGraph]]) -> None:
+    """Check that a graph of a net has the chains that a call has which runs module by module.
+
+    Args:
+        net: the net.
+        graph: the graph.
+        modules: the graphs of the modules that are rewritten each on its own, by path.
+
+    Raises:
+        MfxError: a chain lies in none of these modules, or has run in pieces, or one of them has other chains.
+    """
+    for call in _with_momentum(graph):
+        held = {path: [paths.is_inside(p, path) for p in graph.sums[call.chain]] for path in modules}
+        has_run_in_pieces = any(modules[path] and any(inside) and not all(inside) for path, inside in held.items())
+        if has_run_in_pieces or not any(map(all, held.values())):
+            raise MfxError(
+                f"{type(net).__name__} has other chains in one call than in another: where it is one graph "
+                f"({graph.mode} mode), they are {graph.chain_lengths}, by number of steps. Where it is not, its "
+                f"modules are rewritten each on its own, and no module that it calls holds the chain {call.chain}, so "
+                "the network that is trained would not be the one that is evaluated. Momentumize the part of the model "
+                f"that both calls have in common, or use skip={call.chain!r}."
+            )
+    check_agreement(net, graph, chain.from_iterable(modules.values()))
+
+
 def _contradict(one: RewrittenGraph, other: RewrittenGraph) -> bool:
     if one.shapes_known != other.shapes_known:
         return False  # one of them may still lose steps
-    if not (one.changes_function or other.changes_function):
-        return False  # both are the model
     key, other_key = one.captured.binding.key, other.captured.binding.key
-    if key is not None and other_key is not None and key != other_key:
-        return False  # other arguments may lead to other chains
-    return one.record.differs(other.record, one.chains, other.chains)
+    if one.within == other.within:
+        if key is not None and other_key is not None and key != other_key:
+            return False  # other arguments may lead to other chains
+        return one.record.differs(other.record, one.moving, other.moving)
+    return _misses(one, other) or _misses(other, one)
+
+
+def _misses(graph: RewrittenGraph, other: RewrittenGraph) -> bool:
+    """True if another graph has a chain with momentum that this one has not, though it computes one of its steps."""
+    own = list(graph.calls.values())
+    return any(
+        all(paths.is_inside(path, graph.within) for path in other.sums[call.chain])
+        and any(graph.computes(step.path) for step in call.graphs.steps)
+        and not any(_are_one(call, o) for o in own)
+        for call in _with_momentum(other)
+    )
+
+
+def _are_one(call: Momentum, other: Momentum) -> bool:
+    """True if two calls run the same chain, known by its steps: a net may use one twice, and the next time thrice.
+
+    A step without its dropout may have a longer path in common.
+    """
+    steps, others = call.graphs.steps, other.graphs.steps
+    return len(steps) == len(others) and all(
+        paths.is_inside(a.path, b.path) or paths.is_inside(b.path, a.path) for a, b in zip(steps, others, strict=True)
+    )
+
+
+def _with_momentum(graph: RewrittenGraph) -> Iterator[Momentum]:
+    return (call for call in graph.calls.values() if not call.gamma.is_zero)

@@ -10,6 +10,7 @@ from mfx.capture.captured import CaptureError
 from mfx.capture.named_steps import mark_block_calls
 from mfx.modules.tree_copy import M, net_of, tree_copy
 from mfx.net.forward import NetForward
+from mfx.net.never import never_has_chains
 from mfx.net.state_dict import note_gamma
 from mfx.net.submodules import install_submodules
 from mfx.options.options import Options
@@ -23,24 +24,24 @@ def build_net(model: M, options: Options) -> M:
     net: M = tree_copy(model) if isinstance(model, fx.GraphModule) else net_of(model)
     found = _rewrite_graph_module(net, options) if isinstance(net, fx.GraphModule) else _give_forward(net, options)
     if not found:
-        warnings.warn(f"mfx: {without_chains(model)}", stacklevel=3)
+        warnings.warn(f"mfx: {without_chains(model, 'is returned unchanged')}", stacklevel=3)
         return model
     note_gamma(net)
     return net
 
 
 def _give_forward(net: nn.Module, options: Options) -> bool:
-    """Give a net the forward that runs its rewritten graphs; False if it is known to have no chains."""
+    """Give a net the forward that runs its rewritten graphs; False if it cannot have chains in any call."""
     mark_block_calls(net, options.layers)
     forward = NetForward(net, options)
     install_submodules(forward)
     try:
-        if not forward.prepare().calls:
+        if not forward.prepare().calls and never_has_chains(net, options):
             return False
     except CaptureError:
         if options.capture == "symbolic" or options.example_inputs is not None:
             raise  # else a call will show
-    net.__dict__["forward"] = forward
+    forward.install()
     return True
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from types import CodeType
 from typing import Any
 
@@ -13,12 +14,14 @@ from torch import fx, nn
 
 from mfx.capture.captured import CaptureError, signature_of
 from mfx.compiler.call_site import CallSite, register
-from mfx.modules.overlay import Overlay
+from mfx.modules.overlay import Mark, Overlay, submodule_overlays
+from mfx.net.copies import called, is_shared, own_overlay
 from mfx.net.graph_table import GraphTable
 from mfx.net.loaded import Loaded
 from mfx.net.lost_effects import lost_hooks, of_lost_hooks
 from mfx.net.sharded import is_sharded_somewhere, refuse_containers
 from mfx.net.shown import Shown
+from mfx.net.under_way import Way, under_way
 from mfx.net.warn_once import WarnOnce
 from mfx.options.options import Options
 from mfx.program.codegen import GraphCompiler, to_function
@@ -38,7 +41,7 @@ class NetForward(Overlay):
         table: the rewritten graphs.
         plans: what is kept for the backward pass, if a budget is for the net as a whole.
         bypassed: while not 0, the net computes what its class says.
-        per_module: True if the net cannot be captured as one graph, and its submodules have graphs of their own.
+        root: the forward of the whole net.
         key: what compiled code calls it by.
         lock: held while the net has other tensors than its own.
         call_sites: the ways in which compiled code calls it.
@@ -47,14 +50,16 @@ class NetForward(Overlay):
 
     def __init__(self, net: nn.Module, options: Options) -> None:
         self.net = net
+        self.mark = Mark()
+        self.root: NetForward = self
         self.warn = WarnOnce()
         self.table = self._make_table(options)
         self.plans = NetPlans(options.budget) if options.plans else None
         self.bypassed = 0
-        self.per_module = False
         self.key = register(self)
         self.lock = threading.RLock()
         self.call_sites: list[CallSite] = []
+        self._said = False
         self._shown = Shown(net, self.print_readable)
 
     def _make_table(self, options: Options) -> GraphTable:
@@ -78,6 +83,17 @@ class NetForward(Overlay):
         return not (self.is_submodule or self.per_module or is_sharded_somewhere(self.net))
 
     @property
+    def per_module(self) -> bool:
+        """True if a call was not one graph, and the submodules ran graphs of their own."""
+        return self.table.per_module
+
+    def runs_per_module(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+        """True if a call was found not to be one graph; without arguments, if the graph that ran last does not hold."""
+        if args or kwargs:
+            return self.table.failed(args, kwargs) is not None
+        return self.per_module and not (self.active and self.active.holds())
+
+    @property
     def options(self) -> Options:
         """The options of the net."""
         return self.table.options
@@ -98,6 +114,8 @@ class NetForward(Overlay):
             from mfx.compiler.call import call  # imports TorchDynamo, which takes a second
 
             return call(self, args, kwargs)
+        if is_shared(self):
+            return called(self, sys._getframe(1)).run(args, kwargs)
         return self.run(args, kwargs)
 
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiler: GraphCompiler = to_function) -> Any:
@@ -110,37 +128,42 @@ class NetForward(Overlay):
             return self._run(args, kwargs, compiler)
 
     def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiler: GraphCompiler) -> Any:
-        if self.bypassed or self.per_module:
-            return self._original()(*args, **kwargs)
+        if self.bypassed:
+            return self.run_class_forward(args, kwargs, Way.AS_WRITTEN)
         try:
             graph = self.table.graph_for(args, kwargs)
         except CaptureError as error:
-            if self.options.capture != "auto" or self.options.layers or self.table.graphs:
+            if self.options.capture != "auto" or self.options.layers:
                 raise
             return self._run_per_module(error, args, kwargs)
         if not torch.compiler.is_exporting():  # that graph is not kept
             self._show(graph)
         self._mention_hooks(graph)
         if not graph.calls:
-            self._has_no_chain(graph)
-            return self._original()(*args, **kwargs)
+            self._has_no_chain()
+            return self.run_class_forward(args, kwargs, Way.AS_WRITTEN)
         return graph(self.net, args, kwargs, compiler)
 
-    def _original(self) -> Callable[..., Any]:
-        return type(self.net).forward.__get__(self.net)  # type: ignore[no-any-return]
+    def run_class_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], way: Way) -> Any:
+        """Run the forward of the net's class, and its submodules in this way."""
+        with under_way(self.root, way):
+            return type(self.net).forward.__get__(self.net)(*args, **kwargs)
 
-    def _has_no_chain(self, graph: RewrittenGraph) -> None:
-        if graph.captured.values:  # else it was said when the graph was made, or it lost its steps
-            self.warn(without_chains(self.net))
+    def _has_no_chain(self) -> None:
+        """Warn at the first such call; called at each."""
+        if not self._said and not self.table.has_chains:
+            self.warn(without_chains(self.net, "runs as it was written"))
+        self._said = True
 
     def _run_per_module(self, error: CaptureError, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """From now on, run the forward as it is written, and the submodules it calls each by graphs of its own."""
-        self.per_module = True
-        try:
-            result = self._original()(*args, **kwargs)
-        except BaseException:
-            self.per_module = False  # it may have been the call that was wrong
-            raise
+        """Run the forward as it is written, and the submodules it calls each by graphs of its own."""
+        is_known = self.table.failed(args, kwargs) is not None
+        if not is_known:
+            self.table.check_per_module()
+        result = self.run_class_forward(args, kwargs, Way.PER_MODULE)
+        if is_known:
+            return result
+        self.table.remember_failure(args, kwargs, str(error))  # not before: it may have been the call that was wrong
         if not self.is_submodule:
             graphs = [graph for forward in self.submodules() for graph in forward.table.graphs]
             chains = sorted({chain for graph in graphs for chain in graph.chain_lengths})
@@ -153,8 +176,7 @@ class NetForward(Overlay):
 
     def submodules(self) -> list[NetForward]:
         """Return the forwards of all submodules of the net that have one of their own."""
-        forwards = [module.__dict__.get("forward") for module in self.net.modules() if module is not self.net]
-        return [forward for forward in forwards if isinstance(forward, NetForward) and forward.is_submodule]
+        return [forward for _, _, forward in submodule_overlays(self.net)]
 
     def load(self, loaded: Loaded | None) -> None:
         """Compare the chains that weights about to be loaded were saved with, as graphs to come will be compared.
@@ -202,14 +224,12 @@ class NetForward(Overlay):
     def graphs(self) -> dict[str, fx.GraphModule]:
         """Return the rewritten graphs, named after the training mode they are for; ``train#2`` for other arguments.
 
-        Those of a net that cannot be captured as one graph have the path of the module that they are of in front.
+        Where a call was not one graph, those of the modules follow, with the path of the module in front.
         """
-        if self.per_module:
-            paths = {module: path for path, module in self.net.named_modules()}
-            return {
-                f"{paths[inner.net]}: {name}": g for inner in self.submodules() for name, g in inner.graphs().items()
-            }
-        return named_by_mode((graph.mode, graph, self.net) for graph in self.table.graphs)
+        graphs = named_by_mode((graph.mode, graph, self.net) for graph in self.table.graphs)
+        for path, _, inner in submodule_overlays(self.net) if self.per_module else ():
+            graphs.update((f"{path}: {name}", graph) for name, graph in inner.graphs().items())
+        return graphs
 
     def _mention_hooks(self, graph: RewrittenGraph) -> None:
         hooked = lost_hooks(graph)
@@ -230,7 +250,7 @@ def forward_of(net: nn.Module) -> NetForward | None:
     """Return the rewritten forward of a module, also if it was wrapped; None if the module was not momentumized."""
     for forward in _unwrapped(net.__dict__.get("forward")):
         if isinstance(forward, NetForward):
-            return forward
+            return own_overlay(net, forward)
     return None
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -12,17 +12,20 @@ from torch import nn
 from mfx import compat
 from mfx.capture.arguments import refuse_nested
 from mfx.capture.captured import CaptureError
+from mfx.capture.guards import ModuleGuard
 from mfx.modules.aside import aside
-from mfx.modules.overlay import drop_overlays
-from mfx.net.agreement import check_agreement
+from mfx.modules.overlay import drop_overlays, submodule_overlays
+from mfx.net.agreement import check_agreement, check_per_module
+from mfx.net.call_kinds import exact_kind_of, kind_of
 from mfx.net.loaded import Loaded
 from mfx.net.lost_effects import lost_attributes, of_lost_attributes
 from mfx.net.routes import DynamoRoute, SymbolicRoute
-from mfx.net.warn_once import WarnOnce
 from mfx.options.options import Options
 from mfx.program.record import Record
 from mfx.program.rewritten import RewrittenGraph
 from mfx_passes import MfxError
+
+_KINDS = 8  # of calls without a graph, or without chains, that are told apart
 
 
 class GraphTable:
@@ -37,12 +40,14 @@ class GraphTable:
         loaded: the chains that the net's weights were saved with, if they were loaded with a record of them.
     """
 
-    def __init__(self, net: nn.Module, options: Options, warn: WarnOnce) -> None:
+    def __init__(self, net: nn.Module, options: Options, warn: Callable[[str], None]) -> None:
         self.net = net
         self.options = options
         self.loaded: Loaded | None = None
         self._known: Record | None = None
         self._warn = warn
+        self._without_chains: dict[Hashable, tuple[RewrittenGraph, list[ModuleGuard]]] = {}
+        self._failures: dict[tuple[str, ...], str] = {}
         self._symbolic = SymbolicRoute(net)
         self._dynamo = DynamoRoute(net)
 
@@ -64,13 +69,64 @@ class GraphTable:
             MfxError: the graph would be of another function than the others.
         """
         refuse_nested(self.net, args, kwargs)
-        graph = self._symbolic.find(args, kwargs) or self._dynamo.find(args, kwargs)
-        if graph is not None and graph.shapes_known:
+        kind = exact_kind_of(self.net, args, kwargs)
+        graph, guards = self._without_chains.get(kind, (None, ()))
+        if graph is not None and all(map(ModuleGuard.holds, guards)):
             return graph
+        graph = self._symbolic.find(args, kwargs) or self._dynamo.find(args, kwargs)
+        if graph is None or not graph.shapes_known:
+            graph = self._capture_or_fit(graph, args, kwargs)
+        if kind is not None and not graph.calls and not torch.compiler.is_exporting():
+            self._remember_without_chains(kind, graph)
+        return graph
+
+    def _capture_or_fit(
+        self, graph: RewrittenGraph | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> RewrittenGraph:
         has_shapes = compat.runs_for_real() or torch.compiler.is_exporting()
+        if graph is None and (reason := self.failed(args, kwargs)) is not None:
+            raise CaptureError(reason)
         with aside(self.net):
             graph = graph or self._capture(args, kwargs)
             return self._fit(graph, args, kwargs) if has_shapes and not graph.shapes_known else graph
+
+    def _remember_without_chains(self, kind: Hashable, graph: RewrittenGraph) -> None:
+        """Find the graph for calls of this kind by guards on the modules alone: Dynamo's take longer than some models.
+
+        A layer of torch's has no chain, in whatever state it is.
+        """
+        guards = [guard for guard in graph.guards if guard.module._modules or not _is_of_torch(guard.module)]
+        self._without_chains = {**dict(list(self._without_chains.items())[-_KINDS:]), kind: (graph, guards)}
+
+    @property
+    def has_chains(self) -> bool:
+        """True if a graph has a chain, or had one before shapes were known."""
+        record = self.record
+        return record is not None and bool(record.traced or record.chains)
+
+    @property
+    def per_module(self) -> bool:
+        """True if a call was not one graph, and ran module by module."""
+        return bool(self._failures)
+
+    def failed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
+        """Return the reason why a call of this kind was not one graph; None if there was none."""
+        reason = self._failures.get(kind_of(self.net, args, kwargs))
+        return next(iter(self._failures.values())) if reason is None and len(self._failures) >= _KINDS else reason
+
+    def remember_failure(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], reason: str) -> None:
+        """From now on, do not look for a graph for calls of this kind."""
+        self._failures[kind_of(self.net, args, kwargs)] = reason
+
+    def check_per_module(self, graphs: Iterable[RewrittenGraph] | None = None) -> None:
+        """Check that graphs, all by default, have the chains that a call has which runs module by module.
+
+        Raises:
+            MfxError: one has others.
+        """
+        modules = {forward.path: forward.table.graphs for _, _, forward in submodule_overlays(self.net)}
+        for graph in self.graphs if graphs is None else graphs:
+            check_per_module(self.net, graph, modules)
 
     def _fit(self, graph: RewrittenGraph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
         """Return a graph with the steps that fit the shapes of a call, and keep it in place of the other."""
@@ -81,6 +137,9 @@ class GraphTable:
         fitting.shapes_known = True
         try:
             self.check(fitting)
+        except CaptureError:
+            self._symbolic.drop(graph)  # the next such call runs module by module at once
+            raise
         except MfxError:
             fitting.shapes_known = False  # the next such call is refused, too
             raise
@@ -157,10 +216,21 @@ class GraphTable:
 
         Raises:
             MfxError: the chains are not the same, see `check_agreement` and `Loaded`.
+            CaptureError: there were calls that are not one graph, and ran module by module with other chains.
         """
         check_agreement(self.net, graph, self.graphs)
         if self.loaded is not None:
             self.loaded.check(self.net, graph, self.options)
+        if self.per_module:
+            try:
+                self.check_per_module([graph])
+            except MfxError as error:
+                raise CaptureError(f"{error} Such a call came before.") from error
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_known": self.record}  # graphs that Dynamo captured are not copied
+        # Graphs that Dynamo captured are not copied.
+        return {**self.__dict__, "_known": self.record, "_without_chains": {}}
+
+
+def _is_of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.")

@@ -155,6 +155,10 @@ class SymbolicRoute:
             warn(f"the residual add {name} in {path} is left as it was: {rejection.reason}.")
         return fitting
 
+    def drop(self, graph: RewrittenGraph) -> None:
+        """Keep a graph no longer."""
+        self.graphs = [other for other in self.graphs if other is not graph]
+
     def replace(self, graph: RewrittenGraph, fitting: RewrittenGraph) -> None:
         """Keep a graph in place of another one, if that one was kept."""
         self.graphs = [fitting if other is graph else other for other in self.graphs]
@@ -196,6 +200,7 @@ class DynamoRoute:
         """
         net = self._net
         refuse_shards(net)
+        self.graphs = [graph for graph in self.graphs if graph.in_place()]
         with bare_submodules(net):
             captured = self._captured(args, kwargs)
         if (steps := named_steps_of(net, options)) is not None:

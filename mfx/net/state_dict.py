@@ -96,7 +96,7 @@ def _load(net: nn.Module, loaded: Loaded | None) -> None:
 
 def _is_per_module(net: nn.Module) -> bool:
     forward = forward_of(net)
-    return forward is not None and forward.per_module
+    return forward is not None and forward.per_module and not forward.table.graphs
 
 
 def _message(name: str, chains: list[str], saved: Mapping[str, Gamma], now: Mapping[str, Gamma]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import replace
 from enum import Enum
@@ -10,12 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from mfx.capture.symbolic.leaf_modules import LOOKED_INTO
 from mfx.modules.overlay import Extra
+from mfx.net.agreement import check_agreement
+from mfx.net.copies import is_shared
 from mfx.net.forward import NetForward
 from mfx.net.graph_table import GraphTable
+from mfx.net.never import never_has_chains
+from mfx.net.under_way import UNDER_WAY, Way
 from mfx.options.options import Options
 from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.rewritten import RewrittenGraph
+from mfx.text import listed
 from mfx_passes import MfxError, paths
 
 
@@ -42,36 +49,62 @@ class SubmoduleForward(NetForward):
     is_submodule = True
 
     def __init__(self, net: nn.Module, outer: NetForward, path: str) -> None:
+        options = replace(outer.options, within=path, example_inputs=None)
+        if not isinstance(options.velocity, str):
+            options = replace(options, velocity="zero")  # see SubmoduleTable.check
+        super().__init__(net, options)
         self.outer = outer
         self.path = path
-        super().__init__(net, replace(outer.options, within=path, example_inputs=None))
+        self.root = outer.root
+        self._never_has_chains = False
+        self._role: tuple[list[RewrittenGraph], Role] | None = None
 
     def _make_table(self, options: Options) -> GraphTable:
         return SubmoduleTable(self, options)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the module on these arguments; with few Python calls where the net runs as it was written."""
+        if (
+            not torch.compiler.is_dynamo_compiling()
+            and UNDER_WAY.root is self.root
+            and UNDER_WAY.way is Way.AS_WRITTEN
+            and not is_shared(self)
+        ):
+            return type(self.net).forward.__get__(self.net)(*args, **kwargs)
+        return super().__call__(*args, **kwargs)
+
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiler: GraphCompiler = to_function) -> Any:
         """Run the module on these arguments."""
+        way = UNDER_WAY.way if UNDER_WAY.root is self.root else None
         outer = self.captured_outer()
-        if self.bypassed or outer.bypassed or (role := self._role_in(outer)) is Role.NONE:
-            return self._original()(*args, **kwargs)
+        if self.bypassed or outer.bypassed or way is Way.AS_WRITTEN:
+            return self.run_class_forward(args, kwargs, Way.AS_WRITTEN)
+        role = self._role_in(outer)
+        if role is Role.PIECE and any(graph.changes_function for graph in outer.table.graphs):
+            return self._run_piece(outer, args, kwargs, way)
+        if not self._never_has_chains and (way is Way.PER_MODULE or role is Role.OWN):
+            return super().run(args, kwargs, compiler)
         if role is Role.UNKNOWN:
             self._refuse_chains(outer, args, kwargs)
-            return self._original()(*args, **kwargs)
-        if role is Role.PIECE:
-            self.warn(
-                f"{self.path} was called by itself, outside of the net's forward, and computes what it did before it "
-                "was rewritten: it holds but a piece of a chain. Call the net, or a part that holds whole chains."
-            )
-            return self._original()(*args, **kwargs)
-        if not isinstance(self.options.velocity, str):
-            raise MfxError(
-                f"{self.path} was called by itself, and the modules that compute v0 are known to the whole net only. "
-                "Call the net, or use velocity='zero' or 'residual'."
-            )
-        return super().run(args, kwargs, compiler)
+        return self.run_class_forward(args, kwargs, Way.AS_WRITTEN)
 
-    def _has_no_chain(self, graph: RewrittenGraph) -> None:
-        self.per_module = True  # there is nothing to capture, whatever it is called with
+    def _run_piece(self, outer: NetForward, args: tuple[Any, ...], kwargs: Mapping[str, Any], way: Way | None) -> Any:
+        if way is Way.PER_MODULE:
+            chains = sorted({name for graph in outer.table.graphs for name in graph.chain_lengths})
+            raise MfxError(
+                f"{type(self.root.net).__name__} has other chains in one call than in another: this call is not one "
+                f"graph, so its modules run each on its own, and {self.path} holds but a piece of a chain "
+                f"({listed(chains)}). Momentumize the part of the model that both calls have in common, or leave the "
+                "chain out by skip=."
+            )
+        self.warn(
+            f"{self.path} was called by itself, outside of the net's forward, and computes what it did before it "
+            "was rewritten: it holds but a piece of a chain. Call the net, or a part that holds whole chains."
+        )
+        return type(self.net).forward.__get__(self.net)(*args, **kwargs)
+
+    def _has_no_chain(self) -> None:
+        self._never_has_chains = not self.table.has_chains and never_has_chains(self.net, self.options)
 
     def captured_outer(self) -> NetForward:
         """Return the forward of the smallest captured module around this one, else the net's."""
@@ -81,19 +114,22 @@ class SubmoduleForward(NetForward):
         return outer
 
     def _role_in(self, outer: NetForward) -> Role:
-        if outer.per_module:
-            return Role.OWN
+        graphs = outer.table.graphs
+        if self._role is None or self._role[0] != graphs:
+            self._role = graphs, self._find_role(outer)
+        return self._role[1]
+
+    def _find_role(self, outer: NetForward) -> Role:
         graphs = [graph for graph in outer.table.graphs if graph.computes(self.path)]
         if not graphs:
             return self._role_before_capture(outer)
-        chains = [sums for graph in graphs for sums in graph.sums.values()]
-        held = [[paths.is_inside(path, self.path) for path in sums] for sums in chains]
+        held = [[paths.is_inside(path, self.path) for path in sums] for graph in graphs for sums in graph.sums.values()]
         if any(any(sums) and not all(sums) for sums in held):
-            return Role.PIECE if any(graph.changes_function for graph in graphs) else Role.NONE
+            return Role.PIECE
         return Role.OWN if any(map(all, held)) else Role.NONE
 
     def _role_before_capture(self, outer: NetForward) -> Role:
-        is_captured = bool(outer.table.graphs)  # but none of the graphs computes this module
+        is_captured = outer.per_module or outer.table.graphs  # but none of the graphs computes this module
         if is_captured or not self.path.rpartition(".")[2].isdigit() or self.options.gamma == 0:
             return Role.OWN
         return Role.UNKNOWN
@@ -107,6 +143,19 @@ class SubmoduleForward(NetForward):
 
     def _show(self, graph: RewrittenGraph) -> None:
         self._shown.active = graph  # without attributes: a net shows the graphs of the whole
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_role": None}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SubmoduleForward:
+        outer: NetForward = self
+        while isinstance(outer, SubmoduleForward):
+            outer = outer.outer
+            if id(outer.net) not in memo:
+                memo[id(outer)] = outer  # a module that is copied by itself stays one of this net
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return copied
 
 
 class SubmoduleTable(GraphTable):
@@ -128,15 +177,12 @@ class SubmoduleTable(GraphTable):
             MfxError: the chains are not the same.
         """
         super().check(graph)
-        outer, path = self._forward.captured_outer(), self._forward.path
-        known = [other for other in outer.table.graphs if other.computes(path)]
-        lengths = {name: length for other in known for name, length in other.chain_lengths.items()}
-        for name, length in graph.chain_lengths.items():
-            if known and not outer.per_module and lengths.get(name) != length:
-                raise MfxError(
-                    f"{path}, called by itself, has a chain {name} of {length} steps; in the whole net the chains "
-                    f"are {lengths}. Call the net instead, or use only= or skip= to leave out what differs."
-                )
+        check_agreement(self._forward.root.net, graph, self._forward.captured_outer().table.graphs)
+        if graph.changes_function and not isinstance(self._forward.root.options.velocity, str):
+            raise MfxError(
+                f"{self._forward.path} was called by itself, and the modules that compute v0 are known to the whole "
+                "net only. Call the net, or use velocity='zero' or 'residual'."
+            )
 
 
 def install_submodules(outer: NetForward, net: nn.Module | None = None, path: str = "") -> None:
@@ -156,19 +202,11 @@ def install_submodules(outer: NetForward, net: nn.Module | None = None, path: st
             install_submodules(outer, child, inner)
         elif "forward" not in child.__dict__:
             forward = SubmoduleForward(child, outer, inner)
-            child.__dict__["forward"] = forward
+            forward.install()
             install_submodules(forward, child, inner)
 
 
 def _may_hold_chains(module: nn.Module) -> bool:
     if isinstance(module, torch.jit.ScriptModule) or type(module).forward is nn.Module.forward:
         return False
-    return not type(module).__module__.startswith("torch.nn.") or isinstance(
-        module,
-        nn.Sequential
-        | nn.Transformer
-        | nn.TransformerEncoder
-        | nn.TransformerDecoder
-        | nn.TransformerEncoderLayer
-        | nn.TransformerDecoderLayer,
-    )
+    return not type(module).__module__.startswith("torch.nn.") or isinstance(module, LOOKED_INTO)

@@ -203,7 +203,7 @@ def views_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
         streams = model.streams(*args, **kwargs) if given and isinstance(model, HasStreams) else {}
         return [ChainView(model, _own_calls(model), streams=streams)]
     forward = forward_of(model) or NetForward(net_of(model), Options())
-    if forward.per_module:
+    if forward.runs_per_module(args, kwargs):
         return _of_modules(forward)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="mfx: ")  # an explanation says what they say
@@ -224,7 +224,7 @@ def last_views(net: nn.Module) -> list[View]:
     if forward is None:
         holders = ((path, module) for path, module in net.named_modules() if holds_chain(module))
         return [ChainView(module, _own_calls(module), path=path) for path, module in holders]
-    if forward.per_module:
+    if forward.runs_per_module((), {}):
         return _of_modules(forward)
     if forward.active is None:
         return []

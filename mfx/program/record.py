@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,20 +59,20 @@ class Record:
         mine, theirs = self.comparable(other)
         if mine is None or theirs is None:
             return False  # steps may still be lost
-        counts, others = _counted(mine), _counted(theirs)
+        own, others = _all(mine), _all(theirs)
         unknown = (
             steps
             for name in moving
             for steps in mine.get(name, ())
-            if counts[steps] > others[steps] and other._computes_any(steps)
+            if steps not in others and other._computes_any(steps)
         )
         missing = (
             steps
             for name in others_moving
             for steps in theirs.get(name, ())
-            if others[steps] > counts[steps] and self._computes_any(steps)
+            if steps not in own and self._computes_any(steps)
             # or a call with other arguments led to these
-            if not any(others[variant] for variant in mine.get(name, ()))
+            if not any(variant in others for variant in mine.get(name, ()))
         )
         return any(True for _ in (*unknown, *missing))
 
@@ -120,8 +119,9 @@ def unwrapped(path: str) -> str:
     return paths.join(*(name for name in path.split(".") if name not in _WRAPPERS))
 
 
-def _counted(chains: Chains) -> Counter[Steps]:
-    return Counter(steps for variants in chains.values() for steps in variants)
+def _all(chains: Chains) -> set[Steps]:
+    """Return the steps of all chains, once: a call may use a chain twice, and another one three times."""
+    return {steps for variants in chains.values() for steps in variants}
 
 
 def _merged(several: Iterable[Chains | None]) -> Chains | None:

@@ -14,6 +14,7 @@ from mfx.capture.captured import Captured
 from mfx.capture.guards import ModuleGuard, guards_of
 from mfx.capture.named_steps import check_steps
 from mfx.engine import ARITHMETICS, ChainPlan, ChainSettings
+from mfx.modules.overlay import MARK
 from mfx.options.options import Options
 from mfx.program.assembly import Assembly
 from mfx.program.chain_call import Momentum
@@ -155,9 +156,8 @@ class RewrittenGraph:
     def graph_module(self, net: nn.Module) -> fx.GraphModule:
         """Return the rewritten graph as a module of its own, over the modules of ``net``."""
         root = nn.Module()
-        root.__dict__.update(
-            {key: value for key, value in net.__dict__.items() if key not in ("forward", "graph", "code")}
-        )
+        ours = {"forward", MARK, "graph", "code"}
+        root.__dict__.update({key: value for key, value in net.__dict__.items() if key not in ours})
         root._modules = {**net._modules, **self.captured.modules, **self.calls}
         module = fx.GraphModule(root, self.graph.__deepcopy__(), class_name=type(net).__name__)
         module.training = self.training  # not train(): the modules in it are the net's

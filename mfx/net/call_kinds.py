@@ -1,0 +1,48 @@
+"""Kinds of calls: keys under which a net remembers that a call has no graph, or a graph without chains."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from mfx.capture.binding import NotPlainError, frozen
+
+_SWITCHES = (bool, str, type(None))
+
+
+def kind_of(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the training mode, and the arguments by what may switch a model's path: types, flags and words.
+
+    Neither a number nor the length of a list: the next step of a search is a call of the same kind.
+    """
+    named = (f"{name}={_switch(value)}" for name, value in sorted(kwargs.items()))
+    return str(net.training), *map(_switch, args), *named
+
+
+def _switch(value: Any) -> str:
+    if isinstance(value, _SWITCHES):
+        return repr(value)
+    keys = sorted(map(str, value)) if isinstance(value, Mapping) else ""
+    return f"{type(value).__module__}.{type(value).__qualname__}{keys}"
+
+
+def exact_kind_of(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable | None:
+    """Return all of a call that a graph may depend on besides the net: everything but the values of tensors.
+
+    None if an argument is neither a tensor nor plain.
+    """
+    leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
+    try:
+        return net.training, torch.is_grad_enabled(), spec, tuple(map(_exact, leaves))
+    except NotPlainError:
+        return None
+
+
+def _exact(leaf: Any) -> Hashable:
+    if isinstance(leaf, Tensor):
+        return type(leaf), leaf.shape, leaf.dtype, leaf.device, leaf.requires_grad
+    return frozen(leaf)
