@@ -35,12 +35,14 @@ from mfx.compat.modes import (
 )
 from mfx.compat.parametrizations import cached_weights, weights_cached
 from mfx.compat.patching import patching
+from mfx.compat.scripted import Table, scripted_copy, tensor_tables
 from mfx.compat.transformer import plain_transformer_layers
 
 __all__ = [
     "NO_TASK",
     "OPAQUE_TAGS",
     "AutocastState",
+    "Table",
     "above_autograd",
     "aside_from_caller",
     "autocast_as",
@@ -70,11 +72,13 @@ __all__ = [
     "patching",
     "plain_transformer_layers",
     "runs_for_real",
+    "scripted_copy",
     "search_autowrapped_in",
     "shards_of",
     "share_shards",
     "sign_of_numpy",
     "sign_of_python",
+    "tensor_tables",
     "under_transform",
     "unlogged",
     "untraced",

@@ -105,7 +105,7 @@ def _slots(net: nn.Module) -> list[list[TensorSlot]]:
     slots: dict[int, list[TensorSlot]] = {}
     for is_parameter in (True, False):
         for path, module in net.named_modules():
-            table = module._parameters if is_parameter else module._buffers
+            table = compat.tensor_tables(module)[0 if is_parameter else 1]
             for name, tensor in table.items():
                 if tensor is not None:
                     slots.setdefault(id(tensor), []).append(TensorSlot(table, name, f"{path}.{name}", is_parameter))

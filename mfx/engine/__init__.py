@@ -8,6 +8,7 @@ steps as functions; it does not handle graphs. It may import `mfx.modules`, `mfx
 
 from mfx.engine.arithmetic import ARITHMETICS, BLOCK_KERNELS, FusedKernels, Kernels
 from mfx.engine.chain import run_chain
+from mfx.engine.flags import read_all
 from mfx.engine.memory.plan import ChainCost, ChainPlan, NetPlan, StepCost, make_plan
 from mfx.engine.memory.storage import states_by_end
 from mfx.engine.scope import enclosing_keeps, measure, recomputing
@@ -29,6 +30,7 @@ __all__ = [
     "enclosing_keeps",
     "make_plan",
     "measure",
+    "read_all",
     "recomputing",
     "run_chain",
     "states_by_end",

@@ -48,7 +48,7 @@ class ChainSettings:
         velocity: v before the first step: "zero"; "residual": such that v after the first step is f(x); "module": an
             argument of the call.
         verify: "warn", "raise" or "off": what to do if a backward pass in exact arithmetic does not end where the
-            forward pass began. On a CPU at once, elsewhere at the next call with the same cache.
+            forward pass began. On a CPU at once; elsewhere "raise" at the end of the backward pass, "warn" later.
         plan: what the steps keep for the backward pass; None: as little as possible. The function is the same.
         kernels: the implementation of the elementwise work of exact arithmetic. The values are the same.
     """

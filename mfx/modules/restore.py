@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from mfx.compat import hook_tables, is_fake, without_modes, written_arguments
+from mfx.compat import Table, hook_tables, is_fake, tensor_tables, without_modes, written_arguments
 
 _ABSENT = object()
 
@@ -54,16 +54,17 @@ def tensors_restored(net: nn.Module) -> Iterator[list[str]]:
     Yields:
         Filled at the end: their names.
     """
-    holders: list[dict[str, Any]] = [table for m in net.modules() for table in (m._buffers, m._parameters)]
-    tables = [(table, dict(table)) for table in holders]
+    tables = [(table, dict(table)) for m in net.modules() for table in tensor_tables(m)]
     names: list[str] = []
     try:
         yield names
     finally:
         for table, old in tables:
-            names += [name for name in {**old, **table} if table.get(name, _ABSENT) is not old.get(name, _ABSENT)]
-            table.clear()
-            table.update(old)
+            changed = [name for name in {**old, **table} if table.get(name, _ABSENT) is not old.get(name, _ABSENT)]
+            if changed:
+                table.clear()
+                table.update(old)
+            names += changed
 
 
 @contextmanager
@@ -125,9 +126,8 @@ class _Changes(TorchDispatchMode):
                 tensor.copy_(before)
 
 
-def _tables(module: nn.Module) -> list[dict[str, Any]]:
-    attributes = module.__dict__
-    return [attributes, module._parameters, module._buffers]
+def _tables(module: nn.Module) -> list[Table]:
+    return [module.__dict__, *tensor_tables(module)]
 
 
 def _copy(value: Any) -> Any:

@@ -36,6 +36,10 @@ def tree_copy(model: M, tensor: Callable[[Tensor], Tensor] | None = None) -> M:
     """
     tensors = {id(t): t for t in chain(model.parameters(), model.buffers(), _attributes(model))}
     memo: dict[int, Any] = {key: t if tensor is None else tensor(t) for key, t in tensors.items()}
+    memo.update(
+        (id(m), compat.scripted_copy(m, None if tensor is None else lambda t: memo[id(t)]))
+        for m in _outermost_scripted(model)
+    )
     memo.update((id(hook), hook) for hook in _outside_hooks(model))
     memo.update((id(shards), shards) for shards in map(compat.shards_of, model.modules()) if shards is not None)
     added = [(module, table, name) for module in model.modules() for table, name in added_to(module)]
@@ -89,6 +93,14 @@ def _attributes(model: nn.Module) -> Iterator[Tensor]:
                 yield from chain(leaf.parameters(), leaf.buffers())
             elif isinstance(leaf, Tensor):
                 yield leaf
+
+
+def _outermost_scripted(module: nn.Module) -> Iterator[torch.jit.ScriptModule]:
+    if isinstance(module, torch.jit.ScriptModule):
+        yield module
+    else:
+        for child in module.children():
+            yield from _outermost_scripted(child)
 
 
 def _outside_hooks(model: nn.Module) -> Iterator[Any]:

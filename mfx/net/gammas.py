@@ -7,6 +7,7 @@ from itertools import chain
 
 from torch import fx, nn
 
+from mfx.engine import read_all
 from mfx.net.forward import NetForward, forward_of
 from mfx.options.gamma import Gamma
 from mfx.options.options import check_gamma, check_names, look_up
@@ -39,6 +40,7 @@ def set_gamma(net: nn.Module, gamma: float | Mapping[str, float]) -> None:
             f"{type(net).__name__} has not been momentumized, so it has no gamma to set; call "
             "mfx.momentumize(model) first."
         )
+    read_all()
     only_of_functions = not forwards and not any(isinstance(module, fx.GraphModule) for module in net.modules())
     check_gamma(gamma, or_one=only_of_functions)
     if names := {call.chain for call in calls}.union(*map(_chains, forwards)):  # none before the first capture

@@ -163,6 +163,9 @@ class SymbolicRoute:
         """Keep a graph in place of another one, if that one was kept."""
         self.graphs = [fitting if other is graph else other for other in self.graphs]
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "graphs": [graph for graph in self.graphs if graph.is_portable]}
+
 
 class DynamoRoute:
     """Has Dynamo capture a call of the model, once per set of conditions that Dynamo finds it to depend on.

@@ -33,6 +33,7 @@ class Shown:
         if graph is self.active:
             return
         self.active = graph
+        graph.graph.replaceable = True  # by the next call
         values: dict[str, Any] = {
             "graph": graph.graph,
             "code": graph.graph.python_code("self").src,
@@ -44,6 +45,6 @@ class Shown:
                 self.names = tuple(dict.fromkeys((*self.names, name)))
 
     def __getstate__(self) -> dict[str, Any]:
-        # A graph of Dynamo's is not copied.
-        is_copied = self.active is not None and self.active.captured.binding.key is not None
+        # The graphs that are not copied are captured anew.
+        is_copied = self.active is not None and self.active.is_portable
         return {**self.__dict__, "active": self.active if is_copied else None}

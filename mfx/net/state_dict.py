@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from mfx import compat
+from mfx.engine import read_all
 from mfx.net.forward import forward_of
 from mfx.net.gammas import gammas_of, gammas_to_be, record_of
 from mfx.net.loaded import Loaded
@@ -34,6 +35,7 @@ def note_gamma(net: nn.Module) -> None:
 
 
 def _note(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    read_all()  # before weights are saved that wrong gradients have moved
     record = record_of(net)
     if record is None and (loaded := _loaded(net)):
         record = loaded.record  # weights on their way from one file to another

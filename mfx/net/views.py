@@ -15,6 +15,7 @@ from typing_extensions import override
 from mfx.capture.captured import CaptureError
 from mfx.compat import compiled_model
 from mfx.compiler.compiled_graphs import CompiledGraph, found_for, named_graphs
+from mfx.engine import read_all
 from mfx.modules.tree_copy import net_of
 from mfx.net.forward import NetForward, forward_of
 from mfx.options.options import Options
@@ -193,6 +194,7 @@ def views_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     Raises:
         MfxError: the model cannot be captured.
     """
+    read_all()
     compiled = compiled_model(model)
     if compiled is not None:
         return _of_compiled(compiled) if forward_of(compiled) is None else views_of(compiled, args, kwargs, usage)

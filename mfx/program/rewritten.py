@@ -26,7 +26,7 @@ from mfx.program.velocity import velocity_target
 from mfx_passes import ChainGraphs, Findings, StepGraphs, find_chains, paths, rewrite_graph
 from mfx_passes.ir import Grounds, Selection, enclosing_path
 from mfx_passes.momentum_pass import call_name
-from mfx_passes.rewrite.portable_graph import PortableGraph
+from mfx_passes.rewrite.portable_graph import PortableGraph, is_portable
 
 
 @dataclass(eq=False)
@@ -70,6 +70,11 @@ class RewrittenGraph:
     def mode(self) -> str:
         """The training mode that it is for, ``"train"`` or ``"eval"``."""
         return "train" if self.training else "eval"
+
+    @property
+    def is_portable(self) -> bool:
+        """True if the graph can be pickled and copied; what Dynamo saw cannot, and speaks of these very modules."""
+        return self.captured.binding.key is not None and is_portable(self.captured.graph, self.captured.calls)
 
     @property
     def chain_lengths(self) -> dict[str, int]:

@@ -95,6 +95,8 @@ class SymbolicTracer(fx.Tracer):
         """True for modules of torch.nn and einops that cannot hold residual adds: they are called as a whole."""
         if m in self._steps or m in self.leaves or self._is_leaf(m):
             return True  # the last runs a chain already
+        if isinstance(m, torch.jit.ScriptModule):
+            return True  # its code is not Python
         if type(m) in LOOKED_INTO:
             return False
         if is_parametrized(m) and not type(m).__mro__[1].__module__.startswith("torch.nn"):

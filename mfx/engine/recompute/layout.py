@@ -6,17 +6,18 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from operator import attrgetter, is_
+from operator import attrgetter, is_, methodcaller
 from typing import Any
 
 from torch import Tensor, nn
 
+from mfx.compat import Table, tensor_tables
 from mfx.modules.random_state import generators_of
 from mfx_passes.errors import MfxError
 from mfx_passes.paths import resolve
 
 Flags = tuple[bool, ...]
-Table = dict[str, Any]  # of a module: its parameters, buffers, modules or attributes
+_values_of = methodcaller("values")
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +65,7 @@ class StateLayout:
             elif isinstance(value, Tensor):
                 self._loose.append(target)
         # In the order of the slots: the values of the tables are the tensors of the slots.
-        self._tensor_tables: list[Table] = [table for m in self.modules for table in (m._parameters, m._buffers)]
+        self._tensor_tables: list[Table] = [table for m in self.modules for table in tensor_tables(m)]
         self.has_buffers = bool(self._loose) or not all(slot.is_parameter for slot in self._slots)
         self._names = list(map(tuple, self._tensor_tables))
         self._module_tables = [m._modules for m in self.modules]
@@ -101,7 +102,7 @@ class StateLayout:
         """Return the present tensors of ``slots``, the slots of this layout, as long as it holds."""
         if self._loose:
             return [slot.table.get(slot.name) for slot in slots]
-        return list(chain.from_iterable(map(dict.values, self._tensor_tables)))  # without one call per slot
+        return list(chain.from_iterable(map(_values_of, self._tensor_tables)))  # without one call per slot
 
     def _values(self, root: Any) -> Sequence[Any]:
         try:
@@ -110,14 +111,14 @@ class StateLayout:
             raise MfxError(f"step {self._step_path} reads what the model no longer has: {error}") from error
 
     def _children_now(self) -> list[Any]:
-        return list(chain.from_iterable(map(dict.values, self._module_tables)))
+        return list(chain.from_iterable(map(_values_of, self._module_tables)))
 
     def _inside(self, module: nn.Module, path: str) -> Iterator[TensorSlot]:
         if any(module is m for m in self.modules):
             return
         self.modules.append(module)
-        yield from (TensorSlot(module._parameters, name, f"{path}.{name}", True) for name in module._parameters)
-        yield from (TensorSlot(module._buffers, name, f"{path}.{name}", False) for name in module._buffers)
+        for table, is_parameter in zip(tensor_tables(module), (True, False), strict=True):
+            yield from (TensorSlot(table, name, f"{path}.{name}", is_parameter) for name in table)
         for name, child in module._modules.items():
             if child is not None:
                 yield from self._inside(child, f"{path}.{name}")
@@ -141,9 +142,9 @@ def _loose(root: Any, path: str) -> TensorSlot:
     holder = resolve(root, parent)
     tables: list[Table] = [holder.__dict__]
     if isinstance(holder, nn.Module):
-        tables = [holder._parameters, holder._buffers, *tables]
+        tables = [*tensor_tables(holder), *tables]
     table = next((table for table in tables if name in table), tables[-1])
-    return TensorSlot(table, name, path, isinstance(holder, nn.Module) and table is holder._parameters)
+    return TensorSlot(table, name, path, len(tables) > 1 and table is tables[0])
 
 
 def _getter(paths: Sequence[str]) -> Callable[[Any], Sequence[Any]]:

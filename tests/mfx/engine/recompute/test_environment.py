@@ -310,13 +310,3 @@ def test_graph_dies_with_its_last_reference(how, taps, backward):
         assert [r() for r in refs] == [None] * len(refs)
     finally:
         gc.enable()
-
-
-def test_flags_that_were_not_read_at_once_are_read_at_the_next_call():
-    root, x = make_root(3), torch.randn(5, WIDTH)
-    cache = {
-        "pending": [(torch.tensor(False), "raise", "{}".format), (torch.tensor(7.0), "raise", "late news: {}".format)]
-    }
-    with pytest.raises(MfxError, match=r"late news: 7\.0"):
-        run(root, make_steps(root), x, cache=cache)
-    run(root, make_steps(root), x, cache=cache)
