@@ -13,7 +13,6 @@ from mfx.capture.captured import signature_of
 from mfx.capture.symbolic.trace import capture as capture_symbolically
 from mfx.compat import compiled_model
 from mfx.compiler.compiled_graphs import named_graphs
-from mfx.modules.restore import attributes_restored
 from mfx.modules.tree_copy import M, net_of
 from mfx.net.build import build_net
 from mfx.net.forward import forward_of
@@ -107,8 +106,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     root = net_of(model)
     signature = signature_of(root)
     check_signature(root, signature)
-    with attributes_restored(root):
-        captured = capture_symbolically(root, bind_defaults(signature), None, holds_chain)
+    captured = capture_symbolically(root, bind_defaults(signature), None, holds_chain)
     return fx.GraphModule(root, captured.graph, class_name=type(model).__name__)
 
 

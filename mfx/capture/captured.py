@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,21 @@ from mfx_passes.rewrite.portable_graph import PortableGraph, copy_graph, dump_ca
 
 class CaptureError(MfxError):
     """A model, or a call of it, that one route of capture cannot follow; another may."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """A change of Python state that a model's forward makes and no graph records.
+
+    Args:
+        path: the path of the module whose forward makes it.
+        name: the expression of what is changed.
+        is_own: True if an attribute of that module, or of one inside of it, leads there.
+    """
+
+    path: str
+    name: str
+    is_own: bool
 
 
 @dataclass(eq=False)
@@ -32,6 +47,8 @@ class Captured:
         forward_only: True if the graph serves only calls in which no gradients are recorded.
         leaves: paths of modules that the graph calls as a whole because a trace cannot walk through them, and why.
         partial: True if the graph ends or begins at a graph break of the model.
+        effects: what the model's forward changes in Python, if the graph does not.
+        assigned: names of the attributes that this concerns, by module: the graph holds for any value of these.
     """
 
     graph: PortableGraph
@@ -43,6 +60,8 @@ class Captured:
     forward_only: bool = False
     leaves: Mapping[str, str] = field(default_factory=dict)
     partial: bool = False
+    effects: Sequence[Effect] = ()
+    assigned: Mapping[nn.Module, set[str]] = field(default_factory=dict)
 
     def modules_of(self, net: nn.Module) -> dict[str, nn.Module]:
         """Return all modules that the graph may call, by path."""

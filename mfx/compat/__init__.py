@@ -18,7 +18,7 @@ from mfx.compat.autograd import (
 from mfx.compat.compiled import compiled_model, is_inductor
 from mfx.compat.fake_tensors import fake_mode, fake_mode_of, is_fake, new_fake_mode, runs_for_real, unlogged
 from mfx.compat.fsdp import class_before_sharding, is_group, is_sharded, shards_of, share_shards
-from mfx.compat.fx import is_erased, search_autowrapped_in, untraced
+from mfx.compat.fx import autowrap_in_this_thread, is_erased, search_autowrapped_in, untraced
 from mfx.compat.generators import sign_of_numpy, sign_of_python
 from mfx.compat.hooks import forward_hook_tables, has_state_dict_hook, hook_tables
 from mfx.compat.modes import (
@@ -34,7 +34,7 @@ from mfx.compat.modes import (
     written_arguments,
 )
 from mfx.compat.parametrizations import cached_weights, weights_cached
-from mfx.compat.patching import patching
+from mfx.compat.patching import patched, patching
 from mfx.compat.scripted import Table, scripted_copy, tensor_tables
 from mfx.compat.transformer import plain_transformer_layers
 
@@ -47,6 +47,7 @@ __all__ = [
     "aside_from_caller",
     "autocast_as",
     "autocast_state",
+    "autowrap_in_this_thread",
     "cached_weights",
     "class_before_sharding",
     "compiled_model",
@@ -69,6 +70,7 @@ __all__ = [
     "modes_left",
     "modes_observed",
     "new_fake_mode",
+    "patched",
     "patching",
     "plain_transformer_layers",
     "runs_for_real",

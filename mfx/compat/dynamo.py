@@ -47,7 +47,8 @@ FUSED_LAYER = torch._transformer_encoder_layer_fwd  # what nn.TransformerEncoder
 DYNAMO_ERRORS = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
 
 _TOLD = "mfx.requires_grad_set"  # in the metadata of nodes
-_LOGGING = ("debug", "info", "warning", "warn", "error", "exception", "critical", "log", "warning_once", "info_once")
+_LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
+_ONCE = ("exception", "warning_once", "info_once")
 
 
 class DynamoCapture:
@@ -71,9 +72,22 @@ class DynamoCapture:
 
     def callable(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function that was called, with ``graph_function`` in the place of the graph."""
-        return self._output.forward_callable(  # type: ignore[no-any-return]
-            compiled_fn=graph_function, extra_globals=self._output.graph_capture_output.f_globals
-        )
+        variables = self._output.graph_capture_output.f_globals
+        call: Any = self._output.forward_callable(compiled_fn=graph_function, extra_globals=variables)
+        code = dis.get_instructions(self._output.graph_capture_output.bytecode)
+        stored = {instruction.argval for instruction in code if instruction.opname == "STORE_GLOBAL"}
+        if not stored:
+            return call  # type: ignore[no-any-return]
+
+        def and_store(*args: Any, **kwargs: Any) -> Any:
+            own = call.__globals__  # a copy of the module's variables
+            own.update({name: variables[name] for name in stored & variables.keys()})
+            try:
+                return call(*args, **kwargs)
+            finally:
+                variables.update({name: own[name] for name in stored & own.keys()})
+
+        return and_store
 
     @property
     def replaced_buffers(self) -> set[str]:
@@ -122,7 +136,7 @@ def trace_call(
         "specialize_float": not any_float,
         "automatic_dynamic_shapes": history is not None,
         "skip_nnmodule_hook_guards": False,  # a hook that comes later must be seen
-        "ignore_logging_functions": set(_logging_methods()),
+        "ignore_logging_functions": set(_silent_methods()),
         "capture_scalar_outputs": True,
         "capture_dynamic_output_shape_ops": True,
         "allow_rnn": True,  # LSTM, GRU and RNN are one operation each
@@ -247,8 +261,15 @@ def _says(variable: Any, value: Any) -> bool:
     return variable.is_python_constant() and bool(variable.as_python_constant() == value)
 
 
-def _logging_methods() -> Iterator[Any]:
-    return (getattr(logging.Logger, name) for name in _LOGGING if hasattr(logging.Logger, name))
+def _silent_methods() -> Iterator[Any]:
+    """Yield the methods of loggers that write nothing or write once: others break a graph, which would lose them."""
+    yield from (getattr(logging.Logger, name) for name in _ONCE if hasattr(logging.Logger, name))
+    for logger in (logging.root, *logging.root.manager.loggerDict.values()):
+        if not isinstance(logger, logging.Logger):
+            continue
+        for name, level in _LEVELS.items():
+            if not logger.isEnabledFor(level) or logger.name.startswith("transformers"):  # which says what it has done
+                yield getattr(logger, name)
 
 
 def _hooks() -> Any:

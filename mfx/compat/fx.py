@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from unittest.mock import patch
 
@@ -13,6 +13,7 @@ from torch.fx import _symbolic_trace
 from mfx.compat.aside import without_global_hooks
 from mfx.compat.fake_tensors import unlogged
 from mfx.compat.modes import modes_unobserved, without_function_modes
+from mfx.compat.patching import patched
 
 
 def search_autowrapped_in(tracer: fx.Tracer, module: ModuleType) -> None:
@@ -40,3 +41,12 @@ def untraced() -> Iterator[None]:
         unlogged(),
     ):
         yield
+
+
+def autowrap_in_this_thread() -> AbstractContextManager[None]:
+    """Have a tracer wrap functions for this thread's calls only: a call of a module elsewhere changes no namespace.
+
+    Read in torch 2.11 to 2.15.
+    """
+    module = _symbolic_trace
+    return patched(module, "_autowrap_check", module._autowrap_check, elsewhere=lambda *args: None)

@@ -204,7 +204,7 @@ def _rewrite(
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
     names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
     captured = Captured(copy_graph(module.graph), [], {}, ByName(names, {}), modules, values, partial=partial)
-    return rewrite_captured(holder, captured, options, {}, {}), positions
+    return rewrite_captured(holder, captured, options, {}), positions
 
 
 def _copy(module: fx.GraphModule) -> fx.GraphModule:

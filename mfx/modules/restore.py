@@ -12,39 +12,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
-from mfx.compat import Table, hook_tables, is_fake, tensor_tables, without_modes, written_arguments
+from mfx.compat import Table, is_fake, memory_of, tensor_tables, without_modes, written_arguments
 
 _ABSENT = object()
-
-
-@contextmanager
-def attributes_restored(net: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
-    """Undo, at the end of this context, what is done to attributes of modules, and remove hooks that are added.
-
-    Both or neither: a model that notes in an attribute that its hooks are there would add them twice.
-
-    Yields:
-        Filled at the end: names of the attributes that were set, by module.
-    """
-    before = {module: dict(module.__dict__) for module in net.modules()}
-    hooks = [(table, set(table)) for module in net.modules() for table in hook_tables(module)]
-    assigned: dict[nn.Module, set[str]] = {}
-    try:
-        yield assigned
-    finally:
-        for table, keys in hooks:
-            for key in set(table) - keys:
-                del table[key]
-        for module, old in before.items():
-            now = module.__dict__
-            changed = {name for name in {**old, **now} if now.get(name, _ABSENT) is not old.get(name, _ABSENT)}
-            # the tracer's, for constants of the graph
-            changed = {name for name in changed if not name.startswith("_tensor_constant")}
-            for name in changed:
-                now.pop(name, None)
-            now.update({name: old[name] for name in changed & old.keys()})
-            if changed:
-                assigned[module] = changed
 
 
 @contextmanager
@@ -87,24 +57,30 @@ def restored_if_fake(net: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def restored_if_changed() -> Iterator[None]:
+def restored_if_changed() -> Iterator[list[Tensor]]:
     """Put back, at the end of this context, the values of real tensors that are changed in place in it.
 
     In a fake mode, operations that read no fake tensor are computed: a BatchNorm counts its batches.
+
+    Yields:
+        The tensors that have been changed so far, but for those that were made in this context.
     """
     with _Changes() as changes:
         try:
-            yield
+            yield changes.written
         finally:
             changes.undo()
 
 
 class _Changes(TorchDispatchMode):
-    """A dispatch mode that copies real tensors before they are changed."""
+    """A dispatch mode that copies real tensors before they are changed, but for those that were made under it."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._kept: dict[int, tuple[Tensor, Tensor]] = {}
+        self.written: list[Tensor] = []
+        self._written: set[int] = set()
+        self._before: list[Tensor] = []
+        self._made: dict[int, torch.UntypedStorage] = {}
 
     @override
     def __torch_dispatch__(
@@ -112,18 +88,33 @@ class _Changes(TorchDispatchMode):
     ) -> Any:
         for tensor in pytree.tree_leaves(written_arguments(func, args, kwargs or {})):
             self._keep(tensor)
-        return func(*args, **(kwargs or {}))
+        known = {memory_of(leaf.untyped_storage()) for leaf in pytree.tree_leaves((args, kwargs)) if _has_data(leaf)}
+        result = func(*args, **(kwargs or {}))
+        for leaf in pytree.tree_leaves(result):
+            if _has_data(leaf) and memory_of(leaf.untyped_storage()) not in known:
+                self._made[memory_of(leaf.untyped_storage())] = leaf.untyped_storage()
+        return result
 
     def _keep(self, tensor: Any) -> None:
-        if isinstance(tensor, Tensor) and not is_fake(tensor) and id(tensor) not in self._kept:
+        if (
+            _has_data(tensor)
+            and memory_of(tensor.untyped_storage()) not in self._made
+            and id(tensor) not in self._written
+        ):
             with without_modes():
-                self._kept[id(tensor)] = tensor, tensor.detach().clone()
+                self.written.append(tensor)
+                self._written.add(id(tensor))
+                self._before.append(tensor.detach().clone())
 
     def undo(self) -> None:
-        """Put their values back."""
+        """Put their values back, the last first: a tensor may be a view of another."""
         with without_modes(), torch.no_grad():
-            for tensor, before in self._kept.values():
+            for tensor, before in reversed(list(zip(self.written, self._before, strict=True))):
                 tensor.copy_(before)
+
+
+def _has_data(value: Any) -> bool:
+    return isinstance(value, Tensor) and not is_fake(value) and value.layout is torch.strided
 
 
 def _tables(module: nn.Module) -> list[Table]:

@@ -18,7 +18,6 @@ from mfx.modules.overlay import drop_overlays, submodule_overlays
 from mfx.net.agreement import check_agreement, check_per_module
 from mfx.net.call_kinds import exact_kind_of, kind_of
 from mfx.net.loaded import Loaded
-from mfx.net.lost_effects import lost_attributes, of_lost_attributes
 from mfx.net.routes import DynamoRoute, SymbolicRoute
 from mfx.options.options import Options
 from mfx.program.record import Record
@@ -200,8 +199,6 @@ class GraphTable:
 
     def _admit(self, graph: RewrittenGraph, route: SymbolicRoute | DynamoRoute) -> RewrittenGraph:
         """Check a new graph, and keep it; the modules that it calls as a whole are left as they are."""
-        if lost := lost_attributes(graph):
-            self._warn(of_lost_attributes(type(self.net).__name__, lost))
         self.check(graph)
         if torch.compiler.is_exporting():
             return graph  # its constants may be tensors without values: it is for this once

@@ -1,29 +1,19 @@
-"""Side effects of a model's modules that a rewritten net does not have: hooks that run, attributes that are set."""
+"""Side effects of a model's modules that a rewritten net does not have: hooks that run, Python state that changes."""
 
 from __future__ import annotations
 
+from torch import nn
+
+from mfx.capture.captured import CaptureError
 from mfx.compat import hook_tables
 from mfx.program.rewritten import RewrittenGraph
 from mfx.text import listed
-from mfx_passes import paths
 
 
 def lost_hooks(graph: RewrittenGraph) -> list[str]:
     """Return the paths of modules with hooks that are not called as a whole."""
     walked = graph.captured.walked
     return [path for path in graph.flat if path and path in walked and any(hook_tables(walked[path]))]
-
-
-def lost_attributes(graph: RewrittenGraph) -> list[str]:
-    """Return the paths of attributes that are set by the forwards of modules that are not called as a whole."""
-    walked = graph.captured.walked
-    flat = {walked[path]: path for path in ("", *graph.flat) if path in walked}
-    return [
-        paths.join(flat[module], name)
-        for module, names in graph.assigned.items()
-        if module in flat
-        for name in sorted(names)
-    ]
 
 
 def of_lost_hooks(modules: list[str]) -> str:
@@ -34,9 +24,20 @@ def of_lost_hooks(modules: list[str]) -> str:
     )
 
 
-def of_lost_attributes(name: str, attributes: list[str]) -> str:
-    """Return the warning for `lost_attributes` of a model of this name."""
-    return (
-        f"{name}.forward sets {listed(attributes)}, which the rewritten net does not do: these "
-        "modules are not called as a whole. Return such values instead."
-    )
+def refuse_lost_effects(net: nn.Module, graph: RewrittenGraph) -> None:
+    """Refuse a graph that leaves out what the model's forward changes in Python beside its result.
+
+    A module that the graph calls as a whole makes its changes itself; but if that is in a branch, which runs twice,
+    only changes of its own state can be undone.
+
+    Raises:
+        CaptureError: it does.
+    """
+    flat = {"", *graph.flat}
+    lost = [effect for effect in graph.captured.effects if effect.path in flat or not effect.is_own]
+    if lost and graph.calls:
+        names = list(dict.fromkeys(effect.name for effect in lost))
+        raise CaptureError(
+            f"{type(net).__name__}.forward changes {listed(names)} beside its result, which a symbolic trace does not "
+            "record. Return such values instead."
+        )

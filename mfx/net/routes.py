@@ -17,7 +17,7 @@ from mfx.capture.named_steps import named_steps_of
 from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.trace import capture
 from mfx.modules.overlay import bare_submodules
-from mfx.modules.restore import attributes_restored
+from mfx.net.lost_effects import refuse_lost_effects
 from mfx.net.sharded import refuse_shards
 from mfx.options.options import Options
 from mfx.program.chain_call import holds_chain
@@ -112,10 +112,11 @@ class SymbolicRoute:
         net, leaves = self._net, Leaves(allowed=inputs is not None)
         while True:  # where a trace has failed and gone on, it may have left something behind
             leaves.grew = False
-            with attributes_restored(net) as changed, bare_submodules(net):
+            with bare_submodules(net):
                 captured = capture(net, binding, named_steps_of(net, options), holds_chain, leaves, inputs)
             if not leaves.grew:
-                graph = rewrite_captured(net, captured, options, {}, changed)
+                graph = rewrite_captured(net, captured, options, {})
+                refuse_lost_effects(net, graph)
                 graph.traced = graph.chains
                 return graph
 
@@ -148,7 +149,7 @@ class SymbolicRoute:
         if not rejected:
             return graph
         refused = {name: (rejection.refusal, rejection.facts) for name, rejection in rejected.items()}
-        fitting = rewrite_captured(net, graph.captured, options, refused, graph.assigned)
+        fitting = rewrite_captured(net, graph.captured, options, refused)
         fitting.traced = graph.traced
         for name, rejection in rejected.items():
             path = graph.steps[name] or "the model"
@@ -208,7 +209,7 @@ class DynamoRoute:
             captured = self._captured(args, kwargs)
         if (steps := named_steps_of(net, options)) is not None:
             steps.mark(captured.graph)
-        graph = rewrite_captured(net, captured, options, {}, {})
+        graph = rewrite_captured(net, captured, options, {})
         graph.shapes_known = True  # Dynamo captures with shapes
         return graph
 

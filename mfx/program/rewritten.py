@@ -42,7 +42,6 @@ class RewrittenGraph:
         refused: sums that do not fit now that shapes are known, with the grounds.
         training: the training mode of the net it was made in.
         guards: the conditions under which it holds.
-        assigned: attributes that the model's forward pass sets itself, by module.
         within: path in the net of the submodule that the graph is of.
         shapes_known: True once the chains were checked against shapes.
         recompute_between: True if what lies between the chains is recomputed in the backward pass, too.
@@ -58,7 +57,6 @@ class RewrittenGraph:
     refused: dict[str, Grounds]
     training: bool
     guards: list[ModuleGuard]
-    assigned: Mapping[nn.Module, set[str]]
     within: str = ""
     shapes_known: bool = False
     recompute_between: bool = False
@@ -182,7 +180,6 @@ def rewrite_captured(
     captured: Captured,
     options: Options,
     refused: Mapping[str, Grounds],
-    assigned: Mapping[nn.Module, set[str]],
 ) -> RewrittenGraph:
     """Rewrite a captured graph.
 
@@ -191,7 +188,6 @@ def rewrite_captured(
         captured: the graph.
         options: those to rewrite it by.
         refused: sums to leave alone, with the grounds.
-        assigned: attributes that the forward pass sets itself, by module.
 
     Raises:
         MfxError: see `mfx_passes.rewrite_graph`.
@@ -212,7 +208,7 @@ def rewrite_captured(
         check_steps(captured.graph, lengths, rewritten.findings.rejections)
     flat = tuple(sorted({call.target for call in rewritten.flat}))
     leaves = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
-    guards = guards_of(net, leaves, assigned)
+    guards = guards_of(net, leaves, captured.assigned)
     return RewrittenGraph(
         captured,
         graph,
@@ -222,7 +218,6 @@ def rewrite_captured(
         dict(refused),
         net.training,
         guards,
-        assigned,
         options.within,
         recompute_between=options.plans and options.recompute == "all",
         verify=options.verify,

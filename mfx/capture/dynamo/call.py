@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import builtins
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import suppress
 from itertools import chain
@@ -19,6 +21,7 @@ from mfx.capture.dynamo.graph import tidy
 from mfx.capture.dynamo.sources import is_held_by_module, module_path
 from mfx.compat.dynamo import DYNAMO_ERRORS, DynamoCapture, sources, trace_call
 from mfx.modules.overlay import Overlay
+from mfx.modules.python_state import PythonState
 from mfx.modules.restore import restored_if_changed, restored_if_fake
 from mfx_passes.ops.step_markers import called
 from mfx_passes.rewrite.portable_graph import copy_graph
@@ -156,16 +159,26 @@ def _run_first_call(method: Callable[..., Any], args: tuple[Any, ...], kwargs: M
     # Without what may change in the call, a cache for instance.
     leaves, spec = pytree.tree_flatten((args, {name: value for name, value in kwargs.items() if _is_plain(value)}))
     net = method.__self__  # type: ignore[attr-defined]
+    state = PythonState(net)
     with (
         restored_if_fake(net),
         compat.fake_mode() as mode,
         restored_if_changed(),
+        compat.patched(builtins, "print", _nothing),
+        compat.patched(logging.Logger, "handle", _nothing),
         torch.no_grad(),
         suppress(Exception),
     ):
         fake = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         fake_args, fake_kwargs = pytree.tree_unflatten(fake, spec)
         method(*fake_args, **fake_kwargs)
+    for holder in state.changes():
+        if not state.owners(holder.value):
+            holder.put_back()  # it is not the model's own
+
+
+def _nothing(*args: object, **kwargs: object) -> None:
+    pass
 
 
 def _said(error: Exception) -> str:

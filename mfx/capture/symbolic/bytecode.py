@@ -1,4 +1,4 @@
-"""Read off the bytecode of running code whether it asserts or unpacks a traced value.
+"""Read off the bytecode of running code whether it asserts, unpacks or formats a traced value.
 
 Of 236 models of the zoo that are captured symbolically, 17 are so only by this (16 of 44 of vit_pytorch, 1 of 97 of
 timm, none of torchvision); TorchDynamo captures 16 of these. Without it, `mfx.trace` refuses them, and their nets have
@@ -8,11 +8,16 @@ no chains before the first call.
 from __future__ import annotations
 
 import dis
+from bisect import bisect_left
 from collections.abc import Sequence
-from types import FrameType
+from functools import lru_cache
+from types import CodeType, FrameType
 
 # Instructions that may stand between the items of ``*value, more`` and their unpacking.
 _WITHIN_LISTS = ("LIST_APPEND", "LIST_TO_TUPLE", "LOAD_", "BINARY_", "CACHE", "EXTENDED_ARG", "CALL_INTRINSIC_1", "NOP")
+
+_MAKE_TEXT = ("BUILD_STRING", "BINARY_", "FORMAT_")
+_ENDS = ("POP_TOP", "STORE_", "DELETE_", "RETURN_", "YIELD_", "RESUME", "RAISE_")  # of statements
 
 
 def unpacked_indices(frame: FrameType) -> list[int | None] | None:
@@ -20,7 +25,7 @@ def unpacked_indices(frame: FrameType) -> list[int | None] | None:
 
     None stands for items that go into a name that is never read.
     """
-    code = list(dis.get_instructions(frame.f_code))
+    code = _instructions(frame.f_code)
     at = _position(frame, code)
     more = 0
     if code[at].opname == "LIST_EXTEND":
@@ -52,7 +57,7 @@ def _is_never_read(position: int, stores: Sequence[dis.Instruction], code: Seque
 
 def asserted(frame: FrameType) -> bool | None:
     """Return the truth value that an ``assert`` wants; None if the running code is not an ``assert``."""
-    code = list(dis.get_instructions(frame.f_code))
+    code = _instructions(frame.f_code)
     at = _position(frame, code)
     if code[at].opname == "TO_BOOL":
         at += 1
@@ -66,6 +71,42 @@ def asserted(frame: FrameType) -> bool | None:
     return not wanted if target is not None and _raises_assertion(target) else None
 
 
+def is_plain_access(frame: FrameType) -> bool:
+    """True if the running code says ``value.name``, not ``hasattr(value, name)`` or the like."""
+    code = _instructions(frame.f_code)
+    return code[_position(frame, code)].opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))
+
+
+def is_message_of_assert(frame: FrameType) -> bool:
+    """True if the text that the running code makes becomes the message of a call of ``_assert``, and nothing else.
+
+    The call is ``torch._assert(condition, f"... {size} ...")``, by this name of the function.
+    """
+    code = _instructions(frame.f_code)
+    at = _position(frame, code)
+    depth = 1  # values on the stack, from the text on
+    for i in range(at + 1, len(code)):
+        name, argument = code[i].opname, code[i].arg if code[i].opcode >= dis.HAVE_ARGUMENT else None
+        if "JUMP" in name or name.startswith(_ENDS):
+            return False
+        depth += dis.stack_effect(code[i].opcode, argument)
+        if depth > 0:
+            continue
+        if name.startswith(_MAKE_TEXT):
+            depth = 1  # the text is a part of this one
+            continue
+        calls = [i.opname for i in code[i : i + 3] if i.opname != "CACHE"]
+        return name.startswith(("PRECALL", "CALL")) and "POP_TOP" in calls and _begins_with_assert(code, at)
+    return False
+
+
+def _begins_with_assert(code: Sequence[dis.Instruction], at: int) -> bool:
+    """True if the statement around a position begins with ``_assert(``, perhaps in a module."""
+    while at and not code[at - 1].opname.startswith(_ENDS) and "JUMP" not in code[at - 1].opname:
+        at -= 1
+    return "_assert" in [instruction.argval for instruction in code[at : at + 3]]
+
+
 def _raises_assertion(instruction: dis.Instruction) -> bool:
     name = "AssertionError"  # LOAD_COMMON_CONSTANT since Python 3.14
     return instruction.opname == "LOAD_ASSERTION_ERROR" or (
@@ -73,5 +114,10 @@ def _raises_assertion(instruction: dis.Instruction) -> bool:
     )
 
 
+@lru_cache(maxsize=128)
+def _instructions(code: CodeType) -> Sequence[dis.Instruction]:
+    return tuple(dis.get_instructions(code))
+
+
 def _position(frame: FrameType, code: Sequence[dis.Instruction]) -> int:
-    return next(i for i, instruction in enumerate(code) if instruction.offset >= frame.f_lasti)
+    return bisect_left(code, frame.f_lasti, key=lambda instruction: instruction.offset)

@@ -15,8 +15,10 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from mfx import compat
+from mfx.capture.symbolic.refusals import OutputError, UntraceableError
+from mfx.modules.python_state import PythonState, python_state_restored
 from mfx.modules.random_state import undisturbed
-from mfx.modules.restore import attributes_restored, restored_if_changed, tensors_restored
+from mfx.modules.restore import restored_if_changed, tensors_restored
 
 UNKNOWN = object()
 _CONSTANT = (type(None), str, torch.dtype, torch.device)  # what a module returns whatever its input is
@@ -146,15 +148,17 @@ class CallValues:
 
     def _rehearse(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[nn.Module, set[str]]]:
         """Run a module; return its output without data, and the attributes that it set."""
-        with suppress(Exception), compat.untraced(), _without_effects(module) as assigned, self._mode:
-            return self._checked_output(module, args, kwargs), assigned
+        with suppress(Exception, UntraceableError), compat.untraced():
+            with _without_effects(module) as state, self._mode:
+                output = self._checked_output(module, args, kwargs)
+            return output, _own(state)
         # It looks at data.
-        with compat.untraced(), _without_effects(module) as assigned:
+        with compat.untraced(), _without_effects(module) as state:
             made = map_aggregate((args, kwargs), lambda arg: _made_up(arg) if isinstance(arg, Tensor) else arg)
             output = self._checked_output(module, *made)
         with compat.untraced():
             fake = pytree.tree_map_only(Tensor, self._without_data, output)
-        return fake, assigned
+        return fake, _own(state)
 
     def _checked_output(self, module: nn.Module, args: Any, kwargs: Any) -> Any:
         tensors = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -169,8 +173,15 @@ class CallValues:
         return output
 
 
+def _own(state: PythonState) -> dict[nn.Module, set[str]]:
+    """Return the attributes that a module has set, if it has changed nothing that is not its own."""
+    if state.outside:
+        raise OutputError(f"it changes {', '.join(state.outside)}, which is not its own")
+    return state.assigned
+
+
 @contextmanager
-def _without_effects(module: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
+def _without_effects(module: nn.Module) -> Iterator[PythonState]:
     """Undo what a module does beside its output, its prints and its hooks included."""
     with ExitStack() as stack:
         for inner in module.modules():
@@ -181,13 +192,13 @@ def _without_effects(module: nn.Module) -> Iterator[dict[nn.Module, set[str]]]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(_only_torch_draws(module))
-        assigned = stack.enter_context(attributes_restored(module))
+        state = stack.enter_context(python_state_restored(module))
         stack.enter_context(tensors_restored(module))
         copies = {id(buffer): buffer.clone() for buffer in module.buffers()}  # BatchNorm does not say that it writes
         for inner in module.modules():
             inner._buffers.update({name: copies[id(b)] for name, b in inner._buffers.items() if b is not None})
         stack.enter_context(restored_if_changed())
-        yield assigned
+        yield state
 
 
 @contextmanager

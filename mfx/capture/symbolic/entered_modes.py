@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import NoReturn
 
 from mfx import compat
+from mfx.capture.symbolic.refusals import Refusals, UntraceableError
 
 
 class EnteredModes:
@@ -15,7 +17,8 @@ class EnteredModes:
     entering it counts, also where it changes nothing.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, refusals: Refusals) -> None:
+        self._refusals = refusals
         self._entered: list[str] = []
         self._before = compat.modes()
 
@@ -23,19 +26,21 @@ class EnteredModes:
         """Check that no mode of the model's own is on; to be called for every node.
 
         Raises:
-            RuntimeError: a mode is on that was not when the trace began.
+            UntraceableError: a mode is on that was not when the trace began.
         """
         if self._entered:
-            raise RuntimeError(f"a part of it is computed in {self._entered[-1]}, which a trace does not record")
+            self._refuse(f"a part of it is computed in {self._entered[-1]}, which a trace does not record")
         if compat.modes() != self._before:
-            raise RuntimeError("a part of it is computed in another mode (gradients, autocast, kernels of attention)")
+            self._refuse("a part of it is computed in another mode (gradients, autocast, kernels of attention)")
 
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Within this context, notice the modes that are entered."""
-        with compat.modes_observed(self._entered.append, self._entered.pop, _refuse_seeds):
+        with compat.modes_observed(self._entered.append, self._entered.pop, self._refuse_seeds):
             yield
 
+    def _refuse_seeds(self) -> None:
+        self._refuse("it sets the state of the random generator, which a trace does not record")
 
-def _refuse_seeds() -> None:
-    raise RuntimeError("it sets the state of the random generator, which a trace does not record")
+    def _refuse(self, what: str) -> NoReturn:
+        self._refusals.refuse(UntraceableError(what))

@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import operator
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any, NoReturn
 
 import torch
 from torch import fx
 
-from mfx.capture.symbolic.bytecode import asserted
+from mfx.capture.symbolic.bytecode import asserted, is_message_of_assert, is_plain_access, unpacked_indices
 from mfx.capture.symbolic.call_values import UNKNOWN
+from mfx.capture.symbolic.refusals import OutputError, Refusals, UntraceableError
 
 _INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+
+_REFUSED = {  # special methods that Python calls, often in order to try something else if they fail
+    "complex trunc floor ceil round": "the value of a traced tensor is needed as a number",
+    "dlpack": "the value of a traced tensor is needed as an array",
+    "contains": "a traced value is searched",
+    "hash": "a traced value is looked up, which finds it by its identity, not by its value",
+    "setitem delitem": "entries of a traced value are set, which a trace does not record",
+    "divmod rdivmod": "a traced value is divided by divmod, which a trace does not record",
+    "reduce_ex deepcopy copy": "a traced value is copied, which a trace does not record",
+}
 
 
 class _Proxy(fx.Proxy):
@@ -21,11 +33,14 @@ class _Proxy(fx.Proxy):
 
     tracer: Any  # a SymbolicTracer
 
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.tracer.iter(self))  # torch's own has a frame refer to itself
+
     def __len__(self) -> int:
         length = self.tracer.length_of(self)
-        if length is None:  # a TypeError, which list.extend takes for "not known"
-            raise TypeError("the length of a traced value is not known")
-        return int(length)
+        if length is None and unpacked_indices(sys._getframe(1)) is not None:
+            raise TypeError("the length is told by the code")  # which list.extend takes for "not known"
+        return self._refuse("the length of a traced value is not known") if length is None else int(length)
 
     def __index__(self) -> int:
         return operator.index(self._number())
@@ -41,21 +56,15 @@ class _Proxy(fx.Proxy):
 
         return numpy.array(self._number(), *args, **kwargs)
 
-    def __format__(self, form: str) -> str:
-        value = self.tracer.number_of(self)
-        return super().__format__(form) if value is UNKNOWN else format(value, form)
-
     def _number(self) -> Any:
         """Return a traced size as it is in the call that is traced."""
         value = self.tracer.number_of(self)
-        if value is UNKNOWN:
-            raise TypeError("the value of a traced tensor is needed as a number")
-        return value
+        return self._refuse("the value of a traced tensor is needed as a number") if value is UNKNOWN else value
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Attributes of the model's own stay while it is traced; a tensor's attributes would change without a record.
         if hasattr(torch.Tensor, name):
-            raise TypeError(f"{name} of a traced value is set, which a trace does not record")
+            self._refuse(f"{name} of a traced value is set, which a trace does not record")
         object.__setattr__(self, name, value)
 
     def __bool__(self) -> bool:
@@ -66,25 +75,57 @@ class _Proxy(fx.Proxy):
         self.tracer.create_proxy("call_function", torch._assert, (condition, "an assertion of the model failed"), {})
         return holds
 
+    def __str__(self) -> str:
+        return self._text(sys._getframe(1))
 
-class _Attribute(_Proxy, fx.proxy.Attribute):
-    """``x.shape`` and the like."""
+    def __repr__(self) -> str:
+        return self._text(sys._getframe(1))
 
-    def __getattr__(self, name: str) -> fx.proxy.Attribute:
-        if self.attr == "shape" and not hasattr(torch.Size, name):  # numpy tries shape.prod
-            raise AttributeError(f"torch.Size has no attribute {name}")
-        return fx.proxy.Attribute(self, name)
+    def __format__(self, form: str) -> str:
+        return self._text(sys._getframe(1), form)
 
+    def _text(self, frame: FrameType, form: str = "") -> str:
+        if (value := self.tracer.number_of(self)) is not UNKNOWN:
+            return format(value, form)
+        if not is_message_of_assert(frame):
+            self.tracer.refusals.refuse(OutputError("a traced value is written as text, which a trace would do once"))
+        return f"<{self.__dict__.get('attr') or self.node.name}>"
 
-class Value(_Proxy):
-    """The value of a node."""
+    def _refuse(self, what: str) -> NoReturn:
+        refusals: Refusals = self.tracer.refusals
+        refusals.refuse(UntraceableError(what))
 
     def __getattr__(self, name: str) -> Any:
+        if not hasattr(torch.Tensor, name):
+            if name.startswith("__"):
+                raise AttributeError(name)
+            if self._is_tensor() or not is_plain_access(sys._getframe(1)):
+                self._refuse(f"it depends on whether a traced value has an attribute {name}")
+        elif name.startswith("__"):
+            self._refuse(f"{name} of a traced value is read")
         attribute = _Attribute(self, name)
         if name not in ("dtype", "device"):
             return attribute
         value = self.tracer.constant_of(attribute)
         return attribute if value is UNKNOWN else value
+
+    def _is_tensor(self) -> bool:
+        """True if the value is known to be a tensor: an argument, a parameter, a buffer."""
+        node = self.__dict__.get("node")
+        return node is not None and node.op in ("placeholder", "get_attr")
+
+
+class _Attribute(_Proxy, fx.proxy.Attribute):
+    """``x.shape`` and the like."""
+
+    def __getattr__(self, name: str) -> Any:
+        if self.attr == "shape" and not hasattr(torch.Size, name):  # numpy tries shape.prod
+            raise AttributeError(f"torch.Size has no attribute {name}")
+        return super().__getattr__(name)
+
+
+class Value(_Proxy):
+    """The value of a node."""
 
 
 def _record_inplace(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -96,5 +137,16 @@ def _record_inplace(name: str) -> Callable[[fx.Proxy, Any], fx.Proxy]:
     return method
 
 
+def _refuse(name: str, what: str) -> Callable[..., NoReturn]:
+    def method(self: _Proxy, *args: Any) -> NoReturn:
+        self._refuse(what)
+
+    method.__name__ = name
+    return method
+
+
 for _name in _INPLACE:
     setattr(_Proxy, f"__{_name}__", _record_inplace(_name))
+for _names, _what in _REFUSED.items():
+    for _name in _names.split():
+        setattr(_Proxy, f"__{_name}__", _refuse(_name, _what))

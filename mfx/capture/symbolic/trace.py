@@ -5,7 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -13,16 +13,20 @@ from torch.overrides import TorchFunctionMode
 
 from mfx import compat
 from mfx.capture.binding import ByName
-from mfx.capture.captured import Captured, CaptureError
+from mfx.capture.captured import Captured, CaptureError, Effect
 from mfx.capture.named_steps import NamedStepModules
 from mfx.capture.symbolic.call_values import CallValues
+from mfx.capture.symbolic.effects import Changes
 from mfx.capture.symbolic.leaves import Leaves
+from mfx.capture.symbolic.refusals import Refusals, UntraceableError
 from mfx.capture.symbolic.tracer import SymbolicTracer
-from mfx.capture.symbolic.user_code import said_by, user_line
+from mfx.capture.symbolic.user_code import said_by
 from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import tensors_restored
 from mfx_passes import MfxError
 from mfx_passes.rewrite.portable_graph import copy_graph, dump_calls, load_calls
+
+R = TypeVar("R")
 
 _READS = frozenset(
     {
@@ -62,30 +66,24 @@ def capture(
     Raises:
         CaptureError: it cannot be traced, or the trace would hold for this one run only.
     """
-    values = None if inputs is None else CallValues(model, inputs)
-    tracer = SymbolicTracer(binding.inputs, binding.constants, steps.modules if steps else (), is_leaf, leaves, values)
+    leaves = Leaves(allowed=False) if leaves is None else leaves
     attributes = set(model.__dict__)
-    with (
-        tensors_restored(model) as replaced,
-        undisturbed(model) as drawn,
-        _ValuesRead(model),
-        compat.plain_transformer_layers(),
-    ):
-        try:
-            graph = tracer.trace(model)
-            if values is not None:
-                values.find(graph)
-        except MfxError:
-            raise
-        except Exception as error:
-            for name in set(model.__dict__) - attributes:
-                delattr(model, name)
-            raise CaptureError(
-                f"{type(model).__name__} cannot be traced symbolically: {said_by(error, model)}. {_ADVICE}"
-            ) from error
-        finally:
-            if values is not None:
-                values.put_back()
+    changes = Changes(model, _refuse_hooks_of_its_own)
+
+    def tracer() -> SymbolicTracer:
+        values = None if inputs is None else CallValues(model, inputs)
+        whole = steps.modules if steps else ()
+        return SymbolicTracer(binding.inputs, binding.constants, whole, is_leaf, leaves, values)
+
+    with tensors_restored(model) as replaced, undisturbed(model) as drawn, compat.plain_transformer_layers():
+        last = tracer()
+        graph = _traced(model, last, changes.trace)
+        effects: list[Effect] = []
+        if changes and not leaves.grew:
+            _drop(model, attributes)
+            last = tracer()
+            graph, effects = _traced(model, last, changes.trace_again)
+        effects += [Effect("", f"a {kind} outside of the model", is_own=False) for kind in last.leftovers.found]
     if replaced:
         raise CaptureError(
             f"{type(model).__name__} replaces buffers while it runs ({', '.join(dict.fromkeys(replaced))}), which a "
@@ -97,38 +95,71 @@ def capture(
             "decide what to compute (layer drop, for example): a graph would repeat this one decision for ever. "
             f"{_ADVICE}"
         )
-    if noted := _with_hooks_of_its_own(model):  # now: a forward may have registered them
-        raise CaptureError(
-            f"{type(model).__name__} has forward hooks of its own on {', '.join(noted)}; its forward may read what "
-            "they note, and a symbolic trace does not run them. Put the wrapper that has the hooks around the net."
-        )
     if steps is not None:
         steps.mark(graph)
     kept = copy_graph(graph)
     called = {str(node.target): model.get_submodule(str(node.target)) for node in kept.find_nodes(op="call_module")}
+    values = last.values
     return Captured(
         kept,
-        load_calls(dump_calls(tracer.calls), kept),
-        tracer.walked,
+        load_calls(dump_calls(last.calls), kept),
+        last.walked,
         binding if values is None else binding.for_inputs(values.inputs, shapes=values.numbers_used),
         values={} if values is None else values.tensors(graph),
-        leaves={path: tracer.leaves.reasons[module] for path, module in called.items() if module in tracer.leaves},
+        leaves={path: leaves.reasons[module] for path, module in called.items() if module in leaves},
+        effects=effects,
+        assigned=changes.assigned,
     )
 
 
+def _traced(model: nn.Module, tracer: SymbolicTracer, trace: Callable[[SymbolicTracer], R]) -> R:
+    attributes = set(model.__dict__)
+    try:
+        with _ValuesRead(tracer.refusals):
+            return trace(tracer)
+    except MfxError:
+        raise
+    except (Exception, UntraceableError) as error:
+        _drop(model, attributes)
+        said = said_by(error, model)
+        _clear_frames(error)
+        raise CaptureError(f"{type(model).__name__} cannot be traced symbolically: {said}. {_ADVICE}") from error
+    finally:
+        tracer.leftovers.take_away()
+
+
+def _drop(model: nn.Module, attributes: set[str]) -> None:
+    """Drop the constants of a graph that is not used: all but these attributes."""
+    for name in set(model.__dict__) - attributes:
+        delattr(model, name)
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Drop the local variables of the frames that an error came through: traced values are among them."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+
+
 class _ValuesRead(TorchFunctionMode):
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, refusals: Refusals) -> None:
         super().__init__()
-        self._model = model
+        self._refusals = refusals
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS and not isinstance(args[0], fx.Proxy):
-            where = user_line(traceback.extract_stack(), self._model)
-            raise CaptureError(
-                f"{type(self._model).__name__} reads the value of a tensor while it runs ({where}): a graph would hold "
-                f"for this one value only. {_ADVICE}"
+            self._refusals.refuse(
+                UntraceableError("it reads the value of a tensor while it runs; a graph would hold for this value only")
             )
         return func(*args, **(kwargs or {}))
+
+
+def _refuse_hooks_of_its_own(model: nn.Module) -> None:
+    if noted := _with_hooks_of_its_own(model):  # after the trace: a forward may have registered them
+        raise CaptureError(
+            f"{type(model).__name__} has forward hooks of its own on {', '.join(noted)}; its forward may read what "
+            "they note, and a symbolic trace does not run them. Put the wrapper that has the hooks around the net."
+        )
 
 
 def _with_hooks_of_its_own(model: nn.Module) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import operator
 import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
@@ -13,7 +14,6 @@ from typing import Any, SupportsIndex
 import torch
 from torch import fx, nn
 from torch.fx.node import map_aggregate
-from torch.fx.proxy import TraceError
 from torch.nn.utils.parametrize import is_parametrized
 
 from mfx import compat
@@ -24,7 +24,9 @@ from mfx.capture.symbolic.call_values import UNKNOWN, CallValues
 from mfx.capture.symbolic.entered_modes import EnteredModes
 from mfx.capture.symbolic.leaf_modules import LOOKED_INTO, TORCH_FUNCTIONS, einops_functions, timm_functions
 from mfx.capture.symbolic.leaves import Leaves
+from mfx.capture.symbolic.leftovers import Leftovers
 from mfx.capture.symbolic.proxies import Value
+from mfx.capture.symbolic.refusals import OutputError, Refusals, UntraceableError, outputs_refused
 from mfx.capture.symbolic.user_code import said_by, user_stack
 from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import tensors_restored
@@ -45,6 +47,10 @@ class SymbolicTracer(fx.Tracer):
     Attributes:
         calls: the module calls that were walked through, in the order they ended.
         walked: path and module of every module that was walked through, the root first.
+        refusals: what the model asked for and a trace does not know.
+        leftovers: the proxies of the trace.
+        at_boundary: called with the path of a walked module whenever its code goes on to, or comes back from, another
+            one that is walked through.
     """
 
     def __init__(
@@ -65,6 +71,11 @@ class SymbolicTracer(fx.Tracer):
         self._constants = constants
         self.calls: list[ModuleCall] = []
         self.walked: dict[str, nn.Module] = {}
+        self.refusals = Refusals()
+        self.leftovers = Leftovers()
+        self.at_boundary: Callable[[str], None] = lambda path: None
+        self._thread = threading.get_ident()
+        self._parameters: dict[str, fx.Proxy] = {}
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Record the forward pass of ``root``, a module; see `torch.fx.Tracer.trace`."""
@@ -72,9 +83,19 @@ class SymbolicTracer(fx.Tracer):
         tensors = (*root.named_parameters(), *root.named_buffers())
         self._tensor_paths = {id(tensor): path for path, tensor in reversed(tensors)}
         self.walked = {"": root}
-        self._modes = EnteredModes()
-        with self._modes.watched(), functions_are_nodes():
-            graph = super().trace(root, concrete_args)
+        self._modes = EnteredModes(self.refusals)
+        watched = self._modes.watched(), outputs_refused(self.refusals), compat.autowrap_in_this_thread()
+        try:
+            with watched[0], watched[1], watched[2], functions_are_nodes():
+                graph = super().trace(root, concrete_args)
+            if self.values is not None:
+                self.values.find(graph)
+        finally:
+            self._parameters = {}
+            if self.values is not None:
+                self.values.put_back()
+        self.at_boundary("")
+        self.refusals.check()
         # What forward is annotated to return says nothing a graph needs, and a string breaks its pickle in torch 2.13.
         graph.output_node().type = None
         return graph
@@ -107,6 +128,8 @@ class SymbolicTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Record a call; for a module that is walked through, record its nodes, too."""
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)  # torch.fx patches modules for all threads
         path = self.path_of_module(m)
         if m not in self.leaves and not self.is_leaf_module(m, path):
             if not self.leaves.may_take(m):
@@ -122,8 +145,10 @@ class SymbolicTracer(fx.Tracer):
     def _walk(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.walked[path] = m
         last = next(reversed(self.graph.nodes), None)
+        self.at_boundary(self.path_inside)
         # Hooks are run when the module is called, not when it is traced: a proxy means nothing to them.
         output = super().call_module(m, m.forward, args, kwargs)
+        self.at_boundary(path)
         nodes = frozenset(_after(self.graph, last))
         to_node = _proxies_to_nodes
         self.calls.append(ModuleCall(path, to_node(args), to_node(kwargs), to_node(output), nodes))
@@ -134,14 +159,19 @@ class SymbolicTracer(fx.Tracer):
         attributes = {module: dict(module.__dict__) for module in m.modules()}
         last = next(reversed(self.graph.nodes), None)
         calls, walked, stack = len(self.calls), dict(self.walked), self.module_stack.copy()
+        refused = self.refusals.count
         try:
             with undisturbed(m) as drawn, tensors_restored(m) as replaced:
                 output = self._walk(m, path, args, kwargs)
             if drawn or replaced:
                 what = f"draws random numbers ({', '.join(drawn)})" if drawn else f"replaces {', '.join(replaced)}"
                 raise CaptureError(f"it {what} while it runs")
+            self.refusals.check(refused)
             return output
-        except Exception as error:  # whatever its forward says to symbolic values
+        except OutputError:
+            raise  # a leaf in a branch would print twice
+        except (Exception, UntraceableError) as error:  # whatever its forward says to symbolic values
+            self.refusals.forget_after(refused)
             for module, before in attributes.items():
                 module.__dict__.clear()
                 module.__dict__.update(before)
@@ -155,32 +185,43 @@ class SymbolicTracer(fx.Tracer):
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Return a proxy for a parameter or buffer: the graph does not depend on its value."""
         path = self._tensor_paths.get(id(attr_val)) if isinstance(attr_val, torch.Tensor) else None
-        if path is None:
+        if path is None or threading.get_ident() != self._thread:
             return attr_val
-        known = parameter_proxy_cache.get(path)
+        known = self._parameters.get(path)  # not torch's cache, which is part of a reference cycle
         if known is None or compat.is_erased(known.node):
-            parameter_proxy_cache[path] = self.create_proxy("get_attr", path, (), {})
-        return parameter_proxy_cache[path]
+            self._parameters[path] = self.create_proxy("get_attr", path, (), {})
+        return self._parameters[path]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         """Return a proxy for the value of a node."""
-        return Value(node, self)
+        value = Value(node, self)
+        self.leftovers.add(value)
+        return value
+
+    @property
+    def path_inside(self) -> str:
+        """The path of the module whose code runs now."""
+        return next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
 
     def create_arg(self, a: Any) -> Any:
         """Return an argument of a node; the graph makes mappings of other classes than dict, for torch makes a dict."""
         cls: Any = type(a)
         if cls.__module__ == "numpy" and isinstance(a, SupportsIndex):  # a product of sizes, for instance
             return operator.index(a)
-        if cls is dict or not issubclass(cls, dict):
-            return super().create_arg(a)
         if cls is OrderedDict:
             return self.create_proxy("call_function", cls, (list(a.items()),), {}).node
-        if _is_made_of_fields(a):
+        if cls is not dict and issubclass(cls, dict):
+            if not _is_made_of_fields(a):
+                self.refusals.refuse(UntraceableError(f"a {cls.__name__} would become a dict"))
             return self.create_proxy("call_function", cls, (), dict(a)).node
-        raise NotImplementedError(f"a {cls.__name__} would become a dict")
+        try:
+            return super().create_arg(a)
+        except NotImplementedError as error:
+            self.refusals.refuse(UntraceableError(f"a traced operation has an {error}"))
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         """Record a node with the stack of the user's code (cheaper than torch's own stack traces)."""
+        self.refusals.forget_probe()
         self._modes.check()
         node = super().create_node(*args, **kwargs)
         node.meta["stack_trace"] = user_stack()
@@ -193,7 +234,7 @@ class SymbolicTracer(fx.Tracer):
         if indices is None:
             length = self.length_of(obj)
             if length is None:
-                return super().iter(obj)
+                self.refusals.refuse(UntraceableError("a traced value is iterated over, whose length is not known"))
             indices = range(length)
         return iter([None if i is None else operator.getitem(obj, i) for i in indices])
 
@@ -201,7 +242,7 @@ class SymbolicTracer(fx.Tracer):
         """Return the truth value of a size or of what was computed of sizes."""
         value = self.number_of(obj)
         if value is UNKNOWN:
-            raise TraceError("a decision (control flow) depends on the value of a tensor")
+            self.refusals.refuse(UntraceableError("a decision (control flow) depends on the value of a tensor"))
         return bool(value)
 
     def number_of(self, obj: fx.Proxy) -> Any:

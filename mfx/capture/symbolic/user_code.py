@@ -14,7 +14,9 @@ from torch import nn
 def said_by(error: BaseException, model: nn.Module) -> str:
     """Return the first line of an error's message, and the line of the model's code that raised it."""
     said = (str(error).strip().splitlines() or ["no message"])[0]
-    return f"{type(error).__name__}: {said} ({user_line(traceback.extract_tb(error.__traceback__), model)})"
+    caught = getattr(error, "stack", None)
+    line = user_line(traceback.extract_tb(error.__traceback__) if caught is None else caught, model)
+    return f"{type(error).__name__}: {said} ({line}{'' if caught is None else ', and the error is caught'})"
 
 
 def user_line(frames: traceback.StackSummary, model: nn.Module) -> str:

@@ -1,0 +1,177 @@
+"""The Python state that a model's forward may change: noted before a trace, compared and put back after it."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import local
+from types import FunctionType, MethodType, ModuleType, SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mfx.compat import hook_tables
+from mfx.modules.holders import ABSENT, DICT, VARIABLE, Holder, Variable, holder_of, items, same
+from mfx.modules.references import References, is_users
+from mfx_passes import paths
+
+_DEPTH = 5  # a list in a dict in an object that an object in an attribute refers to
+_MANY = 256  # entries of a container that is looked into; a larger one is compared, too, but not what it holds
+_INTERNAL = frozenset(nn.Module().__dict__)
+_NOTHING_INSIDE = {bool, int, float, complex, str, bytes, type(None), Tensor, nn.Parameter, torch.dtype, torch.device}
+_OBJECTS = (nn.Module, SimpleNamespace, local)
+_OBJECTS_OF = ("weakref", "_weakrefset", "collections")  # packages whose objects are there to hold others
+_RUN = ("forward", "__call__", "__getattr__", "__setattr__")  # methods of a module that may run unmentioned
+
+
+class PythonState:
+    """The values that the modules of a model, and the variables that its forward refers to, hold at this moment.
+
+    Tensors are not looked into, nor are parameters, buffers and submodules: these may be initialized by a first call.
+
+    Args:
+        model: the model.
+
+    Attributes:
+        assigned: names of the attributes, by module, that were changed when all was put back, or lead to what was.
+        outside: the names of what was changed and no attribute leads to.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.assigned: dict[nn.Module, set[str]] = {}
+        self.outside: list[str] = []
+        self._modules = {module: path for path, module in model.named_modules()}
+        self._seen: dict[int, Any] = {id(module): module for module in self._modules}
+        self._holders: list[Holder] = []
+        self._references = References()
+        self._tables = [(module, dict(module.__dict__)) for module in self._modules]
+        self._hooks = [
+            (table, (*table, *table.values()) if table else (), path)
+            for module, path in self._modules.items()
+            for table in hook_tables(module)
+        ]
+        for cls in {type(module): None for module in self._modules}:
+            self._note_class(cls)
+        for module, path in self._modules.items():
+            if not is_users(type(module).__module__):
+                continue  # nothing of torch's notes anything in a container
+            for name in module.__dict__.keys() - _INTERNAL:
+                if type(value := module.__dict__[name]) not in _NOTHING_INSIDE:
+                    self._note(value, paths.join(path, name), _DEPTH)
+        for name, value in self._references.variables():
+            self._note(value, name, _DEPTH)
+
+    def changes(self) -> list[Holder]:
+        """Return what holds other values than before; of a module, its attributes one by one."""
+        hooks = [
+            Holder(table, DICT, f"the hooks of {path or 'the model'}", before)
+            for table, before, path in self._hooks
+            if 2 * len(table) != len(before) or (before and not same(before, (*table, *table.values())))
+        ]
+        return [*self._changed_attributes(), *hooks, *(holder for holder in self._holders if holder.changed())]
+
+    def put_back(self) -> list[Holder]:
+        """Have all hold what they held, hook tables too, and return what had changed.
+
+        All or nothing: a model that notes in an attribute that its hooks are there would add them twice.
+        """
+        changes = self.changes()
+        for holder in changes:
+            owners = self.owners(holder.value)
+            for module, names in owners.items():
+                self.assigned.setdefault(module, set()).update(names)
+            if not owners:
+                self.outside.append(holder.name)
+        for holder in changes:
+            holder.put_back()
+        return changes
+
+    def owners(self, value: Any) -> dict[nn.Module, set[str]]:
+        """Return the modules whose attributes lead to the value of a holder, or to a tensor, and these attributes."""
+        found: dict[nn.Module, set[str]] = {}
+        for module, table in self._tables:
+            if isinstance(value, Variable):
+                names = {value.name} if value.namespace is module.__dict__ else set()
+            else:
+                own = {**table, **module.__dict__}
+                names = {n for n in own.keys() - _INTERNAL if _leads_to(own[n], value, _DEPTH)}
+            if names:
+                found[module] = names
+        return found
+
+    def path_of(self, module: nn.Module) -> str:
+        """Return the path of a module in the model."""
+        return str(self._modules[module])
+
+    def _changed_attributes(self) -> Iterator[Holder]:
+        for module, old in self._tables:
+            now = module.__dict__
+            if len(now) == len(old) and same(tuple(now.values()), tuple(old.values())):
+                continue
+            for name in {**old, **now}:
+                before = (old.get(name, ABSENT),)
+                # The tracer sets attributes for constants of the graph.
+                if not same(before, (now.get(name, ABSENT),)) and not name.startswith("_tensor_constant"):
+                    path = paths.join(self._modules[module], name)
+                    yield Holder(Variable(now, name), VARIABLE, path, before)
+
+    def _note_class(self, cls: type) -> None:
+        for base in self._references.add_class(cls, _RUN if issubclass(cls, nn.Module) else None):
+            self._note_held(base, base.__qualname__, _DEPTH)
+
+    def _note(self, value: Any, name: str, depth: int) -> None:
+        if type(value) in _NOTHING_INSIDE or id(value) in self._seen or not depth:
+            return
+        if isinstance(value, FunctionType | MethodType):
+            self._references.add(value)
+        elif isinstance(value, type):
+            if is_users(value.__module__) and not issubclass(value, enum.Enum | nn.Module):
+                self._note_class(value)
+        elif not isinstance(value, ModuleType | Tensor | enum.Enum):
+            self._note_held(value, name, depth)
+
+    def _note_held(self, value: Any, name: str, depth: int) -> None:
+        self._seen[id(value)] = value
+        if (holder := holder_of(value, name)) is not None:
+            self._holders.append(holder)
+        if (attributes := _attributes(value)) is not None:
+            self._holders.append(Holder(attributes, DICT, name))
+            self._note_class(type(value))
+        for suffix, item in _inside(value):
+            self._note(item, name + suffix, depth - 1)
+
+
+@contextmanager
+def python_state_restored(model: nn.Module) -> Iterator[PythonState]:
+    """Put back, at the end of this context, the Python state that is changed in it."""
+    state = PythonState(model)
+    try:
+        yield state
+    finally:
+        state.put_back()
+
+
+def _inside(value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what a container or object holds, each with what follows its name in an expression."""
+    yield from items(value, _MANY)
+    if (attributes := _attributes(value)) is not None:
+        yield from ((f".{name}", item) for name, item in list(attributes.items()))
+
+
+def _attributes(value: Any) -> dict[str, Any] | None:
+    """Return the attributes of an object of the user's; None for others."""
+    cls = type(value)
+    if not (is_users(cls.__module__) or isinstance(value, _OBJECTS) or cls.__module__ in _OBJECTS_OF):
+        return None
+    attributes = getattr(value, "__dict__", None)
+    return attributes if type(attributes) is dict else None
+
+
+def _leads_to(value: Any, end: Any, depth: int) -> bool:
+    if value is end or _attributes(value) is end:
+        return True
+    if type(value) in _NOTHING_INSIDE or isinstance(value, ModuleType | Tensor | type | nn.Module) or not depth:
+        return False
+    return any(_leads_to(item, end, depth - 1) for _, item in _inside(value))

@@ -1,0 +1,119 @@
+"""The functions that a model's forward may run, by name, and the variables that these refer to."""
+
+from __future__ import annotations
+
+import dis
+import functools
+import inspect
+import sys
+from collections.abc import Collection, Iterator
+from functools import lru_cache
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from mfx.modules.holders import Variable
+
+_NOT_USERS = frozenset(
+    {*sys.stdlib_module_names, "torch", "numpy", "mfx", "mfx_passes", "einops", "triton", "networkx"}
+)
+_STORES = bytes([dis.opmap["STORE_GLOBAL"], dis.opmap["DELETE_GLOBAL"]])
+
+
+def is_users(module_name: str | None) -> bool:
+    """True if a module of Python is neither torch's, mfx's nor the standard library's."""
+    return (module_name or "").partition(".")[0] not in _NOT_USERS
+
+
+class References:
+    """Follows names through code: from functions to the variables, classes and functions that they mention.
+
+    A method counts as run if any function mentions its name. That is more than what is run, never less, but for what is
+    looked up by a computed name.
+    """
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+        self._classes: dict[type, None] = {}
+        self._functions: dict[FunctionType, None] = {}
+        self._queue: list[FunctionType] = []
+
+    def add_class(self, cls: type, always: Collection[str] | None) -> Iterator[type]:
+        """Take note of a class of the user's, whose methods are run if they are mentioned.
+
+        Args:
+            cls: the class.
+            always: methods that may run without being mentioned; None for all special ones.
+
+        Yields:
+            The class and its bases, as far as they are the user's and new.
+        """
+        for base in cls.__mro__:
+            if base in self._classes or not is_users(base.__module__):
+                continue
+            self._classes[base] = None
+            run = [name for name in vars(base) if name.startswith("__")] if always is None else always
+            for name in self._names.union(run) & vars(base).keys():
+                self.add(vars(base)[name])
+            yield base
+
+    def add(self, value: Any) -> None:
+        """Take note of a function of the user's, however it is wrapped, as one that is run."""
+        for function in _functions_in(value):
+            if function not in self._functions and is_users(function.__module__):
+                self._functions[function] = None
+                self._queue.append(function)
+
+    def variables(self) -> Iterator[tuple[str, Any]]:
+        """Yield what the functions refer to that were added since the last time: variables, cells, defaults."""
+        while self._queue:
+            function = self._queue.pop()
+            names = names_in(function.__code__)
+            new = names - self._names
+            self._names |= new
+            for cls in self._classes:
+                for name in new & vars(cls).keys():
+                    self.add(vars(cls)[name])
+            yield from _variables(function, names)
+
+
+def _variables(function: FunctionType, names: frozenset[str]) -> Iterator[tuple[str, Any]]:
+    variables = function.__globals__
+    for name in names & variables.keys():
+        value = variables[name]
+        if not isinstance(value, ModuleType):
+            yield name, value
+        elif is_users(value.__name__):
+            yield from ((f"{name}.{inner}", Variable(vars(value), inner)) for inner in names & vars(value).keys())
+    yield from ((name, Variable(variables, name)) for name in stored_in(function.__code__))
+    yield from zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    for default in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
+        yield f"a default of {function.__qualname__}", default
+    yield function.__qualname__, function.__dict__
+
+
+def _functions_in(value: Any) -> Iterator[FunctionType]:
+    if isinstance(value, FunctionType):
+        yield inspect.unwrap(value) if "__wrapped__" in value.__dict__ else value
+    elif isinstance(value, MethodType | classmethod | staticmethod):
+        yield from _functions_in(value.__func__)
+    elif isinstance(value, functools.partial):
+        yield from _functions_in(value.func)
+    elif isinstance(value, property):
+        yield from (f for f in (value.fget, value.fset) if isinstance(f, FunctionType))
+
+
+@lru_cache(maxsize=4096)
+def names_in(code: CodeType) -> frozenset[str]:
+    """Return the names of variables and attributes in code, that of functions inside of it included."""
+    inner = [names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return frozenset(code.co_names).union(*inner)
+
+
+@lru_cache(maxsize=4096)
+def stored_in(code: CodeType) -> frozenset[str]:
+    """Return the names of global variables that code assigns or deletes."""
+    inner = [stored_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    if not any(operation in code.co_code[::2] for operation in _STORES):
+        return frozenset[str]().union(*inner)
+    stored = (i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"))
+    return frozenset(stored).union(*inner)
