@@ -123,7 +123,9 @@ def _requiring_grad(x: Tensor) -> Tensor:
 
 
 # Sums that stay as they were and that nobody would call x + f(x) with f and x of one shape.
-_NO_IDENTITY = re.compile("both sides of the sum are computed|the skip is scaled or subtracted|is broadcast over")
+_NO_IDENTITY = re.compile(
+    "both sides of the sum are computed|the skip is scaled, gated or subtracted|is broadcast over"
+)
 
 
 def is_identity(rejection: Rejection) -> bool:

@@ -777,3 +777,35 @@ class SideHead(Case):
         a, b, c, d = self.fs
         states = momentum_reference([a, b, c], x, gamma).taps
         return states[3], states[1] + d(states[1])
+
+
+class Scaled(Case):
+    """Scaled, gated and subtracted skips, between plain steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears(7)
+        self.scale = nn.Parameter(torch.rand(D))
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b, c, d, e, f, g = self.fs
+        x = x + a(x)
+        x = self.scale * x + b(x)
+        x = c(x) - x
+        gate = d(x).sigmoid()
+        x = gate * x + (1 - gate) * e(x)
+        x = torch.lerp(x, f(x), 0.25)
+        return x + g(x)
+
+    def by_hand(self, gamma: float, x: Tensor) -> Tensor:
+        a, b, c, d, e, f, g = self.fs
+        gated = lambda x: d(x).sigmoid() * x + (1 - d(x).sigmoid()) * e(x)  # noqa: E731
+        maps = [
+            lambda x: x + a(x),
+            lambda x: self.scale * x + b(x),
+            lambda x: c(x) - x,
+            gated,
+            lambda x: 0.75 * x + 0.25 * f(x),
+            lambda x: x + g(x),
+        ]
+        return end_of_maps(maps, x, gamma)

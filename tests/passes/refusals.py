@@ -66,13 +66,27 @@ class Projection(Linears):
         return self.fs[1](x) + self.fs[2](x)
 
 
-@refused({"scaled or subtracted": 2})
+@refused({"scaled, gated or subtracted, and no plain step": 3})
 class Scaled(Linears):
-    """The skip is subtracted from the branch, or scaled."""
+    """The skip is subtracted from the branch, scaled, or gated, and no step beside it is a plain one."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.fs[0](x) - x
-        return torch.add(self.fs[1](x), x, alpha=0.5)
+        x = torch.add(self.fs[1](x), x, alpha=0.5)
+        gate = self.fs[2](x).sigmoid()
+        return gate * x + (1 - gate) * self.fs[3](x)
+
+
+@refused({"and fs.1 is read in another step, too": 2, "single residual step": 1})
+class Recurrent(Linears):
+    """A gated unit runs over time, after a plain step."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.fs[0](x)
+        for _ in range(2):
+            gate = self.fs[1](x).sigmoid()
+            x = gate * x + (1 - gate) * self.fs[2](x)
+        return x
 
 
 @refused({"rearranged on its way and not put back": 1, "single residual step": 1})

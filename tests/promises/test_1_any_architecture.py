@@ -373,3 +373,84 @@ def test_a_stream_that_is_split_and_put_together_is_one_chain(capture):
     mfx.set_gamma(net, 0.9)
     for sizes in ((3, 5), (2, 7)):
         assert all(map(torch.equal, gradients(net, sizes), gradients(kept, sizes)))
+
+
+# --- scaled and gated skips -------------------------------------------------------------------------------------------
+
+
+class Gated(nn.Module):
+    """Blocks of a plain step, a scaled one and a highway, with dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict({name: nn.Linear(WIDTH, WIDTH) for name in ("f", "g", "h", "gate")}) for _ in range(3)
+        )
+        self.scale = nn.Parameter(torch.rand(WIDTH))
+        self.drop = nn.Dropout(0.25)
+
+    def maps(self):
+        for block in self.blocks:
+            yield lambda x, block=block: x + self.drop(block["f"](x))
+            yield lambda x, block=block: self.scale * x + self.drop(block["g"](x))
+            yield lambda x, block=block: torch.lerp(x, block["h"](x).relu(), block["gate"](x).sigmoid())
+
+    def forward(self, x):
+        for step in self.maps():
+            x = step(x)
+        return x
+
+
+def value_and_gradients(net):
+    x = inputs().requires_grad_()
+    torch.manual_seed(1)
+    out = net(x)
+    out.square().sum().backward()
+    found = [x.grad, *(parameter.grad for parameter in net.parameters())]
+    net.zero_grad()
+    return [out, *found]
+
+
+@pytest.mark.parametrize("capture", ["symbolic", "dynamo"])
+def test_scaled_and_gated_skips_are_steps_among_plain_ones(capture):
+    model = Gated()
+    net = mfx.momentumize(model, gamma=0.0, capture=capture)
+    assert all(map(torch.equal, value_and_gradients(net), value_and_gradients(model)))
+    assert lengths(net) == [9]
+    kept = mfx.momentumize(model, gamma=0.9, capture=capture, memory_budget=1.0)
+    mfx.set_gamma(net, 0.9)
+    assert all(map(torch.equal, value_and_gradients(net), value_and_gradients(kept)))
+
+
+def test_they_are_the_plain_recurrence():
+    model = Gated().double().eval()
+    net, x = mfx.momentumize(model, gamma=0.9), inputs().double()
+    expected, v = x, torch.zeros_like(x)
+    for step in model.maps():
+        v = 0.9 * v + 0.1 * (step(expected) - expected)
+        expected = expected + v
+    torch.testing.assert_close(net(x), expected, rtol=0, atol=9 * 10 * 2**-40)  # X and v are rounded to 2**-40
+
+
+class Unrolled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.gate, self.new = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        state = x
+        for _ in range(4):
+            z = self.gate(state).sigmoid()
+            state = z * state + (1 - z) * (self.new(state) + x).tanh()
+        return state
+
+
+@pytest.mark.parametrize("capture", ["symbolic", "dynamo"])
+def test_a_gated_unit_that_runs_over_time_is_no_chain(capture):
+    def run(model):
+        return mfx.momentumize(model, capture=capture)(inputs())
+
+    model = Unrolled()
+    with pytest.warns(UserWarning, match="chain"):
+        out = run(model)
+    assert torch.equal(out, model(inputs()))

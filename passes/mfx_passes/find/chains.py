@@ -18,6 +18,7 @@ from mfx_passes.errors import MfxError
 from mfx_passes.find.nesting import Nesting
 from mfx_passes.find.prepare import Prepared, prepare
 from mfx_passes.find.relayout import remove_unused
+from mfx_passes.find.scaled import without_scaled
 from mfx_passes.find.split import cut_chain
 from mfx_passes.find.steps import assemble
 from mfx_passes.ir import Chain, Findings, Refusal, Rejection, Selection, Step, is_momentum_call
@@ -52,8 +53,11 @@ def chains_of(prepared: Prepared, selection: Selection) -> Findings:
         rejections += refused
         for row in assembled:
             kept, refused = cut_chain(row, index, mutations, known)
-            rows += kept
             rejections += refused
+            for part in kept:
+                with_plain, refused = without_scaled(part, index, selection)
+                rows += with_plain
+                rejections += refused
     _name_steps([step for row in rows for step in row], index, selection.within)
     chains = [Chain(row) for row in _long_enough(rows, selection.min_steps, rejections)]
     chains = _nest(chains, rejections)

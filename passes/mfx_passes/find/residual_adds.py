@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from torch.fx import Node
@@ -48,6 +48,10 @@ def find_adds(index: GraphIndex) -> tuple[list[ResidualAdd], list[Rejection]]:
 
 
 def _residual_add(node: Node, index: GraphIndex) -> ResidualAdd | Rejection | None:
+    return _plain_add(node, index) or _scaled_add(node, index) or _merge_of_branches(node, index)
+
+
+def _plain_add(node: Node, index: GraphIndex) -> ResidualAdd | None:
     addends = list(sums.terms(node) or ())
     owned = {node}
     while True:
@@ -55,14 +59,47 @@ def _residual_add(node: Node, index: GraphIndex) -> ResidualAdd | Rejection | No
             if (found := _as_skip(term, addends, index)) is not None:
                 path, bases = found
                 if term.node is None:
-                    return Rejection(node, Refusal.SCALED)
+                    return None
                 branch = tuple(factor for other in addends if other is not term for factor in other.factors)
                 return ResidualAdd(node, frozenset(owned), path, bases, branch)
         inner = next((t.node for t in addends if _is_inner_sum(t.node, owned)), None)
         if inner is None:
-            return _merge_of_branches(node, index)
+            return None
         owned.add(inner)
         addends = [x for t in addends for x in ((sums.terms(inner) or ()) if t.node is inner else (t,))]
+
+
+def _scaled_add(node: Node, index: GraphIndex) -> ResidualAdd | None:
+    """Return the residual add of a sum that has a skip as a factor; of several, the one that the others depend on."""
+    addends, owned = list(sums.terms(node) or ()), {node}
+    while True:
+        factors = [[f for factor in term.factors for f in sums.factors(factor)] for term in addends]
+        found = [
+            (path, bases, [f for row in factors for f in row if f is not skip])
+            for mine in factors
+            for skip in mine
+            for path, bases in _bases(skip, [row for row in factors if row is not mine], index)
+        ]
+        if found:
+            path, bases, branch = min(found, key=lambda each: index.position[each[0][0]])
+            if sum(row.count(path[0]) for row in factors) > 1:  # x*a(x) + x*b(x)
+                return None
+            return ResidualAdd(node, frozenset(owned), path, bases, tuple(branch), is_scaled=True)
+        inner = next((t.node for t in addends if _is_inner_sum(t.node, owned)), None)
+        if inner is None or _plain_add(inner, index) is not None:
+            return None
+        owned.add(inner)
+        addends = [x for t in addends for x in ((sums.terms(inner) or ()) if t.node is inner else (t,))]
+
+
+def _bases(skip: Node, others: list[list[Node]], index: GraphIndex) -> Iterator[tuple[tuple[Node, ...], ...]]:
+    path = index.skip_path(skip)
+    for i, base in enumerate(path):
+        if base.op == "get_attr" or base in index.sizes:
+            return
+        if all(any(index.is_ancestor(base, factor) for factor in row) for row in others):
+            yield path, path[i:]
+            return
 
 
 def _as_skip(term: sums.Term, addends: list[sums.Term], index: GraphIndex) -> tuple[tuple[Node, ...], ...] | None:
@@ -111,15 +148,20 @@ def find_candidates(adds: Sequence[ResidualAdd], index: GraphIndex) -> list[Cand
 
 
 def _link(add: ResidualAdd, starting: dict[Node, list[ResidualAdd]], index: GraphIndex) -> Link:
-    """Link a sum to the next: the sum itself is its skip, or the end of a tail. Of several next sums, the outermost."""
+    """Link a sum to the next: the sum itself is its skip, or the end of a tail."""
     if following := starting.get(add.node):
-        return Link(add, (), following[-1])
+        return Link(add, (), _next(following))
     tail: list[Node] = []
     for node in _tail(add.node, index):
         tail.append(node)
         if following := starting.get(node):
-            return Link(add, tuple(tail), following[-1])
+            return Link(add, tuple(tail), _next(following))
     return Link(add)
+
+
+def _next(following: Sequence[ResidualAdd]) -> ResidualAdd:
+    """Return the outermost of several sums that start from one state, one whose skip is not scaled if there is one."""
+    return next((add for add in reversed(following) if not add.is_scaled), following[-1])
 
 
 def _tail(node: Node, index: GraphIndex) -> list[Node]:

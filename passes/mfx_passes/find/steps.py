@@ -11,7 +11,7 @@ from mfx_passes import paths
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.find.residual_adds import Candidate, Link
 from mfx_passes.ir import Refusal, Rejection, Step, enclosing_path
-from mfx_passes.ops import vocabulary
+from mfx_passes.ops import sums, vocabulary
 from mfx_passes.ops.step_markers import mapped
 
 
@@ -59,8 +59,9 @@ def _step(link: Link, skip: Node, run: Candidate, index: GraphIndex) -> Step | N
     if out is None:
         return None
     nodes, fed = _owned(skip, out, index)
-    kind = "map" if moved or link.add.node.target is mapped else run.kind
+    kind = "map" if moved or link.add.is_scaled or link.add.node.target is mapped else run.kind
     branch = fed - link.add.sums - set(link.tail) - index.sizes - _towards(path[0], fed) - set(index.skip_path(out))
+    branch -= {node for node in path[0].users if link.add.is_scaled and sums.is_product(node)}
     return Step(link.add, skip, path[0], out, nodes, kind, paths.common(map(enclosing_path, branch)))
 
 

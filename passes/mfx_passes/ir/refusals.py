@@ -43,10 +43,16 @@ class Refusal(Enum):
         "lower min_steps to rewrite it",
     )
     SCALED = (
-        "the skip is scaled or subtracted, so the sum is not x + f(x)",
-        "the skip is scaled or subtracted",
-        "the sum is not x + f(x)",
-        "scale the branch instead of the skip: x + c*f(x)",
+        "the skip is scaled, gated or subtracted, and no plain step x + f(x) is in its chain",
+        "the skip is scaled, gated or subtracted, and no plain step x + f(x) is in its chain",
+        "such sums are in gates and encodings of positions, too; in a chain with plain steps they are steps",
+        "name it with only= to have it rewritten",
+    )
+    RECURRENT = (
+        "the skip is scaled, gated or subtracted, and {weights} is read in another step, too",
+        "the skip is scaled, gated or subtracted, and another step reads the same weights",
+        "a recurrence over time is no depth",
+        "give each step weights of its own",
     )
     REARRANGED = (
         "the skip is rearranged on its way and not put back after the sum",

@@ -40,6 +40,7 @@ class ResidualAdd:
         skip_path: from the term itself upwards through value-preserving operations; the first entry is the term.
         bases: the part of ``skip_path`` of which all other terms are descendants; a step may begin at any of them.
         branch: the nodes that make up the other terms.
+        is_scaled: True if the skip is a factor of its term, as in s*x + f(x) and g*x + (1 - g)*h(x).
     """
 
     node: Node
@@ -47,6 +48,7 @@ class ResidualAdd:
     skip_path: tuple[Node, ...]
     bases: tuple[Node, ...]
     branch: tuple[Node, ...]
+    is_scaled: bool = False
 
 
 @dataclass(eq=False)

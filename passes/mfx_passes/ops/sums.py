@@ -53,9 +53,34 @@ def _addcmul(node: Node) -> tuple[Term, ...] | None:
     return Term((first,)), Term((a, b), value)
 
 
+def _lerp(node: Node) -> tuple[Term, ...] | None:
+    first, last, weight = (_argument(node, i, name) for i, name in enumerate(("input", "end", "weight")))
+    if not (isinstance(first, Node) and isinstance(last, Node)):
+        return None
+    if isinstance(weight, Node):
+        return Term((first, weight)), Term((last, weight))  # of 1 - weight, which does not matter here
+    return (Term((first,), 1 - weight), Term((last,), weight)) if isinstance(weight, int | float) else None
+
+
+def is_product(node: Node) -> bool:
+    """True if a node is a product, a quotient or a negative."""
+    return node.op in ("call_function", "call_method") and node.target in _PRODUCTS
+
+
+def factors(node: Node) -> list[Node]:
+    """Return the nodes whose product a node is, itself if it is none; divisors are left out."""
+    if not is_product(node):
+        return [node]
+    count = 2 if node.target in _MULTIPLIES else 1
+    return [factor for arg in node.args[:count] if isinstance(arg, Node) for factor in factors(arg)]
+
+
 def _argument(node: Node, position: int, name: str) -> Any:
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
+
+_MULTIPLIES = frozenset({operator.mul, torch.mul, torch.multiply, "mul", "multiply", "__mul__"})
+_PRODUCTS = _MULTIPLIES | {operator.truediv, torch.div, torch.divide, "div", operator.neg, torch.neg, "neg"}
 
 _ADD, _SUB = _two_terms(1), _two_terms(-1)
 _SPELLINGS: dict[tuple[str, Any], Callable[[Node], tuple[Term, ...] | None]] = {
@@ -75,6 +100,8 @@ _SPELLINGS: dict[tuple[str, Any], Callable[[Node], tuple[Term, ...] | None]] = {
     ("call_function", torch.addcmul): _addcmul,
     ("call_method", "addcmul"): _addcmul,
     ("call_method", "addcmul_"): _addcmul,
+    ("call_function", torch.lerp): _lerp,
+    ("call_method", "lerp"): _lerp,
     ("call_function", step_markers.added): _ADD,
     ("call_function", step_markers.mapped): _ADD,
 }
