@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -72,6 +72,11 @@ def undisturbed(model: nn.Module) -> Iterator[list[str]]:
 
 def generators_on(device: torch.device) -> list[Generator]:
     """Return the global generators that code on a device draws from: torch's (also the CPU's), Python's, numpy's."""
+    return _generators_on(device, "numpy" in sys.modules)
+
+
+@cache
+def _generators_on(device: torch.device, has_numpy: bool) -> list[Generator]:
     generators = [Generator("torch", torch.random.get_rng_state, torch.random.set_rng_state)]
     backend: Any = getattr(torch, device.type, None)
     if device.type != "cpu" and hasattr(backend, "get_rng_state"):
