@@ -20,7 +20,13 @@ from mfx.compat.fake_tensors import fake_mode, fake_mode_of, is_fake, new_fake_m
 from mfx.compat.fsdp import class_before_sharding, is_group, is_sharded, shards_of, share_shards
 from mfx.compat.fx import autowrap_in_this_thread, is_erased, search_autowrapped_in, untraced
 from mfx.compat.generators import sign_of_numpy, sign_of_python
-from mfx.compat.hooks import forward_hook_tables, has_state_dict_hook, hook_tables
+from mfx.compat.hooks import (
+    call_tables,
+    forward_hook_tables,
+    global_call_tables,
+    has_state_dict_hook,
+    hook_tables,
+)
 from mfx.compat.modes import (
     AutocastState,
     autocast_as,
@@ -49,12 +55,14 @@ __all__ = [
     "autocast_state",
     "autowrap_in_this_thread",
     "cached_weights",
+    "call_tables",
     "class_before_sharding",
     "compiled_model",
     "current_task",
     "fake_mode",
     "fake_mode_of",
     "forward_hook_tables",
+    "global_call_tables",
     "has_modes",
     "has_state_dict_hook",
     "hook_tables",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+from torch.nn.modules import module as every
 
 
 def forward_hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -16,6 +17,31 @@ def forward_hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
 def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
     """Return a module's own hooks, of all kinds that surround a call of it, by number (torch 2.11 to 2.15)."""
     return *forward_hook_tables(module), module._backward_hooks, module._backward_pre_hooks
+
+
+def call_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """Return all tables that a call of a module looks hooks up in (torch 2.11 to 2.15)."""
+    flags = (
+        module._forward_pre_hooks_with_kwargs,
+        module._forward_hooks_with_kwargs,
+        module._forward_hooks_always_called,
+    )
+    return *hook_tables(module), *flags
+
+
+def global_call_tables() -> tuple[dict[int, Any], ...]:
+    """Return all tables that a call of any module looks hooks up in (torch 2.11 to 2.15)."""
+    return tuple(getattr(every, name) for name in _GLOBAL)
+
+
+_GLOBAL = (
+    "_global_forward_pre_hooks",
+    "_global_forward_hooks",
+    "_global_forward_hooks_always_called",
+    "_global_forward_hooks_with_kwargs",
+    "_global_backward_pre_hooks",
+    "_global_backward_hooks",
+)
 
 
 def has_state_dict_hook(module: nn.Module, hook: Callable[..., Any]) -> bool:

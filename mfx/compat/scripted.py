@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-Table = MutableMapping[str, Any]  # of a module: its parameters, buffers, modules or attributes
+Table = MutableMapping[Any, Any]  # of a module: its parameters, buffers, modules, hooks or attributes
 
 
 def tensor_tables(module: nn.Module) -> tuple[Table, Table]:

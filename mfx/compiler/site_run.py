@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from mfx import compat
 from mfx.compiler.call_site import CallSite
 from mfx.compiler.output_spec import describe_outputs
-from mfx.engine.recompute.layout import TensorSlot
+from mfx.engine.recompute.tables import TensorSlot
 from mfx_passes import MfxError
 
 

@@ -120,8 +120,7 @@ def _needs_grad(call: ChainCall, x: Tensor) -> bool:
     if any(t.requires_grad for t in tensors_in((x, call.v0, tuple(call.captures)))):
         return True
     layouts = (StateLayout(call.root, step.targets, step.path) for step in call.steps)
-    tensors = (slot.get() for layout in layouts for slot in layout.slots(call.root))
-    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return any(tensor is not None and tensor.requires_grad for layout in layouts for tensor in layout.tensors())
 
 
 def _run_original(call: ChainCall, x: Tensor) -> ChainOutput:

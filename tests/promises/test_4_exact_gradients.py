@@ -19,7 +19,7 @@ from tests.sampling import grid
 
 # States are walked back in the deep one; in the shallow one and at γ = 0 the steps' inputs are kept.
 PLACES = {"deep": (16, 0.9), "shallow": (2, 0.9), "zero": (16, 0.0)}
-NOTICED = "did not lead back to where the forward pass began|did not compute the values of the first"
+NOTICED = "did not lead back to where the forward pass began|did not compute the values of the"
 
 
 NUMPY = np.random.default_rng(0)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from operator import is_
+from dataclasses import dataclass, field
+from operator import attrgetter, is_
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mfx.compat import autocast_as, autocast_state, cached_weights, is_sharded, weights_cached
-from mfx.engine.recompute.layout import TensorSlot, layout_of
+from mfx.engine.recompute.layout import Flags, StateLayout
 from mfx.engine.recompute.random_clock import RandomClock
 from mfx.engine.scope import inside_recomputation
 from mfx.engine.steps import ChainCache
@@ -32,18 +33,46 @@ class Autocast:
         return [autocast_as(kind, state) for kind, state in self._states.items() if autocast_state(kind) != state]
 
 
+@dataclass
+class _Memory:
+    """Knowledge of a step, kept from call to call: its layout, and the tensors that its branch changes.
+
+    Attributes:
+        layout: the last one, if it may be kept.
+        modules: the modules that the other attributes are of.
+        changing: for each set of training flags, if the tensor of this label changes, as far as that is known.
+    """
+
+    layout: StateLayout | None = None
+    modules: list[nn.Module] = field(default_factory=list)
+    changing: dict[Flags, dict[str, bool]] = field(default_factory=dict)
+
+    def layout_of(self, root: Any, targets: tuple[str, ...], path: str) -> StateLayout:
+        """Return the present layout.
+
+        Raises:
+            MfxError: the model no longer has what the step reads.
+        """
+        layout = self.layout
+        if layout is None or not layout.fits(root):
+            layout = StateLayout(root, targets, path)
+            if len(self.modules) != len(layout.modules) or not all(map(is_, self.modules, layout.modules)):
+                self.modules, self.changing = layout.modules, {}
+            self.layout = layout if all(isinstance(tensor, nn.Parameter) for tensor in layout.loose) else None
+        return layout
+
+
 class StepEnvironment:
     """The environment of one step in one forward pass.
 
-    It is made just before the branch runs; ``settle`` follows just after. ``cache`` holds the layout of the step and,
-    for each set of training flags, the tensors that the branch changes. Those are found at the first call, by version
-    and also by value: BatchNorm's kernel changes the running statistics without raising their version.
+    It is made just before the branch runs; ``settle`` follows just after. ``cache`` holds what calls of the step know
+    of it. The tensors that the branch changes in place are found at the first call, by version and also by value:
+    BatchNorm's kernel changes the running statistics without raising their version. From then on their values are
+    copied before the branch runs. Everything else is put back by identity.
 
     Attributes:
-        tensors: the parameters and buffers, before the branch ran.
+        tensors: the parameters, buffers and other tensors, before the branch ran.
     """
-
-    _is_known = True  # the set of buffers that the branch changes
 
     def __init__(
         self,
@@ -55,36 +84,32 @@ class StepEnvironment:
         clock: RandomClock,
         cast: Autocast,
     ) -> None:
-        self._root, self._path = root, path
+        self._path = path
         self._clock, self._autocast = clock, cast
         self._cached_weights = cached_weights()
-        layout = self._layout = layout_of(cache, key, root, targets, path)
+        memory: _Memory = cache.setdefault(key, _Memory())
+        layout = self._layout = memory.layout_of(root, targets, path)
         self._own_clock = RandomClock(layout.generators) if layout.generators else None
         self._drawn = [draw for clock in self._clocks() for draw in clock.all()]
-        self._flags = layout.flags
-        self._slots = layout.slots(root)
-        self.tensors = layout.tensors(self._slots)
+        self.tensors = layout.tensors()
         self._states = _states(self.tensors)
-        self._buffers: list[tuple[TensorSlot, Tensor | None, _State]] = []
-        # The values, before the branch runs, of what it changes or may change.
-        self._values: dict[TensorSlot, Tensor] = {}
+        # The values, before the branch runs, of tensors that it changes or may change, by identity.
+        self._values: dict[int, Tensor] = {}
         self._lost: set[str] = set()
-        if layout.has_buffers:
-            self._copy_buffers()
+        self._sizes = list(map(len, layout.large.values()))
+        if layout.has_state:
+            self._known = memory.changing.setdefault(layout.flags, {})
+            self._copy_values()
 
-    def _copy_buffers(self) -> None:
-        known = self._layout.changing.get(self._flags)
-        self._is_known = known is not None
-        found = zip(self._slots, self.tensors, self._states, strict=True)
-        self._buffers = [one for one in found if not one[0].is_parameter]
-        for slot, tensor, _ in self._buffers:
-            if tensor is not None and (known is None or slot.label in known):
-                self._values[slot] = tensor.detach().clone()
+    def _copy_values(self) -> None:
+        for slot, tensor in zip(self._layout.slots, self.tensors, strict=True):
+            if not slot.is_parameter and tensor is not None and self._known.get(slot.label, True):
+                self._values[id(tensor)] = tensor.detach().clone()
 
     @property
     def has_hooks(self) -> bool:
-        """True if a module that the step reads has forward hooks now; global hooks only observe."""
-        return any(module._forward_hooks for module in self._layout.modules)
+        """True if a module that the step reads had forward hooks; global hooks only observe."""
+        return self._layout.has_hooks
 
     def has_drawn_all(self) -> bool:
         """True if the recomputation has drawn all random numbers that the forward pass drew."""
@@ -96,103 +121,80 @@ class StepEnvironment:
     def settle(self) -> None:
         """Drop what the branch turned out not to need."""
         self._drawn = [draw for clock in self._clocks() for draw in clock.tick()]
-        if self._buffers:
-            self._settle_buffers()
+        if self._layout.has_state:
+            self._settle_values()
+        for (label, container), size in zip(self._layout.large.items(), self._sizes, strict=True):
+            if len(container) != size:
+                self._lost.add(label)
 
-    def _settle_buffers(self) -> None:
-        before = self._layout.changing.get(self._flags, frozenset())
-        changed = [
-            slot
-            for slot, tensor, state in self._buffers
-            if slot.label not in before and self._is_changed(slot, tensor, state)
-        ]
-        if changed or not self._is_known:
+    def _settle_values(self) -> None:
+        known, slots = self._known, self._layout.slots
+        changed: set[int] = set()  # tables
+        for slot, tensor, before, now in zip(slots, self.tensors, self._states, _states(self.tensors), strict=True):
+            if slot.is_parameter or tensor is None or known.get(slot.label):
+                continue
+            value = self._values.get(id(tensor))
+            if before != now or (value is not None and not torch.equal(tensor, value)):
+                changed.add(id(slot.table))
+                if value is None:
+                    self._lost.add(slot.label)
+        kept: dict[int, Tensor] = {}
+        for slot, tensor in zip(slots, self.tensors, strict=True):
+            if slot.is_parameter or tensor is None:
+                continue
             # A branch that changes one buffer of a module may change the others on other inputs.
-            tables = {id(slot.table) for slot in changed}
-            labels = (slot.label for slot, _, _ in self._buffers if id(slot.table) in tables)
-            self._layout.changing[self._flags] = known = before.union(labels)
-            self._values = {slot: value for slot, value in self._values.items() if slot.label in known}
+            known[slot.label] = known.get(slot.label, False) or id(slot.table) in changed
+            if known[slot.label] and id(tensor) in self._values:
+                kept[id(tensor)] = self._values[id(tensor)]
+        self._values = kept
 
-    def _is_changed(self, slot: TensorSlot, tensor: Tensor | None, state: _State) -> bool:
-        if tensor is None:
-            return False
-        if slot.get() is not tensor:
-            self._values.setdefault(slot, tensor.detach())
-            return True
-        if _state(tensor) == state:
-            return not self._is_known and not torch.equal(tensor, self._values[slot])
-        if slot not in self._values:
-            self._lost.add(slot.label)
-        return True
-
-    def restored(self) -> AbstractContextManager[object]:
-        """Restore the environment of the forward pass; afterwards put everything back, buffers untouched.
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Restore the environment of the forward pass; afterwards leave everything as it is found now.
 
         Raises:
-            MfxError: a parameter or buffer was replaced or modified since the forward pass.
+            MfxError: a tensor was modified since the forward pass.
         """
-        self._check()
-        contexts = self._contexts()
-        return _all_of([inside_recomputation(), *contexts]) if contexts else inside_recomputation()  # the usual case
-
-    def _contexts(self) -> list[AbstractContextManager[object]]:
-        """Return contexts for what differs now from the forward pass."""
-        contexts = self._autocast.contexts()
+        contexts = [*self._frozen_as_then(), *self._autocast.contexts()]
         contexts += [draw.repeated() for draw in self._drawn]
         if self._cached_weights is not None or cached_weights() is not None:
             contexts.append(weights_cached(self._cached_weights))
-        if self._values or self._flags != self._layout.flags:
-            contexts.append(self._put_back())
+        # The branch writes into the values, and may be recomputed once more.
+        values = {key: value.clone() for key, value in self._values.items()}
+        with inside_recomputation(), _all_of(contexts), self._layout.put_back(self.tensors, values):
+            yield
+
+    def _frozen_as_then(self) -> list[AbstractContextManager[object]]:
+        """Check tensors; return contexts for those that were frozen or unfrozen."""
+        if self._lost:
+            raise MfxError(
+                f"{self._path}: this step wrote into {', '.join(sorted(self._lost))}, which it had not done in earlier "
+                "calls, so the value that it read is gone. From the next call on it is kept"
+            )
+        now = _states(self.tensors)
+        if now == self._states:
+            return []
+        contexts: list[AbstractContextManager[object]] = []
+        for slot, tensor, state, before in zip(self._layout.slots, self.tensors, now, self._states, strict=True):
+            if state is None or before is None or state == before or id(tensor) in self._values or is_sharded(tensor):
+                continue
+            if state[0] != before[0]:
+                raise MfxError(
+                    f"{self._path}: {slot.label} was changed between forward and backward, but the backward pass has "
+                    "to run this step a second time; call backward before changing it"
+                )
+            contexts.append(_requiring_grad(tensor, before[1]))
         return contexts
 
-    @contextmanager
-    def _put_back(self) -> Iterator[None]:
-        flags, tensors = self._layout.flags, [(slot, slot.get()) for slot in self._values]
-        try:
-            self._set_flags(self._flags)
-            for slot, value in self._values.items():
-                slot.put(value.clone())  # the branch writes into it, and may be recomputed once more
-            yield
-        finally:
-            for slot, tensor in tensors:
-                slot.put(tensor)
-            self._set_flags(flags)
 
-    def _set_flags(self, flags: tuple[bool, ...]) -> None:
-        for module, training in zip(self._layout.modules, flags, strict=True):
-            if module.training != training:
-                module.training = training
-
-    def _check(self) -> None:
-        if not self._layout.holds(self._root):
-            raise MfxError(
-                f"{self._path}: modules were added, removed or replaced between forward and backward, but the backward "
-                "pass has to run this step a second time; call backward before changing it"
-            )
-        tensors = self._layout.tensors(self._slots)
-        if all(map(is_, tensors, self.tensors)) and _states(tensors) == self._states:
-            return
-        for slot, now, old, state in zip(self._slots, tensors, self.tensors, self._states, strict=True):
-            if now is old and _state(now) == state:
-                continue
-            if slot in self._values:
-                continue
-            if is_sharded(now) or is_sharded(old):
-                continue  # FSDP2 holds shards outside a module's forward, and whole parameters inside
-            if slot.label in self._lost:
-                raise MfxError(
-                    f"{self._path}: this step wrote into {slot.label}, which it had not done in earlier calls, so the "
-                    "value that it read is gone. From the next call on it is kept"
-                )
-            if now is old and state is not None and now._version == state[0]:
-                raise MfxError(self._complaint(slot.label, "frozen or unfrozen"))
-            raise MfxError(self._complaint(slot.label, "changed"))
-
-    def _complaint(self, label: str, what: str) -> str:
-        return (
-            f"{self._path}: {label} was {what} between forward and backward, but the backward pass has to run this "
-            "step a second time; call backward before changing it"
-        )
+@contextmanager
+def _requiring_grad(tensor: Tensor, required: bool) -> Iterator[None]:
+    before = tensor.requires_grad
+    tensor.requires_grad = required
+    try:
+        yield
+    finally:
+        tensor.requires_grad = before
 
 
 @contextmanager
@@ -203,10 +205,13 @@ def _all_of(contexts: Sequence[AbstractContextManager[object]]) -> Iterator[None
         yield
 
 
+_STATE = attrgetter("_version", "requires_grad")
+
+
 def _states(tensors: Sequence[Tensor | None]) -> list[_State]:
     try:
-        return [None if tensor is None else (tensor._version, tensor.requires_grad) for tensor in tensors]
-    except RuntimeError:
+        return list(map(_STATE, tensors))
+    except (AttributeError, RuntimeError):
         return [_state(tensor) for tensor in tensors]
 
 

@@ -1,167 +1,308 @@
-"""The layout of a step's state: the modules, parameters and buffers that it reads through its root."""
+"""The layout of a step's state: the tables in which the modules that it reads keep what they have."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import partial
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
-from mfx.compat import Table, tensor_tables
+from mfx.compat import Table, call_tables, global_call_tables, tensor_tables
+from mfx.engine.recompute.tables import TensorSlot, is_watched, set_contents, set_types, table_of, unless_sharded
+from mfx.modules.overlay import Overlay
 from mfx.modules.random_state import generators_of
 from mfx_passes.errors import MfxError
-from mfx_passes.paths import resolve
 
 Flags = tuple[bool, ...]
+
+LIMIT = 64
+"""Entries of a container, or attributes of an object, up to which changes of it are seen and undone."""
+
+_END = object()
 _values_of = methodcaller("values")
+_OWN = frozenset(vars(nn.Module()))  # attributes that every module has; all but ``training`` are tables
+_OPAQUE = (nn.Module, type, Overlay)
+_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 
 
-@dataclass(frozen=True, eq=False)
-class TensorSlot:
-    """The place of a tensor: ``name`` in ``table``; ``label`` is its dotted path."""
-
-    table: Table
-    name: str
-    label: str
-    is_parameter: bool
-
-    def get(self) -> Any:
-        """Return the present value, without calling ``__getattr__``."""
-        return self.table.get(self.name)
-
-    def put(self, value: Any) -> None:
-        """Set the value, without calling ``__setattr__``."""
-        self.table[self.name] = value
+class _Container(NamedTuple):
+    container: Any
+    keys: tuple[Any, ...]  # of a dictionary
+    entries: tuple[Any, ...]
 
 
 class StateLayout:
-    """The modules and tensor slots under a step's targets.
+    """The tables under a step's targets, and what they held when this was made.
 
-    It holds no tensors, so it can be kept from call to call, as long as it ``holds``.
+    Tables are dictionaries: a module's attributes, parameters, buffers, modules and hooks, and the attributes of
+    objects that modules hold. They are compared by identity, and written into. Containers and tensors in them are
+    compared, too; what replaces them for a recomputation is a copy.
+
+    Parameters and buffers are not held but read, by ``tensors``. So a layout can be kept from call to call as long as
+    it ``holds``, unless there are ``loose`` tensors: these should live no longer than the model wants.
 
     Attributes:
         modules: all modules, each once.
-        changing: labels of the slots whose tensors the step changes, by the modules' training flags, once known.
+        slots: the places of all tensors, in the order of ``tensors``.
+        loose: the tensors that are neither parameters nor buffers of a module.
+        large: containers with too many entries to look at, by label.
         generators: the random generators that the modules hold.
-        has_buffers: True if any slot is not a module's parameter.
+        has_hooks: True if a module has forward hooks.
+        has_state: True if there is a tensor that is not a parameter.
     """
 
     def __init__(self, root: Any, targets: Sequence[str], step_path: str) -> None:
         self._step_path = step_path
-        self._get = _getter(targets)
         self.modules: list[nn.Module] = []
-        self.changing: dict[Flags, frozenset[str]] = {}
-        self._slots: list[TensorSlot] = []
-        self._loose: list[str] = []
-        self._targeted: list[nn.Module | None] = []
-        for target, value in zip(targets, self._values(root), strict=True):
-            self._targeted.append(value if isinstance(value, nn.Module) else None)
-            if isinstance(value, nn.Module):
-                self._slots.extend(self._inside(value, target))
-            elif isinstance(value, Tensor):
-                self._loose.append(target)
-        # In the order of the slots: the values of the tables are the tensors of the slots.
-        self._tensor_tables: list[Table] = [table for m in self.modules for table in tensor_tables(m)]
-        self.has_buffers = bool(self._loose) or not all(slot.is_parameter for slot in self._slots)
-        self._names = list(map(tuple, self._tensor_tables))
-        self._module_tables = [m._modules for m in self.modules]
-        self._children = self._children_now()
+        self.slots: list[TensorSlot] = []
+        self.loose: list[Tensor] = []
+        self.large: dict[str, Any] = {}
+        self._seen: set[Any] = set()  # identities
+        self._tables: list[Table] = []
+        self._tensor_tables: list[Table] = []
+        self._empty: list[Table] = []
+        self._paths: list[tuple[Table, str]] = []  # on the way to what is no tensor
+        self._leaves: list[tuple[Table, str]] = []  # tensors that are targets themselves
+        self._mutable: list[tuple[Table, Any, Any]] = []
+        self._containers: dict[int, _Container] = {}
+        tensor_slots: list[TensorSlot] = []
+        self._loose_slots: list[TensorSlot] = []
+        for table in global_call_tables():
+            self._add_table(table)
+        names = tuple(dict.fromkeys(target.partition(".")[0] for target in targets if target))
+        self._tops = _getter(names)
+        try:
+            for target in targets:
+                self._follow(root, target, tensor_slots)
+        except AttributeError as error:
+            raise MfxError(f"step {step_path} reads what the model no longer has: {error}") from error
+        self.slots += [*tensor_slots, *self._loose_slots]
+        self.has_hooks = any(module._forward_hooks for module in self.modules)
+        self.has_state = not all(slot.is_parameter for slot in self.slots)
         self.generators = [generator for module in self.modules for generator in generators_of(module, step_path)]
+        self._types = list(map(type, self.modules))
+        self._names = self._names_now()
+        self._top_values = self._tops(root)
+        self._held = [*self._look(), _END]
+
+    # --- what there is ------------------------------------------------------------------------------------------------
+
+    def _follow(self, root: Any, target: str, leaves: list[TensorSlot]) -> None:
+        """Note the tables on the way to a target, and what is in it."""
+        value = root
+        for name in target.split(".") if target else ():
+            holder, table = value, table_of(value, name)
+            value = getattr(holder, name) if table is None else table[name]
+            if table is None or (holder is root and not isinstance(root, nn.Module)):
+                continue  # a root that is not a module is made anew for every call, and does not change
+            if not isinstance(value, Tensor):
+                self._paths.append((table, name))
+            elif self._seen.isdisjoint({id(table), (id(table), name)}):
+                self._seen.add((id(table), name))
+                self._leaves.append((table, name))
+                is_parameter = isinstance(value, nn.Parameter) or table is getattr(holder, "_parameters", None)
+                leaves.append(TensorSlot(table, name, target, is_parameter))
+        if isinstance(value, nn.Module):
+            self._walk(value, target)
+
+    def _walk(self, module: nn.Module, path: str) -> None:
+        if self._saw(module):
+            return
+        self.modules.append(module)
+        self._add_table(module.__dict__)
+        for name in module.__dict__.keys() - _OWN:
+            self._look_at(module.__dict__, name, f"{path}.{name}", deep=True)
+        for table, is_parameter in zip(tensor_tables(module), (True, False), strict=True):
+            self.slots += [TensorSlot(table, name, f"{path}.{name}", is_parameter) for name in table]
+            self._add_table(table, self._tensor_tables)
+        if isinstance(module._modules, dict):  # else it is a scripted module, whose modules cannot be replaced
+            self._add_table(module._modules)
+            for hooks in call_tables(module):
+                self._add_table(hooks)
+        for name, child in module._modules.items():
+            if child is not None:
+                self._walk(child, f"{path}.{name}")
+
+    def _saw(self, thing: object) -> bool:
+        seen = id(thing) in self._seen
+        self._seen.add(id(thing))
+        return seen
+
+    def _add_table(self, table: Table, tables: list[Table] | None = None) -> None:
+        self._seen.add(id(table))
+        (self._empty if not table else self._tables if tables is None else tables).append(table)
+
+    def _look_at(self, table: Table, name: Any, label: str, *, deep: bool) -> None:
+        """Note an attribute that is or holds something that can change in place."""
+        value = table[name]
+        if type(value) in _PLAIN or isinstance(value, _OPAQUE):
+            return
+        if self._is_mutable(value, label, table):
+            self._mutable.append((table, name, value))
+        elif deep and is_watched(type(value)) and not self._saw(value):
+            attributes = getattr(value, "__dict__", None)
+            if isinstance(attributes, dict) and len(attributes) <= LIMIT:
+                self._add_table(attributes)
+                for inner in attributes:
+                    self._look_at(attributes, inner, f"{label}.{inner}", deep=False)
+
+    def _is_mutable(self, value: Any, label: str, table: Table) -> bool:
+        """True for a tensor, and for a container that can change, or that has something in it that can; it is noted."""
+        if isinstance(value, Tensor):
+            if not self._saw(value):
+                self.loose.append(value)
+                self._loose_slots.append(TensorSlot(table, "", label, isinstance(value, nn.Parameter)))
+            return True
+        if not isinstance(value, list | dict | set | deque | tuple):
+            return False
+        if len(value) > LIMIT:
+            self.large[label] = value
+            return False
+        if id(value) in self._containers:
+            return True
+        keys, entries = (tuple(value), tuple(value.values())) if isinstance(value, dict) else ((), tuple(value))
+        self._containers[id(value)] = _Container(value, keys, entries)
+        found = zip(keys or range(len(entries)), entries, strict=True)
+        inside = [self._is_mutable(e, f"{label}[{key!r}]", table) for key, e in found if type(e) not in _PLAIN]
+        if isinstance(value, tuple) and not any(inside):
+            del self._containers[id(value)]
+            return False
+        return True
+
+    # --- what they hold -----------------------------------------------------------------------------------------------
 
     @property
     def flags(self) -> Flags:
         """The training mode of each module."""
         return tuple([m.training for m in self.modules])
 
-    def holds(self, root: Any) -> bool:
-        """True if the modules are the same, with slots of the same names."""
-        # In this order: the tables belong to the modules that were found.
-        found, expected = self._values(root), self._targeted
-        if not (all(map(is_, found, expected)) or all(map(_is_still, expected, found))):
+    def tensors(self) -> list[Any]:
+        """Return the tensors of all slots, each a tensor or None; parameters and buffers are the present ones."""
+        return [*self._tensors_now(), *self.loose]
+
+    def fits(self, root: Any) -> bool:
+        """True if this is the layout for a root, and ``holds``."""
+        try:
+            return all(map(is_, self._tops(root), self._top_values)) and self.holds()
+        except AttributeError:
             return False
-        children = self._children_now()
+
+    def holds(self) -> bool:
+        """True if all tables hold the same, parameters and buffers aside, but under the same names."""
         return (
-            len(children) == len(self._children)
-            and all(map(is_, children, self._children))
-            and list(map(tuple, self._tensor_tables)) == self._names
+            not any(self._empty)
+            and self._names_now() == self._names
+            and all(map(is_, chain(self._look(), (_END,)), self._held))
+            and all(map(is_, map(type, self.modules), self._types))
         )
 
-    def slots(self, root: Any) -> list[TensorSlot]:
-        """Return all slots, each once."""
-        if not self._loose:
-            return self._slots
-        known = {(id(slot.table), slot.name) for slot in self._slots}
-        loose = {(id(slot.table), slot.name): slot for slot in (_loose(root, path) for path in self._loose)}
-        return [*self._slots, *(slot for key, slot in loose.items() if key not in known)]
+    def _names_now(self) -> list[list[Any]]:
+        return [*map(list, self._tables), *map(list, self._tensor_tables)]
 
-    def tensors(self, slots: Sequence[TensorSlot]) -> list[Any]:
-        """Return the present tensors of ``slots``, the slots of this layout, as long as it holds."""
-        if self._loose:
-            return [slot.table.get(slot.name) for slot in slots]
-        return list(chain.from_iterable(map(_values_of, self._tensor_tables)))  # without one call per slot
+    def _look(self) -> Iterable[Any]:
+        """Yield, at C speed, all that the tables and containers hold, parameters and buffers aside."""
+        paths = (table.get(name) for table, name in self._paths)
+        found = chain(paths, chain.from_iterable(map(_values_of, self._tables)))
+        return chain(found, chain.from_iterable(map(_inside, self._containers.values()))) if self._containers else found
 
-    def _values(self, root: Any) -> Sequence[Any]:
+    def _tensors_now(self) -> Iterator[Any]:
+        leaves = (table.get(name) for table, name in self._leaves)
+        return chain(chain.from_iterable(map(_values_of, self._tensor_tables)), leaves)
+
+    # --- and held -----------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def put_back(self, tensors: Sequence[Any], values: Mapping[int, Tensor]) -> Iterator[None]:
+        """Let everything be as it was when this was made; at the end leave it as it is found now.
+
+        Args:
+            tensors: what ``tensors`` returned then.
+            values: the values to put in the place of tensors, by identity.
+        """
+        found: list[tuple[Table, dict[Any, Any]]] | None = None
+        types = list(map(type, self.modules))
+        if values or self._mutable or not self._holds_with(tensors):
+            found = [(table, dict(table)) for table in self._written()]
         try:
-            return self._get(root)
-        except AttributeError as error:
-            raise MfxError(f"step {self._step_path} reads what the model no longer has: {error}") from error
+            if found is not None:
+                self._write(tensors, values)
+            yield
+        finally:
+            if found is not None:
+                for table, contents in found:
+                    set_contents(table, contents)
+                set_types(self.modules, types)
+            elif not self._holds_with(tensors):
+                self._write(tensors, {})
 
-    def _children_now(self) -> list[Any]:
-        return list(chain.from_iterable(map(_values_of, self._module_tables)))
+    def _holds_with(self, tensors: Sequence[Any]) -> bool:
+        return self.holds() and all(map(is_, self._tensors_now(), tensors))
 
-    def _inside(self, module: nn.Module, path: str) -> Iterator[TensorSlot]:
-        if any(module is m for m in self.modules):
-            return
-        self.modules.append(module)
-        for table, is_parameter in zip(tensor_tables(module), (True, False), strict=True):
-            yield from (TensorSlot(table, name, f"{path}.{name}", is_parameter) for name in table)
-        for name, child in module._modules.items():
-            if child is not None:
-                yield from self._inside(child, f"{path}.{name}")
+    def _written(self) -> Iterator[Table]:
+        return chain(self._tables, self._tensor_tables, self._empty, (t for t, _ in (*self._paths, *self._leaves)))
+
+    def _write(self, tensors: Sequence[Any], values: Mapping[int, Tensor]) -> None:
+        held, present = iter(self._held), iter(tensors)
+        for table, name in self._paths:
+            table[name] = next(held)
+        names = iter(self._names)
+        for table in self._tables:
+            set_contents(table, {name: next(held) for name in next(names)})
+        for table in self._tensor_tables:
+            set_contents(table, {name: unless_sharded(table, name, next(present)) for name in next(names)}, values)
+        for table, name in self._leaves:
+            value = unless_sharded(table, name, next(present))
+            table[name] = values.get(id(value), value)
+        for table in self._empty:
+            table.clear()
+        copies: dict[int, Any] = dict(values)
+        for table, name, value in self._mutable:
+            table[name] = self._copied(value, copies)
+        for module in set_types(self.modules, self._types):
+            parametrized: Any = module._modules.get("parametrizations") or ()
+            for name in parametrized:
+                if not hasattr(type(module), name):
+                    raise MfxError(
+                        f"{self._step_path}: the parametrization of {name} in a {type(module).__mro__[1].__name__} was "
+                        "removed between forward and backward, but the backward pass has to run this step a second "
+                        "time; call backward before removing it"
+                    )
+
+    def _copied(self, value: Any, copies: dict[int, Any]) -> Any:
+        """Return a container as it was, copied with the containers in it."""
+        if id(value) in copies or id(value) not in self._containers:
+            return copies.get(id(value), value)
+        container, keys, entries = self._containers[id(value)]
+        if isinstance(container, tuple):
+            renewed = [self._copied(entry, copies) for entry in entries]
+            copied = type(container)(*renewed) if hasattr(container, "_fields") else type(container)(renewed)
+            return copies.setdefault(id(value), copied)
+        copied = copies[id(value)] = copy.copy(container)
+        copied.clear()
+        renewed = [self._copied(entry, copies) for entry in entries]
+        if isinstance(copied, dict):
+            copied.update(zip(keys, renewed, strict=True))
+        elif isinstance(copied, set):
+            copied.update(renewed)
+        else:
+            copied.extend(renewed)
+        return copied
 
 
-def layout_of(cache: dict[Any, Any], key: Any, root: Any, targets: Sequence[str], step_path: str) -> StateLayout:
-    """Return the step's layout, from ``cache`` under ``key`` if that one still holds.
-
-    Raises:
-        MfxError: the model no longer has what the step reads.
-    """
-    layout: StateLayout | None = cache.get(key)
-    if layout is None or not layout.holds(root):
-        layout = cache[key] = StateLayout(root, targets, step_path)
-    return layout
+def _inside(container: _Container) -> Iterable[Any]:
+    now = container.container
+    return chain(now, now.values()) if isinstance(now, dict) else now
 
 
-def _loose(root: Any, path: str) -> TensorSlot:
-    """Return the slot of a tensor that is itself a target."""
-    parent, _, name = path.rpartition(".")
-    holder = resolve(root, parent)
-    tables: list[Table] = [holder.__dict__]
-    if isinstance(holder, nn.Module):
-        tables = [*tensor_tables(holder), *tables]
-    table = next((table for table in tables if name in table), tables[-1])
-    return TensorSlot(table, name, path, len(tables) > 1 and table is tables[0])
-
-
-def _getter(paths: Sequence[str]) -> Callable[[Any], Sequence[Any]]:
-    """Return a function from a root to the values at all of the paths."""
-    if not paths or not all(paths):
-        return partial(_resolve_all, paths)
-    get = attrgetter(*paths)  # as ``resolve``, in one call
-    return get if len(paths) > 1 else partial(_get_one, get)
-
-
-def _resolve_all(paths: Sequence[str], root: Any) -> Sequence[Any]:
-    return [resolve(root, path) for path in paths]
-
-
-def _get_one(get: Callable[[Any], Any], root: Any) -> Sequence[Any]:
-    return (get(root),)
-
-
-def _is_still(module: nn.Module | None, value: Any) -> bool:
-    return value is module if module is not None else not isinstance(value, nn.Module)
+def _getter(names: Sequence[str]) -> Callable[[Any], Sequence[Any]]:
+    """Return a function from a root to its attributes of these names."""
+    if not names:
+        return lambda root: ()
+    get = attrgetter(*names)
+    return get if len(names) > 1 else lambda root: (get(root),)

@@ -134,7 +134,7 @@ class Late(nn.Module):
         self.register_buffer("seen", torch.zeros(()))
 
     def forward(self, x):
-        self.calls += not recomputing()
+        self.calls += 1
         if self.calls > 1:
             if self.replace:
                 self.seen = self.seen + 1
@@ -198,26 +198,13 @@ def test_recomputing_is_false_outside(how):
     assert not recomputing()
 
 
-@pytest.mark.parametrize("what", ["in place", "replaced", "frozen", "module", "buffer"])
-def test_changes_between_forward_and_backward(how, what):
+@pytest.mark.parametrize("what", ["parameter", "buffer"])
+def test_tensors_changed_in_place_between_forward_and_backward(how, what):
     root = make_root(10, with_batch_norm).eval()
     loss = run(root, make_steps(root), torch.randn(5, WIDTH), **how).x.sum()
-    linear = root.blocks[4][0][1]
     with torch.no_grad():
-        if what == "in place":
-            linear.bias.add_(1)
-        elif what == "replaced":
-            linear.bias = nn.Parameter(linear.bias.clone())
-        elif what == "frozen":
-            linear.bias.requires_grad_(False)
-        elif what == "module":
-            root.blocks[4][0][1] = nn.Sequential(linear)
-        else:
-            root.blocks[4][1].running_mean.add_(1)
-    match = {"frozen": "frozen or unfrozen", "module": "added, removed or replaced"}.get(
-        what, r"blocks\.4\.\S+ was changed between"
-    )
-    with pytest.raises(MfxError, match=match):
+        (root.blocks[4][0][1].bias if what == "parameter" else root.blocks[4][1].running_mean).add_(1)
+    with pytest.raises(MfxError, match=r"blocks\.4\.\S+ was changed between"):
         loss.backward()
 
 

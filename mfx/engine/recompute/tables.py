@@ -1,0 +1,70 @@
+"""The dictionaries in which Python looks attributes up, found, compared and written into."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from torch import nn
+
+from mfx.compat import Table, is_sharded, tensor_tables
+
+
+@dataclass(frozen=True, eq=False)
+class TensorSlot:
+    """The place of a tensor: ``name`` in ``table``; ``label`` is its dotted path."""
+
+    table: Table
+    name: str
+    label: str
+    is_parameter: bool
+
+    def get(self) -> Any:
+        """Return the present value, without calling ``__getattr__``."""
+        return self.table.get(self.name)
+
+    def put(self, value: Any) -> None:
+        """Set the value, without calling ``__setattr__``."""
+        self.table[self.name] = value
+
+
+def set_contents(table: Table, contents: dict[Any, Any], values: Mapping[int, Any] | None = None) -> None:
+    """Let a table hold ``contents``, in their order, but for the ``values``, by the identity of what they replace."""
+    for name in table.keys() - contents.keys():
+        del table[name]
+    table.update({name: values.get(id(value), value) for name, value in contents.items()} if values else contents)
+    if list(table) != list(contents):
+        ordered = {name: table[name] for name in contents}
+        table.clear()
+        table.update(ordered)
+
+
+def unless_sharded(table: Table, name: str, value: Any) -> Any:
+    """Return a value, or what is there now if FSDP2 looks after it: shards outside of a forward, and wholes inside."""
+    now = table.get(name, value)
+    return now if now is not value and (is_sharded(now) or is_sharded(value)) else value
+
+
+def set_types(modules: Sequence[nn.Module], types: Sequence[type]) -> list[nn.Module]:
+    """Give modules the classes they had; return those that had others: with parametrizations, classes of their own."""
+    others = [(module, cls) for module, cls in zip(modules, types, strict=True) if type(module) is not cls]
+    for module, cls in others:
+        module.__class__ = cls
+    return [module for module, _ in others]
+
+
+def table_of(holder: Any, name: str) -> Table | None:
+    """Return the table that has an attribute; None for what is computed, such as a property."""
+    tables: list[Any] = [getattr(holder, "__dict__", {})]
+    if isinstance(holder, nn.Module):
+        tables += [*tensor_tables(holder), holder._modules]
+    return next((table for table in tables if name in table), None)
+
+
+def is_watched(cls: type) -> bool:
+    """False for classes of torch and the standard library, such as threads: nobody else writes into their objects."""
+    package = cls.__module__.partition(".")[0]
+    return cls is SimpleNamespace or not (package == "torch" or package in sys.stdlib_module_names)
