@@ -81,7 +81,7 @@ class PythonState:
         for holder in changes:
             owners = self.owners(holder.value)
             for module, names in owners.items():
-                self.assigned.setdefault(module, set()).update(names)
+                self.assigned.setdefault(module, set()).update(names - _INTERNAL)
             if not owners:
                 self.outside.append(holder.name)
         for holder in changes:
@@ -97,6 +97,7 @@ class PythonState:
             else:
                 own = {**table, **module.__dict__}
                 names = {n for n in own.keys() - _INTERNAL if _leads_to(own[n], value, _DEPTH)}
+                names |= {n for n in _INTERNAL if own.get(n) is value}  # a table of hooks
             if names:
                 found[module] = names
         return found

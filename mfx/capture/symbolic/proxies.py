@@ -96,10 +96,13 @@ class _Proxy(fx.Proxy):
         refusals.refuse(UntraceableError(what))
 
     def __getattr__(self, name: str) -> Any:
+        return self._attribute(name, sys._getframe(1))
+
+    def _attribute(self, name: str, frame: FrameType) -> Any:
         if not hasattr(torch.Tensor, name):
             if name.startswith("__"):
                 raise AttributeError(name)
-            if self._is_tensor() or not is_plain_access(sys._getframe(1)):
+            if self._is_tensor() or not is_plain_access(frame):
                 self._refuse(f"it depends on whether a traced value has an attribute {name}")
         elif name.startswith("__"):
             self._refuse(f"{name} of a traced value is read")
@@ -121,7 +124,7 @@ class _Attribute(_Proxy, fx.proxy.Attribute):
     def __getattr__(self, name: str) -> Any:
         if self.attr == "shape" and not hasattr(torch.Size, name):  # numpy tries shape.prod
             raise AttributeError(f"torch.Size has no attribute {name}")
-        return super().__getattr__(name)
+        return self._attribute(name, sys._getframe(1))
 
 
 class Value(_Proxy):
