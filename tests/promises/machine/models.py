@@ -108,16 +108,18 @@ def draw(rng, *, symbolic=True):
         "recompute": rng.choice([None, None, "all"]),
         "capture": "auto" if symbolic else rng.choice(["auto", "dynamo"]),
     }
+    kind = rng.choice(["model", "model", "states", "optional", "detector"])
+    count = rng.choice([1, 1, 2]) if kind != "detector" else 1  # where it is no one graph, a chain ends with its module
     return {
         "seed": rng.randrange(1000),
-        "kind": rng.choice(["model", "model", "states", "optional", "detector"]),
-        "chains": [_chain(rng, palette, depth=0) for _ in range(rng.choice([1, 1, 2]))],
+        "kind": kind,
+        "chains": [_chain(rng, palette, depth=0) for _ in range(count)],
         "options": options,
     }
 
 
 def _chain(rng, palette, depth):
-    count = rng.choice([2, 2, 3, 4] if depth else [2, 3, 4, 4, 13])
+    count = rng.choice([2, 2, 3, 4] if depth else [2, 2, 3, 3, 4, 4, 13])
     steps = [["linear", *rng.sample(palette, rng.choice([1, 1, 2]))] for _ in range(count)]
     if depth < 2 and count < 13 and rng.random() < 0.4:
         steps[rng.randrange(count)] = _chain(rng, palette, depth + 1)

@@ -10,25 +10,39 @@ from tests.promises.machine.participant import Error, Participant
 
 @dataclass(frozen=True)
 class Refusal:
-    """An error that a net may raise where the model does not, or another one than the model's.
+    """An error that a net may raise where its reference raises none.
 
     Attributes:
-        reason: what was done before, as calls and participants note it.
+        reason: a change since the forward pass, as calls note it.
         message: of the error, a regular expression.
-        plain: of the error that the reference may raise in its place; else it must raise none.
     """
 
     reason: str
     message: str
-    plain: str | None = None
 
     def covers(self, found: Any, expected: Any, reasons: set[str]) -> bool:
         """True if this is why the results of a net and of its reference are not alike."""
-        if self.reason not in reasons or not isinstance(found, Error) or not re.search(self.message, found.message):
+        raises = isinstance(found, Error) and not isinstance(expected, Error)
+        return raises and self.reason in reasons and bool(re.search(self.message, found.message))
+
+
+@dataclass(frozen=True)
+class Instead:
+    """An error of the reference, in whose place a net may raise another one, or know what to do.
+
+    Attributes:
+        expected: of the reference's error, a regular expression.
+        message: of the net's, likewise.
+    """
+
+    expected: str
+    message: str
+
+    def covers(self, found: Any, expected: Any, reasons: set[str]) -> bool:
+        """True if this is why the results of a net and of its reference are not alike."""
+        if not isinstance(expected, Error) or not re.search(self.expected, expected.message):
             return False
-        if isinstance(expected, Error):
-            return self.plain is not None and bool(re.search(self.plain, expected.message))
-        return True
+        return not isinstance(found, Error) or bool(re.search(self.message, found.message))
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,7 @@ class Action:
     choices: Mapping[str, tuple[Any, ...]]
     weight: int
     accepts: Callable[[dict[str, Any]], bool]
-    refusals: tuple[Refusal, ...]
+    refusals: tuple[Refusal | Instead, ...]
 
     def __call__(self, participant: Participant, **arguments: Any) -> Any:
         """Do it."""
@@ -65,7 +79,7 @@ def action(
     weight: int = 1,
     *,
     accepts: Callable[[dict[str, Any]], bool] = lambda spec: True,
-    refusals: tuple[Refusal, ...] = (),
+    refusals: tuple[Refusal | Instead, ...] = (),
     **choices: Any,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Enter a function into the table of actions under its name."""

@@ -23,7 +23,7 @@ from tests.promises.machine.drive import long_run
 from tests.promises.machine.machine import Machine, NotAlikeError, replay
 from tests.promises.machine.participant import Error, participants
 from tests.promises.machine.smaller import smaller
-from tests.promises.machine.table import ACTIONS, Refusal
+from tests.promises.machine.table import ACTIONS, Instead, Refusal
 from tests.sampling import number
 
 FOUND = sorted((Path(__file__).parent / "found").glob("*.json"))
@@ -177,8 +177,16 @@ def test_an_error_that_only_a_net_raises_needs_a_reason():
     assert not Refusal("written", message).covers(error, None, {"frozen"})
     assert not Refusal("written", r"was frozen").covers(error, None, {"written"})
     assert not Refusal("written", message).covers(error, Error("RuntimeError", "in place"), {"written"})
-    assert Refusal("written", message, plain="in place").covers(error, Error("RuntimeError", "in place"), {"written"})
-    assert not Refusal("written", message).covers(None, Error("RuntimeError", "in place"), {"written"})
+    assert not Refusal("written", message).covers(None, None, {"written"})
+
+
+def test_in_place_of_an_error_a_net_may_raise_another_one():
+    error, other = Error("MfxError", "weight was changed"), Error("RuntimeError", "modified in place")
+    assert Instead("in place", "was changed").covers(error, other, set())
+    assert Instead("in place", "was changed").covers(None, other, set())
+    assert not Instead("in place", "was frozen").covers(error, other, set())
+    assert not Instead("in place", "was changed").covers(error, Error("RuntimeError", "a second time"), set())
+    assert not Instead("in place", "was changed").covers(error, None, set())
 
 
 def test_values_are_compared_bit_for_bit():
