@@ -86,7 +86,7 @@ def test_what_was_found_before(file, request):
     sequence = json.loads(file.read_text())
     if reason := sequence.get("waits_for"):
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True, raises=NotAlikeError))
-    replay(sequence)
+    assert not replay(sequence).errors
 
 
 @pytest.mark.zoo
