@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from tests.promises.machine.participant import Error, Participant
 
-_OVERLAY = frozenset({"forward", "print_readable", "graph", "code"})  # what a net has in its __dict__ beside its own
+_OVERLAY = frozenset(
+    {"forward", "print_readable", "graph", "code", "mfx_mark"}
+)  # what a net has in its __dict__ beside its own
 _TABLES = frozenset({"_parameters", "_buffers", "_modules"})
 _HOOKS = frozenset(
     {
@@ -32,6 +34,7 @@ _IGNORED = frozenset(  # torch's own bookkeeping, and hooks of state dicts, wher
         "_load_state_dict_post_hooks",
     }
 )
+_CALL = nn.Module.__call__
 _MOST = 64  # entries of a container
 
 
@@ -147,6 +150,7 @@ def modes() -> tuple[Any, ...]:
         parametrize._cache_enabled,
         len(parametrize._cache),
         len(nn.modules.module._global_forward_hooks),
+        nn.Module.__call__ is _CALL,  # which a trace replaces
     )
 
 
