@@ -81,7 +81,8 @@ class Machine:
         for reference, nets in GROUPS.items():
             for net in nets:
                 self._compare(name, net, reference, results, seen)
-        self.errors[name] += failed
+        if failed:
+            self.errors[name] += 1
         assert modes() == outside, f"{name} left modes behind: {modes()} instead of {outside}"
 
     def _compare(self, name: str, net: str, reference: str, results: Any, seen: Any) -> None:
