@@ -267,5 +267,7 @@ STATEFUL = frozenset(
 )
 """Layers whose result depends on earlier calls, or that note something."""
 RANDOM = frozenset({"dropout", "torch_noise", "python_noise", "numpy_noise"})
-SLOW = frozenset({"torch_noise", "python_noise", "numpy_noise", "without_gradient", "checkpointed", "noted"})
+SLOW = frozenset(
+    {"torch_noise", "python_noise", "numpy_noise", "without_gradient", "checkpointed", "noted", "cache", "moving"}
+)
 """Layers that no symbolic trace follows, so that TorchDynamo is asked."""
