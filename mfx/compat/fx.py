@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
+from typing import Any
 from unittest.mock import patch
 
 from torch import fx, nn
@@ -43,10 +44,20 @@ def untraced() -> Iterator[None]:
         yield
 
 
-def autowrap_in_this_thread() -> AbstractContextManager[None]:
+def autowrap_in_this_thread(type_seen: type) -> AbstractContextManager[None]:
     """Have a tracer wrap functions for this thread's calls only: a call of a module elsewhere changes no namespace.
 
     Read in torch 2.11 to 2.15.
+
+    Args:
+        type_seen: what the namespaces of the model's code have for the builtin ``type`` in the meantime.
     """
     module = _symbolic_trace
-    return patched(module, "_autowrap_check", module._autowrap_check, elsewhere=lambda *args: None)
+    original = module._autowrap_check
+
+    def check(patcher: Any, namespace: dict[str, Any], function_ids: set[int]) -> None:
+        original(patcher, namespace, function_ids)
+        if "type" not in namespace and str(namespace.get("__name__")).partition(".")[0] not in ("torch", "mfx"):
+            patcher.patch(namespace, "type", type_seen)
+
+    return patched(module, "_autowrap_check", check, elsewhere=lambda *args: None)

@@ -2,9 +2,11 @@
 
 import contextlib
 import copy
+import functools
 import logging
 import math
 import warnings
+from collections.abc import Iterable
 
 import numpy as np
 import pytest
@@ -207,7 +209,71 @@ def new_sizes(x):
         return torch.zeros_like(x)
 
 
+def is_tensor(x):
+    return x if isinstance(x, Tensor) else torch.zeros_like(x)
+
+
+def is_tensor_by_torch(x):
+    return x if torch.is_tensor(x) else torch.zeros_like(x)
+
+
+def is_list_or_tensor(x):
+    return torch.zeros_like(x) if isinstance(x, list | tuple | dict) else x * (2 if isinstance(x, (int, Tensor)) else 3)
+
+
+def is_tensor_of_a_list(x):
+    return x if all(isinstance(part, Tensor) for part in [x, x + 1, torch.cat([x, x]), x.view(-1)]) else x * 3
+
+
+def is_iterable(x):
+    return x if isinstance(x, Iterable) else torch.zeros_like(x)
+
+
+def is_int(x):
+    return x * (2 if isinstance(x.shape[0], int) else 3)
+
+
+def is_size(x):
+    return x * (2 if isinstance(x.shape, torch.Size) and isinstance(x.size(), tuple) else 3)
+
+
+def is_of_type(x):
+    return x if type(x) is Tensor else torch.zeros_like(x)
+
+
+def is_of_types(x):
+    return x if type(x) in (Tensor, nn.Parameter) and issubclass(type(x), Tensor) else torch.zeros_like(x)
+
+
+def is_of_class(x):
+    return x if x.__class__ == Tensor else torch.zeros_like(x)
+
+
+def is_parameter(x):
+    weight = nn.Parameter(torch.ones(WIDTH))
+    return x if isinstance(weight, nn.Parameter) and not isinstance(x, nn.Parameter) else torch.zeros_like(x)
+
+
+def matched(x):
+    match x:
+        case Tensor():
+            return x * 2
+    return x * 3
+
+
+@functools.singledispatch
+def dispatched(x):
+    return torch.zeros_like(x)
+
+
+@dispatched.register
+def _(x: Tensor):
+    return x * 2
+
+
 CHECKS = [
+    is_tensor, is_tensor_by_torch, is_list_or_tensor, is_tensor_of_a_list, is_iterable, is_int, is_size, is_of_type,
+    is_of_types, is_of_class, is_parameter, matched, dispatched,
     value_error, any_exception, bare, suppressed, returned_in_finally, has_attribute, attribute_with_default,
     tried_attribute, range_of, root_of, as_array, looked_up, written, set_entry, new_sizes,
 ]  # fmt: skip

@@ -1,4 +1,4 @@
-"""Read off the bytecode of running code whether it asserts, unpacks or formats a traced value.
+"""Read off the bytecode of running code whether it asserts, unpacks or formats a traced value, or asks for its class.
 
 Of 236 models of the zoo that are captured symbolically, 17 are so only by this (16 of 44 of vit_pytorch, 1 of 97 of
 timm, none of torchvision); TorchDynamo captures 16 of these. Without it, `mfx.trace` refuses them, and their nets have
@@ -75,6 +75,31 @@ def is_plain_access(frame: FrameType) -> bool:
     """True if the running code says ``value.name``, not ``hasattr(value, name)`` or the like."""
     code = _instructions(frame.f_code)
     return code[_position(frame, code)].opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))
+
+
+def asks_for_class(frame: FrameType) -> bool:
+    """True if the running code says ``isinstance(value, ...)``, ``value.__class__`` or ``case Tensor():``."""
+    code = _instructions(frame.f_code)
+    at = _position(frame, code)
+    if code[at].opname == "MATCH_CLASS" or code[at].argval == "__class__":
+        return True
+    at += code[at].opname == "PRECALL"
+    return any(
+        code[start].argval == "isinstance" and code[start].opname.startswith("LOAD_") and _end_of(code, start) == at
+        for start in reversed(range(at))
+    )
+
+
+def _end_of(code: Sequence[dis.Instruction], start: int) -> int | None:
+    """Return the position of the call of the function that is loaded at ``start``."""
+    depth = 0  # values on the stack: the function, its arguments, then the result alone
+    for at in range(start, len(code)):
+        instruction = code[at]
+        argument = instruction.arg if instruction.opcode >= dis.HAVE_ARGUMENT else None
+        depth += dis.stack_effect(instruction.opcode, argument)
+        if at > start and depth == 1:
+            return at
+    return None
 
 
 def is_message_of_assert(frame: FrameType) -> bool:

@@ -13,6 +13,7 @@ from torch import fx
 
 from mfx.capture.symbolic.bytecode import asserted, is_message_of_assert, is_plain_access, unpacked_indices
 from mfx.capture.symbolic.call_values import UNKNOWN
+from mfx.capture.symbolic.classes import ClassOfValue, is_class_check, known_class
 from mfx.capture.symbolic.refusals import OutputError, Refusals, UntraceableError
 
 _INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
@@ -28,7 +29,7 @@ _REFUSED = {  # special methods that Python calls, often in order to try somethi
 }
 
 
-class _Proxy(fx.Proxy):
+class _Proxy(ClassOfValue, fx.Proxy):
     """A proxy on which ``x += y`` is recorded as a change of x in place, not as a new value."""
 
     tracer: Any  # a SymbolicTracer
@@ -91,6 +92,11 @@ class _Proxy(fx.Proxy):
             self.tracer.refusals.refuse(OutputError("a traced value is written as text, which a trace would do once"))
         return f"<{self.__dict__.get('attr') or self.node.name}>"
 
+    def class_of_value(self) -> type:
+        """Return the class of the value."""
+        found = known_class(self, self.tracer.root, self.tracer.values)
+        return self._refuse("it depends on the class of a traced value, which is not known") if found is None else found
+
     def _refuse(self, what: str) -> NoReturn:
         refusals: Refusals = self.tracer.refusals
         refusals.refuse(UntraceableError(what))
@@ -100,7 +106,7 @@ class _Proxy(fx.Proxy):
 
     def _attribute(self, name: str, frame: FrameType) -> Any:
         if not hasattr(torch.Tensor, name):
-            if name.startswith("__"):
+            if name.startswith("__") or is_class_check(frame):
                 raise AttributeError(name)
             if self._is_tensor() or not is_plain_access(frame):
                 self._refuse(f"it depends on whether a traced value has an attribute {name}")

@@ -21,6 +21,7 @@ from mfx.capture.captured import CaptureError
 from mfx.capture.symbolic.applied_functions import functions_are_nodes
 from mfx.capture.symbolic.bytecode import unpacked_indices
 from mfx.capture.symbolic.call_values import UNKNOWN, CallValues
+from mfx.capture.symbolic.classes import type_of_value
 from mfx.capture.symbolic.entered_modes import EnteredModes
 from mfx.capture.symbolic.leaf_modules import LOOKED_INTO, TORCH_FUNCTIONS, einops_functions, timm_functions
 from mfx.capture.symbolic.leaves import Leaves
@@ -84,7 +85,7 @@ class SymbolicTracer(fx.Tracer):
         self._tensor_paths = {id(tensor): path for path, tensor in reversed(tensors)}
         self.walked = {"": root}
         self._modes = EnteredModes(self.refusals)
-        watched = self._modes.watched(), outputs_refused(self.refusals), compat.autowrap_in_this_thread()
+        watched = self._modes.watched(), outputs_refused(self.refusals), compat.autowrap_in_this_thread(type_of_value)
         try:
             with watched[0], watched[1], watched[2], functions_are_nodes():
                 graph = super().trace(root, concrete_args)
