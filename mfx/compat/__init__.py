@@ -39,7 +39,7 @@ from mfx.compat.modes import (
     without_modes,
     written_arguments,
 )
-from mfx.compat.parametrizations import cached_weights, weights_cached
+from mfx.compat.parametrizations import are_weights_cached, cached_weights, weights_cached
 from mfx.compat.patching import patched, patching
 from mfx.compat.scripted import Table, scripted_copy, tensor_tables
 from mfx.compat.transformer import plain_transformer_layers
@@ -50,6 +50,7 @@ __all__ = [
     "AutocastState",
     "Table",
     "above_autograd",
+    "are_weights_cached",
     "aside_from_caller",
     "autocast_as",
     "autocast_state",

@@ -6,7 +6,7 @@ import ctypes
 import random
 import sys
 from collections.abc import Callable, Hashable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 _WORDS = 624  # of a Mersenne Twister, which are all renewed after so many draws
@@ -30,7 +30,7 @@ def _words_of_python() -> Callable[[], int] | None:
     if (words[0], words[1]) != (state[_WORDS], state[0]):
         return None
     both = ctypes.c_uint64.from_buffer(words)
-    return lambda: both.value
+    return partial(getattr, both, "value")
 
 
 def sign_of_numpy() -> Hashable:

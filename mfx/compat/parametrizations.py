@@ -18,6 +18,11 @@ def cached_weights() -> CachedWeights | None:
     return {key: weight if weight is None else _detached(weight) for key, weight in parametrize._cache.items()}
 
 
+def are_weights_cached() -> bool:
+    """True inside of ``cached()`` (torch 2.11 to 2.15)."""
+    return parametrize._cache_enabled > 0
+
+
 def _detached(weight: Tensor) -> Tensor:
     return weight.detach().requires_grad_(weight.requires_grad)[...]  # not a leaf: autocast caches its casts of leaves
 

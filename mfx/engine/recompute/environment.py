@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
+from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from mfx.compat import autocast_as, autocast_state, cached_weights, is_sharded, weights_cached
+from mfx.compat import are_weights_cached, autocast_as, autocast_state, cached_weights, is_sharded, weights_cached
 from mfx.engine.recompute.layout import Flags, StateLayout
-from mfx.engine.recompute.random_clock import RandomClock
-from mfx.engine.scope import inside_recomputation
+from mfx.engine.recompute.random_clock import Draw, RandomClock
 from mfx.engine.steps import ChainCache
 from mfx_passes.errors import MfxError
 
@@ -85,12 +85,14 @@ class StepEnvironment:
         cast: Autocast,
     ) -> None:
         self._path = path
-        self._clock, self._autocast = clock, cast
+        self._autocast = cast
         self._cached_weights = cached_weights()
-        memory: _Memory = cache.setdefault(key, _Memory())
+        memory: _Memory | None = cache.get(key)
+        if memory is None:
+            memory = cache[key] = _Memory()
         layout = self._layout = memory.layout_of(root, targets, path)
-        self._own_clock = RandomClock(layout.generators) if layout.generators else None
-        self._drawn = [draw for clock in self._clocks() for draw in clock.all()]
+        self._clocks = [clock, RandomClock(layout.generators)] if layout.generators else [clock]
+        self._draws: list[Draw] | None = None  # until the branch has run
         self.tensors = layout.tensors()
         self._states = _states(self.tensors)
         # The values, before the branch runs, of tensors that it changes or may change, by identity.
@@ -113,14 +115,11 @@ class StepEnvironment:
 
     def has_drawn_all(self) -> bool:
         """True if the recomputation has drawn all random numbers that the forward pass drew."""
-        return all(draw.is_done() for draw in self._drawn)
-
-    def _clocks(self) -> list[RandomClock]:
-        return [self._clock] if self._own_clock is None else [self._clock, self._own_clock]
+        return all(draw.is_done() for draw in self._draws or ())
 
     def settle(self) -> None:
         """Drop what the branch turned out not to need."""
-        self._drawn = [draw for clock in self._clocks() for draw in clock.tick()]
+        self._draws = [*chain.from_iterable(map(RandomClock.tick, self._clocks))]
         if self._layout.has_state:
             self._settle_values()
         for (label, container), size in zip(self._layout.large.items(), self._sizes, strict=True):
@@ -148,21 +147,29 @@ class StepEnvironment:
                 kept[id(tensor)] = self._values[id(tensor)]
         self._values = kept
 
-    @contextmanager
-    def restored(self) -> Iterator[None]:
-        """Restore the environment of the forward pass; afterwards leave everything as it is found now.
+    def restored(self) -> AbstractContextManager[object]:
+        """Return a context with the environment of the forward pass; it leaves everything as it was found.
 
         Raises:
             MfxError: a tensor was modified since the forward pass.
         """
-        contexts = [*self._frozen_as_then(), *self._autocast.contexts()]
-        contexts += [draw.repeated() for draw in self._drawn]
-        if self._cached_weights is not None or cached_weights() is not None:
-            contexts.append(weights_cached(self._cached_weights))
+        contexts = self._contexts()
         # The branch writes into the values, and may be recomputed once more.
-        values = {key: value.clone() for key, value in self._values.items()}
-        with inside_recomputation(), _all_of(contexts), self._layout.put_back(self.tensors, values):
-            yield
+        values = {key: value.clone() for key, value in self._values.items()} if self._values else self._values
+        put_back = self._layout.put_back(self.tensors, values)
+        return _all_of([*contexts, put_back]) if contexts else put_back  # the usual case
+
+    def _contexts(self) -> list[AbstractContextManager[object]]:
+        """Return contexts for what differs now from the forward pass, tables aside."""
+        contexts = [*self._frozen_as_then(), *self._autocast.contexts()]
+        draws = self._draws
+        if draws is None:  # the branch itself runs a backward pass, while it is still running
+            draws = [*chain.from_iterable(map(RandomClock.all, self._clocks))]
+        if draws:
+            contexts += [draw.repeated() for draw in draws]
+        if self._cached_weights is not None or are_weights_cached():
+            contexts.append(weights_cached(self._cached_weights))
+        return contexts
 
     def _frozen_as_then(self) -> list[AbstractContextManager[object]]:
         """Check tensors; return contexts for those that were frozen or unfrozen."""

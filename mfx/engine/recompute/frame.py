@@ -15,7 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from mfx.compat import NO_TASK, current_task, when_task_ends
 from mfx.engine.recompute.environment import StepEnvironment
 from mfx.engine.recompute.saved import Captures, SavedTensors, freed
-from mfx.engine.scope import measure
+from mfx.engine.scope import inside_recomputation, measure
 from mfx.modules.uninterrupted import may_stop
 from mfx_passes.errors import MfxError
 
@@ -166,7 +166,12 @@ class Frame:
         hooks = RecomputationHooks(self._packed, self._env.has_drawn_all if stops else None, self._watched)
         rebuilt.note(self._packed)
         values = self._values.get()
-        with torch.enable_grad(), self._env.restored(), saved_tensors_hooks(hooks.pack, _as_is):
+        with (
+            torch.enable_grad(),
+            inside_recomputation(),
+            self._env.restored(),
+            saved_tensors_hooks(hooks.pack, _as_is),
+        ):
             # As in the forward pass, the input is not a leaf: autocast caches its casts of leaves. (view_as would
             # change the strides of dimensions of size 1, by which convolutions choose their kernel.)
             x = x.detach().requires_grad_(self._requires_grad)[...]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
 from typing import Any, NamedTuple
@@ -26,6 +26,7 @@ LIMIT = 64
 
 _END = object()
 _values_of = methodcaller("values")
+_call: Any = partial.__call__  # at C speed in map
 _OWN = frozenset(vars(nn.Module()))  # attributes that every module has; all but ``training`` are tables
 _OPAQUE = (nn.Module, type, Overlay)
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
@@ -55,6 +56,7 @@ class StateLayout:
         generators: the random generators that the modules hold.
         has_hooks: True if a module has forward hooks.
         has_state: True if there is a tensor that is not a parameter.
+        has_mutable: True if there is something that a branch may change in place, without an assignment.
     """
 
     def __init__(self, root: Any, targets: Sequence[str], step_path: str) -> None:
@@ -75,8 +77,8 @@ class StateLayout:
         self._loose_slots: list[TensorSlot] = []
         for table in global_call_tables():
             self._add_table(table)
-        names = tuple(dict.fromkeys(target.partition(".")[0] for target in targets if target))
-        self._tops = _getter(names)
+        names = dict.fromkeys(target.partition(".")[0] for target in targets if target)
+        self._tops = attrgetter("__class__", "__class__", *names)  # of two names at least it returns a tuple
         try:
             for target in targets:
                 self._follow(root, target, tensor_slots)
@@ -86,9 +88,13 @@ class StateLayout:
         self.has_hooks = any(module._forward_hooks for module in self.modules)
         self.has_state = not all(slot.is_parameter for slot in self.slots)
         self.generators = [generator for module in self.modules for generator in generators_of(module, step_path)]
+        self.has_mutable = bool(self._mutable)
         self._types = list(map(type, self.modules))
-        self._names = self._names_now()
+        self._named = [*self._tables, *self._tensor_tables]
+        self._names = [*map(list, self._named)]
         self._top_values = self._tops(root)
+        self._read_paths = [partial(table.get, name) for table, name in self._paths]
+        self._read_leaves = [partial(table.get, name) for table, name in self._leaves]
         self._held = [*self._look(), _END]
 
     # --- what there is ------------------------------------------------------------------------------------------------
@@ -184,7 +190,8 @@ class StateLayout:
 
     def tensors(self) -> list[Any]:
         """Return the tensors of all slots, each a tensor or None; parameters and buffers are the present ones."""
-        return [*self._tensors_now(), *self.loose]
+        now = chain.from_iterable(map(_values_of, self._tensor_tables))
+        return [*now, *map(_call, self._read_leaves), *self.loose]
 
     def fits(self, root: Any) -> bool:
         """True if this is the layout for a root, and ``holds``."""
@@ -197,57 +204,38 @@ class StateLayout:
         """True if all tables hold the same, parameters and buffers aside, but under the same names."""
         return (
             not any(self._empty)
-            and self._names_now() == self._names
+            and [*map(list, self._named)] == self._names
             and all(map(is_, chain(self._look(), (_END,)), self._held))
             and all(map(is_, map(type, self.modules), self._types))
         )
 
-    def _names_now(self) -> list[list[Any]]:
-        return [*map(list, self._tables), *map(list, self._tensor_tables)]
-
-    def _look(self) -> Iterable[Any]:
+    def _look(self) -> Iterator[Any]:
         """Yield, at C speed, all that the tables and containers hold, parameters and buffers aside."""
-        paths = (table.get(name) for table, name in self._paths)
-        found = chain(paths, chain.from_iterable(map(_values_of, self._tables)))
+        found = chain(map(_call, self._read_paths), chain.from_iterable(map(_values_of, self._tables)))
         return chain(found, chain.from_iterable(map(_inside, self._containers.values()))) if self._containers else found
-
-    def _tensors_now(self) -> Iterator[Any]:
-        leaves = (table.get(name) for table, name in self._leaves)
-        return chain(chain.from_iterable(map(_values_of, self._tensor_tables)), leaves)
 
     # --- and held -----------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def put_back(self, tensors: Sequence[Any], values: Mapping[int, Tensor]) -> Iterator[None]:
-        """Let everything be as it was when this was made; at the end leave it as it is found now.
+    def put_back(self, tensors: Sequence[Any], values: Mapping[int, Tensor]) -> PutBack:
+        """Return a context in which everything is as it was when this was made; it leaves all as it was found.
 
         Args:
             tensors: what ``tensors`` returned then.
             values: the values to put in the place of tensors, by identity.
         """
-        found: list[tuple[Table, dict[Any, Any]]] | None = None
-        types = list(map(type, self.modules))
-        if values or self._mutable or not self._holds_with(tensors):
-            found = [(table, dict(table)) for table in self._written()]
-        try:
-            if found is not None:
-                self._write(tensors, values)
-            yield
-        finally:
-            if found is not None:
-                for table, contents in found:
-                    set_contents(table, contents)
-                set_types(self.modules, types)
-            elif not self._holds_with(tensors):
-                self._write(tensors, {})
+        return PutBack(self, tensors, values)
 
-    def _holds_with(self, tensors: Sequence[Any]) -> bool:
-        return self.holds() and all(map(is_, self._tensors_now(), tensors))
+    def is_put_back(self, tensors: Sequence[Any]) -> bool:
+        """True if all tables hold what they held when this was made, and these tensors."""
+        return self.holds() and all(map(is_, self.tensors(), tensors))
 
-    def _written(self) -> Iterator[Table]:
-        return chain(self._tables, self._tensor_tables, self._empty, (t for t, _ in (*self._paths, *self._leaves)))
+    def written(self) -> list[tuple[Table, dict[Any, Any]]]:
+        """Return the tables that ``write`` may write into, each with what it holds now."""
+        alone = (table for table, _ in (*self._paths, *self._leaves))
+        return [(table, dict(table)) for table in chain(self._named, self._empty, alone)]
 
-    def _write(self, tensors: Sequence[Any], values: Mapping[int, Tensor]) -> None:
+    def write(self, tensors: Sequence[Any], values: Mapping[int, Tensor]) -> None:
+        """Put everything back, as ``put_back`` says."""
         held, present = iter(self._held), iter(tensors)
         for table, name in self._paths:
             table[name] = next(held)
@@ -300,9 +288,34 @@ def _inside(container: _Container) -> Iterable[Any]:
     return chain(now, now.values()) if isinstance(now, dict) else now
 
 
-def _getter(names: Sequence[str]) -> Callable[[Any], Sequence[Any]]:
-    """Return a function from a root to its attributes of these names."""
-    if not names:
-        return lambda root: ()
-    get = attrgetter(*names)
-    return get if len(names) > 1 else lambda root: (get(root),)
+class PutBack:
+    """A context in which all that a layout knows of is as it was; where nothing differs it only looks.
+
+    See `StateLayout.put_back`.
+    """
+
+    __slots__ = ("_found", "_layout", "_tensors", "_types", "_values")
+
+    def __init__(self, layout: StateLayout, tensors: Sequence[Any], values: Mapping[int, Tensor]) -> None:
+        self._layout, self._tensors, self._values = layout, tensors, values
+        self._found: list[tuple[Table, dict[Any, Any]]] | None = None
+
+    def __enter__(self) -> None:
+        layout = self._layout
+        self._types = list(map(type, layout.modules))
+        if self._values or layout.has_mutable or not layout.is_put_back(self._tensors):
+            self._found = layout.written()
+            try:
+                layout.write(self._tensors, self._values)
+            except BaseException:
+                self.__exit__()
+                raise
+
+    def __exit__(self, *raised: object) -> None:
+        layout = self._layout
+        if self._found is not None:
+            for table, contents in self._found:
+                set_contents(table, contents)
+            set_types(layout.modules, self._types)
+        elif not layout.is_put_back(self._tensors):
+            layout.write(self._tensors, {})

@@ -57,6 +57,8 @@ class RandomClock:
         drawn = []
         for number, generator in enumerate(self._generators):
             before = self._states[number]
+            if before.sign is not None and before.sign == generator.sign():  # the usual case
+                continue
             now = generator.state(before)
             if now is not before:
                 self._states[number] = now
