@@ -58,7 +58,7 @@ class _Memory:
             layout = StateLayout(root, targets, path)
             if len(self.modules) != len(layout.modules) or not all(map(is_, self.modules, layout.modules)):
                 self.modules, self.changing = layout.modules, {}
-            self.layout = layout if all(isinstance(tensor, nn.Parameter) for tensor in layout.loose) else None
+            self.layout = layout if layout.lasts else None
         return layout
 
 

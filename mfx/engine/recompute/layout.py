@@ -46,12 +46,14 @@ class StateLayout:
     compared, too; what replaces them for a recomputation is a copy.
 
     Parameters and buffers are not held but read, by ``tensors``. So a layout can be kept from call to call as long as
-    it ``holds``, unless there are ``loose`` tensors: these should live no longer than the model wants.
+    it ``holds``, if it ``lasts``.
 
     Attributes:
         modules: all modules, each once.
         slots: the places of all tensors, in the order of ``tensors``.
         loose: the tensors that are neither parameters nor buffers of a module.
+        lasts: False if there are loose tensors, which should live no longer than the model wants, or buffers in a root
+            that is made anew for every call.
         large: containers with too many entries to look at, by label.
         generators: the random generators that the modules hold.
         has_hooks: True if a module has forward hooks.
@@ -65,6 +67,7 @@ class StateLayout:
         self.slots: list[TensorSlot] = []
         self.loose: list[Tensor] = []
         self.large: dict[str, Any] = {}
+        self.lasts = True
         self._seen: set[Any] = set()  # identities
         self._tables: list[Table] = []
         self._tensor_tables: list[Table] = []
@@ -89,6 +92,7 @@ class StateLayout:
         self.has_state = not all(slot.is_parameter for slot in self.slots)
         self.generators = [generator for module in self.modules for generator in generators_of(module, step_path)]
         self.has_mutable = bool(self._mutable)
+        self.lasts = self.lasts and all(isinstance(tensor, nn.Parameter) for tensor in self.loose)
         self._types = list(map(type, self.modules))
         self._named = [*self._tables, *self._tensor_tables]
         self._names = [*map(list, self._named)]
@@ -105,8 +109,13 @@ class StateLayout:
         for name in target.split(".") if target else ():
             holder, table = value, table_of(value, name)
             value = getattr(holder, name) if table is None else table[name]
-            if table is None or (holder is root and not isinstance(root, nn.Module)):
-                continue  # a root that is not a module is made anew for every call, and does not change
+            if table is None:
+                continue
+            if holder is root and not isinstance(root, nn.Module):
+                # It is made anew for every call, and does not change; but a buffer in it may.
+                if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
+                    continue
+                self.lasts = False
             if not isinstance(value, Tensor):
                 self._paths.append((table, name))
             elif self._seen.isdisjoint({id(table), (id(table), name)}):

@@ -136,7 +136,7 @@ def test_a_second_run_with_other_values_is_noticed(model):
     model.stem[1] = Unsteady()
     net = mfx.momentumize(model, recompute="all", verify="raise")
     for _ in range(2):
-        with pytest.raises(mfx.MfxError, match=r"between the chains, .*did not compute the values of the first"):
+        with pytest.raises(mfx.MfxError, match=r"between the chains, .*did not compute the values of the forward pass"):
             step(net, images())
 
 
