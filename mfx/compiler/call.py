@@ -74,8 +74,10 @@ def _run(key: str, training: bool, held: tuple[list[Any], list[Any]], arguments:
     """Run the net: compilers call this on fake tensors, and Dynamo without a compiler on real ones."""
     forward, (args, kwargs) = forward_by(key), pytree.tree_map(decode_none, arguments)
     if not compat_compiling.has_fake(held):
+        forward.refuse_copies()
         return pytree.tree_map(_wrap_plain, forward.run(args, kwargs))
     try:
+        forward.refuse_copies()
         return _opaque(forward, args, kwargs, *held)
     except MfxError as error:  # which Dynamo does not show
         forward.warn(str(error))
@@ -115,6 +117,7 @@ def _compiler() -> GraphCompiler:
     "tracing (use strict=False), or because the net is not one graph itself, or spread over processes"
 )
 def _run_net_outside(forward: Callee, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    forward.refuse_copies()
     return forward.run(args, kwargs)
 
 

@@ -24,5 +24,8 @@ class Callee(Protocol):
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiler: Any = ...) -> Any:
         """Run the net by functions that ``compiler`` makes of graphs."""
 
+    def refuse_copies(self) -> None:
+        """Check that it is known which module was called; raise an `MfxError` if not."""
+
     def warn(self, message: str) -> None:
         """Warn, once per message."""

@@ -46,6 +46,7 @@ class SiteRun:
             MfxError: the outputs are not those that were inferred, or the net changed its input.
         """
         site, net = self._site, self._site.forward.net
+        site.forward.refuse_copies()
         args, kwargs = site.call.arguments(self._inputs)
         versions = [tensor._version for tensor in self._inputs]
         with site.call.as_called(), self._held_by_net():

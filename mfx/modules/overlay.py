@@ -78,7 +78,13 @@ def drop_overlays(net: nn.Module, called: set[str], leaves: Collection[str]) -> 
     for path, module, _ in list(submodule_overlays(net)):
         around = set(paths.ancestors(path))
         if not called.isdisjoint(around) and not any(leaf in around for leaf in leaves if leaf != path):
-            del module.__dict__["forward"], module.__dict__[MARK]
+            remove_overlay(module)
+
+
+def remove_overlay(module: nn.Module) -> None:
+    """Give a submodule the forward of its class for good."""
+    for name in ("forward", MARK):
+        module.__dict__.pop(name, None)  # another thread may have been faster
 
 
 def added_to(module: nn.Module) -> Iterator[tuple[str, str]]:

@@ -14,11 +14,12 @@ from torch import fx, nn
 
 from mfx.capture.captured import CaptureError, signature_of
 from mfx.compiler.call_site import CallSite, register
-from mfx.modules.overlay import Mark, Overlay, submodule_overlays
+from mfx.modules.overlay import Mark, Overlay, remove_overlay, submodule_overlays
 from mfx.net.copies import called, is_shared, own_overlay
 from mfx.net.graph_table import GraphTable
 from mfx.net.loaded import Loaded
 from mfx.net.lost_effects import lost_hooks, of_lost_hooks
+from mfx.net.never import never_has_chains
 from mfx.net.sharded import is_sharded_somewhere, refuse_containers
 from mfx.net.shown import Shown
 from mfx.net.under_way import Way, under_way
@@ -28,6 +29,7 @@ from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.memory_plans import NetPlans, call_key
 from mfx.program.rewritten import RewrittenGraph, named_by_mode
 from mfx.text import listed, without_chains
+from mfx_passes import MfxError
 
 
 class NetForward(Overlay):
@@ -150,16 +152,30 @@ class NetForward(Overlay):
             return type(self.net).forward.__get__(self.net)(*args, **kwargs)
 
     def _has_no_chain(self) -> None:
-        """Warn at the first such call; called at each."""
-        if not self._said and not self.table.has_chains:
-            self.warn(without_chains(self.net, "runs as it was written"))
+        """Warn at the first such call, and give the modules that have none either the forward of their class for good.
+
+        Called at each such call.
+        """
+        if self._said:
+            return
         self._said = True
+        if self.table.has_chains:
+            return
+        if not self.is_submodule:
+            self.warn(without_chains(self.net, "runs as it was written"))
+        own = [(self.net, self)] if self.is_submodule else []
+        for module, forward in own + [(module, forward) for _, module, forward in submodule_overlays(self.net)]:
+            if never_has_chains(module, forward.options):
+                remove_overlay(module)
 
     def _run_per_module(self, error: CaptureError, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
         """Run the forward as it is written, and the submodules it calls each by graphs of its own."""
         is_known = self.table.failed(args, kwargs) is not None
         if not is_known:
-            self.table.check_per_module()
+            try:
+                self.table.check_per_module()
+            except MfxError as contradiction:
+                raise MfxError(f"{error} So this call is not one graph. {contradiction}") from error
         result = self.run_class_forward(args, kwargs, Way.PER_MODULE)
         if is_known:
             return result
@@ -173,6 +189,15 @@ class NetForward(Overlay):
                 f"does; {found}."
             )
         return result
+
+    def refuse_copies(self) -> None:
+        """Check that it is known which module was called, where compiled code does not say.
+
+        Raises:
+            MfxError: there is a copy of the net that had never been called.
+        """
+        if is_shared(self):
+            called(self, sys._getframe())
 
     def submodules(self) -> list[NetForward]:
         """Return the forwards of all submodules of the net that have one of their own."""

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import nn
 
-from mfx.capture.captured import CaptureError, signature_of
+from mfx.capture.captured import signature_of
 from mfx.modules.tree_copy import tree_copy
 from mfx.net.graph_table import GraphTable
 from mfx.options.options import Options
+from mfx_passes import MfxError
 
 _FIXED = ("POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD", "KEYWORD_ONLY")
 
@@ -31,5 +32,5 @@ def _has_chains(net: nn.Module, options: Options, training: bool) -> bool:
         module.training = training
     try:
         return bool(GraphTable(model, options, lambda message: None).graph_for_defaults().calls)
-    except CaptureError:
-        return True  # a call may show one
+    except MfxError:
+        return True  # a call may show one, or the error

@@ -14,10 +14,8 @@ from torch import nn
 from mfx.capture.symbolic.leaf_modules import LOOKED_INTO
 from mfx.modules.overlay import Extra
 from mfx.net.agreement import check_agreement
-from mfx.net.copies import is_shared
 from mfx.net.forward import NetForward
 from mfx.net.graph_table import GraphTable
-from mfx.net.never import never_has_chains
 from mfx.net.under_way import UNDER_WAY, Way
 from mfx.options.options import Options
 from mfx.program.codegen import GraphCompiler, to_function
@@ -56,33 +54,23 @@ class SubmoduleForward(NetForward):
         self.outer = outer
         self.path = path
         self.root = outer.root
-        self._never_has_chains = False
         self._role: tuple[list[RewrittenGraph], Role] | None = None
 
     def _make_table(self, options: Options) -> GraphTable:
         return SubmoduleTable(self, options)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the module on these arguments; with few Python calls where the net runs as it was written."""
-        if (
-            not torch.compiler.is_dynamo_compiling()
-            and UNDER_WAY.root is self.root
-            and UNDER_WAY.way is Way.AS_WRITTEN
-            and not is_shared(self)
-        ):
-            return type(self.net).forward.__get__(self.net)(*args, **kwargs)
-        return super().__call__(*args, **kwargs)
-
     def run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiler: GraphCompiler = to_function) -> Any:
         """Run the module on these arguments."""
         way = UNDER_WAY.way if UNDER_WAY.root is self.root else None
+        if way is Way.AS_WRITTEN:
+            return type(self.net).forward.__get__(self.net)(*args, **kwargs)
         outer = self.captured_outer()
-        if self.bypassed or outer.bypassed or way is Way.AS_WRITTEN:
+        if self.bypassed or outer.bypassed:
             return self.run_class_forward(args, kwargs, Way.AS_WRITTEN)
         role = self._role_in(outer)
         if role is Role.PIECE and any(graph.changes_function for graph in outer.table.graphs):
             return self._run_piece(outer, args, kwargs, way)
-        if not self._never_has_chains and (way is Way.PER_MODULE or role is Role.OWN):
+        if way is Way.PER_MODULE or role is Role.OWN:
             return super().run(args, kwargs, compiler)
         if role is Role.UNKNOWN:
             self._refuse_chains(outer, args, kwargs)
@@ -102,9 +90,6 @@ class SubmoduleForward(NetForward):
             "was rewritten: it holds but a piece of a chain. Call the net, or a part that holds whole chains."
         )
         return type(self.net).forward.__get__(self.net)(*args, **kwargs)
-
-    def _has_no_chain(self) -> None:
-        self._never_has_chains = not self.table.has_chains and never_has_chains(self.net, self.options)
 
     def captured_outer(self) -> NetForward:
         """Return the forward of the smallest captured module around this one, else the net's."""

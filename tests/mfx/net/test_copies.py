@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import Unsupported
 
 import mfx
 from mfx.modules.overlay import MARK
@@ -156,6 +157,33 @@ def test_what_is_asked_of_a_copy_that_was_never_called_is_answered_of_the_copy()
     assert [chain.gamma for chain in mfx.explain(net).chains] == [0.5]
     (graph,) = mfx.graphs(copied).values()
     assert graph.body is copied.body
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["fresh", "original compiled"])
+@pytest.mark.parametrize("kind", [Net, Decoded])
+@pytest.mark.filterwarnings("ignore")  # of the call that is refused, and of what is not one graph
+def test_a_copy_that_compiled_code_calls_first(kind, compiled):
+    torch.compiler.reset()
+    model = kind()
+    net = mfx.momentumize(model, gamma=0.0)
+    function = torch.compile(lambda module, x: module(x), backend="eager")
+    if compiled:
+        function(net, x_of())
+    mine, theirs = tables(net), tables(model)
+    if compiled and kind is Decoded:  # no compiler looks at the call again, so it is refused once
+        with pytest.raises(mfx.MfxError, match="call it again: from now on the copy has a forward of its own"):
+            function(mine, x_of())
+    assert torch.equal(function(mine, x_of()), theirs(x_of()))
+    assert torch.equal(function(net, x_of()), model(x_of()))
+
+
+@pytest.mark.parametrize("kind", [Net, Decoded])
+def test_compiled_code_does_not_guess_which_of_two_is_meant(kind):
+    torch.compiler.reset()
+    mine = tables(mfx.momentumize(kind(), gamma=0.0))
+    function = torch.compile(mine, backend="eager", fullgraph=True)
+    with pytest.warns(UserWarning, match="it is not known which of the two is meant"), pytest.raises(Unsupported):
+        function(x_of())
 
 
 @pytest.mark.parametrize("called", [False, True], ids=["fresh", "called"])

@@ -151,14 +151,14 @@ def python_calls(function):
 
 @pytest.mark.filterwarnings("ignore:mfx. Scaled has no chain")
 def test_a_net_without_chains_makes_few_python_calls():
-    """At most seven for each module that may hold chains, whatever the depth; wall time is too noisy for a test."""
+    """At most one for each module that may hold chains, whatever the depth; wall time is too noisy for a test."""
     extra = []
     for depth in (5, 10, 20):
         model = Scaled(depth)
         net = mfx.momentumize(model)
         net(X)
         extra.append(python_calls(lambda: net(X)) - python_calls(lambda: model(X)))  # noqa: B023
-    assert extra[1] - extra[0] <= 7 * 5
+    assert extra[1] - extra[0] <= 5
     assert extra[2] - extra[1] == 2 * (extra[1] - extra[0])
 
 
@@ -169,4 +169,4 @@ def test_a_net_without_chains_notices_what_changes():
     net(X)
     net.blocks[1] = nn.Sequential(TwoAdds(), TwoAdds())
     net(X)
-    assert [chain.name for chain in mfx.explain(net).chains] == ["blocks.1"]
+    assert [chain.name for chain in mfx.explain(net).chains] == ["blocks"]
