@@ -165,8 +165,15 @@ def _run_recorded(call: ChainCall, x: Tensor) -> ChainOutput:
     for index, (step, gamma) in enumerate(zip(call.steps, _gammas(call), strict=True)):
         if state.verifiable and index == walked.start > 0:
             state.remember_start()
+        version = x._version
         y, *side = runner.run(index, step, x, gamma)
         _check_fits(call, step, x, y)
+        if x._version != version:
+            raise MfxError(
+                f"chain {call.name}, step {step.path}: the branch writes into the stream, which is its input, so there "
+                "is no telling what is to be added to what. Have it write into a copy (x.clone()), or leave this step "
+                "out with skip="
+            )
         is_end = index + 1 == walked.stop
         # With these, gradients arrive elsewhere too, when the last update may have been freed.
         on_tape = bool(call.taps or side) or out.has_sides

@@ -113,6 +113,11 @@ class StepEnvironment:
         """True if a module that the step reads had forward hooks; global hooks only observe."""
         return self._layout.has_hooks
 
+    @property
+    def hooked(self) -> set[str]:
+        """The classes of modules that had hooks around both their forward and their backward."""
+        return self._layout.hooked
+
     def has_drawn_all(self) -> bool:
         """True if the recomputation has drawn all random numbers that the forward pass drew."""
         return all(draw.is_done() for draw in self._draws or ())

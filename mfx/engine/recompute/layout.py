@@ -57,6 +57,7 @@ class StateLayout:
         large: containers with too many entries to look at, by label.
         generators: the random generators that the modules hold.
         has_hooks: True if a module has forward hooks.
+        hooked: the classes of modules that have hooks around both their forward and their backward.
         has_state: True if there is a tensor that is not a parameter.
         has_mutable: True if there is something that a branch may change in place, without an assignment.
     """
@@ -89,6 +90,9 @@ class StateLayout:
             raise MfxError(f"step {step_path} reads what the model no longer has: {error}") from error
         self.slots += [*tensor_slots, *self._loose_slots]
         self.has_hooks = any(module._forward_hooks for module in self.modules)
+        self.hooked = {
+            type(m).__name__ for m in self.modules if m._forward_hooks and (m._backward_hooks or m._backward_pre_hooks)
+        }
         self.has_state = not all(slot.is_parameter for slot in self.slots)
         self.generators = [generator for module in self.modules for generator in generators_of(module, step_path)]
         self.has_mutable = bool(self._mutable)

@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mfx.engine.flags import verify_chain, verify_step
+from mfx.engine.flags import verify_chain, verify_step, warn_once
 from mfx.engine.memory.measure import StepMeasure
 from mfx.engine.recompute.checked_frame import CheckedFrame
 from mfx.engine.recompute.environment import Autocast, StepEnvironment
@@ -24,6 +24,7 @@ from mfx.engine.scope import inside_kept_step, measured_by
 from mfx.engine.steps import ChainCall, StepFunction
 from mfx.modules.random_state import generators_on
 from mfx.options.gamma import Gamma
+from mfx.text import listed
 
 
 class Runner(Protocol):
@@ -97,6 +98,14 @@ class _Recomputing:
         key = ("buffers", index, self._original)
         call, clock, cast = self._call, self._clock, self._autocast
         env = StepEnvironment(call.root, step.targets, step.path, key, call.cache, clock, cast)
+        if env.hooked:
+            message = (
+                f"chain {call.name}, step {step.path}: the backward pass runs this step a second time, and with it the "
+                f"forward hooks on {listed(sorted(env.hooked))}. These modules have backward hooks, too: if the two "
+                "keep account of each other (gradients per sample, for example), what they count is wrong. Use "
+                "memory_budget=1.0, which runs no step twice, or pass over the second time by mfx.recomputing()"
+            )
+            warn_once("hooks", message, call.cache)
         function = self._function_of(step)
         return self._make_frame(step, call.name, step.path, function, call.root, step.captures, self._captures, env)
 

@@ -82,8 +82,12 @@ def changes_shape(step: Step, index: GraphIndex, mutations: Mutations) -> Ground
     before, after = _facts(step.skip), _facts(step.out)
     if before is None or after is None:
         return None
-    if not before[1].is_floating_point:
-        return Refusal.NOT_FLOATING, {"dtype": _short(before[1])}
+    dtype = before[1]
+    if not dtype.is_floating_point or dtype.itemsize < 2:  # torch does not add floats of 8 bits
+        return Refusal.NOT_FLOATING, {
+            "dtype": _short(dtype),
+            "enough": " of 16 bits" if dtype.is_floating_point else "",
+        }
     if before != after:
         return Refusal.CHANGES_SHAPE, {"before": _describe(before), "after": _describe(after)}
     branch = _broadcast_shape(step.add.branch)

@@ -45,7 +45,7 @@ class Refusal(Enum):
     SCALED = (
         "the skip is scaled, gated or subtracted, and no plain step x + f(x) is in its chain",
         "the skip is scaled, gated or subtracted, and no plain step x + f(x) is in its chain",
-        "such sums are in gates and encodings of positions, too; in a chain with plain steps they are steps",
+        "gates and encodings of positions have such sums, too",
         "name it with only= to have it rewritten",
     )
     RECURRENT = (
@@ -109,10 +109,10 @@ class Refusal(Enum):
         "expand the branch to the stream's shape: x + f(x).expand_as(x)",
     )
     NOT_FLOATING = (
-        "the stream is {dtype}, not floating point",
-        "the stream is not floating point",
+        "the stream is {dtype}, not floating point{enough}",
+        "the stream is not floating point, or of 8 bits",
         "no gradient, no reversal",
-        "nothing: only floating-point streams have gradients",
+        "nothing: only floating-point streams of at least 16 bits have gradients",
     )
     CROSSING = (
         "the chain lies partly inside a step of another chain",

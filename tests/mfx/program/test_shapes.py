@@ -158,6 +158,36 @@ def test_integers_stay_integers():
         assert torch.equal(net(x), model(x))
 
 
+class EightBits(nn.Module):
+    def __init__(self, dtype, in_place):
+        super().__init__()
+        self.fcs = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.dtype, self.in_place = dtype, in_place
+
+    def forward(self, x):
+        x = x.to(self.dtype)
+        for fc in self.fcs:
+            if self.in_place:
+                x += fc(x.float()).to(self.dtype)
+            else:
+                x = x + fc(x.float()).to(self.dtype)
+        return x.float()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+def test_a_stream_of_eight_bits_fails_as_without_mfx(arithmetic, dtype, in_place):
+    """Fake tensors of float8 are added, tensors are not."""
+    model, x = EightBits(dtype, in_place), torch.randn(2, 8)
+    with pytest.raises(NotImplementedError) as plain:
+        model(x)
+    net = mfx.momentumize(model, gamma=0.9, arithmetic=arithmetic)
+    with pytest.raises(NotImplementedError) as raised, pytest.warns(UserWarning, match="not floating point of 16 bits"):
+        net(x)
+    assert str(raised.value) == str(plain.value)
+
+
 def test_complex_branches_are_dropped():
     model = Odd(ToComplex(), at=4)
     net = mfx.momentumize(model, gamma=0.0)
