@@ -19,6 +19,7 @@ import torch._dynamo
 import torch.nn.attention
 from torch import Tensor, fx
 from torch._dynamo import pgo
+from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
 from torch._functorch import predispatch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
 from torch.utils import _pytree as pytree
@@ -157,6 +158,7 @@ def trace_call(
             raise RuntimeError("the model computes nothing with tensors")
         _check_gradients_returned(output.backend_input.graph_module.graph)
         _check_draws(output)
+        _check_numpy(output.backend_input.graph_module.graph)
         try:
             guards = output.graph_capture_output.build_guards(function.__func__.__code__, _hooks())
         except IndexError as error:  # of Dynamo's own, looking for where a size comes from
@@ -236,6 +238,19 @@ def _check_draws(output: Any) -> None:
     if by_numpy or any(instruction.argval == "setstate" for instruction in instructions):
         what = "numpy's generator" if by_numpy else "a generator of its own (random.Random)"
         raise torch._dynamo.exc.TorchDynamoException(f"it draws random numbers from {what}, which TorchDynamo does not")
+
+
+def _check_numpy(graph: fx.Graph) -> None:
+    """Check that numpy computes nothing of tensors' values: Dynamo has torch do it, whose last bits are others."""
+    wrappers = (numpy_to_tensor_wrapper, numpy_method_wrapper, numpy_operator_wrapper)
+    of_call: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder" or not of_call.isdisjoint(node.all_input_nodes):
+            of_call.add(node)
+        if isinstance(node.target, wrappers) and node in of_call:
+            raise torch._dynamo.exc.TorchDynamoException(
+                f"numpy computes {node.name} of the values of tensors, which TorchDynamo would leave to torch"
+            )
 
 
 def _requires_grad(node: fx.Node) -> bool:

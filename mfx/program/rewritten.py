@@ -8,6 +8,7 @@ from functools import cached_property, partial
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from mfx.capture.captured import Captured
@@ -47,6 +48,7 @@ class RewrittenGraph:
         recompute_between: True if what lies between the chains is recomputed in the backward pass, too.
         verify: the reaction if that recomputation was not reproducible.
         traced: the chains before they were checked against shapes; None if there was no such time.
+        default_dtype: torch's default dtype in the trace: constants that the model made then are of this dtype.
     """
 
     captured: Captured
@@ -62,6 +64,7 @@ class RewrittenGraph:
     recompute_between: bool = False
     verify: str = "warn"
     traced: Chains | None = None
+    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
     _functions: dict[GraphCompiler, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     @property
@@ -135,9 +138,11 @@ class RewrittenGraph:
         return binding.holds(net, args, kwargs) and (binding.guards_modules or self.holds())
 
     def holds(self) -> bool:
-        """True if the modules that the capture walked through are as they were."""
+        """True if the modules that the capture walked through, and torch's default dtype, are as they were."""
         if self.captured.binding.guards_modules:
             return self.in_place()  # the model may set their attributes
+        if torch.get_default_dtype() is not self.default_dtype:
+            return False
         return all(guard.holds() for guard in self.guards)
 
     def in_place(self) -> bool:

@@ -271,3 +271,27 @@ def test_a_symbolic_trace_does_not_record_what_is_set(attribute):
 
     with pytest.raises(mfx.MfxError, match=f"{attribute} of a traced value is set"):
         mfx.momentumize(Setting(returns=False), capture="symbolic")
+
+
+class WithConstant(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        x = x + torch.linspace(0, 1, 8).sin().to(x.dtype)
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+def test_constants_are_of_the_default_dtype_of_the_call():
+    model = WithConstant()
+    net = mfx.momentumize(model, gamma=0.0)
+    x = torch.randn(2, 8)
+    try:
+        for dtype in (torch.float32, torch.float64, torch.float32):
+            torch.set_default_dtype(dtype)
+            assert torch.equal(net(x), model(x))
+    finally:
+        torch.set_default_dtype(torch.float32)

@@ -87,6 +87,15 @@ def test_a_leaf_keeps_the_chain_around_it(look, arithmetic):
         assert [len(chain.steps) for chain in mfx.explain(net).chains] == [4]
 
 
+def test_what_numpy_computes_is_left_to_numpy():
+    torch.manual_seed(0)
+    model, inputs = Net(through_numpy), (torch.randn(4, 8),)
+    net = mfx.momentumize(model, gamma=0.0)
+    assert_bit_equal(train_step(net, inputs), train_step(model, inputs))
+    with pytest.raises(mfx.MfxError, match=r"numpy computes \w+ of the values of tensors"):
+        mfx.momentumize(model, capture="dynamo")(*inputs)
+
+
 class Returns(nn.Module):
     """A leaf whose output is made into something by ``give``."""
 
