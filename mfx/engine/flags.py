@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mfx.compat import NO_TASK, current_task, when_task_ends
+from mfx.compat import NO_TASK, current_task, is_sharded, when_task_ends
 from mfx.engine.steps import ChainCache
 from mfx_passes.errors import MfxError
 
@@ -109,12 +109,17 @@ def _say(flags: Sequence[_Flag]) -> None:
     for device in {flag.value.device for flag in flags}:
         there = [flag for flag in flags if flag.value.device == device]
         # In one transfer: each would wait for the device.
-        values = torch.stack([flag.value.to(torch.float32) for flag in there]).tolist()
+        values = torch.stack([_whole(flag.value).to(torch.float32) for flag in there]).tolist()
         for flag, value in zip(there, values, strict=True):
             if value and flag.action == "raise":
                 raise MfxError(flag.message(value))
             if value:
                 _warn("values", flag.message(value), flag.warned)
+
+
+def _whole(flag: Tensor) -> Tensor:
+    """Return a flag of values that are distributed over processes as one of all processes."""
+    return flag.full_tensor() if is_sharded(flag) else flag  # type: ignore[attr-defined, no-any-return]
 
 
 @atexit.register

@@ -19,9 +19,14 @@ _NOT_USERS = frozenset(
 _STORES = bytes([dis.opmap["STORE_GLOBAL"], dis.opmap["DELETE_GLOBAL"]])
 
 
-def is_users(module_name: str | None) -> bool:
-    """True if a module of Python is neither torch's, mfx's nor the standard library's."""
-    return (module_name or "").partition(".")[0] not in _NOT_USERS
+def is_users(module_name: object) -> bool:
+    """True if a module of Python is neither torch's, mfx's nor the standard library's.
+
+    Code that was made from a text has no name; a class of C may have a descriptor there.
+    """
+    if isinstance(module_name, str):
+        return module_name.partition(".")[0] not in _NOT_USERS
+    return module_name is None
 
 
 class References:

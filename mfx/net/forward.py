@@ -6,6 +6,7 @@ import inspect
 import sys
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from types import CodeType
 from typing import Any
 
@@ -165,7 +166,7 @@ class NetForward(Overlay):
             self.warn(without_chains(self.net, "runs as it was written"))
         own = [(self.net, self)] if self.is_submodule else []
         for module, forward in own + [(module, forward) for _, module, forward in submodule_overlays(self.net)]:
-            if never_has_chains(module, forward.options):
+            if never_has_chains(module, replace(forward.options, min_steps=1)):  # nor a piece of one
                 remove_overlay(module)
 
     def _run_per_module(self, error: CaptureError, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:

@@ -256,6 +256,8 @@ class SymbolicTracer(fx.Tracer):
 
     def length_of(self, obj: fx.Proxy) -> int | None:
         """Return the length of a value in the call that is traced; None if it is not known."""
+        if (length := _length(obj.node)) is not None:
+            return length
         return None if self.values is None else self.values.length(obj.node)
 
 
@@ -281,9 +283,12 @@ def _length(node: fx.Node) -> int | None:
     if node.target in ("chunk", torch.chunk):
         count = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
         return count if isinstance(count, int) else None
-    if node.target in ("split", torch.split, "tensor_split", torch.tensor_split):
+    if node.target in ("split", torch.split):
         sizes = node.args[1] if len(node.args) > 1 else node.kwargs.get("split_size_or_sections")
         return len(sizes) if isinstance(sizes, list | tuple) else None
+    if node.target in ("tensor_split", torch.tensor_split):
+        borders = node.args[1] if len(node.args) > 1 else node.kwargs.get("indices")
+        return len(borders) + 1 if isinstance(borders, list | tuple) else None
     if node.target is operator.getitem and isinstance(node.args[1], slice):
         return _length_of_slice(node.args[1])
     return None

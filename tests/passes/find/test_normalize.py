@@ -1,12 +1,23 @@
 from __future__ import annotations
 
+import operator
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.find.normalize import is_tangled, normalize
 from tests.passes.harness import Traced, code_of, traced
+
+
+def set_entry(values: Any, index: int, value: float) -> None:
+    """``values[index] = value``, as TorchDynamo records it; a symbolic trace refuses it."""
+    if isinstance(values, fx.Proxy):
+        values.tracer.create_proxy("call_function", operator.setitem, (values, index, value), {})
+    else:
+        values[index] = value
 
 
 class InPlace(nn.Module):
@@ -15,7 +26,7 @@ class InPlace(nn.Module):
         view = y.view(-1)
         y.add_(1)
         y.mul_(2)
-        view.__setitem__(0, 0)  # the tracer does not know view[0] = 0
+        set_entry(view, 0, 0)
         return y + view.sum()
 
 
