@@ -18,7 +18,7 @@ from mfx.compat.autograd import (
 from mfx.compat.compiled import compiled_model, is_inductor
 from mfx.compat.fake_tensors import fake_mode, fake_mode_of, is_fake, new_fake_mode, runs_for_real, unlogged
 from mfx.compat.fsdp import class_before_sharding, is_group, is_sharded, shards_of, share_shards
-from mfx.compat.fx import autowrap_in_this_thread, is_erased, search_autowrapped_in, untraced
+from mfx.compat.fx import autowrap_in_this_thread, dynamo_rules_kept, is_erased, search_autowrapped_in, untraced
 from mfx.compat.generators import sign_of_numpy, sign_of_python
 from mfx.compat.hooks import (
     call_tables,
@@ -60,6 +60,7 @@ __all__ = [
     "class_before_sharding",
     "compiled_model",
     "current_task",
+    "dynamo_rules_kept",
     "fake_mode",
     "fake_mode_of",
     "forward_hook_tables",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
@@ -61,3 +62,22 @@ def autowrap_in_this_thread(type_seen: type) -> AbstractContextManager[None]:
             patcher.patch(namespace, "type", type_seen)
 
     return patched(module, "_autowrap_check", check, elsewhere=lambda *args: None)
+
+
+@contextmanager
+def dynamo_rules_kept() -> Iterator[None]:
+    """Within this context functions of torch may be wrapped: TorchDynamo's table of them, if made here, is not kept.
+
+    The table knows functions by identity (torch 2.14). Made of wrapped ones, it would refuse ``torch.ones`` ever after.
+    """
+    was_made = _are_rules_made()
+    try:
+        yield
+    finally:
+        if not was_made and _are_rules_made():
+            sys.modules["torch._dynamo.trace_rules"].get_torch_obj_rule_map.cache_clear()
+
+
+def _are_rules_made() -> bool:
+    rules = sys.modules.get("torch._dynamo.trace_rules")
+    return rules is not None and rules.get_torch_obj_rule_map.cache_info().currsize > 0

@@ -115,7 +115,7 @@ def capture(
 def _traced(model: nn.Module, tracer: SymbolicTracer, trace: Callable[[SymbolicTracer], R]) -> R:
     attributes = set(model.__dict__)
     try:
-        with _ValuesRead(tracer.refusals):
+        with compat.dynamo_rules_kept(), _ValuesRead(tracer.refusals):
             return trace(tracer)
     except MfxError:
         raise
