@@ -87,6 +87,8 @@ def _overflow_message(place: str, largest: float) -> str:
 
 def _read(flag: _Flag) -> None:
     """Warn or raise unless a flag is 0: now if reading it waits for nothing, else later."""
+    if flag.value.is_meta:
+        return  # shapes alone have no values to be wrong
     if not _is_away(flag.value):
         _say([flag])
         return
