@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mfx.capture.binding import NotPlainError, frozen
+from mfx.capture.binding import frozen
 
 _SWITCHES = (bool, str, type(None))
 
@@ -33,13 +33,15 @@ def _switch(value: Any) -> str:
 def exact_kind_of(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable | None:
     """Return all of a call that a graph may depend on besides the net: everything but the values of tensors.
 
-    None if an argument is neither a tensor nor plain.
+    None if an argument is neither a tensor nor plain, or a size is a symbol, as while the net is exported.
     """
     leaves, spec = pytree.tree_flatten((args, dict(kwargs)))
     try:
-        return net.training, torch.is_grad_enabled(), spec, tuple(map(_exact, leaves))
-    except NotPlainError:
+        kind = net.training, torch.is_grad_enabled(), spec, tuple(map(_exact, leaves))
+        hash(kind)
+    except TypeError:
         return None
+    return kind
 
 
 def _exact(leaf: Any) -> Hashable:
