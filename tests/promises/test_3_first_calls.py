@@ -20,6 +20,8 @@ from mfx.compat import is_fake
 from mfx.net.forward import forward_of
 from tests.models.step import assert_bit_equal, train_step
 
+pytestmark = pytest.mark.zoo  # minutes: TorchDynamo captures most members, some at every call
+
 
 class Block(nn.Module):
     def __init__(self, norm: type[nn.Module]) -> None:

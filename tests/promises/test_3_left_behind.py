@@ -17,6 +17,8 @@ import mfx
 from tests.promises import left_behind as places
 from tests.promises.left_behind import WIDTH, Net
 
+pytestmark = pytest.mark.zoo  # minutes: TorchDynamo captures most members, some at every call
+
 
 def inputs(seed: int = 0) -> Tensor:
     return torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(seed))
