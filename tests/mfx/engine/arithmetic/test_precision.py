@@ -63,13 +63,14 @@ class Island(nn.Module):
         super().__init__()
         self.first, self.second = block(), nn.Linear(WIDTH, WIDTH)
         self.seen = []
+        self.note = self.seen.append  # a recomputation puts the module's list back, not what a method is bound to
 
     def forward(self, x):
         with torch.autocast("cpu", enabled=False):
             y = self.first(x.float())
         with torch.autocast("cpu", torch.bfloat16):
             z = self.second(y)
-        self.seen.append((y.dtype, z.dtype, recomputing()))
+        self.note((y.dtype, z.dtype, recomputing()))
         return z.to(x.dtype).sin()  # saves its input: a second run comes as far as this
 
 
