@@ -22,15 +22,15 @@ def sign_of_python() -> Hashable:
 
 
 @cache
-def _words_of_python() -> Callable[[], int] | None:
+def _words_of_python() -> Callable[[], tuple[int, ...]] | None:
     if sys.implementation.name != "cpython":
         return None
-    words = (ctypes.c_uint32 * 2).from_address(id(random._inst) + object.__basicsize__)
+    words = (ctypes.c_uint32 * 4).from_address(id(random._inst) + object.__basicsize__)
     state = random.getstate()[1]
-    if (words[0], words[1]) != (state[_WORDS], state[0]):
+    if (words[0], *words[1:3]) != (state[_WORDS], *state[:2]):
         return None
-    both = ctypes.c_uint64.from_buffer(words)
-    return partial(getattr, both, "value")
+    # The first word is the same after every seed; the second is not.
+    return partial(tuple, words)
 
 
 def sign_of_numpy() -> Hashable:
@@ -49,8 +49,9 @@ def _words_of_numpy(bits: Any) -> Callable[[], tuple[int, int]] | None:
     if type(bits).__name__ != "MT19937":
         return None
     address, state = bits.ctypes.state_address, bits.state["state"]
-    word = ctypes.c_uint32.from_address(address)
+    word = ctypes.c_uint64.from_address(address)  # two words: the first is the same after many seeds
     position = ctypes.c_int32.from_address(address + 4 * _WORDS)
-    if (word.value, position.value) != (state["key"][0], state["pos"]):
+    key = int(state["key"][0]) | int(state["key"][1]) << 32
+    if (word.value, position.value) != (key, state["pos"]):
         return None
     return lambda: (word.value, position.value)

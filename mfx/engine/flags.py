@@ -121,7 +121,7 @@ def _say(flags: Sequence[_Flag]) -> None:
 
 def _whole(flag: Tensor) -> Tensor:
     """Return a flag of values that are distributed over processes as one of all processes."""
-    return flag.full_tensor() if is_sharded(flag) else flag  # type: ignore[attr-defined, no-any-return]
+    return flag.full_tensor() if is_sharded(flag) else flag  # type: ignore[attr-defined]
 
 
 @atexit.register
