@@ -10,6 +10,8 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from mfx.engine import recomputing
+from mfx.modules import random_state
+from mfx.modules.random_state import Generator
 from mfx_passes.errors import MfxError
 from tests.mfx.engine.chains import WIDTH, error, gradients, make_root, make_steps, recurrence, run, weights_like
 
@@ -336,7 +338,6 @@ def test_after_an_error_in_a_second_run_the_graph_works_again(how):
     assert error(gradients(loss, root, x), expected) < CLOSE
 
 
-@pytest.mark.xfail(reason="the clock reads states by other functions now: the count has to be taken there", strict=True)
 def test_random_states_are_kept_for_branches_that_drew_only(how, monkeypatch):
     root, steps, x = make()
     for index in (2, 9):
@@ -348,10 +349,11 @@ def test_random_states_are_kept_for_branches_that_drew_only(how, monkeypatch):
         states.append(weakref.ref(state))
         return state
 
-    monkeypatch.setattr(torch, "get_rng_state", reading)
+    clock = [Generator("torch", reading, torch.set_rng_state)]
+    monkeypatch.setattr(random_state, "_generators_on", lambda device, has_numpy: clock)
     y = run(root, steps, x, **how).x
     alive = [index for index, state in enumerate(states) if state() is not None]
-    # One reading before the first step, one after every step; the last is the clock's own. A step that drew keeps the
-    # states before and after: between two such steps they are one.
-    assert alive == [2, 3, 9, 10, DEPTH]
+    # One reading before the first step, one after every step; a reading that finds no change is dropped. Steps 2 and 9
+    # drew: kept are the state at the start, that after step 2 (which is the one before step 9), and that after step 9.
+    assert alive == [0, 3, 10]
     y.sum().backward()
