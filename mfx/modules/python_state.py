@@ -46,7 +46,8 @@ class PythonState:
         self._seen: dict[int, Any] = {id(module): module for module in self._modules}
         self._holders: list[Holder] = []
         self._references = References()
-        self._tables = [(module, dict(module.__dict__)) for module in self._modules]
+        # TorchScript's modules note there which of their methods were looked up; their state lies in C++.
+        self._tables = [(m, dict(m.__dict__)) for m in self._modules if not isinstance(m, torch.jit.ScriptModule)]
         self._hooks = [
             (table, (*table, *table.values()) if table else (), path)
             for module, path in self._modules.items()
