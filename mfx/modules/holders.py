@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -10,9 +9,10 @@ from operator import is_
 from types import CellType
 from typing import Any
 
+from mfx.modules.buffers import DATA, is_buffer, numbers_of, set_numbers, size_of
+
 ABSENT = object()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
-_SMALL_ARRAY = 4096  # elements; larger ones are data, not counters
 
 
 @dataclass(frozen=True)
@@ -87,9 +87,8 @@ def _kind_of(value: Any) -> _Kind | None:
     kind = _KINDS.get(type(value)) or next((kind for cls, kind in _KINDS.items() if isinstance(value, cls)), None)
     if kind is not None:
         return kind
-    numpy = sys.modules.get("numpy")
-    if numpy is not None and type(value) is numpy.ndarray:
-        return _ARRAY if value.size <= _SMALL_ARRAY and value.dtype != object else None
+    if is_buffer(value):
+        return _BUFFER if size_of(value) <= DATA else None
     return _SLOTS if slots_of(type(value)) else None
 
 
@@ -180,10 +179,6 @@ def _write_slots(value: Any, before: tuple[Any, ...]) -> None:
             object.__delattr__(value, name)
 
 
-def _write_array(value: Any, before: tuple[Any, ...]) -> None:
-    value[...] = sys.modules["numpy"].frombuffer(before[0], value.dtype).reshape(value.shape)
-
-
 DICT = _Kind(lambda value: (*value, *dict.values(value)), _write_dict)
 _SEQUENCE = _Kind(tuple, _write_sequence)
 VARIABLE = _Kind(lambda variable: (variable.namespace.get(variable.name, ABSENT),), _write_variable)
@@ -197,4 +192,4 @@ _KINDS: dict[type, _Kind] = {
     type: _Kind(_read_class, _write_class),
 }
 _SLOTS = _Kind(lambda value: tuple(getattr(value, name, ABSENT) for name in slots_of(type(value))), _write_slots)
-_ARRAY = _Kind(lambda value: (value.tobytes(),), _write_array)
+_BUFFER = _Kind(numbers_of, set_numbers)

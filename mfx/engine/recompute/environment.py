@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mfx.compat import are_weights_cached, autocast_as, autocast_state, cached_weights, is_sharded, weights_cached
+from mfx.engine.recompute.contents import is_same_sign
 from mfx.engine.recompute.layout import Flags, StateLayout
 from mfx.engine.recompute.random_clock import Draw, RandomClock
 from mfx.engine.steps import ChainCache
@@ -98,7 +99,8 @@ class StepEnvironment:
         # The values, before the branch runs, of tensors that it changes or may change, by identity.
         self._values: dict[int, Tensor] = {}
         self._lost: set[str] = set()
-        self._sizes = list(map(len, layout.large.values()))
+        self._signs = layout.signs()
+        self._overwritten: set[str] = set()
         if layout.has_state:
             self._known = memory.changing.setdefault(layout.flags, {})
             self._copy_values()
@@ -127,9 +129,14 @@ class StepEnvironment:
         self._draws = [*chain.from_iterable(map(RandomClock.tick, self._clocks))]
         if self._layout.has_state:
             self._settle_values()
-        for (label, container), size in zip(self._layout.large.items(), self._sizes, strict=True):
-            if len(container) != size:
-                self._lost.add(label)
+        self._overwritten = self._changed_signs()
+
+    def _changed_signs(self) -> set[str]:
+        """Return the labels of what is not copied and was changed since this was made."""
+        if not self._signs:
+            return set()
+        signs = zip(self._layout.large, self._signs, self._layout.signs(), strict=True)
+        return {label for label, before, now in signs if not is_same_sign(before, now)}
 
     def _settle_values(self) -> None:
         known, slots = self._known, self._layout.slots
@@ -176,6 +183,12 @@ class StepEnvironment:
             contexts.append(weights_cached(self._cached_weights))
         return contexts
 
+    def _changed(self, label: str) -> MfxError:
+        return MfxError(
+            f"{self._path}: {label} was changed between forward and backward, but the backward pass has "
+            "to run this step a second time; call backward before changing it"
+        )
+
     def _frozen_as_then(self) -> list[AbstractContextManager[object]]:
         """Check tensors; return contexts for those that were frozen or unfrozen."""
         if self._lost:
@@ -183,6 +196,15 @@ class StepEnvironment:
                 f"{self._path}: this step wrote into {', '.join(sorted(self._lost))}, which it had not done in earlier "
                 "calls, so the value that it read is gone. From the next call on it is kept"
             )
+        if self._overwritten:
+            raise MfxError(
+                f"{self._path}: this step changed {', '.join(sorted(self._overwritten))} in place, which it would have "
+                "to find as before when the backward pass runs it a second time. Of containers with more than 64 "
+                "entries, of arrays above 64 KiB and of memory that something else shares no copy is made: keep what "
+                "changes in a buffer or a smaller container, skip the step, or use memory_budget=1.0"
+            )
+        if others := self._changed_signs():
+            raise self._changed(min(others))
         now = _states(self.tensors)
         if now == self._states:
             return []
@@ -191,10 +213,7 @@ class StepEnvironment:
             if state is None or before is None or state == before or id(tensor) in self._values or is_sharded(tensor):
                 continue
             if state[0] != before[0]:
-                raise MfxError(
-                    f"{self._path}: {slot.label} was changed between forward and backward, but the backward pass has "
-                    "to run this step a second time; call backward before changing it"
-                )
+                raise self._changed(slot.label)
             contexts.append(_requiring_grad(tensor, before[1]))
         return contexts
 

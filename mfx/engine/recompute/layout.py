@@ -2,40 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mfx.compat import Table, call_tables, global_call_tables, tensor_tables
+from mfx.engine.recompute.contents import LIMIT, Buffer, Held, held_by, sharing, sign_of
 from mfx.engine.recompute.tables import TensorSlot, is_watched, set_contents, set_types, table_of, unless_sharded
+from mfx.modules.buffers import is_buffer
 from mfx.modules.overlay import Overlay
 from mfx.modules.random_state import generators_of
 from mfx_passes.errors import MfxError
 
 Flags = tuple[bool, ...]
 
-LIMIT = 64
-"""Entries of a container, or attributes of an object, up to which changes of it are seen and undone."""
-
 _END = object()
 _values_of = methodcaller("values")
+_look = methodcaller("look")
 _call: Any = partial.__call__  # at C speed in map
 _OWN = frozenset(vars(nn.Module()))  # attributes that every module has; all but ``training`` are tables
 _OPAQUE = (nn.Module, type, Overlay)
 _PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
-
-
-class _Container(NamedTuple):
-    container: Any
-    keys: tuple[Any, ...]  # of a dictionary
-    entries: tuple[Any, ...]
 
 
 class StateLayout:
@@ -54,7 +47,7 @@ class StateLayout:
         loose: the tensors that are neither parameters nor buffers of a module.
         lasts: False if there are loose tensors, which should live no longer than the model wants, or buffers in a root
             that is made anew for every call.
-        large: containers with too many entries to look at, by label.
+        large: containers and buffers that are not copied, by label: too large, or memory that something shares.
         generators: the random generators that the modules hold.
         has_hooks: True if a module has forward hooks.
         hooked: the classes of modules that have hooks around both their forward and their backward.
@@ -76,7 +69,8 @@ class StateLayout:
         self._paths: list[tuple[Table, str]] = []  # on the way to what is no tensor
         self._leaves: list[tuple[Table, str]] = []  # tensors that are targets themselves
         self._mutable: list[tuple[Table, Any, Any]] = []
-        self._containers: dict[int, _Container] = {}
+        self._contents: dict[int, Held] = {}
+        self._buffers: dict[str, Buffer] = {}
         tensor_slots: list[TensorSlot] = []
         self._loose_slots: list[TensorSlot] = []
         for table in global_call_tables():
@@ -103,6 +97,8 @@ class StateLayout:
         self._top_values = self._tops(root)
         self._read_paths = [partial(table.get, name) for table, name in self._paths]
         self._read_leaves = [partial(table.get, name) for table, name in self._leaves]
+        if self._buffers:
+            self._watch_shared()
         self._held = [*self._look(), _END]
 
     # --- what there is ------------------------------------------------------------------------------------------------
@@ -178,21 +174,32 @@ class StateLayout:
                 self.loose.append(value)
                 self._loose_slots.append(TensorSlot(table, "", label, isinstance(value, nn.Parameter)))
             return True
-        if not isinstance(value, list | dict | set | deque | tuple):
+        if not (isinstance(value, list | dict | set | deque | tuple) or is_buffer(value)):
             return False
-        if len(value) > LIMIT:
+        if id(value) in self._contents:
+            return True
+        held = held_by(value)
+        if held is None:
             self.large[label] = value
             return False
-        if id(value) in self._containers:
+        self._contents[id(value)] = held
+        if isinstance(held, Buffer):
+            self._buffers[label] = held
             return True
-        keys, entries = (tuple(value), tuple(value.values())) if isinstance(value, dict) else ((), tuple(value))
-        self._containers[id(value)] = _Container(value, keys, entries)
-        found = zip(keys or range(len(entries)), entries, strict=True)
-        inside = [self._is_mutable(e, f"{label}[{key!r}]", table) for key, e in found if type(e) not in _PLAIN]
+        entries = [(key, entry) for key, entry in held.named() if type(entry) not in _PLAIN]
+        inside = [self._is_mutable(entry, f"{label}[{key!r}]", table) for key, entry in entries]
         if isinstance(value, tuple) and not any(inside):
-            del self._containers[id(value)]
+            del self._contents[id(value)]
             return False
         return True
+
+    def _watch_shared(self) -> None:
+        """Count buffers whose memory is shared among those that are not copied."""
+        shared = sharing([*self._buffers.values()], self.tensors())
+        for label, buffer in self._buffers.items():
+            if id(buffer.value) in shared:
+                self.large[label] = buffer.value
+                del self._contents[id(buffer.value)]
 
     # --- what they hold -----------------------------------------------------------------------------------------------
 
@@ -200,6 +207,10 @@ class StateLayout:
     def flags(self) -> Flags:
         """The training mode of each module."""
         return tuple([m.training for m in self.modules])
+
+    def signs(self) -> list[tuple[Any, ...]]:
+        """Return what tells changes of what is not copied, in the order of ``large``."""
+        return [sign_of(value) for value in self.large.values()]
 
     def tensors(self) -> list[Any]:
         """Return the tensors of all slots, each a tensor or None; parameters and buffers are the present ones."""
@@ -225,7 +236,7 @@ class StateLayout:
     def _look(self) -> Iterator[Any]:
         """Yield, at C speed, all that the tables and containers hold, parameters and buffers aside."""
         found = chain(map(_call, self._read_paths), chain.from_iterable(map(_values_of, self._tables)))
-        return chain(found, chain.from_iterable(map(_inside, self._containers.values()))) if self._containers else found
+        return chain(found, chain.from_iterable(map(_look, self._contents.values()))) if self._contents else found
 
     # --- and held -----------------------------------------------------------------------------------------------------
 
@@ -276,29 +287,13 @@ class StateLayout:
                     )
 
     def _copied(self, value: Any, copies: dict[int, Any]) -> Any:
-        """Return a container as it was, copied with the containers in it."""
-        if id(value) in copies or id(value) not in self._containers:
+        """Return a container or buffer as it was, copied with the containers in it."""
+        held = self._contents.get(id(value))
+        if id(value) in copies or held is None:
             return copies.get(id(value), value)
-        container, keys, entries = self._containers[id(value)]
-        if isinstance(container, tuple):
-            renewed = [self._copied(entry, copies) for entry in entries]
-            copied = type(container)(*renewed) if hasattr(container, "_fields") else type(container)(renewed)
-            return copies.setdefault(id(value), copied)
-        copied = copies[id(value)] = copy.copy(container)
-        copied.clear()
-        renewed = [self._copied(entry, copies) for entry in entries]
-        if isinstance(copied, dict):
-            copied.update(zip(keys, renewed, strict=True))
-        elif isinstance(copied, set):
-            copied.update(renewed)
-        else:
-            copied.extend(renewed)
-        return copied
-
-
-def _inside(container: _Container) -> Iterable[Any]:
-    now = container.container
-    return chain(now, now.values()) if isinstance(now, dict) else now
+        if (copied := held.empty()) is not None:
+            copies[id(value)] = copied
+        return copies.setdefault(id(value), held.filled(copied, partial(self._copied, copies=copies)))
 
 
 class PutBack:

@@ -1,0 +1,54 @@
+"""Buffers of numbers that can be changed in place: arrays of numpy, records of one, and the standard library's."""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from typing import Any
+
+DATA = 2**26
+"""Bytes of a buffer above which it is not looked at: data, not something that a model notes."""
+
+
+def is_buffer(value: object) -> bool:
+    """True for a buffer of numbers that can be changed in place."""
+    if isinstance(value, bytearray | array | memoryview):
+        return True
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray | numpy.void)
+
+
+def size_of(value: Any) -> int:
+    """Return the bytes of a buffer."""
+    if isinstance(value, array):
+        return len(value) * value.itemsize
+    return len(value) if isinstance(value, bytearray) else int(value.nbytes)
+
+
+def numbers_of(value: Any) -> tuple[Any, ...]:
+    """Return what a buffer holds: its bytes, its shape, and the objects if it is an array of objects."""
+    as_bytes = bytes(value) if isinstance(value, bytearray) else value.tobytes()
+    dtype = getattr(value, "dtype", None)
+    objects = tuple(value.flat) if dtype is not None and dtype.hasobject and hasattr(value, "flat") else ()
+    return as_bytes, getattr(value, "shape", None), *objects
+
+
+def set_numbers(value: Any, numbers: tuple[Any, ...]) -> None:
+    """Have a buffer hold what ``numbers_of`` returned."""
+    as_bytes, shape, *objects = numbers
+    if isinstance(value, bytearray):
+        value[:] = as_bytes
+    elif isinstance(value, array):
+        value[:] = array(value.typecode, as_bytes)
+    elif isinstance(value, memoryview):
+        value.cast("B")[:] = as_bytes
+    elif value.dtype.hasobject:
+        for place, item in enumerate(objects):
+            value.flat[place] = item
+    elif (before := sys.modules["numpy"].frombuffer(as_bytes, value.dtype)).size and value.dtype.names and not shape:
+        for name in value.dtype.names:  # a record
+            value[name] = before[0][name]
+    else:
+        if value.shape != shape:
+            value.resize(shape, refcheck=False)
+        value[...] = before.reshape(shape)
