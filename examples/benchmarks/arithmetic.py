@@ -25,7 +25,7 @@ from tqdm import tqdm
 import mfx
 from examples.benchmarks.command import on_threads, parser_of, write_results
 from mfx.engine.arithmetic import ARITHMETICS, State
-from mfx.engine.arithmetic.digit_store import DigitStore
+from mfx.engine.arithmetic.digit_store import DigitStore, bytes_stored
 from mfx.options.gamma import Gamma
 
 GAMMA = 0.9
@@ -204,13 +204,14 @@ def bits(gamma: Gamma, depths: Sequence[int]) -> list[Bits]:
     for depth in range(1, max(depths) + 1):
         # The first step multiplies nothing, but a later one can.
         store.before_multiply(gamma.numerator, gamma.denominator, one)
-        if store.spilled[-1]:
+        if store.history[-1][1]:
             spills.append(depth)
         if depth in depths:
             limbs = sum(limb.nbytes for limb in store.limbs)
             # From one filled limb to another, so that none is half full.
             between = 8 * (limbs - store.limbs[0].nbytes) / (spills[-1] - spills[0]) if len(spills) > 1 else None
-            rows.append(Bits(gamma.value, depth, 8 + limbs, between, ideal))
+            stored = bytes_stored(gamma.numerator, gamma.denominator, depth)
+            rows.append(Bits(gamma.value, depth, stored, between, ideal))
     return rows
 
 

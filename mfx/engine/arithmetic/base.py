@@ -52,6 +52,11 @@ class State(ABC):
 
     @staticmethod
     @abstractmethod
+    def walks_back(gamma: Gamma, dtype: torch.dtype, steps: int) -> bool:
+        """True if a chain of so many steps on a stream of ``dtype`` keeps states rather than the steps' inputs."""
+
+    @staticmethod
+    @abstractmethod
     def bytes_kept(gamma: Gamma, dtype: torch.dtype, steps: int) -> float:
         """Return the bytes per element that a chain of so many steps keeps to walk back."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -11,7 +12,7 @@ from typing_extensions import Self, override
 
 from mfx.engine.arithmetic.base import Frozen, State
 from mfx.engine.arithmetic.blocks import blocks
-from mfx.engine.arithmetic.digit_store import LIMB, TOP_LIMIT, DigitStore
+from mfx.engine.arithmetic.digit_store import LIMB, TOP_LIMIT, DigitStore, bytes_stored
 from mfx.engine.arithmetic.integers import ONE, nearest
 from mfx.engine.arithmetic.kernels import BLOCK_KERNELS, Kernels, increment, read
 from mfx.engine.arithmetic.range_check import RangeCheck
@@ -63,11 +64,17 @@ class ExactState(State):
 
     @staticmethod
     @override
-    def bytes_kept(gamma: Gamma, dtype: torch.dtype, steps: int) -> float:
-        # A velocity that starts at zero leaves no digits when it is multiplied first.
+    def walks_back(gamma: Gamma, dtype: torch.dtype, steps: int) -> bool:
+        # Decides which function a chain computes, so it may not depend on how narrow the store is: a word of it counts.
         bits = math.log2(gamma.denominator / gamma.numerator) * (steps - 1)
         limbs = max(0, math.ceil((bits - math.log2(TOP_LIMIT)) / LIMB))
-        return 24 + LIMB // 8 * limbs
+        return 24 + LIMB // 8 * limbs < dtype.itemsize * steps
+
+    @staticmethod
+    @override
+    def bytes_kept(gamma: Gamma, dtype: torch.dtype, steps: int) -> float:
+        # A velocity that starts at zero leaves no digits when it is multiplied first.
+        return 16 + bytes_stored(gamma.numerator, gamma.denominator, steps - 1)
 
     @override
     def stream(self) -> Tensor:
@@ -111,14 +118,11 @@ class ExactState(State):
 
     @override
     def freeze(self) -> Frozen:
-        self.owns_x = self.owns_v = self.store.owned = False
-        tensors = (self.X, self._velocity(), *self.store.limbs)
-        has_top = self.store.top is not None
-        if self.store.top is not None:
-            tensors = (*tensors, self.store.top)
+        self.owns_x = self.owns_v = False
+        digits, thaw_store = self.store.freeze()
         past = self.steps, self.start_v_sum, self.start_fingerprint
-        thaw = partial(_thaw, self.dtype, self.range_check, self.kernels, tuple(self.store.spilled), has_top, past)
-        return Frozen(tensors, thaw)
+        thaw = partial(_thaw, self.dtype, self.range_check, self.kernels, thaw_store, past)
+        return Frozen((self.X, self._velocity(), *digits), thaw)
 
     @override
     def remember_start(self) -> None:
@@ -186,15 +190,12 @@ def _thaw(
     dtype: torch.dtype,
     range_check: RangeCheck,
     kernels: Kernels,
-    spilled: tuple[bool, ...],
-    has_top: bool,
+    thaw_store: Callable[[Sequence[Tensor]], DigitStore],
     past: tuple[int, Tensor | None, Tensor | None],
     tensors: tuple[Tensor, ...],
 ) -> ExactState:
-    X, V, *limbs = tensors
-    store = DigitStore(limbs.pop() if has_top else None, tuple(limbs))
-    store.spilled = list(spilled)
-    state = ExactState(X, V, store, dtype, range_check, kernels)
+    X, V, *digits = tensors
+    state = ExactState(X, V, thaw_store(digits), dtype, range_check, kernels)
     state.owns_x = state.owns_v = False
     state.steps, state.start_v_sum, state.start_fingerprint = past
     return state

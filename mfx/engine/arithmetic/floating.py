@@ -94,6 +94,11 @@ class FloatState(State):
 
     @staticmethod
     @override
+    def walks_back(gamma: Gamma, dtype: torch.dtype, steps: int) -> bool:
+        return FloatState.bytes_kept(gamma, dtype, steps) < dtype.itemsize * steps
+
+    @staticmethod
+    @override
     def bytes_kept(gamma: Gamma, dtype: torch.dtype, steps: int) -> float:
         every = FloatState.anchor_every(gamma, dtype) or 1
         states = 1 + (steps - 1) // every if every >= 3 else math.inf

@@ -36,7 +36,7 @@ class Storage:
 def choose_storage(
     arithmetic: type[State], gamma: Gamma, dtype: torch.dtype, steps: int, *, keeps_all: bool = False
 ) -> Storage:
-    """Return what a chain of so many steps keeps: whichever takes less. The function is the same.
+    """Return what a chain of so many steps keeps, as its arithmetic says (``walks_back``).
 
     Arithmetic without anchors makes no error.
 
@@ -53,7 +53,7 @@ def choose_storage(
     states = arithmetic.bytes_kept(gamma, dtype, steps)
     if keeps_all:
         return Storage("activations", states, inputs, 0, 0.0)
-    if states >= inputs:
+    if not arithmetic.walks_back(gamma, dtype, steps):
         return Storage("inputs", states, inputs, 0, 0.0)
     every = arithmetic.anchor_every(gamma, dtype)
     if every is None:
@@ -64,7 +64,12 @@ def choose_storage(
 def states_by_end(
     arithmetic: type[State], gamma: Gamma, dtype: torch.dtype, elements: int, steps: int
 ) -> tuple[float, ...] | None:
-    """Return the bytes that a walk back from after step t needs, for t = 0 … ``steps``; None without a walk."""
+    """Return the bytes that a walk back from after step t needs, for t = 0 … ``steps``; None at γ = 0.
+
+    Infinite where the chain keeps inputs.
+    """
     if gamma.is_zero:
         return None
+    if not arithmetic.walks_back(gamma, dtype, steps):
+        return (0.0, *[math.inf] * steps)
     return (0.0, *(elements * arithmetic.bytes_kept(gamma, dtype, end) for end in range(1, steps + 1)))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 
 from mfx.engine.arithmetic import ExactState, FloatState, blocks
-from mfx.engine.arithmetic.digit_store import DigitStore, divide, multiply
+from mfx.engine.arithmetic.digit_store import LIMB, DigitStore, bytes_stored, divide, multiply
 from mfx.options.gamma import Gamma
 
 GAMMAS = (
@@ -135,6 +135,77 @@ def test_store_takes_little_more_than_the_digits_themselves(gamma):
         assert 8 * sum(limb.nbytes for limb in store.limbs) <= 1.05 * ideal * (t + 1) * v.numel()
     assert store.limbs
     assert store.top.nbytes == 8 * v.numel()
+
+
+# --- the width of a frozen store --------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(gamma=GAMMAS, depth=st.integers(1, 60))
+def test_the_bound_is_the_largest_integer_that_digits_can_make(gamma, depth):
+    """The largest digit every time makes the largest top, at v = −1 as at any v with this remainder."""
+    n, d = gamma.numerator, gamma.denominator
+    store, largest = DigitStore(), 0
+    for _ in range(depth):
+        v = torch.tensor([d - 1, -1, 0, 12345678901])
+        before = store.bound
+        multiply(v, store.before_multiply(n, d, v), n, d)
+        largest = ((largest >> LIMB if store.history[-1][1] else largest) * d + d - 1) // n
+        assert store.top[:2].tolist() == [largest, largest]
+        assert store.top.max() == store.bound == largest
+        assert largest < 2**63 // d
+        assert store.history[-1][0] == before
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    gamma=GAMMAS | st.sampled_from([Gamma(9, 10), Gamma(99, 100), Gamma(1, 2)]),
+    depth=st.integers(1, 100),
+    seed=SEEDS,
+    largest=st.booleans(),
+)
+def test_a_frozen_store_is_narrow_and_loses_nothing(gamma, depth, seed, largest):
+    torch.manual_seed(seed)
+    n, d = gamma.numerator, gamma.denominator
+    values = [torch.full((9,), -1) if largest else torch.randint(-(2**62), 2**62, (9,)) for _ in range(depth)]
+    store = DigitStore()
+    products = [multiplied(store, v, gamma) for v in values]
+    top, bound = store.top.clone(), store.bound
+    frozen, thaw = store.freeze()
+    itemsize = frozen[-1].dtype.itemsize
+    assert bound < 256**itemsize
+    assert itemsize == 1 or bound >= 256 ** (itemsize // 2), "it could be narrower"
+    assert sum(t.dtype.itemsize for t in frozen) == bytes_stored(n, d, depth)
+    copies = [t.clone() for t in frozen]
+    assert torch.equal(thaw(frozen).before_divide(), top)
+    for _ in range(2):  # a frozen store can be thawed again, and frozen again on the way
+        back = thaw(frozen)
+        for v, product in zip(reversed(values), reversed(products), strict=True):
+            assert torch.equal(divided(back, product, gamma), v)
+            frozen_again, thaw_again = back.freeze()
+            back = thaw_again(frozen_again)
+        assert back.is_empty()
+        assert back.bound == 0
+    assert all(map(torch.equal, frozen, copies)), "what is frozen was written into"
+    multiplied(store, values[0], gamma)  # and the store itself can go on
+    assert all(map(torch.equal, frozen, copies))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_eighteen_bytes_at_nine_tenths_and_eighty_steps(dtype):
+    gamma, state = Gamma(9, 10), ExactState.start(torch.randn(8).to(dtype), None, reversible=True)
+    for steps in range(1, 81):
+        state.advance(torch.randn(8).to(dtype), "residual", gamma)
+        kept = sum(t.nbytes for t in state.freeze().tensors) / 8
+        assert kept == ExactState.bytes_kept(gamma, dtype, steps)
+        assert kept <= 18
+
+
+@pytest.mark.parametrize("dtype, first", [(torch.float64, 4), (torch.float32, 7), (torch.bfloat16, 13)])
+def test_what_a_chain_computes_does_not_depend_on_the_width_of_its_store(dtype, first):
+    """It walks back where 24 bytes are less than its inputs, as ever."""
+    walks = [ExactState.walks_back(Gamma(9, 10), dtype, steps) for steps in range(1, 100)]
+    assert walks == [steps >= first for steps in range(1, 100)]
 
 
 def test_a_wrong_walk_is_noticed():

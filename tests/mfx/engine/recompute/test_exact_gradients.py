@@ -89,7 +89,7 @@ def nested(depth):
 @pytest.mark.parametrize("taps", [(), (3, 9)])
 @pytest.mark.parametrize("build", [shared, reading_captures_twice, nested])
 def test_bit_equal_however_the_chain_is_woven(monkeypatch, build, taps, dtype):
-    monkeypatch.setattr(ExactState, "bytes_kept", staticmethod(lambda *_: 0.0))  # walked back at any depth
+    monkeypatch.setattr(ExactState, "walks_back", staticmethod(lambda *_: True))  # walked back at any depth
     root, steps, captures = build(12)
     root, captures = root.to(dtype), [c.detach().to(dtype).requires_grad_() for c in captures]
     x = torch.randn(3, WIDTH, dtype=dtype, requires_grad=True)
@@ -105,7 +105,7 @@ def test_bit_equal_however_the_chain_is_woven(monkeypatch, build, taps, dtype):
 @pytest.mark.parametrize("kind", ["residual", "map"])
 @pytest.mark.parametrize("gamma", [0.1, 0.9])
 def test_gradcheck(monkeypatch, gamma, kind):
-    monkeypatch.setattr(ExactState, "bytes_kept", staticmethod(lambda *_: 0.0))
+    monkeypatch.setattr(ExactState, "walks_back", staticmethod(lambda *_: True))
     root = make_root(5, lambda: block(2)).double()
     x, v = (torch.randn(2, 2, dtype=torch.float64, requires_grad=True) for _ in range(2))
     steps, parameters = make_steps(root, kind), list(root.parameters())[:4]

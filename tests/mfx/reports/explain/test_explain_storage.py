@@ -44,10 +44,10 @@ def storage_for(net, x):
 
 CASES = {
     # depth, γ, arithmetic, dtype: the policy, and what is alive after the forward pass in bytes per element
-    "states": (8, 0.9, "exact", torch.float32, "states", 24 + 4),  # X, V, top; and the output
+    "states": (8, 0.9, "exact", torch.float32, "states", 17 + 4),  # X, V, top; and the output
     "inputs, as states take more": (3, 0.9, "exact", torch.float32, "inputs", 3 * 4 + 4),
     "bfloat16": (10, 0.9, "exact", torch.bfloat16, "inputs", 10 * 2 + 2),
-    "bfloat16, deep": (16, 0.9, "exact", torch.bfloat16, "states", 24 + 2),
+    "bfloat16, deep": (16, 0.9, "exact", torch.bfloat16, "states", 17 + 2),
     "float": (15, 0.9, "float", torch.float32, "states", 4 + 4),  # the output is the state x
     "float, one anchor": (30, 0.9, "float", torch.float32, "states", (4 + 4) * 2),
     "gamma = 0": (8, 0.0, "exact", torch.float32, "inputs", (8 - 1) * 4 + 4),  # the first is the caller's
@@ -75,10 +75,11 @@ def test_against_what_is_alive(depth, gamma, arithmetic, dtype, policy, alive):
 
 def test_both_sides_are_given():
     said = storage_for(mfx.momentumize(Line(8)), torch.zeros(BATCH, WIDTH))
-    assert (said.states, said.inputs, said.kept) == (6 * UNIT, 8 * UNIT, 6 * UNIT)
-    assert said.reason == "integer states and a store of digits: 1.5 MiB; inputs of 8 steps: 2.0 MiB"
+    assert (said.states, said.inputs, said.kept) == (17 * UNIT / 4, 8 * UNIT, 17 * UNIT / 4)
+    assert said.reason == "integer states and a store of digits: 1.1 MiB; inputs of 8 steps: 2.0 MiB"
     said = storage_for(mfx.momentumize(Line(5)), torch.zeros(BATCH, WIDTH))
-    assert (said.states, said.inputs, said.kept) == (6 * UNIT, 5 * UNIT, 5 * UNIT)
+    # A choice between functions, not of the smallest: the store counts with all of its eight bytes.
+    assert (said.states, said.inputs, said.kept) == (17 * UNIT / 4, 5 * UNIT, 5 * UNIT)
 
 
 @pytest.mark.parametrize("gamma", [1 / 64, 0.1, 0.9])
@@ -160,6 +161,6 @@ def test_real_models():
     vit = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=4)
     (chain,) = mfx.explain(vit, x).chains
     assert (chain.storage.shape, chain.storage.policy) == ((2, 5, 192), "states")  # four patches and the class token
-    assert chain.storage.kept == 24 * 2 * 5 * 192
+    assert chain.storage.kept == 17 * 2 * 5 * 192
     (half,) = mfx.explain(vit.bfloat16(), x.bfloat16()).chains
     assert half.storage.dtype == torch.bfloat16
