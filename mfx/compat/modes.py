@@ -15,6 +15,7 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
+from mfx.compat.accelerators import autocast_kinds
 from mfx.compat.patching import patching
 
 
@@ -42,8 +43,7 @@ def modes() -> tuple[bool, ...]:
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        torch.is_autocast_enabled("cpu"),
-        torch.is_autocast_enabled("cuda"),
+        *map(torch.is_autocast_enabled, autocast_kinds()),
         torch.backends.cuda.flash_sdp_enabled(),
         torch.backends.cuda.mem_efficient_sdp_enabled(),
         torch.backends.cuda.math_sdp_enabled(),
@@ -100,7 +100,7 @@ _UNOBSERVED: ContextVar[bool] = ContextVar("unobserved", default=False)
 def modes_left() -> Iterator[None]:
     """Put the modes back after the block, even if it fails before it leaves those that it has entered."""
     grad, *_, flash, efficient, math, cudnn = modes()
-    depth, states = _autocast_depth(), {kind: autocast_state(kind) for kind in ("cpu", "cuda")}
+    depth, states = _autocast_depth(), {kind: autocast_state(kind) for kind in autocast_kinds()}
     try:
         yield
     except BaseException:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfx.compat import under_transform
+from mfx.compat import has_float64, under_transform
 from mfx.engine.arithmetic.base import wide
 from mfx.engine.flags import notice_overflow, read_pending, warn_once
 from mfx.engine.memory.plan import ChainPlan, StepCost
@@ -152,6 +152,7 @@ def _run_plain(call: ChainCall, x: Tensor) -> ChainOutput:
 
 def _run_recorded(call: ChainCall, x: Tensor) -> ChainOutput:
     """Run the recurrence in the chain's arithmetic, under autograd."""
+    _check_device(call, x.device)
     runner = _choose_runner(call, x)
     tape, walked = (runner.tape, runner.walked) if isinstance(runner, FromTape) else (None, range(0))
     v, settings = call.v0, call.settings
@@ -200,6 +201,14 @@ def _choose_runner(call: ChainCall, x: Tensor) -> Runner:
 def _recomputes(call: ChainCall) -> bool:
     # Under no_grad in a branch of a recorded chain the arithmetic is the recorded one, but nothing is saved.
     return not call.keeps_all and torch.is_grad_enabled() and enclosing_is_recorded() is True
+
+
+def _check_device(call: ChainCall, device: torch.device) -> None:
+    if call.settings.arithmetic.needs_float64 and not has_float64(device):
+        raise MfxError(
+            f"chain {call.name}: arithmetic='exact' computes with float64, which {device} does not have. Use "
+            "arithmetic='float'"
+        )
 
 
 def _gammas(call: ChainCall) -> list[Gamma]:

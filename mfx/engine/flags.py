@@ -1,8 +1,9 @@
 """Errors and warnings about a chain's numbers, said without waiting for the device.
 
-A flag on another device than the CPU is read when nobody minds the wait: at the chain's next call, when the net is
-saved or looked at, at the end of the process. Where the user asked for an error, the end of the backward pass waits for
-it, once, so that no optimizer uses the gradients.
+A flag on another device than the CPU is copied to the host beside what the device does, when the backward pass ends or
+at the chain's next call, and is read at a call that finds it arrived, when the net is saved or looked at, or at the end
+of the process. Where the user asked for an error, the end of the backward pass waits for it, once, so that no optimizer
+uses the gradients.
 """
 
 from __future__ import annotations
@@ -12,13 +13,22 @@ import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from mfx.compat import NO_TASK, current_task, is_sharded, when_task_ends
+from mfx.compat import (
+    NO_TASK,
+    HostCopy,
+    current_stream,
+    current_task,
+    is_capturing,
+    is_sharded,
+    make_ready,
+    when_task_ends,
+)
 from mfx.engine.steps import ChainCache
 from mfx_passes.errors import MfxError
 
@@ -28,15 +38,28 @@ _ADVICE = (
 )
 
 
-class _Flag(NamedTuple):
+@dataclass(eq=False)
+class _Flag:
     value: Tensor
     action: str
     message: Callable[[float], str]
     warned: set[str]  # topics of the chain, which it is known by
+    made_in: Any = None  # the stream
+    copy: HostCopy | None = None  # of this flag and others; none yet, or the flag is computed anew by a captured graph
+    place: int = 0
+    is_captured: bool = False
+    is_awaited: bool = False  # by the end of the backward pass
+
+    def number(self) -> float:
+        """Return the value, for which this waits if need be."""
+        if self.copy is None:
+            return float(_whole(self.value))
+        return self.copy.values()[self.place]
 
 
 _UNREAD: dict[int, _Flag] = {}  # by number; of all chains, also of those whose net is gone
 _NUMBERS = itertools.count()
+_TASKS: set[int] = set()  # backward passes with flags that are not sent yet
 
 
 def notice_overflow(place: str, overflowed: Tensor, cache: ChainCache) -> None:
@@ -63,9 +86,13 @@ def verify_step(name: str, cache: ChainCache, action: str, path: str, same: Tens
 
 
 def read_pending(cache: ChainCache) -> None:
-    """Read the flags that a chain has left on the device, and warn or raise."""
+    """Read the flags of a chain that have arrived from the device, and warn or raise."""
     if _UNREAD:
-        _say(_take(_warned(cache)))
+        warned = _warned(cache)
+        own = [flag for flag in list(_UNREAD.values()) if flag.warned is warned]
+        _send(own)
+        arrived = {id(flag) for flag in own if flag.copy is not None and flag.copy.has_arrived()}
+        _say(_take(lambda flag: id(flag) in arrived))
 
 
 def read_all() -> None:
@@ -92,31 +119,60 @@ def _read(flag: _Flag) -> None:
     if not _is_away(flag.value):
         _say([flag])
         return
+    flag.made_in, flag.is_captured = current_stream(flag.value.device), is_capturing(flag.value.device)
     _UNREAD[next(_NUMBERS)] = flag
-    if flag.action == "raise" and current_task() != NO_TASK:
-        when_task_ends(lambda: _say(_take(flag.warned)))
+    task = current_task()
+    flag.is_awaited = flag.action == "raise" and task != NO_TASK and not flag.is_captured
+    if task != NO_TASK and task not in _TASKS:
+        _TASKS.add(task)
+        when_task_ends(partial(_end_task, task))
+
+
+def _end_task(task: int) -> None:
+    """Send the flags of a backward pass to the host, together; wait for those that are to be errors."""
+    _TASKS.discard(task)
+    unsent = [flag for flag in list(_UNREAD.values()) if flag.copy is None]
+    _send(unsent)
+    if chains := {id(flag.warned) for flag in unsent if flag.is_awaited}:
+        _say(_take(lambda flag: id(flag.warned) in chains))
+
+
+def _send(flags: Sequence[_Flag]) -> None:
+    """Start copying flags to the host, in one transfer a device."""
+    flags = [flag for flag in flags if flag.copy is None and not flag.is_captured]
+    for device in {flag.value.device for flag in flags}:
+        if is_capturing(device):  # these flags are none of that graph's
+            continue
+        there = [flag for flag in flags if flag.value.device == device]
+        for flag in there:
+            make_ready(flag.value, flag.made_in)
+        copy = HostCopy([_whole(flag.value) for flag in there])
+        for place, flag in enumerate(there):
+            flag.copy, flag.place = copy, place
 
 
 def _is_away(value: Tensor) -> bool:
     return value.device.type != "cpu"
 
 
-def _take(warned: set[str] | None = None) -> list[_Flag]:
-    """Return the unread flags, or those of one chain, which count as read from now on."""
-    numbers = [number for number, flag in list(_UNREAD.items()) if warned is None or flag.warned is warned]
-    return [flag for number in numbers if (flag := _UNREAD.pop(number, None)) is not None]
+def _take(which: Callable[[_Flag], bool] = lambda flag: True) -> list[_Flag]:
+    """Return some unread flags, which count as read from now on, but for what a captured graph computes anew."""
+    found = []
+    for number, flag in list(_UNREAD.items()):
+        if which(flag) and (flag.is_captured or _UNREAD.pop(number, None) is not None):
+            found.append(flag)
+    return found
 
 
 def _say(flags: Sequence[_Flag]) -> None:
-    for device in {flag.value.device for flag in flags}:
-        there = [flag for flag in flags if flag.value.device == device]
-        # In one transfer: each would wait for the device.
-        values = torch.stack([_whole(flag.value).to(torch.float32) for flag in there]).tolist()
-        for flag, value in zip(there, values, strict=True):
-            if value and flag.action == "raise":
-                raise MfxError(flag.message(value))
-            if value:
-                _warn("values", flag.message(value), flag.warned)
+    """Warn or raise for each flag that is not 0, and wait for those that are under way."""
+    _send([flag for flag in flags if _is_away(flag.value)])
+    values = [flag.number() for flag in reversed(flags)][::-1]  # the last one arrives last: that is one wait
+    for flag, value in zip(flags, values, strict=True):
+        if value and flag.action == "raise":
+            raise MfxError(flag.message(value))
+        if value:
+            _warn("values", flag.message(value), flag.warned)
 
 
 def _whole(flag: Tensor) -> Tensor:
@@ -127,7 +183,7 @@ def _whole(flag: Tensor) -> Tensor:
 @atexit.register
 def _read_at_exit() -> None:
     with suppress(RuntimeError):  # of a device that failed
-        _say([flag._replace(action="warn") for flag in _take()])
+        _say([replace(flag, action="warn") for flag in _take()])
 
 
 def _warned(cache: ChainCache) -> set[str]:

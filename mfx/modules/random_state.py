@@ -32,6 +32,7 @@ class Generator:
     Attributes:
         sign: reads what changes whenever the state does, if that is cheaper to read.
         is_told: True if a state is one in which a draw changes the sign.
+        device: the device whose default generator it is, but for the CPU.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Generator:
     write: Callable[[Any], object]
     sign: Callable[[], Hashable] = lambda: None
     is_told: Callable[[Any], bool] = lambda state: True
+    device: torch.device | None = None
 
     def state(self, before: RandomState | None = None) -> RandomState:
         """Return the present state; ``before`` itself, if it is still the present one."""
@@ -70,20 +72,30 @@ def undisturbed(model: nn.Module) -> Iterator[list[str]]:
                 generator.write(state)
 
 
-def generators_on(device: torch.device) -> list[Generator]:
-    """Return the global generators that code on a device draws from: torch's (also the CPU's), Python's, numpy's."""
-    return _generators_on(device, "numpy" in sys.modules)
+def global_generators(device: torch.device) -> list[Generator]:
+    """Return the generators that code beside a stream on ``device`` may draw from: torch's, Python's, numpy's.
+
+    torch's are the CPU's and those of all devices of the accelerator, for a branch may draw on another device than the
+    stream's. While a graph is captured, no generator of a device can be read: they are left out.
+    """
+    accelerator = compat.accelerator()
+    kinds = () if compat.is_capturing(device) else tuple(sorted({device.type, accelerator or "cpu"}))
+    return _global_generators_of(kinds, "numpy" in sys.modules)
 
 
 @cache
-def _generators_on(device: torch.device, has_numpy: bool) -> list[Generator]:
-    generators = [Generator("torch", torch.random.get_rng_state, torch.random.set_rng_state)]
-    backend: Any = getattr(torch, device.type, None)
-    if device.type != "cpu" and hasattr(backend, "get_rng_state"):
-        where = () if device.type == "mps" else (device,)
-        write = lambda state: backend.set_rng_state(state, *where)  # noqa: E731
-        generators.append(Generator(f"torch.{device}", partial(backend.get_rng_state, *where), write))
-    return [*generators, *_others()]
+def _global_generators_of(kinds: tuple[str, ...], has_numpy: bool) -> list[Generator]:
+    devices = [device for kind in kinds for device in compat.devices_with_generators(kind)]
+    return [
+        Generator("torch", torch.random.get_rng_state, torch.random.set_rng_state),
+        *map(_generator_of_device, devices),
+        *_others(),
+    ]
+
+
+def _generator_of_device(device: torch.device) -> Generator:
+    read, write = partial(compat.random_state_of, device), partial(compat.set_random_state_of, device)
+    return Generator(f"torch.{device}", read, write, compat.sign_of_device(device), device=device)
 
 
 def _others() -> Iterator[Generator]:
@@ -106,8 +118,8 @@ _LARGE = 64  # entries of a container that is not looked into
 def _generators(model: nn.Module) -> Iterator[Generator]:
     yield Generator("torch", torch.random.get_rng_state, torch.random.set_rng_state)
     yield from _others()
-    if torch.cuda.is_initialized():
-        yield Generator("torch.cuda", torch.cuda.get_rng_state_all, torch.cuda.set_rng_state_all)
+    if (accelerator := compat.accelerator()) is not None:
+        yield from map(_generator_of_device, compat.devices_with_generators(accelerator))
     files: dict[str, None] = {}
     for path, module in model.named_modules():
         files[type(module).__module__] = None

@@ -206,7 +206,7 @@ def _only_torch_draws(module: nn.Module) -> Iterator[None]:
     """Put random generators back; a recomputation puts back torch's only, so a leaf must not draw from others."""
     with undisturbed(module) as drawn:
         yield
-    if others := [name for name in drawn if name not in ("torch", "torch.cuda")]:
+    if others := [name for name in drawn if name != "torch" and not name.startswith("torch.")]:
         raise TypeError(f"{type(module).__name__} draws random numbers that are not torch's ({', '.join(others)})")
 
 

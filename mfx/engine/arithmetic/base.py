@@ -31,6 +31,7 @@ class State(ABC):
 
     name: ClassVar[str]  # as the user writes it
     verifiable: ClassVar[bool]  # walking back leads to where it came from, bit for bit
+    needs_float64: ClassVar[bool]  # of the device
     rounds_input: ClassVar[bool]  # the first branch reads something other than the chain's input
 
     @classmethod

@@ -28,6 +28,7 @@ class ExactState(State):
 
     name = "exact"
     verifiable = True
+    needs_float64 = True
     rounds_input = True
 
     def __init__(

@@ -74,6 +74,7 @@ class FloatState(State):
 
     name = "float"
     verifiable = False
+    needs_float64 = False
     rounds_input = False
 
     def __init__(self, x: Tensor, v: Tensor | None, dtype: torch.dtype, *, owns_v: bool) -> None:

@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mfx.compat import are_weights_cached, autocast_as, autocast_state, cached_weights, is_sharded, weights_cached
+from mfx.compat import (
+    HostCopy,
+    accelerator,
+    are_weights_cached,
+    autocast_as,
+    autocast_state,
+    cached_weights,
+    is_capturing,
+    is_sharded,
+    weights_cached,
+)
 from mfx.engine.recompute.contents import is_same_sign
 from mfx.engine.recompute.layout import Flags, StateLayout
 from mfx.engine.recompute.random_clock import Draw, RandomClock
@@ -23,10 +33,10 @@ _State = tuple[int, bool] | None  # of a tensor: its version, and whether it req
 
 
 class Autocast:
-    """The autocast state of the forward pass, for ``device`` and the CPU."""
+    """The autocast state of the forward pass, for ``device``, the CPU and the accelerator."""
 
     def __init__(self, device: torch.device) -> None:
-        kinds = sorted({"cpu", device.type})
+        kinds = sorted({"cpu", device.type, accelerator() or "cpu"})
         self._states = {kind: autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
 
     def contexts(self) -> list[AbstractContextManager[object]]:
@@ -42,11 +52,14 @@ class _Memory:
         layout: the last one, if it may be kept.
         modules: the modules that the other attributes are of.
         changing: for each set of training flags, if the tensor of this label changes, as far as that is known.
+        asked: tensors on an accelerator of which that is being found out: where it is to be noted, the label and table
+            of each, and the answers.
     """
 
     layout: StateLayout | None = None
     modules: list[nn.Module] = field(default_factory=list)
     changing: dict[Flags, dict[str, bool]] = field(default_factory=dict)
+    asked: list[tuple[dict[str, bool], list[tuple[str, int]], HostCopy]] = field(default_factory=list)
 
     def layout_of(self, root: Any, targets: tuple[str, ...], path: str) -> StateLayout:
         """Return the present layout.
@@ -61,6 +74,16 @@ class _Memory:
                 self.modules, self.changing = layout.modules, {}
             self.layout = layout if layout.lasts else None
         return layout
+
+    def known_to_change(self, flags: Flags) -> dict[str, bool]:
+        """Return what is known of tensors under these training flags, without waiting for a device."""
+        for answer in [answer for answer in self.asked if answer[2].has_arrived()]:
+            self.asked.remove(answer)
+            known, places, copy = answer
+            changed = {table for (_, table), differs in zip(places, copy.values(), strict=True) if differs}
+            for label, table in places:
+                known[label] = known.get(label, False) or table in changed
+        return self.changing.setdefault(flags, {})
 
 
 class StepEnvironment:
@@ -102,7 +125,7 @@ class StepEnvironment:
         self._signs = layout.signs()
         self._overwritten: set[str] = set()
         if layout.has_state:
-            self._known = memory.changing.setdefault(layout.flags, {})
+            self._memory, self._known = memory, memory.known_to_change(layout.flags)
             self._copy_values()
 
     def _copy_values(self) -> None:
@@ -141,11 +164,14 @@ class StepEnvironment:
     def _settle_values(self) -> None:
         known, slots = self._known, self._layout.slots
         changed: set[int] = set()  # tables
+        unsure: dict[str, tuple[int, Tensor]] = {}
         for slot, tensor, before, now in zip(slots, self.tensors, self._states, _states(self.tensors), strict=True):
             if slot.is_parameter or tensor is None or known.get(slot.label):
                 continue
             value = self._values.get(id(tensor))
-            if before != now or (value is not None and not torch.equal(tensor, value)):
+            if before == now and value is not None and type(tensor) is Tensor and not tensor.is_cpu:
+                unsure[slot.label] = id(slot.table), (tensor != value).any()  # the device is not waited for
+            elif before != now or (value is not None and not torch.equal(tensor, value)):
                 changed.add(id(slot.table))
                 if value is None:
                     self._lost.add(slot.label)
@@ -154,10 +180,21 @@ class StepEnvironment:
             if slot.is_parameter or tensor is None:
                 continue
             # A branch that changes one buffer of a module may change the others on other inputs.
-            known[slot.label] = known.get(slot.label, False) or id(slot.table) in changed
-            if known[slot.label] and id(tensor) in self._values:
+            changes = known.get(slot.label, False) or id(slot.table) in changed
+            if changes or slot.label not in unsure:
+                known[slot.label] = changes
+            if known.get(slot.label, True) and id(tensor) in self._values:
                 kept[id(tensor)] = self._values[id(tensor)]
         self._values = kept
+        if asked := {label: found for label, found in unsure.items() if label not in known}:
+            self._ask(asked)
+
+    def _ask(self, unsure: dict[str, tuple[int, Tensor]]) -> None:
+        """Find out later which tensors have changed; until then they are taken to."""
+        answers = [differs for _, differs in unsure.values()]
+        if not is_capturing(answers[0].device):
+            places = [(label, table) for label, (table, _) in unsure.items()]
+            self._memory.asked.append((self._known, places, HostCopy(answers)))
 
     def restored(self) -> AbstractContextManager[object]:
         """Return a context with the environment of the forward pass; it leaves everything as it was found.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -12,7 +13,16 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from mfx.compat import NO_TASK, current_task, when_task_ends
+from mfx.compat import (
+    NO_TASK,
+    current_stream,
+    current_task,
+    in_stream,
+    is_refused_draw,
+    make_ready,
+    reproducible,
+    when_task_ends,
+)
 from mfx.engine.recompute.environment import StepEnvironment
 from mfx.engine.recompute.saved import Captures, SavedTensors, freed
 from mfx.engine.scope import inside_recomputation, measure
@@ -29,19 +39,29 @@ class Handle:
     When autograd frees a node, it frees the node's handles, and the tensors that were rebuilt for them.
     """
 
-    __slots__ = ("__weakref__", "tensor", "version")
+    __slots__ = ("__weakref__", "made_in", "tensor", "version")
 
     def __init__(self) -> None:
         self.tensor: Tensor | None = None
         self.version = 0  # of the tensor when it was saved
+        self.made_in: Any = None  # the stream
 
 
 class Rebuilt:
-    """The tensors that recomputation has given to handles, for one backward pass and no longer than needed."""
+    """The tensors that recomputation has given to handles, for one backward pass and no longer than needed.
 
-    def __init__(self) -> None:
+    Nodes of the graph that lie on several devices, or in several streams of one, ask from several threads, or streams.
+    One thread at a time rebuilds, in the stream of the forward pass.
+
+    Args:
+        device: of the chain's stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
         self._task = NO_TASK
         self._provided: list[list[_Packed]] = []
+        self._lock = threading.RLock()  # a branch may run a backward pass itself
+        self._device, self._stream = device, current_stream(device)
 
     def provide(self, rebuild: Callable[[], None], handle: Handle) -> Tensor:
         """Return the tensor behind ``handle``, after ``rebuild`` if it is not there.
@@ -49,11 +69,15 @@ class Rebuilt:
         Raises:
             MfxError: the tensor was changed after it was saved.
         """
-        if (task := current_task()) != self._task:
-            self._enter(task)
-        if handle.tensor is None:
-            rebuild()
-        tensor = handle.tensor
+        with self._lock:
+            if (task := current_task()) != self._task:
+                self._enter(task)
+            if handle.tensor is None:
+                with in_stream(self._device, self._stream):
+                    rebuild()
+            tensor = handle.tensor
+            if self._task == NO_TASK:
+                self.clear()
         if tensor is None:
             raise MfxError(
                 "a recomputation ended before it had saved all that the forward pass saved. A step must do the same "
@@ -64,8 +88,8 @@ class Rebuilt:
                 f"a step changes in place a tensor of shape {tuple(tensor.shape)} that its backward pass needs, as in "
                 "y = x.exp(); y.mul_(2), which is an error without mfx, too. Make the later operation out of place"
             )
-        if self._task == NO_TASK:
-            self.clear()
+        if handle.made_in is not None:
+            make_ready(tensor, handle.made_in)
         return tensor
 
     def note(self, packed: list[_Packed]) -> None:
@@ -124,7 +148,7 @@ class Frame:
         """Run the step, under hooks whose handles ``unpack`` turns into tensors."""
         self._requires_grad, self.live = x.requires_grad, x.detach()
         pack = self._pack if measure() is None else self._pack_measured
-        with saved_tensors_hooks(pack, unpack):
+        with saved_tensors_hooks(pack, unpack), reproducible(x.device):
             outputs = self._first_run(x, values)
         self.live = None
         self._env.settle()
@@ -134,6 +158,12 @@ class Frame:
         try:
             return self._call(self._root, x, *(values[i] for i in self._captures))
         except RuntimeError as error:
+            if is_refused_draw(error):
+                raise MfxError(
+                    f"{self._where}, step {self._path}: this step draws random numbers while a graph is captured, and "
+                    "its recomputation could not draw them again. Use memory_budget=1.0, or leave the net out of the "
+                    "capture"
+                ) from error
             if "support saved tensor hooks" not in str(error):
                 raise
             raise MfxError(
@@ -170,6 +200,7 @@ class Frame:
             torch.enable_grad(),
             inside_recomputation(),
             self._env.restored(),
+            reproducible(x.device),
             saved_tensors_hooks(hooks.pack, _as_is),
         ):
             # As in the forward pass, the input is not a leaf: autocast caches its casts of leaves. (view_as would
@@ -267,6 +298,8 @@ class RecomputationHooks:
                 )
             if (handle := reference()) is not None:
                 handle.tensor, handle.version = tensor, tensor._version
+                if not tensor.is_cpu:
+                    handle.made_in = current_stream(tensor.device)
         if self._stops is not None and self.count == len(self._packed) and self.wrong is None:
             # A backward pass inside the branch is not stopped, nor code that has a mode to leave.
             self.stopped = may_stop() and current_task() == self._task and self._stops()

@@ -6,7 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
+from mfx.compat import is_capturing
 from mfx.modules.random_state import Generator, RandomState
+from mfx_passes.errors import MfxError
 
 _last: dict[str, RandomState] = {}  # of the global generators: their states take long to read
 
@@ -24,7 +26,17 @@ class Draw(NamedTuple):
 
     @contextmanager
     def repeated(self) -> Iterator[None]:
-        """Let the generator start where it did in the forward pass; afterwards put it back."""
+        """Let the generator start where it did in the forward pass; afterwards put it back.
+
+        Raises:
+            MfxError: the generator is that of a device whose work is captured as a graph.
+        """
+        device = self.generator.device
+        if device is not None and is_capturing(device):
+            raise MfxError(
+                "a step draws random numbers, and the backward pass, which has to draw them again, is captured as a "
+                "graph. Use memory_budget=1.0, or leave the net out of the capture"
+            )
         real = self.generator.read()
         try:
             self.generator.write(self.before.value)

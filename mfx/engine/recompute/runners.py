@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mfx.compat import is_capturing
 from mfx.engine.flags import verify_chain, verify_step, warn_once
 from mfx.engine.memory.measure import StepMeasure
 from mfx.engine.recompute.checked_frame import CheckedFrame
@@ -22,9 +23,10 @@ from mfx.engine.recompute.saved import Captures, tensors_in
 from mfx.engine.recompute.tape import StoredInput, Tape
 from mfx.engine.scope import inside_kept_step, measured_by
 from mfx.engine.steps import ChainCall, StepFunction
-from mfx.modules.random_state import generators_on
+from mfx.modules.random_state import global_generators
 from mfx.options.gamma import Gamma
 from mfx.text import listed
+from mfx_passes.errors import MfxError
 
 
 class Runner(Protocol):
@@ -55,13 +57,21 @@ class _Recomputing:
         call: the call.
         device: of the stream.
         original: run the steps as they were before they were rewritten.
+
+    Raises:
+        MfxError: the device would have to be waited for while a graph is captured.
     """
 
     def __init__(self, call: ChainCall, device: torch.device, *, original: bool) -> None:
         self._call, self._original = call, original
+        if call.verifies and call.settings.verify == "raise" and is_capturing(device):
+            raise MfxError(
+                f"chain {call.name}: verify='raise' waits for the device, which cannot be while a graph is captured. "
+                "Use verify='warn'"
+            )
         self._values = list(call.captures)
         self._captures = Captures(call.captures, f"{call.name}: a tensor that its steps read beside the stream")
-        self._clock = RandomClock(generators_on(device), are_global=True)
+        self._clock = RandomClock(global_generators(device), are_global=True)
         self._autocast = Autocast(device)
 
     def _run_kept(self, step: StepFunction, x: Tensor) -> tuple[Any, ...]:
@@ -118,7 +128,7 @@ class FromInputs(_Recomputing, Runner):
 
     def __init__(self, call: ChainCall, device: torch.device, *, original: bool) -> None:
         super().__init__(call, device, original=original)
-        self._rebuilt = Rebuilt()
+        self._rebuilt = Rebuilt(device)
         self._verifies = call.verifies
 
     def run(self, index: int, step: StepFunction, x: Tensor, gamma: Gamma) -> tuple[Any, ...]:  # noqa: D102
@@ -146,7 +156,7 @@ class FromTape(_Recomputing, Runner):
     def __init__(self, call: ChainCall, device: torch.device) -> None:
         super().__init__(call, device, original=False)
         verify = partial(verify_chain, call.name, call.cache, call.settings.verify) if call.verifies else None
-        self.tape = Tape(call.name, verify)
+        self.tape = Tape(call.name, device, verify)
         self.walked = call.plan.walked(len(call.steps))
 
     def run(self, index: int, step: StepFunction, x: Tensor, gamma: Gamma) -> tuple[Any, ...]:  # noqa: D102

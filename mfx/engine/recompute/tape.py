@@ -65,12 +65,12 @@ class Tape:
     ``verify`` is called with the result of comparing its last state with the one that the first step started from.
     """
 
-    def __init__(self, chain: str, verify: Callable[[Tensor], None] | None) -> None:
+    def __init__(self, chain: str, device: torch.device, verify: Callable[[Tensor], None] | None) -> None:
         self._chain = chain
         self._steps: list[tuple[Frame | KeptStep, str, Gamma]] = []
         self._stored: dict[int, _Stored] = {}
         self._walk: _Walk | None = None
-        self._rebuilt = Rebuilt()
+        self._rebuilt = Rebuilt(device)
         self._verify = verify
 
     def add(self, frame: Frame, kind: str, gamma: Gamma) -> Callable[[Handle], Tensor]:

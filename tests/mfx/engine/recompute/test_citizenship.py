@@ -350,7 +350,7 @@ def test_random_states_are_kept_for_branches_that_drew_only(how, monkeypatch):
         return state
 
     clock = [Generator("torch", reading, torch.set_rng_state)]
-    monkeypatch.setattr(random_state, "_generators_on", lambda device, has_numpy: clock)
+    monkeypatch.setattr(random_state, "_global_generators_of", lambda kinds, has_numpy: clock)
     y = run(root, steps, x, **how).x
     alive = [index for index, state in enumerate(states) if state() is not None]
     # One reading before the first step, one after every step; a reading that finds no change is dropped. Steps 2 and 9
