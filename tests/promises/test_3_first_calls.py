@@ -19,8 +19,9 @@ import mfx
 from mfx.compat import is_fake
 from mfx.net.forward import forward_of
 from tests.models.step import assert_bit_equal, train_step
+from tests.sampling import grid
 
-pytestmark = pytest.mark.zoo  # minutes: TorchDynamo captures most members, some at every call
+CAPTURES = ["symbolic", "dynamo"]
 
 
 class Block(nn.Module):
@@ -139,10 +140,7 @@ def observed(net, observer) -> Seen:
 COMPARING = {"aten.equal.default", "aten::equal", "aten::is_same_size"}  # buffers, to find out which ones change
 
 
-@pytest.mark.parametrize("budget", [0.0, 0.5, 1.0])
-@pytest.mark.parametrize("gamma", [0.0, 0.9])
-@pytest.mark.parametrize("capture", ["symbolic", "dynamo"])
-@pytest.mark.parametrize("observer", OBSERVERS.values(), ids=OBSERVERS)
+@grid(len(OBSERVERS), observer=OBSERVERS, capture=CAPTURES, gamma=[0.0, 0.9], budget=[0.0, 0.5, 1.0])
 def test_an_observer_sees_in_a_first_call_what_it_sees_in_a_later_one(observer, capture, gamma, budget):
     norms = [nn.LayerNorm] if observer in (functions, memory) else [nn.LayerNorm, nn.BatchNorm1d]
     for norm in norms:
@@ -189,7 +187,6 @@ CONTEXTS = {
     "mutation on saved tensors": torch.autograd.graph.allow_mutation_on_saved_tensors,
     "record_function": lambda: torch.profiler.record_function("step"),
 }
-ROUTES = pytest.mark.parametrize("capture", ["symbolic", "dynamo"])
 
 
 def steps(module, call, context, x) -> list:
@@ -219,10 +216,11 @@ def plainly(module, x):
     return module(x)
 
 
+CALLS = {call.__name__: call for call in (plainly, in_checkpoint, in_selective_checkpoint)}
+
+
 @pytest.mark.filterwarnings("ignore:Anomaly Detection", "ignore:A saved_tensors_hooks context")
-@ROUTES
-@pytest.mark.parametrize("call", [plainly, in_checkpoint, in_selective_checkpoint])
-@pytest.mark.parametrize("context", CONTEXTS.values(), ids=CONTEXTS)
+@grid(len(CONTEXTS), context=CONTEXTS, call=CALLS, capture=CAPTURES)
 def test_first_and_second_step_within_a_context_are_the_models(context, call, capture):
     if call is in_selective_checkpoint and context is torch.autograd.graph.allow_mutation_on_saved_tensors:
         pytest.skip("torch refuses the two together")
@@ -239,7 +237,7 @@ def test_first_and_second_step_within_a_context_are_the_models(context, call, ca
     assert mfx.explain(net).chains
 
 
-@ROUTES
+@pytest.mark.parametrize("capture", CAPTURES)
 def test_a_constant_of_a_first_call_in_inference_mode_serves_training(capture):
     class Shifted(Blocks):
         def forward(self, x):
@@ -256,8 +254,7 @@ def test_a_constant_of_a_first_call_in_inference_mode_serves_training(capture):
     assert_bit_equal(found, train_step(model, (x,)))
 
 
-@ROUTES
-@pytest.mark.parametrize("observer", OBSERVERS.values(), ids=OBSERVERS)
+@grid(len(OBSERVERS), observer=OBSERVERS, capture=CAPTURES)
 def test_after_a_first_call_that_fails_all_is_as_before(observer, capture):
     net = mfx.momentumize(Blocks(), gamma=0.0, capture=capture)
     expected = observed(mfx.momentumize(Blocks(), gamma=0.0, capture=capture), observer)

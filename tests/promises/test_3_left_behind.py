@@ -16,8 +16,7 @@ from torch import Tensor, nn
 import mfx
 from tests.promises import left_behind as places
 from tests.promises.left_behind import WIDTH, Net
-
-pytestmark = pytest.mark.zoo  # minutes: TorchDynamo captures most members, some at every call
+from tests.sampling import grid, sampled
 
 
 def inputs(seed: int = 0) -> Tensor:
@@ -52,33 +51,32 @@ def compare(note, by: str, **options) -> nn.Module:
     return net
 
 
-OWN = [note for note in places.OWN if note is not places.to_parameter_list]
+def by_name(functions) -> dict[str, object]:
+    return {function.__name__: function for function in functions}
 
 
-@pytest.mark.parametrize("options", [{}, {"arithmetic": "float"}, {"memory_budget": 1.0}], ids=str)
-@pytest.mark.parametrize("note", OWN, ids=lambda note: note.__name__)
+OWN = by_name(note for note in places.OWN if note is not places.to_parameter_list)
+
+
+@grid(5, note=OWN, options=[{}, {"arithmetic": "float"}, {"memory_budget": 1.0}])
 def test_a_branch_notes_in_its_own_places(note, options):
     net = compare(note, "branch", **options)
     assert mfx.explain(net).chains
 
 
-@pytest.mark.parametrize("by", ["block", "net"])
-@pytest.mark.parametrize("note", [places.to_dict, places.to_attribute], ids=lambda note: note.__name__)
+@grid(2, note=by_name([places.to_dict, places.to_attribute]), by=["block", "net"])
 def test_a_module_that_holds_the_sums_notes_in_its_own_places(note, by):
     net = compare(note, by)
     assert mfx.explain(net).chains
 
 
-@pytest.mark.parametrize(
-    "note", [places.to_global_dict, places.to_global_number, places.to_thread_local], ids=lambda note: note.__name__
-)
+@sampled("note", by_name([places.to_global_dict, places.to_global_number, places.to_thread_local]), 1)
 def test_a_branch_notes_in_everybodys_places(note):
     net = compare(note, "branch")
     assert mfx.explain(net).chains
 
 
-@pytest.mark.parametrize("note", [*places.OWN, *places.SHARED], ids=lambda note: note.__name__)
-@pytest.mark.parametrize("by", ["net", "block", "branch"])
+@grid(12, note=by_name([*places.OWN, *places.SHARED]), by=["net", "block", "branch"])
 def test_a_trace_leaves_nothing_behind(note, by):
     places.forget()
     model = Net(note, by)
@@ -281,7 +279,7 @@ CHECKS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("check", CHECKS)
+@sampled("check", by_name(CHECKS), 7)
 def test_an_error_of_a_trace_is_not_taken_for_one_of_the_model(check):
     torch.manual_seed(0)
     model = Checked(check)
@@ -332,7 +330,7 @@ def logs_text(x):
     return x
 
 
-@pytest.mark.parametrize("output", [prints, prints_text, formats, logs, logs_text])
+@sampled("output", by_name([prints, prints_text, formats, logs, logs_text]), 2)
 def test_prints_and_logs_are_the_models(output, capsys, caplog):
     model = Checked(output)
     with torch.no_grad():
