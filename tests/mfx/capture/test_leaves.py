@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import mfx
 from tests.models.step import assert_bit_equal, train_step
+from tests.sampling import grid
 
 
 class Branch(nn.Module):
@@ -75,8 +76,7 @@ def listed(y):
 LOOKS = (decision, item, tried, rows, listed)
 
 
-@pytest.mark.parametrize("look", LOOKS)
-@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+@grid(len(LOOKS), look={look.__name__: look for look in LOOKS}, arithmetic=["exact", "float"])
 def test_a_leaf_keeps_the_chain_around_it(look, arithmetic):
     torch.manual_seed(0)
     model, inputs = Net(look), (torch.randn(4, 8),)

@@ -13,6 +13,7 @@ import mfx
 from mfx import compat
 from mfx.compiler.backend import momentum
 from tests.models.step import assert_bit_equal, train_step
+from tests.sampling import grid, sampled
 
 MODES = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
@@ -55,8 +56,7 @@ def model_of(mode):
     return Model(mode), (torch.randn(2, 3, 8),)
 
 
-@pytest.mark.parametrize("outside", [nullcontext, MODES["autocast"]], ids=["alone", "under autocast"])
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@grid(len(MODES), mode=MODES, outside={"alone": nullcontext, "under autocast": MODES["autocast"]})
 def test_a_mode_inside_of_a_branch(mode, outside):
     model, inputs = model_of(mode)
     net = mfx.momentumize(model, gamma=0.0)
@@ -74,8 +74,7 @@ def state() -> tuple:
     return depth, compat.modes()
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.9])
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@grid(4, mode=MODES, gamma=[0.0, 0.9])
 def test_a_second_run_that_stops_early_leaves_no_mode_behind(mode, gamma):
     before = state()
     model, inputs = model_of(mode)
@@ -93,8 +92,7 @@ COMPILED = {name: mode for name, mode in MODES.items() if name != "inference_mod
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # Dynamo asks
-@pytest.mark.parametrize("gamma", [0.0, 0.9])
-@pytest.mark.parametrize("name", COMPILED)
+@grid(4, name=list(COMPILED), gamma=[0.0, 0.9])
 def test_branches_that_are_compiled(name, gamma):
     mode = COMPILED[name]
     before = state()
@@ -120,7 +118,7 @@ def test_branches_that_are_compiled(name, gamma):
         torch.compiler.reset()
 
 
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@sampled("mode", MODES, 3)
 def test_as_a_backend(mode):
     model, inputs = model_of(mode)
     found, expected = train_step(as_backend(model, 0.0), inputs), train_step(model, inputs)
@@ -170,7 +168,7 @@ class Looking(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+@sampled("mode", MODES, 3)
 def test_a_call_that_fails_leaves_no_mode_behind(mode):
     net, x = mfx.momentumize(Looking(mode)), torch.randn(2, 8)
     net(x, torch.zeros(8, dtype=torch.int64))

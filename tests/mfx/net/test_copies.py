@@ -12,6 +12,7 @@ from torch._dynamo.exc import Unsupported
 import mfx
 from mfx.modules.overlay import MARK
 from tests.mfx.models import Stack, inputs
+from tests.sampling import grid
 
 
 class Net(nn.Module):
@@ -109,9 +110,7 @@ def x_of(seed: int = 1) -> torch.Tensor:
 
 
 @pytest.mark.filterwarnings("ignore:mfx. .* cannot be captured")
-@pytest.mark.parametrize("called", [False, True], ids=["fresh", "called"])
-@pytest.mark.parametrize("build", NETS.values(), ids=NETS)
-@pytest.mark.parametrize("make", COPIES.values(), ids=COPIES)
+@grid(8, make=COPIES, build=NETS, called={"fresh": False, "called": True})
 def test_a_copy_runs_its_own_modules(make: Callable, build: type, called: bool):
     model = build()
     net = mfx.momentumize(model, gamma=0.0)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import mfx
+from tests.sampling import grid, sampled
 
 MODULE_BY_MODULE = pytest.mark.filterwarnings("ignore:mfx. .* cannot be captured as one graph")
 
@@ -112,11 +113,9 @@ KINDS = {
     "another output": (Aux, [(TRAIN, (x_of(),)), (EVAL, (x_of(),))]),
 }
 ORDERS = {"": lambda calls: calls, " in reverse": lambda calls: calls[::-1]}
-in_any_order = pytest.mark.parametrize(
-    "build, calls",
-    [(build, order(calls)) for build, calls in KINDS.values() for order in ORDERS.values()],
-    ids=[kind + order for kind in KINDS for order in ORDERS],
-)
+IN_ANY_ORDER = {
+    kind + name: (build, order(calls)) for kind, (build, calls) in KINDS.items() for name, order in ORDERS.items()
+}
 
 
 def called(net, calls):
@@ -133,7 +132,7 @@ def called(net, calls):
 
 
 @MODULE_BY_MODULE
-@in_any_order
+@sampled("build, calls", IN_ANY_ORDER, 4)
 def test_at_gamma_zero_each_is_the_models(build, calls):
     torch.manual_seed(0)
     model = build()
@@ -144,7 +143,7 @@ def test_at_gamma_zero_each_is_the_models(build, calls):
 
 
 @MODULE_BY_MODULE
-@in_any_order
+@sampled("build, calls", IN_ANY_ORDER, 4)
 def test_with_momentum_each_is_of_one_network(build, calls):
     """The result of a call does not depend on the calls before."""
     torch.manual_seed(0)
@@ -262,8 +261,7 @@ class Crops(nn.Module):
         return outs
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5])
-@pytest.mark.parametrize("numbers", list(permutations((1, 2, 3)))[::2])
+@grid(2, gamma=[0.0, 0.5], numbers=list(permutations((1, 2, 3)))[::2])
 def test_the_number_of_uses_of_a_chain(numbers, gamma):
     torch.manual_seed(0)
     model = Crops()
