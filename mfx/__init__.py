@@ -5,8 +5,8 @@ and which may import which. This file may import all of them but ``mfx.cli``.
 """
 
 from mfx.api import graphs, momentumize, original, to_networkx, trace
-from mfx.engine import recomputing
 from mfx.meter import ActivationMeter
+from mfx.modules.recomputing import recomputing
 from mfx.momentumnet.momentum_net import MomentumNet
 from mfx.momentumnet.transform import transform_to_momentumnet
 from mfx.net.gammas import set_gamma

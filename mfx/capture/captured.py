@@ -10,12 +10,21 @@ from typing import Any
 from torch import nn
 
 from mfx.capture.binding import Binding
+from mfx.capture.decisions import Decision
 from mfx_passes import MfxError, ModuleCall
 from mfx_passes.rewrite.portable_graph import PortableGraph, copy_graph, dump_calls, load_calls
 
 
 class CaptureError(MfxError):
     """A model, or a call of it, that one route of capture cannot follow; another may."""
+
+
+class PathsError(CaptureError):
+    """The model decides on the values of tensors, and there cannot be a graph for each path."""
+
+
+class RaisedError(CaptureError):
+    """The model itself raises an error, the cause of this one, where the conditions of a call lead it."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,7 @@ class Captured:
         partial: True if the graph ends or begins at a graph break of the model.
         effects: what the model's forward changes in Python, if the graph does not.
         assigned: names of the attributes that this concerns, by module: the graph holds for any value of these.
+        decisions: the conditions on values that the graph checks as it runs, in order.
     """
 
     graph: PortableGraph
@@ -62,6 +72,7 @@ class Captured:
     partial: bool = False
     effects: Sequence[Effect] = ()
     assigned: Mapping[nn.Module, set[str]] = field(default_factory=dict)
+    decisions: Sequence[Decision] = ()
 
     def modules_of(self, net: nn.Module) -> dict[str, nn.Module]:
         """Return all modules that the graph may call, by path."""

@@ -20,7 +20,7 @@ from mfx.compat.accelerators import (
     set_random_state_of,
     sign_of_device,
 )
-from mfx.compat.aside import aside_from_caller, without_global_hooks
+from mfx.compat.aside import aside_from_caller, is_observed, without_global_hooks
 from mfx.compat.autograd import (
     NO_TASK,
     OPAQUE_TAGS,
@@ -96,6 +96,7 @@ __all__ = [
     "is_fake",
     "is_group",
     "is_inductor",
+    "is_observed",
     "is_refused_draw",
     "is_sharded",
     "keeps_graph",

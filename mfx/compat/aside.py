@@ -10,7 +10,7 @@ from unittest.mock import patch
 
 import torch
 from torch.nn.modules import module as modules
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from mfx.compat.modes import without_function_modes
 from mfx.compat.parametrizations import weights_cached
@@ -37,6 +37,14 @@ def aside_from_caller() -> Iterator[None]:
         _outside_of_inference_mode(),
     ):
         yield
+
+
+def is_observed() -> bool:
+    """True if somebody sees, keeps or counts each operation of a call: by a dispatch mode, or saved-tensor hooks."""
+    return (
+        bool(_get_current_dispatch_mode_stack())
+        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    )
 
 
 class _Unprofiled(threading.local):

@@ -11,7 +11,7 @@ from mfx.engine.chain import run_chain
 from mfx.engine.flags import read_all
 from mfx.engine.memory.plan import ChainCost, ChainPlan, NetPlan, StepCost, make_plan
 from mfx.engine.memory.storage import states_by_end
-from mfx.engine.scope import enclosing_keeps, measure, recomputing
+from mfx.engine.scope import enclosing_keeps, measure
 from mfx.engine.steps import ChainCache, ChainOutput, ChainSettings, StepFunction
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "make_plan",
     "measure",
     "read_all",
-    "recomputing",
     "run_chain",
     "states_by_end",
 ]

@@ -7,24 +7,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mfx.engine.memory.measure import StepMeasure
+from mfx.modules.recomputing import RUNNING
 
 
 class _Scope(threading.local):
     recorded: bool | None = None  # None: no chain around
     keeps = False  # whether activations are kept, if there is a chain around
-    recomputing = False
     measure: StepMeasure | None = None
 
 
 _scope = _Scope()
-
-
-def recomputing() -> bool:
-    """True if the calling code runs as a recomputation, which rebuilds activations in the backward pass.
-
-    Forward hooks fire in the forward pass and in recomputations; hooks that count or log can tell them apart by this.
-    """
-    return _scope.recomputing
 
 
 def enclosing_is_recorded() -> bool | None:
@@ -69,11 +61,11 @@ class inside_recomputation:  # noqa: N801
     __slots__ = ("_before",)
 
     def __enter__(self) -> None:
-        self._before = _scope.recorded, _scope.keeps, _scope.recomputing
-        _scope.recorded, _scope.keeps, _scope.recomputing = True, False, True
+        self._before = _scope.recorded, _scope.keeps, RUNNING.again
+        _scope.recorded, _scope.keeps, RUNNING.again = True, False, True
 
     def __exit__(self, *raised: object) -> None:
-        _scope.recorded, _scope.keeps, _scope.recomputing = self._before
+        _scope.recorded, _scope.keeps, RUNNING.again = self._before
 
 
 @contextmanager

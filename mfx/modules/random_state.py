@@ -60,7 +60,7 @@ def undisturbed(model: nn.Module) -> Iterator[list[str]]:
     Yields:
         Filled at the end: names of the generators that were drawn from.
     """
-    generators = list(_generators(model))
+    generators = list(generators_for(model))
     before = [generator.read() for generator in generators]
     drawn: list[str] = []
     try:
@@ -115,7 +115,8 @@ _CONTAINERS = {dict, OrderedDict, set, list, tuple}
 _LARGE = 64  # entries of a container that is not looked into
 
 
-def _generators(model: nn.Module) -> Iterator[Generator]:
+def generators_for(model: nn.Module) -> Iterator[Generator]:
+    """Yield all generators that a call of a model may draw from."""
     yield Generator("torch", torch.random.get_rng_state, torch.random.set_rng_state)
     yield from _others()
     if (accelerator := compat.accelerator()) is not None:

@@ -7,6 +7,7 @@ from itertools import chain
 
 from torch import nn
 
+from mfx.capture.decisions import diverge
 from mfx.program.chain_call import Momentum
 from mfx.program.rewritten import RewrittenGraph
 from mfx_passes import MfxError, paths
@@ -57,6 +58,8 @@ def _contradict(one: RewrittenGraph, other: RewrittenGraph) -> bool:
     if one.shapes_known != other.shapes_known:
         return False  # one of them may still lose steps
     key, other_key = one.captured.binding.key, other.captured.binding.key
+    if diverge(one.decisions, other.decisions):
+        return False  # other values may, too
     if one.within == other.within:
         if key is not None and other_key is not None and key != other_key:
             return False  # other arguments may lead to other chains

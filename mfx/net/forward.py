@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -14,9 +16,11 @@ import torch
 from torch import fx, nn
 
 from mfx.capture.captured import CaptureError, signature_of
+from mfx.capture.decisions import Decision
 from mfx.compiler.call_site import CallSite, register
 from mfx.modules.overlay import Mark, Overlay, remove_overlay, submodule_overlays
 from mfx.net.copies import called, is_shared, own_overlay
+from mfx.net.decided_call import NoGraphError, run_decided
 from mfx.net.graph_table import GraphTable
 from mfx.net.loaded import Loaded
 from mfx.net.lost_effects import lost_hooks, of_lost_hooks
@@ -83,7 +87,8 @@ class NetForward(Overlay):
     @property
     def is_opaque(self) -> bool:
         """True if compiled code may call the net as one operation."""
-        return not (self.is_submodule or self.per_module or is_sharded_somewhere(self.net))
+        decides = any(graph.decisions for graph in self.table.graphs)
+        return not (self.is_submodule or self.per_module or decides or is_sharded_somewhere(self.net))
 
     @property
     def per_module(self) -> bool:
@@ -125,27 +130,38 @@ class NetForward(Overlay):
         """Do the same while Dynamo compiles, too, by functions that ``compiler`` makes of graphs."""
         if args and args[0] is self.net:
             args = args[1:]  # accelerate, for instance, makes a method of this, as of a function
-        if self.plans is None:
-            return self._run(args, kwargs, compiler)
-        with self.plans.forward_pass(call_key((args, kwargs), training=self.net.training)):
-            return self._run(args, kwargs, compiler)
-
-    def _run(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiler: GraphCompiler) -> Any:
         if self.bypassed:
             return self.run_class_forward(args, kwargs, Way.AS_WRITTEN)
+        find = partial(self.table.graph_for, args, kwargs)
+        run = partial(self._run_graph, args, kwargs, compiler)
         try:
-            graph = self.table.graph_for(args, kwargs)
-        except CaptureError as error:
-            if self.options.capture != "auto" or self.options.layers:
-                raise
+            return run_decided(self.net, args, kwargs, find, run, self.warn)
+        except NoGraphError as none:
+            error = none.__cause__
+        assert isinstance(error, CaptureError)
+        if self.options.capture != "auto" or self.options.layers:
+            raise error
+        with self._forward_pass(args, kwargs):
             return self._run_per_module(error, args, kwargs)
+
+    def _run_graph(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiler: GraphCompiler, graph: RewrittenGraph
+    ) -> Any:
         if not torch.compiler.is_exporting():  # that graph is not kept
             self._show(graph)
         self._mention_hooks(graph)
-        if not graph.calls:
+        with self._forward_pass(args, kwargs, graph.decisions):
+            if graph.calls or graph.decisions:
+                return graph(self.net, args, kwargs, compiler)
             self._has_no_chain()
             return self.run_class_forward(args, kwargs, Way.AS_WRITTEN)
-        return graph(self.net, args, kwargs, compiler)
+
+    def _forward_pass(self, args: Any, kwargs: Any, path: Sequence[Decision] = ()) -> AbstractContextManager[None]:
+        """Return a context for one forward pass, in which the chains share a budget for the net as a whole."""
+        if self.plans is None:
+            return nullcontext()
+        key = call_key((args, kwargs), training=self.net.training)
+        return self.plans.forward_pass(key and (key, *(decision.value for decision in path)))
 
     def run_class_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], way: Way) -> Any:
         """Run the forward of the net's class, and its submodules in this way."""

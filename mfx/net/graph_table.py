@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,7 +10,8 @@ from torch import nn
 
 from mfx import compat
 from mfx.capture.arguments import refuse_nested
-from mfx.capture.captured import CaptureError
+from mfx.capture.captured import CaptureError, PathsError
+from mfx.capture.decisions import Decision
 from mfx.capture.guards import ModuleGuard
 from mfx.modules.aside import aside
 from mfx.modules.overlay import drop_overlays, submodule_overlays
@@ -60,8 +60,15 @@ class GraphTable:
         """The chains of the graphs, else of those of the table that this is a copy of; None before the first graph."""
         return Record.merged(graph.record for graph in self.graphs if graph.in_place()) or self._known
 
-    def graph_for(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
+    def graph_for(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Sequence[Decision] = ()
+    ) -> RewrittenGraph:
         """Return the rewritten graph that a call with these arguments runs, or would run.
+
+        Args:
+            args: arguments of the call.
+            kwargs: arguments by name.
+            path: the first decisions of the call, as far as they are known.
 
         Raises:
             CaptureError: the model cannot be captured for them.
@@ -72,21 +79,25 @@ class GraphTable:
         graph, guards = self._without_chains.get(kind, (None, ()))
         if graph is not None and all(map(ModuleGuard.holds, guards)):
             return graph
-        graph = self._symbolic.find(args, kwargs) or self._dynamo.find(args, kwargs)
+        graph = self._symbolic.find(args, kwargs, path) or (None if path else self._dynamo.find(args, kwargs))
         if graph is None or not graph.shapes_known:
-            graph = self._capture_or_fit(graph, args, kwargs)
-        if kind is not None and not graph.calls and not torch.compiler.is_exporting():
+            graph = self._capture_or_fit(graph, args, kwargs, path)
+        if kind is not None and not graph.calls and not graph.decisions and not torch.compiler.is_exporting():
             self._remember_without_chains(kind, graph)
         return graph
 
     def _capture_or_fit(
-        self, graph: RewrittenGraph | None, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+        self,
+        graph: RewrittenGraph | None,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+        path: Sequence[Decision],
     ) -> RewrittenGraph:
         has_shapes = compat.runs_for_real() or torch.compiler.is_exporting()
         if graph is None and (reason := self.failed(args, kwargs)) is not None:
             raise CaptureError(reason)
         with aside(self.net):
-            graph = graph or self._capture(args, kwargs)
+            graph = graph or self._capture(args, kwargs, path)
             return self._fit(graph, args, kwargs) if has_shapes and not graph.shapes_known else graph
 
     def _remember_without_chains(self, kind: Hashable, graph: RewrittenGraph) -> None:
@@ -156,8 +167,11 @@ class GraphTable:
             graph = self._symbolic.for_defaults(self.options)
             return graph if graph in self.graphs else self._admit(graph, self._symbolic)
 
-    def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
+    def _capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Sequence[Decision]) -> RewrittenGraph:
         options = self.options
+        if path:
+            graph = self._symbolic.capture_with_leaves(args, kwargs, options, path)
+            return self._admit(graph, self._symbolic)
         if options.capture == "dynamo":
             return self._admit(self._dynamo.capture(args, kwargs, options), self._dynamo)
         try:
@@ -170,8 +184,8 @@ class GraphTable:
     ) -> tuple[RewrittenGraph, SymbolicRoute | DynamoRoute]:
         """Return a graph of a model that cannot be traced symbolically as it is, and the route that it came by.
 
-        Two are tried: a trace that calls the modules it cannot follow as a whole, their sums with them, and
-        TorchDynamo, which may look into these modules and may have to give up. The one with more steps is taken, so a
+        Two are tried: a trace of one path, which calls modules that it cannot follow as a whole, their sums with them;
+        and TorchDynamo, which may look into these modules and may have to give up. The one with more steps is taken: a
         leaf never costs a step. If they have as many, it is Dynamo's: that one holds for more shapes, and it knows what
         the modules do. A trace without any step is none: the modules are then rewritten each on its own.
 
@@ -179,11 +193,16 @@ class GraphTable:
             CaptureError: there is none.
         """
         leaves: RewrittenGraph | None = None
-        with suppress(Exception):  # whatever an unusual kind of tensor says to it, Dynamo may do
+        try:
             leaves = self._symbolic.capture_with_leaves(args, kwargs, self.options)
+        except PathsError as error:
+            untraceable = error
+        except Exception:  # whatever an unusual kind of tensor says to it, Dynamo may do
+            pass
         steps = sum(leaves.chain_lengths.values()) if leaves else 0
         refused = untraceable
-        if self.options.capture == "auto":
+        decides = leaves is not None and steps and leaves.decisions  # which is a graph break to Dynamo
+        if self.options.capture == "auto" and not decides:
             try:
                 graph = self._dynamo.capture(args, kwargs, self.options)
             except CaptureError as error:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from torch import nn
 
-from mfx.capture.captured import CaptureError
+from mfx.capture.captured import CaptureError, PathsError
 from mfx.compat import hook_tables
 from mfx.program.rewritten import RewrittenGraph
 from mfx.text import listed
+from mfx_passes.analysis.ancestry import GraphIndex
+from mfx_passes.analysis.mutations import Mutations
 
 
 def lost_hooks(graph: RewrittenGraph) -> list[str]:
@@ -41,3 +43,24 @@ def refuse_lost_effects(net: nn.Module, graph: RewrittenGraph) -> None:
             f"{type(net).__name__}.forward changes {listed(names)} beside its result, which a symbolic trace does not "
             "record. Return such values instead."
         )
+
+
+def refuse_lasting_writes(net: nn.Module, graph: RewrittenGraph) -> None:
+    """Refuse a graph with conditions that writes into what a call cannot put back: its arguments, and parameters.
+
+    Where a condition is not as it was in the trace, what was computed by then is undone.
+
+    Raises:
+        PathsError: it does.
+    """
+    if not graph.decisions:
+        return
+    captured, buffers = graph.captured, dict(net.named_buffers(remove_duplicate=False))
+    index = GraphIndex(captured.graph, captured.modules_of(net))
+    for mutation in Mutations(index).at(index.nodes):
+        for node in mutation.family:
+            if node.op == "placeholder" or (node.op == "get_attr" and str(node.target) not in buffers):
+                raise PathsError(
+                    f"{type(net).__name__} changes {node.target} in place, and decides on the value of a tensor "
+                    f"({graph.decisions[0].line}): if a call decides otherwise, the change cannot be undone."
+                )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -12,18 +13,23 @@ from torch import Tensor, nn
 from mfx import compat
 from mfx.capture.arguments import bind, bind_defaults, check_constants, check_signature
 from mfx.capture.binding import ByName
-from mfx.capture.captured import Captured, CaptureError, signature_of
+from mfx.capture.captured import Captured, CaptureError, PathsError, signature_of
+from mfx.capture.decisions import Decision, Guesses
 from mfx.capture.named_steps import named_steps_of
 from mfx.capture.symbolic.leaves import Leaves
+from mfx.capture.symbolic.refusals import DECISION
 from mfx.capture.symbolic.trace import capture
 from mfx.modules.overlay import bare_submodules
-from mfx.net.lost_effects import refuse_lost_effects
+from mfx.net.lost_effects import refuse_lasting_writes, refuse_lost_effects
 from mfx.net.sharded import refuse_shards
 from mfx.options.options import Options
 from mfx.program.chain_call import holds_chain
 from mfx.program.rewritten import RewrittenGraph, rewrite_captured
 from mfx.program.shapes import find_with_shapes
+from mfx_passes.paths import is_inside, join
 
+_NONE: Mapping[str, str] = {}
+_PATHS = 8  # by conditions on values, for calls that are alike in all else
 _KEPT = 8  # graphs per set of arguments; a model whose attributes follow a schedule needs a new one for every value
 
 
@@ -42,13 +48,28 @@ class SymbolicRoute:
         self.graphs: list[RewrittenGraph] = []
         self._failures: dict[Hashable, str] = {}
         self._with_leaves: set[Hashable] = set()
+        self._deciding: dict[Hashable, dict[str, str]] = {}
+        self._many_paths: dict[Hashable, str] = {}
 
-    def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph | None:
-        """Return the graph that serves a call, None if there is none."""
+    def find(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Sequence[Decision] = ()
+    ) -> RewrittenGraph | None:
+        """Return the graph that serves a call, None if there is none; of several paths, the one taken last.
+
+        Args:
+            args: arguments of the call.
+            kwargs: arguments by name.
+            path: the first decisions of the call, as far as they are known.
+        """
+        last = None
         for graph in self.graphs:
-            if graph.serves(self._net, args, kwargs):
+            if not graph.is_on(path) or not graph.serves(self._net, args, kwargs):
+                continue
+            if not graph.decisions:
                 return graph
-        return None
+            if _mode(graph) not in self._many_paths and (last is None or graph.last_use > last.last_use):
+                last = graph
+        return last
 
     def capture(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options) -> RewrittenGraph:
         """Capture and rewrite a graph for a call.
@@ -62,18 +83,47 @@ class SymbolicRoute:
             return self.capture_with_leaves(args, kwargs, options)
         return self._capture(binding, options)
 
-    def capture_with_leaves(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options) -> RewrittenGraph:
-        """Capture and rewrite a graph for a call, in which modules that cannot be traced are called as a whole.
+    def capture_with_leaves(
+        self, args: tuple[Any, ...], kwargs: Mapping[str, Any], options: Options, path: Sequence[Decision] = ()
+    ) -> RewrittenGraph:
+        """Capture and rewrite a graph for a call that has conditions on values, and calls some modules as a whole.
+
+        These are the modules that cannot be traced. A condition in a module without sums makes that one, too.
+
+        Args:
+            args: arguments of the call.
+            kwargs: arguments by name.
+            options: how chains are rewritten.
+            path: the first decisions of the call, as far as they are known; the others are guessed.
 
         Raises:
             CaptureError: the model cannot be traced even so.
+            PathsError: its calls take too many paths, or cannot be undone.
         """
         binding = bind(self._net, signature_of(self._net), args, kwargs)
         check_constants(self._net, binding)
         inputs = binding.tensors(args, kwargs)
         if any(map(compat.is_fake, inputs.values())):
             raise CaptureError(f"{type(self._net).__name__} is called on tensors of another trace.")
-        graph = self._traced(binding, options, inputs)
+        mode = binding.key, self._net.training
+        if path:  # the guess that led here may never come true
+            self.graphs = [graph for graph in self.graphs if not graph.decisions or graph.last_use]
+        known = [graph for graph in self.graphs if graph.decisions and graph.serves(self._net, args, kwargs)]
+        if len(known) >= _PATHS:
+            self._many_paths[mode] = known[0].decisions[0].line
+        if mode in self._many_paths:
+            raise PathsError(
+                f"{type(self._net).__name__} takes more than {_PATHS} paths, by conditions on the values of tensors; "
+                f"the first is {self._many_paths[mode]}."
+            )
+        deciding = self._deciding.setdefault(mode, {})
+        graph = self._traced(binding, options, inputs, path, deciding)
+        if not path and (more := _whole(graph, options)):
+            with suppress(Exception):  # then their conditions stay decisions
+                other = self._traced(binding, options, inputs, path, {**deciding, **more})
+                if _count(other) >= _count(graph, more):
+                    graph = other
+                    deciding |= more
         graph.shapes_known = True  # the trace was made with shapes
         return graph
 
@@ -108,23 +158,40 @@ class SymbolicRoute:
                 self._failures[mode] = str(error)
             raise
 
-    def _traced(self, binding: ByName, options: Options, inputs: Mapping[str, Tensor] | None) -> RewrittenGraph:
+    def _traced(
+        self,
+        binding: ByName,
+        options: Options,
+        inputs: Mapping[str, Tensor] | None,
+        path: Sequence[Decision] = (),
+        deciding: Mapping[str, str] = _NONE,
+    ) -> RewrittenGraph:
         net, leaves = self._net, Leaves(allowed=inputs is not None)
+        modules = dict(net.named_modules()) if deciding else {}
+        for name in modules.keys() & deciding:
+            leaves.add(modules[name], deciding[name])
         while True:  # where a trace has failed and gone on, it may have left something behind
             leaves.grew = False
+            guesses = None if inputs is None else Guesses(path, self._last_path)
             with bare_submodules(net):
-                captured = capture(net, binding, named_steps_of(net, options), holds_chain, leaves, inputs)
+                captured = capture(net, binding, named_steps_of(net, options), holds_chain, leaves, inputs, guesses)
             if not leaves.grew:
                 graph = rewrite_captured(net, captured, options, {})
                 refuse_lost_effects(net, graph)
+                refuse_lasting_writes(net, graph)
                 graph.traced = graph.chains
                 return graph
+
+    @property
+    def _last_path(self) -> Sequence[Decision]:
+        """The conditions of the last call that had any."""
+        return max(self.graphs, key=lambda graph: graph.last_use).decisions if self.graphs else ()
 
     def keep(self, graph: RewrittenGraph) -> None:
         """Keep a graph for later calls; the oldest one goes if there are many for the same arguments."""
         key = graph.captured.binding.key
         alike = [other for other in self.graphs if other.captured.binding.key == key]
-        if len(alike) == _KEPT:
+        if len(alike) == (_KEPT * _PATHS if graph.decisions else _KEPT):
             self.graphs.remove(alike[0])
         self.graphs.append(graph)
 
@@ -166,6 +233,34 @@ class SymbolicRoute:
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "graphs": [graph for graph in self.graphs if graph.is_portable]}
+
+
+def _mode(graph: RewrittenGraph) -> Hashable:
+    return graph.captured.binding.key, graph.training
+
+
+def _whole(graph: RewrittenGraph, options: Options) -> dict[str, str]:
+    """Return the paths of modules that decide and can be called as a whole, and why: no chain passes through them.
+
+    Such a module takes its decision each time that it runs, and adds no path to the net's. A chain that lies inside of
+    it is run as one of its own, if the module is a part of a step of another chain.
+    """
+    found: dict[str, str] = {}
+    for decision in graph.decisions:
+        path = join(options.within, decision.path)
+        inside = {name: [is_inside(sum_, path) for sum_ in sums] for name, sums in graph.sums.items()}
+        around = [name for name, sums in inside.items() if not any(sums)]
+        is_in_step = any(is_inside(path, step) for name in around for step in graph.step_paths[name] if step)
+        if decision.path and all(not any(sums) or (all(sums) and is_in_step) for sums in inside.values()):
+            found[decision.path] = f"{DECISION} ({decision.line})"
+    return found
+
+
+def _count(graph: RewrittenGraph, without: Mapping[str, str] = _NONE) -> int:
+    """Return the number of steps of a graph, but for those of chains inside of modules at some paths."""
+    within = [join(graph.within, path) for path in without]
+    chains = {name: sums for name, sums in graph.sums.items() if not any(is_inside(sums[0], path) for path in within)}
+    return sum(map(len, chains.values()))
 
 
 class DynamoRoute:

@@ -44,6 +44,7 @@ class View(ABC):
         flat: paths of modules whose own ``forward`` does not run, because their operations belong to several steps.
         recompute_between: True if what lies between the chains runs again in the backward pass.
         leaves: paths of modules that are called as a whole because a trace cannot follow them, and why.
+        conditions: the lines with conditions on values that the graph checks as it runs.
     """
 
     module: nn.Module
@@ -55,6 +56,7 @@ class View(ABC):
     flat: tuple[str, ...] = ()
     recompute_between: bool = False
     leaves: Mapping[str, str] = field(default_factory=dict)
+    conditions: tuple[str, ...] = ()
 
     @property
     def all_calls(self) -> Calls:
@@ -273,6 +275,7 @@ def _of_graph(
         flat=graph.flat,
         recompute_between=graph.recompute_between,
         leaves={paths.join(graph.within, path): why for path, why in graph.captured.leaves.items()},
+        conditions=tuple(f"{decision.line} (here {decision.value})" for decision in graph.decisions),
         graph=graph,
         options=where.options,
         all_graphs=all_graphs,

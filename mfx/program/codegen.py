@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_aggregate, map_arg
 
 from mfx import compat
+from mfx.capture.outputs import says_something
 from mfx.engine import BLOCK_KERNELS, FusedKernels, Kernels
 from mfx_passes.ir import is_momentum_call
 from mfx_passes.rewrite.portable_graph import PortableGraph
@@ -46,7 +47,7 @@ class BackendCompiler:
         Modules and tensors read by path are inputs of the compiled function, so that blocks of one structure share it,
         and a module that is replaced is another input.
         """
-        if any(map(is_momentum_call, graph.find_nodes(op="call_module"))):
+        if any(map(is_momentum_call, graph.find_nodes(op="call_module"))) or says_something(graph):
             return to_function(graph)  # a chain inside of a branch; its own branches are compiled
         paths, shared = _with_inputs_only(graph)
         source = shared.python_code("self")

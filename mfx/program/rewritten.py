@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from mfx.capture.captured import Captured
+from mfx.capture.decisions import Decision
 from mfx.capture.guards import ModuleGuard, guards_of
 from mfx.capture.named_steps import check_steps
 from mfx.engine import ARITHMETICS, ChainPlan, ChainSettings
@@ -49,6 +50,7 @@ class RewrittenGraph:
         verify: the reaction if that recomputation was not reproducible.
         traced: the chains before they were checked against shapes; None if there was no such time.
         default_dtype: torch's default dtype in the trace: constants that the model made then are of this dtype.
+        last_use: grows with every call whose conditions were those of the graph; 0 if none was.
     """
 
     captured: Captured
@@ -65,6 +67,7 @@ class RewrittenGraph:
     verify: str = "warn"
     traced: Chains | None = None
     default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
+    last_use: int = 0
     _functions: dict[GraphCompiler, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     @property
@@ -76,6 +79,16 @@ class RewrittenGraph:
     def is_portable(self) -> bool:
         """True if the graph can be pickled and copied; what Dynamo saw cannot, and speaks of these very modules."""
         return self.captured.binding.key is not None and is_portable(self.captured.graph, self.captured.calls)
+
+    @property
+    def decisions(self) -> Sequence[Decision]:
+        """The conditions on values that the graph checks as it runs."""
+        return self.captured.decisions
+
+    def is_on(self, path: Sequence[Decision]) -> bool:
+        """True if its conditions begin with the values of these."""
+        mine = self.decisions[: len(path)]
+        return [decision.value for decision in mine] == [decision.value for decision in path]
 
     @property
     def chain_lengths(self) -> dict[str, int]:
@@ -106,6 +119,12 @@ class RewrittenGraph:
     def sums(self) -> dict[str, list[str]]:
         """For each chain, the paths in the net of the modules whose forwards add up its steps."""
         return {call.chain: [self._path_of_sum(step) for step in call.graphs.steps] for call in self.calls.values()}
+
+    @property
+    def step_paths(self) -> dict[str, list[str]]:
+        """For each chain, the paths in the net of its steps."""
+        calls = self.calls.values()
+        return {call.chain: [paths.join(self.within, step.path) for step in call.graphs.steps] for call in calls}
 
     def _path_of_sum(self, step: StepGraphs) -> str:
         (output,) = step.original.find_nodes(op="output")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dis
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from types import CodeType, FrameType
 
@@ -102,13 +102,15 @@ def _end_of(code: Sequence[dis.Instruction], start: int) -> int | None:
     return None
 
 
-def is_message_of_assert(frame: FrameType) -> bool:
-    """True if the text that the running code makes becomes the message of a call of ``_assert``, and nothing else.
+def is_text_for(frame: FrameType, names: Collection[str]) -> bool:
+    """True if the text that the running code makes becomes an argument of a call, and nothing else.
 
-    The call is ``torch._assert(condition, f"... {size} ...")``, by this name of the function.
+    The call is a statement of its own that has one of the names in it, ``torch._assert(condition, f"... {size} ...")``
+    or ``print(f"... {x}")``.
     """
     code = _instructions(frame.f_code)
     at = _position(frame, code)
+    at += code[at].opname == "PRECALL"  # of a str() that Python has made one instruction
     depth = 1  # values on the stack, from the text on
     for i in range(at + 1, len(code)):
         name, argument = code[i].opname, code[i].arg if code[i].opcode >= dis.HAVE_ARGUMENT else None
@@ -121,15 +123,23 @@ def is_message_of_assert(frame: FrameType) -> bool:
             depth = 1  # the text is a part of this one
             continue
         calls = [i.opname for i in code[i : i + 3] if i.opname != "CACHE"]
-        return name.startswith(("PRECALL", "CALL")) and "POP_TOP" in calls and _begins_with_assert(code, at)
+        return name.startswith(("PRECALL", "CALL")) and "POP_TOP" in calls and _has_name(code, at, names)
     return False
 
 
-def _begins_with_assert(code: Sequence[dis.Instruction], at: int) -> bool:
-    """True if the statement around a position begins with ``_assert(``, perhaps in a module."""
+def _has_name(code: Sequence[dis.Instruction], at: int, names: Collection[str]) -> bool:
+    """True if the statement up to a position has one of the names in it."""
     while at and not code[at - 1].opname.startswith(_ENDS) and "JUMP" not in code[at - 1].opname:
+        if code[at - 1].argval in names:
+            return True
         at -= 1
-    return "_assert" in [instruction.argval for instruction in code[at : at + 3]]
+    return False
+
+
+def raises(code: CodeType, offset: int) -> bool:
+    """True if the instruction at an offset is a ``raise``."""
+    at = bisect_left(instructions := _instructions(code), offset, key=lambda instruction: instruction.offset)
+    return instructions[at].opname == "RAISE_VARARGS"
 
 
 def _raises_assertion(instruction: dis.Instruction) -> bool:

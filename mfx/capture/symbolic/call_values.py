@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import io
 import operator
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from mfx import compat
-from mfx.capture.symbolic.refusals import OutputError, UntraceableError
+from mfx.capture.symbolic.refusals import OutputError, UntraceableError, outputs_refused
 from mfx.modules.python_state import PythonState, python_state_restored
 from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import restored_if_changed, tensors_restored
@@ -76,7 +75,13 @@ class CallValues:
         """Find the values of all nodes that are in the graph by now."""
         missing = [node for node in graph.nodes if node not in self._known]
         if missing:
-            with compat.untraced(), torch.random.fork_rng(devices=()), restored_if_changed(), self._mode:
+            with (  # without the mode that notes what the model changes: all is put back
+                compat.untraced(),
+                compat.without_modes(),
+                torch.random.fork_rng(devices=()),
+                restored_if_changed(),
+                self._mode,
+            ):
                 for node in missing:
                     self._known[node] = self._value(node)
 
@@ -188,7 +193,7 @@ def _without_effects(module: nn.Module) -> Iterator[PythonState]:
             for table in compat.forward_hook_tables(inner):
                 stack.callback(table.update, dict(table))
                 table.clear()
-        stack.enter_context(redirect_stdout(io.StringIO()))
+        stack.enter_context(outputs_refused())
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(_only_torch_draws(module))

@@ -10,10 +10,12 @@ from typing import Any, NoReturn
 
 import torch
 from torch import fx
+from torch.fx.node import map_aggregate
 
-from mfx.capture.symbolic.bytecode import asserted, is_message_of_assert, is_plain_access, unpacked_indices
+from mfx.capture.symbolic.bytecode import asserted, is_plain_access, is_text_for, unpacked_indices
 from mfx.capture.symbolic.call_values import UNKNOWN
 from mfx.capture.symbolic.classes import ClassOfValue, is_class_check, known_class
+from mfx.capture.symbolic.outputs import OUTPUTS
 from mfx.capture.symbolic.refusals import OutputError, Refusals, UntraceableError
 
 _INPLACE = ("iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
@@ -27,6 +29,13 @@ _REFUSED = {  # special methods that Python calls, often in order to try somethi
     "divmod rdivmod": "a traced value is divided by divmod, which a trace does not record",
     "reduce_ex deepcopy copy": "a traced value is copied, which a trace does not record",
 }
+
+
+def apply_ufunc(name: str, *args: Any, **kwargs: Any) -> Any:
+    """Apply a universal function of numpy, as a node of a graph."""
+    import numpy
+
+    return getattr(numpy, name)(*args, **kwargs)
 
 
 class _Proxy(ClassOfValue, fx.Proxy):
@@ -57,6 +66,17 @@ class _Proxy(ClassOfValue, fx.Proxy):
 
         return numpy.array(self._number(), *args, **kwargs)
 
+    def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        import numpy
+
+        given = map_aggregate(args, lambda arg: self.tracer.number_of(arg) if isinstance(arg, fx.Proxy) else arg)
+        if not any(arg is UNKNOWN for arg in given):
+            return getattr(ufunc, method)(*given, **kwargs)  # of sizes
+        name = str(ufunc.__name__)
+        if self.tracer.values is None or method != "__call__" or getattr(numpy, name, None) is not ufunc:
+            self._refuse("numpy computes of the values of a traced tensor")
+        return self.tracer.create_proxy("call_function", apply_ufunc, (name, *args), kwargs)
+
     def _number(self) -> Any:
         """Return a traced size as it is in the call that is traced."""
         value = self.tracer.number_of(self)
@@ -85,12 +105,15 @@ class _Proxy(ClassOfValue, fx.Proxy):
     def __format__(self, form: str) -> str:
         return self._text(sys._getframe(1), form)
 
-    def _text(self, frame: FrameType, form: str = "") -> str:
+    def _text(self, frame: FrameType, form: str | None = None) -> str:
+        """Return the value as text; without a format as ``str`` writes it, which of a tensor is another text."""
         if (value := self.tracer.number_of(self)) is not UNKNOWN:
-            return format(value, form)
-        if not is_message_of_assert(frame):
+            return str(value) if form is None else format(value, form)
+        if is_text_for(frame, ("_assert",)):
+            return f"<{self.__dict__.get('attr') or self.node.name}>"
+        if not is_text_for(frame, OUTPUTS):
             self.tracer.refusals.refuse(OutputError("a traced value is written as text, which a trace would do once"))
-        return f"<{self.__dict__.get('attr') or self.node.name}>"
+        return str(self.tracer.outputs.text_of(self, form))
 
     def class_of_value(self) -> type:
         """Return the class of the value."""

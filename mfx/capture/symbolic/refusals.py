@@ -30,6 +30,13 @@ class OutputError(UntraceableError):
     """The model prints, logs or formats a traced value: an effect that has to take place once in each call."""
 
 
+class WrongGuessError(UntraceableError):
+    """The model raises an error on a path that the trace has guessed."""
+
+
+DECISION = "a decision (control flow) depends on the value of a tensor"
+
+
 class Refusals:
     """The errors that were raised in one trace because it does not know what the model asks for.
 
@@ -80,11 +87,11 @@ class Refusals:
 
 
 @contextmanager
-def outputs_refused(refusals: Refusals) -> Iterator[None]:
+def outputs_refused() -> Iterator[None]:
     """Within this context, refuse what this thread prints and logs."""
 
     def refuse(*args: object, **kwargs: object) -> None:
-        refusals.refuse(OutputError("it prints or logs while it runs, which a trace would do once"))
+        raise OutputError("it prints or logs in code that runs again in the backward pass")
 
     with compat.patched(builtins, "print", refuse), compat.patched(logging.Logger, "handle", refuse):
         yield

@@ -13,14 +13,15 @@ from torch.overrides import TorchFunctionMode
 
 from mfx import compat
 from mfx.capture.binding import ByName
-from mfx.capture.captured import Captured, CaptureError, Effect
+from mfx.capture.captured import Captured, CaptureError, Effect, RaisedError
+from mfx.capture.decisions import Guesses
 from mfx.capture.named_steps import NamedStepModules
 from mfx.capture.symbolic.call_values import CallValues
 from mfx.capture.symbolic.effects import Changes
 from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.refusals import Refusals, UntraceableError
 from mfx.capture.symbolic.tracer import SymbolicTracer
-from mfx.capture.symbolic.user_code import said_by
+from mfx.capture.symbolic.user_code import is_raised_by_user, said_by
 from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import tensors_restored
 from mfx_passes import MfxError
@@ -49,11 +50,13 @@ def capture(
     is_leaf: Callable[[nn.Module], bool] = lambda module: False,
     leaves: Leaves | None = None,
     inputs: Mapping[str, Tensor] | None = None,
+    guesses: Guesses | None = None,
 ) -> Captured:
     """Trace a model symbolically.
 
     With ``inputs``, a submodule in which the trace fails is called as a whole, and where the model uses sizes as
-    numbers, they are those of the inputs.
+    numbers, they are those of the inputs. With ``guesses``, the graph is for one path through the model, and checks as
+    it runs that its conditions have the values of that path.
 
     Args:
         model: the model, in the training mode that the graph is for; it is left as it was.
@@ -62,9 +65,11 @@ def capture(
         is_leaf: True for other modules that are called as a whole.
         leaves: submodules that are known to become leaves; those that do now are added.
         inputs: the tensors of the call that the graph is for; None if it is for any call.
+        guesses: the values to take for conditions on tensors; None if the model must not have any.
 
     Raises:
         CaptureError: it cannot be traced, or the trace would hold for this one run only.
+        RaisedError: the model raises an error on the path that a call takes.
     """
     leaves = Leaves(allowed=False) if leaves is None else leaves
     attributes = set(model.__dict__)
@@ -73,16 +78,14 @@ def capture(
     def tracer() -> SymbolicTracer:
         values = None if inputs is None else CallValues(model, inputs)
         whole = steps.modules if steps else ()
-        return SymbolicTracer(binding.inputs, binding.constants, whole, is_leaf, leaves, values)
+        return SymbolicTracer(binding.inputs, binding.constants, whole, is_leaf, leaves, values, guesses)
 
     with tensors_restored(model) as replaced, undisturbed(model) as drawn, compat.plain_transformer_layers():
-        last = tracer()
-        graph = _traced(model, last, changes.trace)
+        last, graph = _traced(model, tracer, changes.trace, guesses)
         effects: list[Effect] = []
         if changes and not leaves.grew:
             _drop(model, attributes)
-            last = tracer()
-            graph, effects = _traced(model, last, changes.trace_again)
+            last, (graph, effects) = _traced(model, tracer, changes.trace_again, guesses)
         effects += [Effect("", f"a {kind} outside of the model", is_own=False) for kind in last.leftovers.found]
     if replaced:
         raise CaptureError(
@@ -109,23 +112,37 @@ def capture(
         leaves={path: leaves.reasons[module] for path, module in called.items() if module in leaves},
         effects=effects,
         assigned=changes.assigned,
+        decisions=tuple(last.decisions),
     )
 
 
-def _traced(model: nn.Module, tracer: SymbolicTracer, trace: Callable[[SymbolicTracer], R]) -> R:
-    attributes = set(model.__dict__)
-    try:
-        with compat.dynamo_rules_kept(), _ValuesRead(tracer.refusals):
-            return trace(tracer)
-    except MfxError:
-        raise
-    except (Exception, UntraceableError) as error:
-        _drop(model, attributes)
-        said = said_by(error, model)
-        _clear_frames(error)
-        raise CaptureError(f"{type(model).__name__} cannot be traced symbolically: {said}. {_ADVICE}") from error
-    finally:
-        tracer.leftovers.take_away()
+def _traced(
+    model: nn.Module,
+    make_tracer: Callable[[], SymbolicTracer],
+    trace: Callable[[SymbolicTracer], R],
+    guesses: Guesses | None,
+) -> tuple[SymbolicTracer, R]:
+    """Return a trace, and its tracer: the first one that is not led to an error of the model's own by a guess."""
+    while True:
+        tracer = make_tracer()
+        attributes = set(model.__dict__)
+        try:
+            with compat.dynamo_rules_kept(), _ValuesRead(tracer.refusals):
+                return tracer, trace(tracer)
+        except MfxError:
+            raise
+        except (Exception, UntraceableError) as error:
+            _drop(model, attributes)
+            said = said_by(error, model)
+            _clear_frames(error)
+            if guesses is not None and tracer.is_misled_by(error):
+                guesses.change(tracer.decisions)
+                continue
+            if guesses is not None and guesses.are_told(tracer.decisions) and is_raised_by_user(error):
+                raise RaisedError(f"{type(model).__name__} raises an error: {said}") from error
+            raise CaptureError(f"{type(model).__name__} cannot be traced symbolically: {said}. {_ADVICE}") from error
+        finally:
+            tracer.leftovers.take_away()
 
 
 def _drop(model: nn.Module, attributes: set[str]) -> None:

@@ -18,6 +18,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from mfx import compat
 from mfx.capture.captured import CaptureError
+from mfx.capture.decisions import Decision, Guesses, check_decision
+from mfx.capture.outputs import log_values, print_values
 from mfx.capture.symbolic.applied_functions import functions_are_nodes
 from mfx.capture.symbolic.bytecode import unpacked_indices
 from mfx.capture.symbolic.call_values import UNKNOWN, CallValues
@@ -26,9 +28,17 @@ from mfx.capture.symbolic.entered_modes import EnteredModes
 from mfx.capture.symbolic.leaf_modules import LOOKED_INTO, TORCH_FUNCTIONS, einops_functions, timm_functions
 from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.leftovers import Leftovers
+from mfx.capture.symbolic.lengths import known_length
+from mfx.capture.symbolic.outputs import Outputs
 from mfx.capture.symbolic.proxies import Value
-from mfx.capture.symbolic.refusals import OutputError, Refusals, UntraceableError, outputs_refused
-from mfx.capture.symbolic.user_code import said_by, user_stack
+from mfx.capture.symbolic.refusals import (
+    DECISION,
+    OutputError,
+    Refusals,
+    UntraceableError,
+    WrongGuessError,
+)
+from mfx.capture.symbolic.user_code import is_raised_by_user, line_of, said_by, user_stack, users_frame
 from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import tensors_restored
 from mfx_passes import ModuleCall
@@ -44,12 +54,15 @@ class SymbolicTracer(fx.Tracer):
         is_leaf: True for further modules that are called as a whole.
         leaves: modules that cannot be walked through; a trace adds those in which it fails.
         values: what is known of the call that the trace is made for.
+        guesses: the values to take for conditions on tensors; None if the trace is to refuse these.
 
     Attributes:
         calls: the module calls that were walked through, in the order they ended.
         walked: path and module of every module that was walked through, the root first.
         refusals: what the model asked for and a trace does not know.
+        outputs: what the model prints and logs.
         leftovers: the proxies of the trace.
+        decisions: the conditions that were met, in order.
         at_boundary: called with the path of a walked module whenever its code goes on to, or comes back from, another
             one that is walked through.
     """
@@ -62,17 +75,21 @@ class SymbolicTracer(fx.Tracer):
         is_leaf: Callable[[nn.Module], bool] = lambda module: False,
         leaves: Leaves | None = None,
         values: CallValues | None = None,
+        guesses: Guesses | None = None,
     ) -> None:
         super().__init__(autowrap_functions=(*einops_functions(), *timm_functions(), *TORCH_FUNCTIONS))
         compat.search_autowrapped_in(self, torch)  # which is where torch.finfo is looked up
         self._steps, self._is_leaf = steps, is_leaf
         self.leaves = Leaves(allowed=False) if leaves is None else leaves
         self.values = values
+        self.decisions: list[Decision] = []
+        self._guesses = guesses
         self._inputs = inputs
         self._constants = constants
         self.calls: list[ModuleCall] = []
         self.walked: dict[str, nn.Module] = {}
         self.refusals = Refusals()
+        self.outputs = Outputs(self, self.refusals)
         self.leftovers = Leftovers()
         self.at_boundary: Callable[[str], None] = lambda path: None
         self._thread = threading.get_ident()
@@ -85,7 +102,7 @@ class SymbolicTracer(fx.Tracer):
         self._tensor_paths = {id(tensor): path for path, tensor in reversed(tensors)}
         self.walked = {"": root}
         self._modes = EnteredModes(self.refusals)
-        watched = self._modes.watched(), outputs_refused(self.refusals), compat.autowrap_in_this_thread(type_of_value)
+        watched = self._modes.watched(), self.outputs.recorded(), compat.autowrap_in_this_thread(type_of_value)
         try:
             with watched[0], watched[1], watched[2], functions_are_nodes():
                 graph = super().trace(root, concrete_args)
@@ -96,6 +113,7 @@ class SymbolicTracer(fx.Tracer):
             if self.values is not None:
                 self.values.put_back()
         self.at_boundary("")
+        self.outputs.check()
         self.refusals.check()
         # What forward is annotated to return says nothing a graph needs, and a string breaks its pickle in torch 2.13.
         graph.output_node().type = None
@@ -160,7 +178,7 @@ class SymbolicTracer(fx.Tracer):
         attributes = {module: dict(module.__dict__) for module in m.modules()}
         last = next(reversed(self.graph.nodes), None)
         calls, walked, stack = len(self.calls), dict(self.walked), self.module_stack.copy()
-        refused = self.refusals.count
+        refused, decided = self.refusals.count, len(self.decisions)
         try:
             with undisturbed(m) as drawn, tensors_restored(m) as replaced:
                 output = self._walk(m, path, args, kwargs)
@@ -169,14 +187,20 @@ class SymbolicTracer(fx.Tracer):
                 raise CaptureError(f"it {what} while it runs")
             self.refusals.check(refused)
             return output
-        except OutputError:
-            raise  # a leaf in a branch would print twice
+        except (OutputError, WrongGuessError):
+            raise  # a leaf in a branch would print twice; another guess may do
         except (Exception, UntraceableError) as error:  # whatever its forward says to symbolic values
+            if self.is_misled_by(error, decided):
+                raise WrongGuessError(str(error)) from error
             self.refusals.forget_after(refused)
+            del self.decisions[decided:]
             for module, before in attributes.items():
                 module.__dict__.clear()
                 module.__dict__.update(before)
-            for node in reversed(list(_after(self.graph, last))):
+            made = list(_after(self.graph, last))
+            if any(node.target in (print_values, log_values) for node in made):
+                self.refusals.refuse(OutputError("a module that is called as a whole prints or logs"))
+            for node in reversed(made):
                 self.graph.erase_node(node)
             del self.calls[calls:]
             self.walked, self.module_stack = walked, stack
@@ -230,7 +254,7 @@ class SymbolicTracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over a value whose length is known, or told by the code that unpacks it."""
-        count = _length(obj.node)
+        count = known_length(obj.node)
         indices = unpacked_indices(sys._getframe(2)) if count is None else range(count)
         if indices is None:
             length = self.length_of(obj)
@@ -243,8 +267,29 @@ class SymbolicTracer(fx.Tracer):
         """Return the truth value of a size or of what was computed of sizes."""
         value = self.number_of(obj)
         if value is UNKNOWN:
-            self.refusals.refuse(UntraceableError("a decision (control flow) depends on the value of a tensor"))
+            return self._decide(obj)
         return bool(value)
+
+    def _decide(self, condition: fx.Proxy) -> bool:
+        """Take a guess for a condition on a tensor, and record a node that checks it."""
+        guesses, number = self._guesses, len(self.decisions)
+        if guesses is None:
+            self.refusals.refuse(UntraceableError(DECISION))
+        if number == guesses.LIMIT:
+            self.refusals.refuse(UntraceableError(f"more than {number} decisions depend on the values of tensors"))
+        frame = users_frame()
+        decision = guesses.decide(self.decisions, self.path_inside, line_of(frame), frame.f_lasti)
+        self.decisions.append(decision)
+        arguments = condition, decision.value, number, decision.line
+        self.create_proxy("call_function", check_decision, arguments, {})
+        return decision.value
+
+    def is_misled_by(self, error: BaseException, decided: int = 0) -> bool:
+        """True if an error comes of guesses, those behind the first ``decided`` ones; others may do without it."""
+        if self._guesses is None or len(self.decisions) <= decided or not self._guesses.may_err(self.decisions):
+            return False
+        at_limit = len(self.decisions) == self._guesses.LIMIT
+        return at_limit or isinstance(error, WrongGuessError) or is_raised_by_user(error)
 
     def number_of(self, obj: fx.Proxy) -> Any:
         """Return a size, or what was computed of sizes, in the call that is traced; `UNKNOWN` if it is not known."""
@@ -256,7 +301,7 @@ class SymbolicTracer(fx.Tracer):
 
     def length_of(self, obj: fx.Proxy) -> int | None:
         """Return the length of a value in the call that is traced; None if it is not known."""
-        if (length := _length(obj.node)) is not None:
+        if (length := known_length(obj.node)) is not None:
             return length
         return None if self.values is None else self.values.length(obj.node)
 
@@ -276,29 +321,3 @@ def _after(graph: fx.Graph, last: fx.Node | None) -> Iterator[fx.Node]:
     while node is not None and node.op != "root":
         yield node
         node = node.next
-
-
-def _length(node: fx.Node) -> int | None:
-    """Return the length of what a node returns, if its arguments tell it."""
-    if node.target in ("chunk", torch.chunk):
-        count = node.args[1] if len(node.args) > 1 else node.kwargs.get("chunks")
-        return count if isinstance(count, int) else None
-    if node.target in ("split", torch.split):
-        sizes = node.args[1] if len(node.args) > 1 else node.kwargs.get("split_size_or_sections")
-        return len(sizes) if isinstance(sizes, list | tuple) else None
-    if node.target in ("tensor_split", torch.tensor_split):
-        borders = node.args[1] if len(node.args) > 1 else node.kwargs.get("indices")
-        return len(borders) + 1 if isinstance(borders, list | tuple) else None
-    if node.target is operator.getitem and isinstance(node.args[1], slice):
-        return _length_of_slice(node.args[1])
-    return None
-
-
-def _length_of_slice(part: slice) -> int | None:
-    """Return the length of ``values[part]`` of a long enough sequence: 2 for ``[-2:]``, ``[:2]`` and ``[1:3]``."""
-    start, stop = part.start or 0, part.stop
-    if part.step is not None or not isinstance(start, int) or not isinstance(stop, int | None):
-        return None
-    if stop is None:
-        return -start if start < 0 else None
-    return max(stop - start, 0) if (start < 0) == (stop < 0) else None

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import linecache
 import sys
 import traceback
 from pathlib import Path
+from types import FrameType
 
 import torch
 from torch import nn
+
+from mfx.capture.symbolic.bytecode import raises
 
 
 def said_by(error: BaseException, model: nn.Module) -> str:
@@ -36,12 +40,42 @@ def user_stack() -> str:
     lines = []
     frame = sys._getframe(2)
     while frame is not None:
-        module = frame.f_globals.get("__name__", "")
-        if module == "mfx.capture.symbolic.trace":
+        if frame.f_globals.get("__name__", "") == "mfx.capture.symbolic.trace":
             break
-        if not module.startswith(
-            ("torch.fx", "torch.nn.modules.module", "torch.overrides", "mfx.capture.symbolic", "contextlib")
-        ):
+        if not _is_between(frame):
             lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n')
         frame = frame.f_back  # type: ignore[assignment]
     return "".join(reversed(lines))
+
+
+def users_frame() -> FrameType:
+    """Return the innermost frame of the user's model."""
+    frame = sys._getframe(1)
+    while _is_between(frame) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame
+
+
+def line_of(frame: FrameType) -> str:
+    """Return the line that a frame runs."""
+    code = frame.f_code
+    line = linecache.getline(code.co_filename, frame.f_lineno).strip()
+    return f"{code.co_filename}:{frame.f_lineno}, in {code.co_name}: {line}"
+
+
+def is_raised_by_user(error: BaseException) -> bool:
+    """True if a ``raise`` of the user's code has raised an error, not an operation that takes no traced value."""
+    last = error.__traceback__
+    while last is not None and last.tb_next is not None:
+        last = last.tb_next
+    if last is None or last.tb_frame.f_globals.get("__name__", "").startswith(("torch.", "mfx.")):
+        return False
+    return raises(last.tb_frame.f_code, last.tb_lasti)
+
+
+def _is_between(frame: FrameType) -> bool:
+    """True for frames that lie between a model's code and the tracer."""
+    module = frame.f_globals.get("__name__", "")
+    return isinstance(module, str) and module.startswith(
+        ("torch.fx", "torch.nn.modules.module", "torch.overrides", "mfx.capture.symbolic", "contextlib")
+    )

@@ -60,7 +60,8 @@ def _step(link: Link, skip: Node, run: Candidate, index: GraphIndex) -> Step | N
         return None
     nodes, fed = _owned(skip, out, index)
     kind = "map" if moved or link.add.is_scaled or link.add.node.target is mapped else run.kind
-    branch = fed - link.add.sums - set(link.tail) - index.sizes - _towards(path[0], fed) - set(index.skip_path(out))
+    branch = _towards(out, fed) - link.add.sums - set(link.tail)  # not what only looks at the stream
+    branch -= index.sizes | _towards(path[0], fed) | set(index.skip_path(out))
     branch -= {node for node in path[0].users if link.add.is_scaled and sums.is_product(node)}
     return Step(link.add, skip, path[0], out, nodes, kind, paths.common(map(enclosing_path, branch)))
 

@@ -19,7 +19,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.fx import Graph, Node
@@ -30,7 +30,18 @@ from mfx_passes.find.nesting import Nesting
 from mfx_passes.ir import ModuleCall, Step
 from mfx_passes.ops.vocabulary import returns_operand
 
+T = TypeVar("T")
+
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+
+
+_IN_GRAPH: set[Any] = set()
+
+
+def stays_in_graph(function: T) -> T:
+    """Declare that a graph needs its calls of a function: what lies around one is not folded into a module call."""
+    _IN_GRAPH.add(function)
+    return function
 
 
 def fold_calls(
@@ -110,6 +121,8 @@ class _Folder:
 
     def _may_fold(self, call: ModuleCall, nodes: set[Node]) -> bool:
         if len({self._nesting.innermost(node) for node in nodes}) > 1 or nodes & self._single:
+            return False
+        if any(node.op == "call_function" and node.target in _IN_GRAPH for node in nodes):
             return False
         inputs = {self._replaced.get(node, node) for node in _nodes_in([call.args, call.kwargs])}
         read = {source for node in nodes for source in node.all_input_nodes if source.op != "get_attr"} - nodes

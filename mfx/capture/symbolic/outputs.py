@@ -1,0 +1,96 @@
+"""Records prints and logs of a model that is traced: text with traced values in it becomes text of the graph."""
+
+from __future__ import annotations
+
+import builtins
+import logging
+import re
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import map_aggregate
+
+from mfx import compat
+from mfx.capture.outputs import log_values, make_text, print_values
+from mfx.capture.symbolic.refusals import OutputError, Refusals
+
+OUTPUTS = ("print", "debug", "info", "warning", "error", "critical")  # functions that take texts
+
+_PLAIN = (str, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.Size)
+_STREAMS = ("stdout", "stderr")
+_MARK = re.compile("\x00(\\d+)\x00")
+
+
+class Outputs:
+    """The prints and logs of a model in one trace.
+
+    Args:
+        tracer: the tracer.
+        refusals: takes what cannot be recorded.
+    """
+
+    def __init__(self, tracer: fx.Tracer, refusals: Refusals) -> None:
+        self._tracer, self._refusals = tracer, refusals
+        self._formats: list[tuple[fx.Proxy, str | None]] = []
+        self._said: set[int] = set()
+
+    def text_of(self, value: fx.Proxy, form: str | None) -> str:
+        """Return what stands for the text of a traced value until it is printed or logged."""
+        self._formats.append((value, form))
+        return f"\x00{len(self._formats) - 1}\x00"
+
+    def check(self) -> None:
+        """Check that all texts of traced values were printed or logged.
+
+        Raises:
+            UntraceableError: one was not.
+        """
+        count = len(self._formats)
+        self._formats.clear()
+        if len(self._said) < count:
+            self._refuse("a traced value is written as text, which a trace would do once")
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        """Within this context, record what this thread prints and logs."""
+        handle = lambda logger, record: self._log(logger, record)  # noqa: E731
+        with compat.patched(builtins, "print", self._print), compat.patched(logging.Logger, "handle", handle):
+            yield
+
+    def _print(self, *values: Any, file: Any = None, **options: Any) -> None:
+        if file is not None:
+            streams = [name for name in _STREAMS if getattr(sys, name) is file]
+            options["file"] = streams[0] if streams else self._refuse("it prints into a file")
+        self._record(print_values, values, options)
+
+    def _log(self, logger: logging.Logger, record: logging.LogRecord) -> None:
+        if logging.getLogger(logger.name) is not logger or record.exc_info or record.stack_info:
+            self._refuse("it logs something a graph does not record")
+        args = record.args if isinstance(record.args, tuple) else (record.args,)
+        where = logger.name, record.levelno, record.pathname, record.lineno, record.funcName
+        self._record(log_values, (*where, record.msg, *args), {})
+
+    def _record(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        args = map_aggregate(args, self._argument)
+        self._tracer.create_proxy("call_function", function, args, kwargs)
+
+    def _argument(self, value: Any) -> Any:
+        if isinstance(value, fx.Proxy) or (isinstance(value, _PLAIN) and not isinstance(value, str)):
+            return value
+        if not isinstance(value, str):
+            self._refuse(f"it prints or logs an object, a {type(value).__name__}")
+        pieces: list[Any] = _MARK.split(value)
+        if len(pieces) == 1:
+            return value
+        for at in range(1, len(pieces), 2):
+            number = int(pieces[at])
+            self._said.add(number)
+            pieces[at] = self._formats[number]
+        return self._tracer.create_proxy("call_function", make_text, tuple(pieces), {})
+
+    def _refuse(self, what: str) -> Any:
+        self._refusals.refuse(OutputError(what))
