@@ -58,6 +58,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         predicted,
         unpredicted,
         {path: why for view in views for path, why in view.leaves.items()},
+        tuple(dict.fromkeys(condition for view in views for condition in view.conditions)),
     )
 
 

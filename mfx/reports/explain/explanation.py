@@ -20,6 +20,7 @@ from mfx.reports.explain.tables import (
     leaves,
     memory_table,
     policies,
+    short_place,
     sources,
     step_table,
 )
@@ -42,6 +43,8 @@ class Explanation:
         estimate: predicted memory and work of a training step with mfx and without; None without inputs.
         unpredicted: reason why there is no ``estimate`` although there were inputs.
         leaves: modules that are called as a whole because a trace cannot follow them, and why.
+        conditions: lines that decide on the values of tensors, with the value that the graph shown here is for: each
+            call takes the path of its own values, and each path has a graph.
     """
 
     model: str
@@ -52,6 +55,7 @@ class Explanation:
     estimate: Estimate | None = None
     unpredicted: str = ""
     leaves: Mapping[str, str] = field(default_factory=dict)
+    conditions: tuple[str, ...] = ()
 
     @property
     def advice(self) -> tuple[str, ...]:
@@ -76,6 +80,7 @@ class Explanation:
             rejections=groups(self.rejections),
             flat=tuple(filter(None, self.flat)),
             leaves=leaves(self.leaves),
+            conditions=tuple(map(short_place, self.conditions)),
         )
 
     def __str__(self) -> str:
@@ -92,7 +97,8 @@ class Explanation:
             (the attributes of `ExplainedStorage`, and ``kept``), ``memory`` (``plain`` and ``kept`` in bytes,
             ``recomputed`` in FLOP) and ``steps`` (``path``, ``kind``, ``branch``, ``captures``, ``sides``, ``source``);
             ``rejections``, each with ``node``, ``path``, ``source``, ``reason`` and ``remedy``; ``flat``;
-            ``leaves``: reasons by path; ``totals``: ``plain`` and ``momentum``, each with ``kept`` and ``peak`` in
+            ``leaves``: reasons by path; ``conditions``;
+            ``totals``: ``plain`` and ``momentum``, each with ``kept`` and ``peak`` in
             bytes and ``flops``; ``held``: bytes by key of the output; ``advice``; ``unpredicted``. ``storage``,
             ``memory`` and ``totals`` are None where unknown.
         """
@@ -111,6 +117,7 @@ class Explanation:
             ],
             "flat": list(self.flat),
             "leaves": dict(self.leaves),
+            "conditions": list(self.conditions),
             "totals": self._totals(),
             "held": {} if self.estimate is None else dict(self.estimate.held),
             "advice": list(self.advice),

@@ -34,6 +34,7 @@ def page(contents: Contents) -> Markup:
         _rejections(contents.rejections),
         _paragraph("hooks on these modules do not run", ", ".join(contents.flat)),
         _list("called as a whole, since a trace cannot follow them", map(": ".join, contents.leaves)),
+        _list("decided in each call anew, by the values of tensors", contents.conditions),
         *(element("details", element("summary", f"steps of {name}"), _table(steps)) for name, steps in contents.steps),
         class_="mfx",
     )

@@ -15,8 +15,8 @@ from typing_extensions import override
 
 from mfx.engine import ChainPlan
 from mfx.engine.memory.flops import FlopCounter
-from mfx.engine.scope import recomputing
 from mfx.meter import StorageLedger, storages
+from mfx.modules.recomputing import recomputing
 from mfx.options.gamma import Gamma
 from mfx.program.chain_call import Momentum
 from mfx.program.codegen import GraphCompiler, to_function

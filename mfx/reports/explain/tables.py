@@ -51,6 +51,7 @@ class Contents:
         rejections: residual adds that stay as they are, by reason.
         flat: paths of modules whose hooks do not run.
         leaves: modules that are called as a whole because a trace cannot follow them, and why.
+        conditions: lines that decide on the values of tensors.
     """
 
     headline: str
@@ -64,6 +65,7 @@ class Contents:
     rejections: list[RejectedGroup]
     flat: tuple[str, ...]
     leaves: Rows
+    conditions: tuple[str, ...]
 
 
 def headline(model: str, chains: Sequence[ExplainedChain], rejections: Sequence[Rejection]) -> str:

@@ -14,7 +14,7 @@ _SHOWN = 3  # rejections per reason
 
 def text(contents: Contents) -> str:
     """Return all of an explanation, section by section."""
-    sections = (_chains, _memory, _policies, _advice, _rejections, _flat, _leaves)
+    sections = (_chains, _memory, _policies, _advice, _rejections, _flat, _leaves, _conditions)
     lines = _wrapped(contents.headline)
     for section in sections:
         if found := section(contents):
@@ -75,6 +75,13 @@ def _leaves(contents: Contents) -> list[str]:
     lines = ["called as a whole, since a trace cannot follow them:"] if contents.leaves else []
     for names, why in contents.leaves:
         lines += _wrapped(f"  {names}: {why}")
+    return lines
+
+
+def _conditions(contents: Contents) -> list[str]:
+    lines = ["decided in each call anew, by the values of tensors:"] if contents.conditions else []
+    for condition in contents.conditions:
+        lines += _wrapped(f"  {condition}")
     return lines
 
 
