@@ -54,8 +54,9 @@ def momentumize(
         velocity: v before the first step: ``"zero"``; ``"residual"``, such that the first step adds f(x) in full; or a
             module (or a mapping from chain names, shell patterns allowed, to modules; zero for the others) that
             computes it from x. These very modules, not copies, live under ``velocity.``, once per chain.
-        arithmetic: ``"exact"``: rebuilt activations are the forward pass's, bit for bit; ``"float"``: within 6e-6
-            relative in float32, less memory in short chains.
+        arithmetic: ``"exact"``: rebuilt activations are the forward pass's, bit for bit, by fixed point; chains whose
+            inputs take no more than that keep these and compute in floating point, at every budget. ``"float"``: within
+            6e-6 relative in float32, less memory in short chains.
         memory_budget: share of the chains' activations that is kept for the backward pass; the function is the same.
             0.0 keeps none (m₀ bytes), 1.0 all (m₁ bytes, ordinary backpropagation), b in between at most
             m₀ + b·(m₁ − m₀) bytes: those of the steps that save the most FLOPs per byte. Or a number of bytes above 1

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from mfx.compat import has_float64, under_transform
+from mfx.engine.arithmetic import FloatState, State
 from mfx.engine.arithmetic.base import wide
 from mfx.engine.flags import notice_overflow, read_pending, warn_once
 from mfx.engine.memory.plan import ChainPlan, StepCost
@@ -152,16 +153,16 @@ def _run_plain(call: ChainCall, x: Tensor) -> ChainOutput:
 
 def _run_recorded(call: ChainCall, x: Tensor) -> ChainOutput:
     """Run the recurrence in the chain's arithmetic, under autograd."""
-    _check_device(call, x.device)
+    arithmetic = _arithmetic(call, x)
     runner = _choose_runner(call, x)
     tape, walked = (runner.tape, runner.walked) if isinstance(runner, FromTape) else (None, range(0))
     v, settings = call.v0, call.settings
-    state = settings.arithmetic.start(x, v, reversible=tape is not None, kernels=settings.kernels)
+    state = arithmetic.start(x, v, reversible=tape is not None, kernels=settings.kernels)
     if state.rounds_input:
         x = Enter.apply(x, state)
     out = _Collector(call.taps)
     dummy = velocity_dummy(x)
-    spacing = settings.arithmetic.anchor_every(settings.gamma, x.dtype) or len(call.steps)
+    spacing = arithmetic.anchor_every(settings.gamma, x.dtype) or len(call.steps)
     on_cpu = x.device.type == "cpu"
     for index, (step, gamma) in enumerate(zip(call.steps, _gammas(call), strict=True)):
         if state.verifiable and index == walked.start > 0:
@@ -193,7 +194,7 @@ def _run_recorded(call: ChainCall, x: Tensor) -> ChainOutput:
 def _choose_runner(call: ChainCall, x: Tensor) -> Runner:
     if not _recomputes(call):
         return Ordinary(call, original=False)
-    if call.plan.from_inputs:
+    if call.plan.from_inputs or not _walks_back(call, x):
         return FromInputs(call, x.device, original=False)
     return FromTape(call, x.device)
 
@@ -203,12 +204,26 @@ def _recomputes(call: ChainCall) -> bool:
     return not call.keeps_all and torch.is_grad_enabled() and enclosing_is_recorded() is True
 
 
-def _check_device(call: ChainCall, device: torch.device) -> None:
-    if call.settings.arithmetic.needs_float64 and not has_float64(device):
+def _arithmetic(call: ChainCall, x: Tensor) -> type[State]:
+    """Return the arithmetic of a chain; where inputs are kept in any case, the plain recurrence in a wide dtype.
+
+    It does not depend on the plan, nor on whether the chain is inside another one: the function is the same.
+
+    Raises:
+        MfxError: the device cannot compute it.
+    """
+    arithmetic = call.settings.arithmetic if _walks_back(call, x) else FloatState
+    if arithmetic.needs_float64 and not has_float64(x.device):
         raise MfxError(
-            f"chain {call.name}: arithmetic='exact' computes with float64, which {device} does not have. Use "
+            f"chain {call.name}: arithmetic='exact' computes with float64, which {x.device} does not have. Use "
             "arithmetic='float'"
         )
+    return arithmetic
+
+
+def _walks_back(call: ChainCall, x: Tensor) -> bool:
+    settings = call.settings
+    return settings.arithmetic.walks_back(settings.gamma, x.dtype, len(call.steps))
 
 
 def _gammas(call: ChainCall) -> list[Gamma]:

@@ -67,6 +67,8 @@ def explain_storage(call: Momentum, shape: tuple[int, ...], dtype: torch.dtype) 
         kind = _STATES[arithmetic.name] + (f" with {count(found.anchors, 'anchor')}" if found.anchors else "")
         takes = "an anchor every other step or so" if states is None else size(states)
         reason = f"{kind}: {takes}; inputs of {steps} steps: {size(inputs)}"
+        if found.policy == "inputs" and states is not None and states < inputs:
+            reason += ", which is no more than states of full width"  # the reference that decides
     if call.plans is not None and call.plans.budget.is_partial:
         reason += f"; as far as memory_budget={call.plans.budget} goes, steps keep their activations instead"
     return ExplainedStorage(tuple(shape), dtype, found.policy, states, inputs, found.anchors, found.error, reason)

@@ -106,7 +106,8 @@ def test_it_keeps_less_at_every_budget(model):
         for b in budgets
     ]
     chains_only = memory(mfx.momentumize(copy.deepcopy(model), verify="off"), x)
-    assert all(a[0] < b[0] and a[1] <= b[1] for a, b in pairwise(found))
+    counter = 8  # bytes of BatchNorm's, of which a recomputation has a copy
+    assert all(a[0] < b[0] and a[1] <= b[1] + counter for a, b in pairwise(found))
     assert found[0][0] < 0.7 * chains_only[0]
     assert found[0][1] < chains_only[1]
     kept = [k for k, _ in found]

@@ -39,12 +39,16 @@ def branches(model):
 # --- too large -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("depth", [SHORT, DEEP])
-def test_overflow_names_the_chain_the_largest_value_and_what_to_do(depth):
+def too_large(depth):
     model = Stack(depth)
     with torch.no_grad():
         model.blocks[1].mix.weight.zero_()
         model.blocks[1].mix.bias.copy_(torch.tensor([1.0, -2.5e7, 3.0, 5e6, 0.0, 0.0, 0.0, 0.0]))
+    return model
+
+
+def test_overflow_names_the_chain_the_largest_value_and_what_to_do():
+    model = too_large(DEEP)
     net = mfx.momentumize(model)
     message = r"chain blocks, at or before step blocks\.1: .*the largest 2\.5e\+07.*Normalise.*use arithmetic='float'"
     with pytest.raises(mfx.MfxError, match=message):
@@ -52,6 +56,12 @@ def test_overflow_names_the_chain_the_largest_value_and_what_to_do(depth):
     with torch.no_grad():
         assert net(inputs()).isfinite().all()  # inference is in floating point
     mfx.momentumize(model, arithmetic="float")(inputs()).sum().backward()
+
+
+def test_no_limit_where_inputs_are_kept():
+    out = mfx.momentumize(too_large(SHORT), verify="raise")(inputs())
+    assert out.isfinite().all()
+    out.sum().backward()
 
 
 def test_overflow_of_the_sum():
