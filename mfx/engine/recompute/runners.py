@@ -156,7 +156,7 @@ class FromTape(_Recomputing, Runner):
     def __init__(self, call: ChainCall, device: torch.device) -> None:
         super().__init__(call, device, original=False)
         verify = partial(verify_chain, call.name, call.cache, call.settings.verify) if call.verifies else None
-        self.tape = Tape(call.name, device, verify)
+        self.tape = Tape(call.name, device, verify, partial(warn_once, "walks", cache=call.cache))
         self.walked = call.plan.walked(len(call.steps))
 
     def run(self, index: int, step: StepFunction, x: Tensor, gamma: Gamma) -> tuple[Any, ...]:  # noqa: D102

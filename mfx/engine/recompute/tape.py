@@ -16,6 +16,8 @@ from mfx.engine.recompute.frame import Frame, Handle, KeptStep, Rebuilt
 from mfx.engine.recompute.saved import SavedTensors, freed
 from mfx.options.gamma import Gamma
 
+_MANY = 4  # walks of one graph: more than second derivatives take
+
 
 class StoredInput:
     """The kept input of one step, as in an ordinary checkpoint."""
@@ -63,15 +65,23 @@ class Tape:
     frees the graph has begun there, and else lives as long as a handle does: parts of a graph may be run backward by
     themselves, also after its outputs are gone (pipelines compute the gradients of weights so). After a complete walk
     ``verify`` is called with the result of comparing its last state with the one that the first step started from.
+    ``warn`` is called with a message when there are many walks.
     """
 
-    def __init__(self, chain: str, device: torch.device, verify: Callable[[Tensor], None] | None) -> None:
+    def __init__(
+        self,
+        chain: str,
+        device: torch.device,
+        verify: Callable[[Tensor], None] | None,
+        warn: Callable[[str], None],
+    ) -> None:
         self._chain = chain
         self._steps: list[tuple[Frame | KeptStep, str, Gamma]] = []
         self._stored: dict[int, _Stored] = {}
         self._walk: _Walk | None = None
         self._rebuilt = Rebuilt(device)
-        self._verify = verify
+        self._verify, self._warn = verify, warn
+        self._walks = 0
 
     def add(self, frame: Frame, kind: str, gamma: Gamma) -> Callable[[Handle], Tensor]:
         """Append a step; return the function that turns its handles into tensors."""
@@ -95,7 +105,7 @@ class Tape:
         end = len(self._steps)
         if end not in self._stored:
             return  # an earlier pass has freed the graph, as autograd itself will say
-        walk = _Walk(current_task(), end)
+        walk = self._new_walk(current_task(), end)
         if not (keeps_graph() or torch.is_grad_enabled()):  # a pass that is differentiated itself leaves handles, too
             walk.state = self._stored.pop(end).state()
         self._set_walk(walk)
@@ -126,6 +136,16 @@ class Tape:
         position = min((stored for stored in self._stored if stored > index), default=None)
         if position is None:
             raise freed(f"{self._chain}: the state that activations are rebuilt from")
+        return self._new_walk(task, position)
+
+    def _new_walk(self, task: int, position: int) -> _Walk:
+        self._walks += task != NO_TASK
+        if self._walks == _MANY + 1:
+            self._warn(
+                f"chain {self._chain}: the backward pass of one graph has rebuilt the activations more than {_MANY} "
+                "times, and each time runs branches again. That is so if gradients are asked for one by one "
+                "(retain_graph=True in a loop, zero-bubble pipelines); memory_budget=1.0 runs nothing again"
+            )
         return _Walk(task, position)
 
     def _step_down(self, walk: _Walk) -> None:

@@ -14,6 +14,9 @@ import mfx
 from mfx.engine.recompute.tape import Tape
 from mfx_passes import MfxError
 
+# What is tested is that it is right, however often it is rebuilt.
+pytestmark = pytest.mark.filterwarnings(r"ignore:mfx. chain \S+. the backward pass of one graph has rebuilt")
+
 
 class Block(nn.Module):
     def __init__(self, p: float) -> None:
@@ -165,3 +168,29 @@ def test_a_part_that_an_earlier_pass_has_freed():
     torch.autograd.grad(y.sum(), [net[2].f[1].weight])
     with pytest.raises(MfxError, match=r"activations are rebuilt from was freed .*retain_graph=True"):
         torch.autograd.grad(y.sum(), [net[0].f[1].weight])
+
+
+def one_by_one(y: Tensor, weights: list[Tensor]) -> None:
+    for weight in weights:
+        torch.autograd.grad(y, weight, retain_graph=True)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+def test_many_walks_of_one_graph_are_a_warning_said_once(arithmetic):
+    net = mfx.momentumize(Stage(), arithmetic=arithmetic)
+    weights = list(net.parameters())
+    y, other = (net(x).sum() for x in inputs_of(2))
+    one_by_one(y, weights[:4])  # second derivatives and the like take no more
+    with pytest.warns(UserWarning, match=r"more than 4 times.*memory_budget=1\.0 runs nothing again") as said:
+        one_by_one(y, weights[4:])
+    assert len(said) == 1
+    one_by_one(other, weights)  # it was said of this chain
+    kept = mfx.momentumize(Stage(), arithmetic=arithmetic, memory_budget=1.0)
+    one_by_one(kept(inputs_of(1)[0]).sum(), list(kept.parameters()))
+
+
+def test_a_pipeline_that_asks_for_weights_group_by_group_is_told():
+    net = mfx.momentumize(Stage())
+    with pytest.warns(UserWarning, match=r"zero-bubble pipelines.*memory_budget=1\.0"):
+        one_after_the_other(net, inputs_of(2), list)
