@@ -8,6 +8,8 @@ from torch import nn
 
 import mfx
 from mfx.engine import flags
+from mfx.engine.arithmetic.fused_kernels import _numbers
+from mfx.options.gamma import Gamma
 from tests.accelerator import device as fake
 from tests.accelerator.nets import Block, batch, momentumized, stack
 
@@ -111,3 +113,10 @@ def test_buffers_that_never_change_are_copied_no_more_once_that_is_known():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         step(net)
+
+
+def test_a_new_gamma_is_no_copy_to_the_device():
+    fake.forget()
+    numbers = _numbers(Gamma(7, 11), torch.device("fake:0"))
+    assert fake.FROM_HOST == []
+    assert fake.on_host(numbers).tolist() == [4 / 11, 7, 11]

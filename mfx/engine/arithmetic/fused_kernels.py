@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -71,11 +71,11 @@ def _is_worth_it(*tensors: Tensor) -> bool:
     return all(map(is_plain, tensors)) and not has_modes()
 
 
-@cache
+@lru_cache(maxsize=256)
 def _numbers(gamma: Gamma, device: torch.device) -> Tensor:
-    """Return 1−γ, n and d of γ = n/d as a tensor."""
+    """Return 1−γ, n and d of γ = n/d as a tensor, which is made on the device: a copy would wait for it."""
     values = gamma.complement, gamma.numerator, gamma.denominator
-    return torch.tensor(values, dtype=torch.float64, device=device)
+    return torch.stack([torch.full((), value, dtype=torch.float64, device=device) for value in values])
 
 
 def _graph(kernel: Callable[..., None], count: int, *, has_numbers: bool) -> Graph:
