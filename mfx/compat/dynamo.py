@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.module_tracker import ModuleTracker
 
 from mfx.compat import aside_from_caller, fake_mode, patching, plain_transformer_layers, unlogged
+from mfx.compat.dynamo_containers import containers_as_in_python
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 ENTRANCES = (
@@ -147,6 +148,7 @@ def trace_call(
         _quiet(),
         _own_tensors_may_require_gradients(),
         _checkpoints_are_calls(),
+        containers_as_in_python(),
         remembering({} if history is None else history),
         torch._dynamo.config.patch(config),
         get_metrics_context(),

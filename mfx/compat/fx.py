@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -66,10 +67,12 @@ def autowrap_in_this_thread(type_seen: type) -> AbstractContextManager[None]:
 
 @contextmanager
 def dynamo_rules_kept() -> Iterator[None]:
-    """Within this context functions of torch may be wrapped: TorchDynamo's table of them, if made here, is not kept.
+    """Within this context functions of torch may be wrapped: TorchDynamo keeps no table with one of them.
 
-    The table knows functions by identity (torch 2.14). Made of wrapped ones, it would refuse ``torch.ones`` ever after.
+    It knows functions and classes by identity (torch 2.14), with ``torch.finfo`` among them. So it is imported before,
+    as a first call of a net does in any case; its largest table, if made here, is not kept.
     """
+    importlib.import_module("torch._dynamo")
     was_made = _are_rules_made()
     try:
         yield

@@ -20,6 +20,7 @@ from mfx.capture.captured import Captured, CaptureError
 from mfx.capture.dynamo.graph import tidy
 from mfx.capture.dynamo.sources import is_held_by_module, module_path
 from mfx.compat.dynamo import DYNAMO_ERRORS, DynamoCapture, sources, trace_call
+from mfx.modules.holders import Holder
 from mfx.modules.overlay import Overlay
 from mfx.modules.python_state import PythonState
 from mfx.modules.restore import restored_if_changed, restored_if_fake
@@ -153,15 +154,31 @@ def _is_plain(value: Any) -> bool:
 
 
 def _run_first_call(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Run a model on fake tensors, for what it does at its first call only (install hooks, fill tables)."""
+    """Run a model on fake tensors, for what it does at its first call only (install hooks, fill tables).
+
+    What a second such call changes once more is put back, and so is what is not the model's own.
+    """
     if not all(map(_is_plain, args)):
         return
     # Without what may change in the call, a cache for instance.
-    leaves, spec = pytree.tree_flatten((args, {name: value for name, value in kwargs.items() if _is_plain(value)}))
+    kwargs = {name: value for name, value in kwargs.items() if _is_plain(value)}
     net = method.__self__  # type: ignore[attr-defined]
-    state = PythonState(net)
+    before = PythonState(net)
+    _run_on_fakes(method, args, kwargs)
+    if not before.changes():
+        return
+    after_first = PythonState(net)
+    _run_on_fakes(method, args, kwargs)
+    again = {holder.key for holder in after_first.changes()}
+    for holder in before.changes():
+        if holder.key in again or _holds_fake(holder) or not before.owners(holder.value):
+            holder.put_back()
+
+
+def _run_on_fakes(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    leaves, spec = pytree.tree_flatten((args, kwargs))
     with (
-        restored_if_fake(net),
+        restored_if_fake(method.__self__),  # type: ignore[attr-defined]
         compat.fake_mode() as mode,
         restored_if_changed(),
         compat.patched(builtins, "print", _nothing),
@@ -172,9 +189,10 @@ def _run_first_call(method: Callable[..., Any], args: tuple[Any, ...], kwargs: M
         fake = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         fake_args, fake_kwargs = pytree.tree_unflatten(fake, spec)
         method(*fake_args, **fake_kwargs)
-    for holder in state.changes():
-        if not state.owners(holder.value):
-            holder.put_back()  # it is not the model's own
+
+
+def _holds_fake(holder: Holder) -> bool:
+    return any(map(compat.is_fake, pytree.tree_leaves(holder.kind.read(holder.value))))
 
 
 def _nothing(*args: object, **kwargs: object) -> None:

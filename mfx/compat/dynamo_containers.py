@@ -1,0 +1,52 @@
+"""Containers from outside of a call, which TorchDynamo changes in other ways than Python does."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from torch._dynamo import side_effects
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource
+from torch._dynamo.variables import ConstantVariable, builder, dicts, lists, sets
+
+_ORDERED = getattr(dicts, "OrderedDictVariable", None)
+
+
+@contextmanager
+def containers_as_in_python() -> Iterator[None]:
+    """Within this context Dynamo knows that a deque is bounded, that keys have an order, and that ``-=`` takes away.
+
+    Torch 2.14 forgets the ``maxlen`` of a deque (changing a bounded one, it then breaks the graph), and writes neither
+    the order of an `OrderedDict` nor what was taken out of a set by ``-=`` back to the model's.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(builder.VariableBuilder, "wrap_listlike", _wrap_listlike))
+        stack.enter_context(patch.object(side_effects.SideEffects, "mutation", _mutation))
+        yield
+
+
+_original_wrap: Any = builder.VariableBuilder.wrap_listlike
+_original_mutation: Any = side_effects.SideEffects.mutation
+
+
+def _wrap_listlike(self: Any, value: Any) -> Any:
+    variable = _original_wrap(self, value)
+    if type(value) is deque and isinstance(variable, lists.DequeVariable):
+        install_guard(AttrSource(self.source, "maxlen").make_guard(GuardBuilder.EQUALS_MATCH))
+        variable.maxlen = ConstantVariable.create(value.maxlen)
+    return variable
+
+
+def _mutation(self: Any, variable: Any) -> Any:
+    if variable.source is not None:
+        if _ORDERED is not None and isinstance(variable, _ORDERED):
+            self.output_graph_weakref().guard_on_key_order.add(variable.source)
+            variable.install_dict_keys_match_guard()
+            variable.should_reconstruct_all = True
+        elif isinstance(variable, sets.SetVariable):
+            variable.should_reconstruct_all = True
+    return _original_mutation(self, variable)
