@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dis
 import logging
+import sys
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
@@ -27,6 +28,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from mfx.compat import aside_from_caller, fake_mode, patching, plain_transformer_layers, unlogged
 from mfx.compat.dynamo_containers import containers_as_in_python
+from mfx.compat.dynamo_kept_results import kept_results_refused
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 ENTRANCES = (
@@ -75,9 +77,13 @@ class DynamoCapture:
     def callable(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function that was called, with ``graph_function`` in the place of the graph."""
         variables = self._output.graph_capture_output.f_globals
-        call: Any = self._output.forward_callable(compiled_fn=graph_function, extra_globals=variables)
-        code = dis.get_instructions(self._output.graph_capture_output.bytecode)
-        stored = {instruction.argval for instruction in code if instruction.opname == "STORE_GLOBAL"}
+        code = self._output.graph_capture_output.bytecode
+        # Dynamo's code may name modules that the model's does not: collections, for a class that is a deque.
+        known = {name: sys.modules[name] for name in code.co_names if name in sys.modules} | variables
+        call: Any = self._output.forward_callable(compiled_fn=graph_function, extra_globals=known)
+        stored = {
+            instruction.argval for instruction in dis.get_instructions(code) if instruction.opname == "STORE_GLOBAL"
+        }
         if not stored:
             return call  # type: ignore[no-any-return]
 
@@ -149,6 +155,7 @@ def trace_call(
         _own_tensors_may_require_gradients(),
         _checkpoints_are_calls(),
         containers_as_in_python(),
+        kept_results_refused(),
         remembering({} if history is None else history),
         torch._dynamo.config.patch(config),
         get_metrics_context(),
@@ -178,6 +185,7 @@ def _quiet() -> Iterator[None]:
     """
     with warnings.catch_warnings(), unlogged():
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
+        warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
         warnings.filterwarnings("ignore", message="While compiling, we found certain side effects happened")
         yield
 

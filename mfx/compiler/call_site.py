@@ -17,6 +17,7 @@ from mfx import compat
 from mfx.compiler.callee import Callee
 from mfx.compiler.output_spec import FromInput, OutputSpec, Produced, describe_outputs
 from mfx.modules.aside import aside
+from mfx.modules.kept_results import results_not_kept
 from mfx.modules.overlay import Extra
 from mfx.modules.tree_copy import tree_copy
 from mfx.program.codegen import GraphCompiler
@@ -182,7 +183,7 @@ def _infer(
     def fake(tensor: Tensor) -> Tensor:
         return stand_ins[id(tensor)] if id(tensor) in stand_ins else mode.from_tensor(tensor)
 
-    with aside(net), compat.fake_mode(mode), call.as_called():
+    with aside(net), results_not_kept(net), compat.fake_mode(mode), call.as_called():
         given = [_leaf_like(t, r) for t, r in zip([*inputs, *held], call.requires, strict=True)]
         stand_ins.update((id(t), fake) for t, fake in zip(held_by(net), given[len(inputs) :], strict=True))
         shadow = tree_copy(net, fake)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from functools import _lru_cache_wrapper
 from threading import local
 from types import FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
@@ -63,6 +64,16 @@ class PythonState:
                     self._note(value, paths.join(path, name), _DEPTH)
         for name, value in self._references.variables():
             self._note(value, name, _DEPTH)
+
+    @property
+    def caches(self) -> Collection[Any]:
+        """The functions that a forward may call and that keep their results (`functools.lru_cache`)."""
+        return self._references.caches.keys()
+
+    @property
+    def classes(self) -> Collection[type]:
+        """The user's classes whose methods a forward may call."""
+        return self._references.classes
 
     def changes(self) -> list[Holder]:
         """Return what holds other values than before; of a module, its attributes one by one."""
@@ -126,7 +137,7 @@ class PythonState:
     def _note(self, value: Any, name: str, depth: int) -> None:
         if type(value) in _NOTHING_INSIDE or id(value) in self._seen or not depth:
             return
-        if isinstance(value, FunctionType | MethodType):
+        if isinstance(value, FunctionType | MethodType | _lru_cache_wrapper):
             self._references.add(value)
         elif isinstance(value, type):
             if is_users(value.__module__) and not issubclass(value, enum.Enum | nn.Module):

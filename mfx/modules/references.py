@@ -7,7 +7,7 @@ import functools
 import inspect
 import sys
 from collections.abc import Collection, Iterator
-from functools import lru_cache
+from functools import _lru_cache_wrapper, lru_cache
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -41,6 +41,7 @@ class References:
         self._classes: dict[type, None] = {}
         self._functions: dict[FunctionType, None] = {}
         self._queue: list[FunctionType] = []
+        self.caches: dict[Any, None] = {}  # the functions that keep their results
 
     def add_class(self, cls: type, always: Collection[str] | None) -> Iterator[type]:
         """Take note of a class of the user's, whose methods are run if they are mentioned.
@@ -63,10 +64,19 @@ class References:
 
     def add(self, value: Any) -> None:
         """Take note of a function of the user's, however it is wrapped, as one that is run."""
+        if isinstance(cache := getattr(value, "__func__", value), _lru_cache_wrapper):
+            if is_users(cache.__module__):
+                self.caches[cache] = None
+            value = inspect.unwrap(cache)
         for function in _functions_in(value):
             if function not in self._functions and is_users(function.__module__):
                 self._functions[function] = None
                 self._queue.append(function)
+
+    @property
+    def classes(self) -> Collection[type]:
+        """The classes that were taken note of."""
+        return self._classes.keys()
 
     def variables(self) -> Iterator[tuple[str, Any]]:
         """Yield what the functions refer to that were added since the last time: variables, cells, defaults."""

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 from mfx import compat
 from mfx.capture.captured import Captured
 from mfx.modules.aside import aside
+from mfx.modules.kept_results import results_not_kept
 from mfx.modules.tree_copy import tree_copy
 from mfx.options.options import Options
 from mfx.program.chain_call import Stream
@@ -31,7 +32,7 @@ def find_with_shapes(
 ) -> Findings | None:
     """Find chains in a graph with shapes; return None if shapes cannot be found without running the model."""
     graph, _ = captured.copy()
-    with aside(net), torch.no_grad():
+    with aside(net), results_not_kept(net), torch.no_grad():
         try:
             with compat.fake_mode() as mode:
                 shadow = shadow_of(net, lambda tensor: mode.from_tensor(undivided(tensor)))

@@ -21,6 +21,7 @@ from mfx.capture.dynamo.graph import tidy
 from mfx.capture.dynamo.sources import is_held_by_module, module_path
 from mfx.compat.dynamo import DYNAMO_ERRORS, DynamoCapture, sources, trace_call
 from mfx.modules.holders import Holder
+from mfx.modules.kept_results import results_not_kept
 from mfx.modules.overlay import Overlay
 from mfx.modules.python_state import PythonState
 from mfx.modules.restore import restored_if_changed, restored_if_fake
@@ -177,8 +178,10 @@ def _run_first_call(method: Callable[..., Any], args: tuple[Any, ...], kwargs: M
 
 def _run_on_fakes(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     leaves, spec = pytree.tree_flatten((args, kwargs))
+    net = method.__self__  # type: ignore[attr-defined]
     with (
-        restored_if_fake(method.__self__),  # type: ignore[attr-defined]
+        restored_if_fake(net),
+        results_not_kept(net),
         compat.fake_mode() as mode,
         restored_if_changed(),
         compat.patched(builtins, "print", _nothing),

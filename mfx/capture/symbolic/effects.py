@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from mfx.capture.captured import Effect
 from mfx.capture.symbolic.tracer import SymbolicTracer
 from mfx.modules.holders import Holder, same
+from mfx.modules.kept_results import results_not_kept
 from mfx.modules.python_state import PythonState
 from mfx.modules.restore import restored_if_changed
 from mfx_passes import paths
@@ -39,7 +40,8 @@ class Changes:
         context, now = contextvars.copy_context(), contextvars.copy_context()
         try:
             with restored_if_changed() as self._written:
-                graph = context.run(tracer.trace, self._model)
+                with results_not_kept(self._state, tracer.refuse_kept_result):
+                    graph = context.run(tracer.trace, self._model)
                 self._check(self._model)
                 return graph
         finally:

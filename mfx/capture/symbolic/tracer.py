@@ -263,6 +263,12 @@ class SymbolicTracer(fx.Tracer):
             indices = range(length)
         return iter([None if i is None else operator.getitem(obj, i) for i in indices])
 
+    def refuse_kept_result(self, function: str) -> None:
+        """Refuse a function that keeps its results (`functools.lru_cache`), outside of runs on fake tensors."""
+        if compat.runs_for_real():
+            what = f"it calls {function}, which keeps its results (functools.lru_cache)"
+            self.refusals.refuse(UntraceableError(f"{what}; a graph would neither look them up nor keep them"))
+
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Return the truth value of a size or of what was computed of sizes."""
         value = self.number_of(obj)

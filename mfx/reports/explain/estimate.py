@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 from mfx import compat
 from mfx.engine.memory.flops import FlopCounter
 from mfx.modules.aside import aside
+from mfx.modules.kept_results import results_not_kept
 from mfx.net.views import Inputs, View
 from mfx.program.chain_call import Momentum
 from mfx.program.codegen import to_function
@@ -71,7 +72,7 @@ def estimate(view: View, args: tuple[Any, ...], kwargs: Mapping[str, Any], optio
         kwargs: arguments by name.
         optional: keys of the output that the user may not need.
     """
-    with aside(view.module):
+    with aside(view.module), results_not_kept(view.module):
         return _estimate(view, args, kwargs, optional)
 
 
