@@ -118,7 +118,7 @@ class StepEnvironment:
         self._clocks = [clock, RandomClock(layout.generators)] if layout.generators else [clock]
         self._draws: list[Draw] | None = None  # until the branch has run
         self.tensors = layout.tensors()
-        self._states = _states(self.tensors)
+        self._states, self._storages = _states(self.tensors), _storages(self.tensors)
         # The values, before the branch runs, of tensors that it changes or may change, by identity.
         self._values: dict[int, Tensor] = {}
         self._lost: set[str] = set()
@@ -226,6 +226,15 @@ class StepEnvironment:
             "to run this step a second time; call backward before changing it"
         )
 
+    def _check_data(self) -> None:
+        """Check that the tensors have the data that they had: assigning to ``tensor.data`` changes no version."""
+        storages = _storages(self.tensors)
+        if all(map(is_, storages, self._storages)):  # a storage that is alive is one object
+            return
+        for slot, tensor, now, before in zip(self._layout.slots, self.tensors, storages, self._storages, strict=True):
+            if now is not before and id(tensor) not in self._values and not is_sharded(tensor):
+                raise self._changed(slot.label)
+
     def _frozen_as_then(self) -> list[AbstractContextManager[object]]:
         """Check tensors; return contexts for those that were frozen or unfrozen."""
         if self._lost:
@@ -242,6 +251,7 @@ class StepEnvironment:
             )
         if others := self._changed_signs():
             raise self._changed(min(others))
+        self._check_data()
         now = _states(self.tensors)
         if now == self._states:
             return []
@@ -271,6 +281,24 @@ def _all_of(contexts: Sequence[AbstractContextManager[object]]) -> Iterator[None
         for context in contexts:
             stack.enter_context(context)
         yield
+
+
+_NO_STORAGE = torch.UntypedStorage(0)
+
+
+def _storages(tensors: Sequence[Tensor | None]) -> list[torch.UntypedStorage]:
+    """Return the storages of tensors, kept alive so that no other can be taken for one of them."""
+    try:
+        return list(map(Tensor.untyped_storage, tensors))  # type: ignore[arg-type]
+    except (TypeError, RuntimeError, NotImplementedError):
+        return [_storage(tensor) for tensor in tensors]
+
+
+def _storage(tensor: Tensor | None) -> torch.UntypedStorage:
+    try:
+        return _NO_STORAGE if tensor is None else tensor.untyped_storage()
+    except (RuntimeError, NotImplementedError):
+        return _NO_STORAGE
 
 
 _STATE = attrgetter("_version", "requires_grad")

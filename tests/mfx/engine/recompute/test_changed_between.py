@@ -236,6 +236,41 @@ def test_a_tensor_changed_in_place_is_an_error_that_names_it(name, how):
     assert f"blocks.3: blocks.3.{name} was changed between forward and backward" in str(raised.value)
 
 
+def assign_data(tensor):
+    tensor.data = tensor.data.clone()
+
+
+def swap_data(tensor):
+    other = torch.ones_like(tensor)
+    tensor.data, other.data = other.data, tensor.data
+
+
+def convert(tensor):
+    tensor.data = tensor.data.double()
+
+
+@pytest.mark.parametrize("change", [assign_data, swap_data, convert], ids=lambda change: change.__name__)
+@pytest.mark.parametrize("how", HOW, ids=str)
+@pytest.mark.parametrize("name", ["fc.weight", "shift", "loose"])
+def test_other_data_is_an_error_that_names_the_tensor(name, how, change):
+    root = make_root(DEPTH, Branch)
+    loss = run(root, make_steps(root), torch.randn(5, WIDTH), arithmetic=how[0], gamma=how[1]).x.sum()
+    branch = root.blocks[3]
+    change({"fc.weight": branch.fc.weight, "shift": branch.shift, "loose": branch.loose}[name])
+    with pytest.raises(MfxError, match=rf"blocks\.3: blocks\.3\.{name} was changed between forward and backward"):
+        loss.backward()
+
+
+def test_data_that_is_swapped_and_swapped_back_is_the_same():
+    root = make_root(DEPTH, Branch)
+    weights = [p.detach().clone() for p in root.parameters()]
+    loss = run(root, make_steps(root), torch.randn(5, WIDTH)).x.sum()
+    for _ in range(2):
+        for p, other in zip(root.parameters(), weights, strict=True):
+            p.data, other.data = other.data, p.data
+    loss.backward()
+
+
 @pytest.mark.parametrize("how", HOW, ids=str)
 def test_parametrizations_that_are_gone_are_an_error(how):
     root = make_root(DEPTH, Branch)
