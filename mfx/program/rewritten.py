@@ -31,6 +31,10 @@ from mfx_passes.momentum_pass import call_name
 from mfx_passes.rewrite.portable_graph import PortableGraph, is_portable
 
 
+def _defaults() -> tuple[torch.dtype, torch.device]:
+    return torch.get_default_dtype(), torch.get_default_device()
+
+
 @dataclass(eq=False)
 class RewrittenGraph:
     """A rewritten graph, and the function it stands for.
@@ -49,7 +53,7 @@ class RewrittenGraph:
         recompute_between: True if what lies between the chains is recomputed in the backward pass, too.
         verify: the reaction if that recomputation was not reproducible.
         traced: the chains before they were checked against shapes; None if there was no such time.
-        default_dtype: torch's default dtype in the trace: constants that the model made then are of this dtype.
+        defaults: torch's default dtype and device in the trace: constants that the model made then are of these.
         last_use: grows with every call whose conditions were those of the graph; 0 if none was.
     """
 
@@ -66,7 +70,7 @@ class RewrittenGraph:
     recompute_between: bool = False
     verify: str = "warn"
     traced: Chains | None = None
-    default_dtype: torch.dtype = field(default_factory=torch.get_default_dtype)
+    defaults: tuple[torch.dtype, torch.device] = field(default_factory=_defaults)
     last_use: int = 0
     _functions: dict[GraphCompiler, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
@@ -157,10 +161,10 @@ class RewrittenGraph:
         return binding.holds(net, args, kwargs) and (binding.guards_modules or self.holds())
 
     def holds(self) -> bool:
-        """True if the modules that the capture walked through, and torch's default dtype, are as they were."""
+        """True if the modules that the capture walked through, and torch's defaults, are as they were."""
         if self.captured.binding.guards_modules:
             return self.in_place()  # the model may set their attributes
-        if torch.get_default_dtype() is not self.default_dtype:
+        if _defaults() != self.defaults:
             return False
         return all(guard.holds() for guard in self.guards)
 

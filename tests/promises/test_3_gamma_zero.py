@@ -1,5 +1,6 @@
 """At γ = 0 a net is the model, bit for bit, whatever the model does and whatever mode the caller has open."""
 
+import contextlib
 import copy
 import warnings
 
@@ -295,3 +296,19 @@ def test_constants_are_of_the_default_dtype_of_the_call():
             assert torch.equal(net(x), model(x))
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+def set_default_device(device):
+    torch.set_default_device(device)
+    stack = contextlib.ExitStack()
+    stack.callback(torch.set_default_device, None)
+    return stack
+
+
+@pytest.mark.parametrize("default", [torch.device, set_default_device])
+def test_constants_are_on_the_default_device_of_the_call(default):
+    net = mfx.momentumize(WithConstant(), gamma=0.0)  # traced where constants are on the CPU
+    for device in ("meta", "cpu", "meta"):
+        net.to_empty(device=device)
+        with default(device):
+            assert net(torch.randn(2, 8, device=device)).device.type == device

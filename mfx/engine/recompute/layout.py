@@ -299,9 +299,8 @@ class StateLayout:
 class PutBack:
     """A context in which all that a layout knows of is as it was; where nothing differs it only looks.
 
-    Other threads see what is put back, too. There is no lock: a forward pass that held one, and ran a backward pass of
-    its own, would wait for a device's thread that waits for the lock.
-
+    Other threads see it, too. There is no lock: a forward pass that holds one, and runs a backward pass of its own, may
+    wait for a device's thread that waits for it.
     See `StateLayout.put_back`.
     """
 
