@@ -75,7 +75,6 @@ def add_adapter(participant, where, waiting):
         layer = linears[where % len(linears)]
         parent, name = _parent(participant, layer)
         setattr(parent, name, Adapter(layer).train(layer.training))
-        participant.disturb("modules")
 
 
 @action(2, where=range(20), waiting=RARELY_WAITING)
@@ -85,7 +84,6 @@ def remove_adapter(participant, where, waiting):
         adapter = adapters[where % len(adapters)]
         parent, name = _parent(participant, adapter)
         setattr(parent, name, adapter.base)
-        participant.disturb("modules")
 
 
 def _parent(participant, module):
@@ -112,7 +110,6 @@ def parametrize_layer(participant, where, kind, waiting):
             parametrize.register_parametrization(layer, "weight", Halved())
         else:
             getattr(parametrizations, kind)(layer)
-        participant.disturb("modules")
 
 
 @action(2, where=range(20), waiting=RARELY_WAITING)
@@ -121,7 +118,7 @@ def remove_parametrization(participant, where, waiting):
     linears = [layer for layer in participant.layers(nn.Linear) if parametrize.is_parametrized(layer, "weight")]
     if linears:
         parametrize.remove_parametrizations(linears[where % len(linears)], "weight")
-        participant.disturb("modules")
+        participant.disturb("unparametrized")
 
 
 @action(1, waiting=(False,), dtype=("float32", "float64"))

@@ -63,4 +63,3 @@ def freeze(participant, where, trained, waiting):
     """Freeze or unfreeze a part of the model."""
     modules = [module for module in participant.model.modules() if next(module.parameters(), None) is not None]
     modules[where % len(modules)].requires_grad_(trained)
-    participant.disturb("frozen")
