@@ -164,6 +164,7 @@ def _run_recorded(call: ChainCall, x: Tensor) -> ChainOutput:
     dummy = velocity_dummy(x)
     spacing = arithmetic.anchor_every(settings.gamma, x.dtype) or len(call.steps)
     on_cpu = x.device.type == "cpu"
+    first: Tensor | None = None
     for index, (step, gamma) in enumerate(zip(call.steps, _gammas(call), strict=True)):
         if state.verifiable and index == walked.start > 0:
             state.remember_start()
@@ -182,9 +183,12 @@ def _run_recorded(call: ChainCall, x: Tensor) -> ChainOutput:
         last = tape if is_end and not on_tape else None
         context = UpdateContext(state, step.kind, gamma, settings.gamma, index > 0, dummy, last)
         x, v = Update.apply(x, v, y, context)
+        if first is None and x.requires_grad:
+            first = x  # all gradients of the chain come by it
         out.add(x, side)
         if (on_cpu or index == len(call.steps) - 1) and (overflowed := state.overflowed()) is not None:
-            notice_overflow(f"chain {call.name}, at or before step {step.path}", overflowed, call.cache)
+            place = f"chain {call.name}, at or before step {step.path}"
+            notice_overflow(place, overflowed, call.cache, first if settings.verify == "raise" else None)
         position = index + 1 - walked.start
         if tape is not None and index in walked and (is_end or position % spacing == 0):
             tape.store(position, state, f"{call.name}: the stream after step {step.path}")

@@ -62,9 +62,26 @@ _NUMBERS = itertools.count()
 _TASKS: set[int] = set()  # backward passes with flags that are not sent yet
 
 
-def notice_overflow(place: str, overflowed: Tensor, cache: ChainCache) -> None:
-    """Raise an MfxError that names ``place`` unless ``overflowed``, the largest value that was too large, is 0."""
-    _read(_Flag(overflowed, "raise", partial(_overflow_message, place), _warned(cache)))
+def notice_overflow(place: str, overflowed: Tensor, cache: ChainCache, first: Tensor | None = None) -> None:
+    """Raise an MfxError that names ``place`` unless ``overflowed``, the largest value that was too large, is 0.
+
+    Args:
+        place: the chain and the step.
+        overflowed: the value, on the chain's device.
+        cache: the chain's.
+        first: a tensor whose gradient the backward pass computes; at the end of that pass the error is raised at the
+            latest. None: it may come later.
+    """
+    flag = _Flag(overflowed, "raise", partial(_overflow_message, place), _warned(cache))
+    _read(flag)
+    if first is not None and _is_away(overflowed) and not (overflowed.is_meta or flag.is_captured):
+        first.register_hook(partial(_await, flag))
+
+
+def _await(flag: _Flag, gradient: Tensor) -> None:
+    """Have the end of this backward pass wait for a flag of the forward pass."""
+    flag.is_awaited = True
+    _end_with(current_task())
 
 
 def verify_chain(name: str, cache: ChainCache, action: str, same: Tensor) -> None:
@@ -123,6 +140,11 @@ def _read(flag: _Flag) -> None:
     _UNREAD[next(_NUMBERS)] = flag
     task = current_task()
     flag.is_awaited = flag.action == "raise" and task != NO_TASK and not flag.is_captured
+    _end_with(task)
+
+
+def _end_with(task: int) -> None:
+    """Read the flags that are awaited at the end of a backward pass, if this is one."""
     if task != NO_TASK and task not in _TASKS:
         _TASKS.add(task)
         when_task_ends(partial(_end_task, task))
@@ -131,9 +153,9 @@ def _read(flag: _Flag) -> None:
 def _end_task(task: int) -> None:
     """Send the flags of a backward pass to the host, together; wait for those that are to be errors."""
     _TASKS.discard(task)
-    unsent = [flag for flag in list(_UNREAD.values()) if flag.copy is None]
-    _send(unsent)
-    if chains := {id(flag.warned) for flag in unsent if flag.is_awaited}:
+    unread = list(_UNREAD.values())
+    _send([flag for flag in unread if flag.copy is None])
+    if chains := {id(flag.warned) for flag in unread if flag.is_awaited}:
         _say(_take(lambda flag: id(flag.warned) in chains))
 
 

@@ -69,9 +69,13 @@ def test_an_error_comes_before_the_optimizer_and_waits_once(gamma, reads):
     assert len(reads) == 1  # it was said
 
 
-def test_values_out_of_range_are_an_error_before_the_optimizer(reads):
-    net, x = trained(Large, verify="raise")
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("budget", [0.0, 0.5, 1.0])
+def test_values_out_of_range_are_an_error_before_the_optimizer(budget, frozen, reads):
+    net, x = trained(Large, verify="raise", memory_budget=budget)
+    net[0].requires_grad_(not frozen)
     y = net(x).sum()
+    assert not reads
     with pytest.raises(mfx.MfxError, match="more than arithmetic='exact' can hold"):
         y.backward()
 
