@@ -24,6 +24,12 @@ def when_task_ends(callback: Callable[[], None]) -> None:
     torch.autograd.Variable._execution_engine.queue_callback(callback)
 
 
+def is_batched(tensor: Tensor) -> bool:
+    """True if a tensor stands for several, as in a backward pass with ``is_grads_batched`` (torch 2.11 to 2.15)."""
+    functorch = torch._C._functorch
+    return functorch.is_functorch_wrapped_tensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
 def above_autograd() -> AbstractContextManager[object]:
     """Return a context in which autograd records operations, also inside an operation (torch 2.11 to 2.15)."""
     excluded = torch._C._dispatch_tls_local_exclude_set()

@@ -11,6 +11,7 @@ from torch import Tensor
 from mfx.compat import has_float64, under_transform
 from mfx.engine.arithmetic import FloatState, State
 from mfx.engine.arithmetic.base import wide
+from mfx.engine.arithmetic.choice import choose
 from mfx.engine.flags import notice_overflow, read_pending, warn_once
 from mfx.engine.memory.plan import ChainPlan, StepCost
 from mfx.engine.memory.storage import choose_storage
@@ -157,7 +158,7 @@ def _run_recorded(call: ChainCall, x: Tensor) -> ChainOutput:
     runner = _choose_runner(call, x)
     tape, walked = (runner.tape, runner.walked) if isinstance(runner, FromTape) else (None, range(0))
     v, settings = call.v0, call.settings
-    state = arithmetic.start(x, v, reversible=tape is not None, kernels=settings.kernels)
+    state = choose(arithmetic, x).start(x, v, reversible=tape is not None, kernels=settings.kernels)
     if state.rounds_input:
         x = Enter.apply(x, state)
     out = _Collector(call.taps)

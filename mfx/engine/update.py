@@ -48,51 +48,27 @@ class Update(torch.autograd.Function):
     """(x, v, y) → (x + v', v') with v' = γ·v + (1−γ)·f, where f is y, or y − x for a step of kind "map".
 
     The numbers come from the chain's state. The next branch reads x' in the stream's dtype; v' is a dummy
-    that takes no memory and carries a gradient on. With g = ∂/∂x' + ∂/∂v' that of v is γ·g, and that of the
-    branch's value is (1−γ)·g. From update to update the second is carried for both, so that they are one tensor; the
-    first is γ/(1−γ) times that. At γ = 1, where the second is zero, it is g that is carried.
+    that takes no memory and carries a gradient on. The context has the attributes of ``UpdateGradients``.
     """
 
     @staticmethod
     @override
     def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, context: UpdateContext) -> tuple[Tensor, Tensor]:
+        state, ctx.kind, ctx.gamma, ctx.later_gamma, ctx.follows, dummy, ctx.tape = context
         ctx.set_materialize_grads(False)
-        ctx.gamma, ctx.kind, ctx.tape = context.gamma, context.kind, context.tape
-        ctx.later_gamma, ctx.follows, ctx.wide = context.later_gamma, context.follows, context.dummy.dtype
-        ctx.dtypes = x.dtype, context.dummy.dtype if v is None else v.dtype, y.dtype
-        return context.state.advance(y, context.kind, context.gamma), context.dummy.detach()
+        ctx.wide, ctx.needs_v = dummy.dtype, ctx.needs_input_grad[1]
+        ctx.dtypes = x.dtype, dummy.dtype if v is None else v.dtype, y.dtype
+        ctx.gradients = state.gradients
+        return state.advance(y, context.kind, context.gamma), dummy.detach()
 
     @staticmethod
     @override
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
         if ctx.tape is not None:
             ctx.tape.begin()
-        x_dtype, v_dtype, y_dtype = ctx.dtypes
-        gamma, later = ctx.gamma, ctx.later_gamma
-        if gv is None:
-            if gx is None:
-                return None, None, None, None
-            g = _as(ctx.wide, gx)
-        else:
-            ratio = later.value / _carried(later)
-            g = gv * ratio if gx is None else torch.add(gx, gv, alpha=ratio)
-        carried = g * _carried(gamma)
-        gy = _as(y_dtype, carried if gamma.complement else torch.zeros_like(g))
-        if ctx.kind == "map":
-            gx = -gy if gx is None else gx - gy
-        gx = None if gx is None else _as(x_dtype, gx)
-        if ctx.needs_input_grad[1]:
-            gv = _as(v_dtype, carried if ctx.follows else g * gamma.value)
-        return gx, gv if ctx.needs_input_grad[1] else None, gy, None
-
-
-def _carried(gamma: Gamma) -> float:
-    """Return the share of g that is carried from the update of a step with this γ to the one before."""
-    return gamma.complement or 1.0
-
-
-def _as(dtype: torch.dtype, g: Tensor) -> Tensor:
-    return g if g.dtype is dtype else g.to(dtype)
+        if gx is None and gv is None:
+            return None, None, None, None
+        return *ctx.gradients(ctx, gx, gv), None
 
 
 class Enter(torch.autograd.Function):

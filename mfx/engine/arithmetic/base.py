@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
+from mfx.engine.arithmetic.gradients import gradients_of
 from mfx.engine.arithmetic.kernels import BLOCK_KERNELS, Kernels
 from mfx.options.gamma import Gamma
 
@@ -33,6 +34,7 @@ class State(ABC):
     verifiable: ClassVar[bool]  # walking back leads to where it came from, bit for bit
     needs_float64: ClassVar[bool]  # of the device
     rounds_input: ClassVar[bool]  # the first branch reads something other than the chain's input
+    gradients = staticmethod(gradients_of)  # of a step's x, v and branch's value, from those of its outputs
 
     @classmethod
     @abstractmethod

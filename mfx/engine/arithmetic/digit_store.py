@@ -101,35 +101,27 @@ class DigitStore:
         self.keep_limbs = keep_limbs  # only ``after_divide`` reads them
         self.owned = True
 
-    def push(self, n: int, d: int) -> bool:
-        """Take note of a multiplication by n/d; True if a limb is to be filled before it."""
+    def before_multiply(self, n: int, d: int, like: Tensor) -> Tensor:
+        """Return the top, ready for a multiplication by n/d of integers ``like`` those given."""
+        top = self.top
+        if top is None or not self.owned:
+            top = self.top = torch.zeros_like(like) if top is None else self._own()
         before = self.bound
         self.bound, spills = grow(before, n, d)
         self.history.append((before, spills))
-        return spills
-
-    def pop(self) -> bool:
-        """Take note that the last multiplication is undone; True if it had filled a limb."""
-        self.bound, spilled = self.history.pop()
-        return spilled
-
-    def before_multiply(self, n: int, d: int, like: Tensor) -> Tensor:
-        """Return the top, ready for a multiplication by n/d of integers ``like`` those given."""
-        top = torch.zeros_like(like) if self.top is None else self._own()
-        self.top = top
-        if self.push(n, d):
+        if spills:
             self._spill(top)
         return top
 
     def before_divide(self) -> Tensor:
         """Return the top, ready for the division that undoes the last multiplication."""
-        self.top = self._own()
-        return self.top
+        return self.top if self.owned and self.top is not None else self._own()
 
     def after_divide(self) -> None:
         """Refill the top from a limb, if the multiplication had moved one out."""
         assert self.top is not None
-        if self.pop():
+        self.bound, spilled = self.history.pop()
+        if spilled:
             for part, low in blocks(self.top, self.limbs.pop()):
                 part.mul_(2**LIMB).add_(low.to(torch.int64).bitwise_and_(2**LIMB - 1))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from copy import copy
 from functools import partial
 
 import torch
@@ -45,6 +46,7 @@ class ExactState(State):
         self.owns_x = self.owns_v = True  # whether X, V may be overwritten
         self.start_v_sum: Tensor | None = None  # the sum of V before the first step; None if V was zero
         self.start_fingerprint: Tensor | None = None  # set by ``remember_start``
+        self.start_steps = 0  # at which a walk back ends; set by it, too
         self.steps = 0
 
     @classmethod
@@ -121,13 +123,13 @@ class ExactState(State):
     def freeze(self) -> Frozen:
         self.owns_x = self.owns_v = False
         digits, thaw_store = self.store.freeze()
-        past = self.steps, self.start_v_sum, self.start_fingerprint
-        thaw = partial(_thaw, self.dtype, self.range_check, self.kernels, thaw_store, past)
-        return Frozen((self.X, self._velocity(), *digits), thaw)
+        rest = copy(self)
+        del rest.X, rest.V, rest.store
+        return Frozen((self.X, self._velocity(), *digits), partial(_thaw, rest, thaw_store))
 
     @override
     def remember_start(self) -> None:
-        self.start_fingerprint = self._fingerprint()
+        self.start_fingerprint, self.start_steps = self._fingerprint(), self.steps
 
     @override
     def is_start(self) -> Tensor:
@@ -138,11 +140,14 @@ class ExactState(State):
             same_v = torch.count_nonzero(V) == 0 if self.start_v_sum is None else V.sum() == self.start_v_sum
             same = same_v & self.store.is_empty()
         # Poisoned elements are not walked back to where they came from.
-        return same if self.range_check.poisoned is None else same | self.range_check.poisoned.any()
+        return same if (poisoned := self._any_poisoned()) is None else same | poisoned
 
     @override
     def overflowed(self) -> Tensor | None:
         return self.range_check.overflowed
+
+    def _any_poisoned(self) -> Tensor | None:
+        return None if self.range_check.poisoned is None else self.range_check.poisoned.any()
 
     def _fingerprint(self) -> Tensor:
         # Sums modulo 2⁶⁴, the same in whatever order the integers are added.
@@ -188,15 +193,9 @@ def _fixed(t: Tensor) -> Tensor:
 
 
 def _thaw(
-    dtype: torch.dtype,
-    range_check: RangeCheck,
-    kernels: Kernels,
-    thaw_store: Callable[[Sequence[Tensor]], DigitStore],
-    past: tuple[int, Tensor | None, Tensor | None],
-    tensors: tuple[Tensor, ...],
+    rest: ExactState, thaw_store: Callable[[Sequence[Tensor]], DigitStore], tensors: tuple[Tensor, ...]
 ) -> ExactState:
-    X, V, *digits = tensors
-    state = ExactState(X, V, thaw_store(digits), dtype, range_check, kernels)
-    state.owns_x = state.owns_v = False
-    state.steps, state.start_v_sum, state.start_fingerprint = past
+    state = copy(rest)
+    state.X, state.V, *digits = tensors
+    state.store = thaw_store(digits)
     return state

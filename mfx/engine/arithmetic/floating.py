@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from copy import copy
 from functools import cache, partial
 from itertools import islice, takewhile
 from typing import NamedTuple
@@ -136,13 +137,16 @@ class FloatState(State):
     @override
     def freeze(self) -> Frozen:
         self.owns_v = False
-        return Frozen((self.x, self._velocity()), partial(_thaw, self.dtype))
+        rest = copy(self)
+        del rest.x, rest.v
+        return Frozen((self.x, self._velocity()), partial(_thaw, rest))
 
     def _velocity(self) -> Tensor:
         assert self.v is not None, "before the first step there is nothing to walk back"
         return self.v
 
 
-def _thaw(dtype: torch.dtype, tensors: tuple[Tensor, ...]) -> FloatState:
-    x, v = tensors
-    return FloatState(x, v, dtype, owns_v=False)
+def _thaw(rest: FloatState, tensors: tuple[Tensor, ...]) -> FloatState:
+    state = copy(rest)
+    state.x, state.v = tensors
+    return state

@@ -1,0 +1,73 @@
+"""The backward pass of one update of x and v."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mfx.options.gamma import Gamma
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class UpdateGradients(NamedTuple):
+    """The backward pass of (x, v, y) → (x + v', v') with v' = γ·v + (1−γ)·f, where f is y, or y − x for a "map".
+
+    With g = ∂/∂x' + ∂/∂v' the gradient of v is γ·g, and that of y is (1−γ)·g. From update to update the second is
+    carried for both, so that they are one tensor; the first is γ/(1−γ) times that. At γ = 1, where the second is zero,
+    it is g that is carried.
+
+    Attributes:
+        kind: of the step.
+        gamma: γ of the step.
+        later_gamma: γ of the steps after this one.
+        follows: whether there is a step before this one.
+        dtypes: of x, v and y.
+        wide: the dtype in which gradients are added.
+        needs_v: whether v needs a gradient.
+    """
+
+    kind: str
+    gamma: Gamma
+    later_gamma: Gamma
+    follows: bool
+    dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
+    wide: torch.dtype
+    needs_v: bool
+
+
+def gradients_of(update: UpdateGradients, gx: Tensor | None, gv: Tensor | None) -> Gradients:
+    """Return the gradients of x, v and y from those of x' and v', of which not both are None."""
+    x_dtype, v_dtype, y_dtype = update.dtypes
+    gamma = update.gamma
+    if gv is None:
+        assert gx is not None, "one of the outputs has a gradient"
+        g = _as(update.wide, gx)
+    else:
+        ratio = ratio_of(update.later_gamma)
+        g = gv * ratio if gx is None else torch.add(gx, gv, alpha=ratio)
+    share = g * carried(gamma)
+    gy = share if gamma.complement else torch.zeros_like(g)
+    gy = gy if gy.dtype is y_dtype else gy.to(y_dtype)
+    if update.kind == "map":
+        gx = -gy if gx is None else gx - gy
+    gx = gx if gx is None or gx.dtype is x_dtype else gx.to(x_dtype)
+    if not update.needs_v:
+        return gx, None, gy
+    return gx, _as(v_dtype, share if update.follows else g * gamma.value), gy
+
+
+def ratio_of(later_gamma: Gamma) -> float:
+    """Return the share of ∂/∂v' in g, by what later steps with this γ carried of it."""
+    return later_gamma.value / (later_gamma.complement or 1.0)
+
+
+def carried(gamma: Gamma) -> float:
+    """Return the share of g that is carried from the update of a step with this γ to the one before."""
+    return gamma.complement or 1.0
+
+
+def _as(dtype: torch.dtype, g: Tensor) -> Tensor:
+    return g if g.dtype is dtype else g.to(dtype)

@@ -1,0 +1,332 @@
+"""The elementwise work of a chain as Triton kernels: one launch per step forward, two per step back.
+
+The integers are those of torch's operations (``digit_store``, ``kernels``), bit for bit. What is out of range costs no
+mask: X = −2⁶³ marks an element that reads as NaN from then on, and two numbers of each chain, ``FLAGS``, say what
+happened: the bits of the largest finite magnitude that was too large, as float64, and 1 if any element is marked.
+
+γ's numbers are arguments like the tensors, so a schedule of γ compiles nothing. A tensor that a step does not have is
+None. All others are laid out in memory alike, without holes.
+"""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from mfx.compat.triton import is_interpreted
+
+INTERPRETED = tl.constexpr(is_interpreted())
+MARK = tl.constexpr(-(2**63))
+ONE = tl.constexpr(2.0**40)
+UNIT = tl.constexpr(2.0**-40)
+
+_GAMMA = ["n", "d", "Mn", "Md", "Ln", "Ld", "rest_bits", "rest_one_bits"]
+
+
+# --- integers ---------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _floor_divide(v, M, L):
+    """⌊v/d⌋ for every int64 v and 1 ≤ d ≤ 2¹⁴, where M = ⌈2⁶³⁺ᴸ/d⌉ and 2ᴸ⁻¹ < d ≤ 2ᴸ.
+
+    With s the sign, w = v xor s is v or −v − 1, so w < 2⁶³ and ⌊v/d⌋ = ⌊w/d⌋ xor s. M·d = 2⁶³⁺ᴸ + e with
+    0 ≤ e < d ≤ 2ᴸ, so w·M/2⁶³⁺ᴸ = w/d + w·e/(d·2⁶³⁺ᴸ) < w/d + 1/d: no integer lies between, the floor is the same.
+    """
+    s = v >> 63
+    w = (v ^ s).to(tl.uint64, bitcast=True)
+    q = tl.umulhi(w << 1, M) >> L.to(tl.uint64)
+    return q.to(tl.int64, bitcast=True) ^ s
+
+
+@triton.jit
+def _multiply(v, top, n, d, Mn, Ln, Md, Ld):
+    """V·n/d and the top after that, as ``digit_store.multiply``; with n and d exchanged it is undone."""
+    q = _floor_divide(v, Md, Ld)
+    w = v + (top - q) * d
+    t = _floor_divide(w, Mn, Ln)
+    return w + (q - t) * n, t
+
+
+@triton.jit
+def _nearest(t):
+    """The integers nearest to float64 ``t``, ties to even: a sum with 2⁵² has no bits for fractions."""
+    size = tl.abs(t)
+    whole = tl.where(size < 4503599627370496.0, (size + 4503599627370496.0) - 4503599627370496.0, size)
+    return tl.where(t < 0, -whole, whole).to(tl.int64)
+
+
+@triton.jit
+def _increment(y, x, rest_bits, rest_one_bits, MAP: tl.constexpr):
+    """(1−γ)·f as integers, as ``kernels.increment``."""
+    y = y.to(tl.float64)
+    if MAP:
+        F = _nearest(y * ONE) - x
+        product = F.to(tl.float64) * _float64(rest_bits)
+    else:
+        product = y * _float64(rest_one_bits)
+    return _nearest(product)
+
+
+@triton.jit
+def _float64(bits):
+    return bits.to(tl.int64).to(tl.float64, bitcast=True)
+
+
+# --- the top of the store, in as few bytes as it needs ----------------------------------------------------------------
+
+
+@triton.jit
+def _load_top(T, i, mask):
+    top = tl.load(T + i, mask=mask, other=0).to(tl.int64)
+    if T.dtype.element_ty == tl.int16:
+        top = top & 0xFFFF
+    if T.dtype.element_ty == tl.int32:
+        top = top & 0xFFFFFFFF
+    return top
+
+
+# --- range ------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _is_bad(y):
+    """Not |y| < 2²², NaN included, by the bits."""
+    if y.dtype == tl.float64:
+        bad = (y.to(tl.int64, bitcast=True) & 0x7FFFFFFFFFFFFFFF) >= 0x4150000000000000
+    else:
+        bad = (y.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF) >= 0x4A800000
+    return bad
+
+
+@triton.jit
+def _finite_size(y, bad):
+    size = tl.abs(y.to(tl.float64))
+    return tl.where(bad & (size < float("inf")), size, 0.0)
+
+
+@triton.jit
+def _note(FLAGS, size):
+    """Raise the flags: some element is marked, and ``size`` are the magnitudes of those that were too large."""
+    tl.atomic_max(FLAGS, tl.max(size, 0).to(tl.int64, bitcast=True))
+    tl.atomic_max(FLAGS + 1, 1)
+
+
+@triton.jit
+def _value(x, dtype: tl.constexpr):
+    """The value of integers, NaN where marked."""
+    value = tl.where(x == MARK, float("nan"), x.to(tl.float64) * UNIT)
+    return _narrow(value, dtype)
+
+
+@triton.jit
+def _narrow(value, dtype: tl.constexpr):
+    """A float rounded to ``dtype``; from float64 to narrow ones by way of float32, as torch does."""
+    if value.dtype == tl.float64 and dtype != tl.float64:
+        value = value.to(tl.float32)
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts off (Triton 3.8)
+        bits = value.to(tl.int32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        narrow = tl.where(value != value, 0x7FC0, rounded).to(tl.int16).to(tl.bfloat16, bitcast=True)
+    else:
+        narrow = value.to(dtype)
+    return narrow
+
+
+# --- exact arithmetic -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def enter(x_in, v_in, X, V, OUT, FLAGS, size, BLOCK: tl.constexpr):
+    """X, V ← the integers nearest to 2⁴⁰·x, 2⁴⁰·v; write the value of X to OUT."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    x = tl.load(x_in + i, mask=mask, other=0)
+    bad = _is_bad(x)
+    dead, largest = bad, _finite_size(x, bad)
+    if V is not None:
+        v = tl.load(v_in + i, mask=mask, other=0)
+        bad_v = _is_bad(v)
+        dead, largest = dead | bad_v, tl.maximum(largest, _finite_size(v, bad_v))
+        tl.store(V + i, _nearest(tl.where(bad_v, 0.0, v).to(tl.float64) * ONE), mask=mask)
+    fixed = tl.where(dead, MARK, _nearest(tl.where(bad, 0.0, x).to(tl.float64) * ONE))
+    if tl.max(dead.to(tl.int32), 0) != 0:
+        _note(FLAGS, largest)
+    tl.store(X + i, fixed, mask=mask)
+    tl.store(OUT + i, _value(fixed, OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def stream(X, OUT, size, BLOCK: tl.constexpr):
+    """Write the value of X to OUT."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    tl.store(OUT + i, _value(tl.load(X + i, mask=mask, other=0), OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_GAMMA)
+def advance(
+    X, V, T, Y, X_to, V_to, T_to, LIMB, OUT, FLAGS, n, d, Mn, Md, Ln, Ld, rest_bits, rest_one_bits, size,
+    MAP: tl.constexpr, SPILL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """V ← γ·V + (1−γ)·f, X ← X + V; write the value of X to OUT.
+
+    Without V it is (1−γ)·f. Without T the store is empty; to SPILL, its low 16 bits go to LIMB first.
+    """
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    x = tl.load(X + i, mask=mask, other=0)
+    y = tl.load(Y + i, mask=mask, other=0)
+    bad = _is_bad(y)
+    marked = x == MARK
+    v = _increment(tl.where(bad, 0.0, y), tl.where(marked, 0, x), rest_bits, rest_one_bits, MAP)
+    if V is not None:
+        before = tl.load(V + i, mask=mask, other=0)
+        if T is None:
+            top = tl.zeros([BLOCK], tl.int64)
+        else:
+            top = _load_top(T, i, mask)
+        if SPILL:
+            if LIMB is not None:
+                tl.store(LIMB + i, top.to(tl.int16), mask=mask)
+            top = top >> 16
+        scaled, top = _multiply(before, top, n, d, Mn, Ln, Md, Ld)
+        tl.store(T_to + i, top.to(T_to.dtype.element_ty), mask=mask)
+        v = scaled + v
+    x = x + v
+    # |x| ≥ 2⁶²: the two highest bits differ, or it is −2⁶² itself.
+    left = (((x ^ (x << 1)) < 0) | (x == -4611686018427387904)) & (marked == 0)
+    if tl.max((bad | left).to(tl.int32), 0) != 0:  # as good as never, and for a block as a whole
+        _note(FLAGS, tl.maximum(_finite_size(y, bad), tl.where(left, tl.abs(x.to(tl.float64)) * UNIT, 0.0)))
+    x = tl.where(bad | left | marked, MARK, x)
+    tl.store(X_to + i, x, mask=mask)
+    tl.store(V_to + i, v, mask=mask)
+    tl.store(OUT + i, _value(x, OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=_GAMMA)
+def retreat(
+    X, V, T, Y, X_to, V_to, T_to, LIMB, OUT, n, d, Mn, Md, Ln, Ld, rest_bits, rest_one_bits, size,
+    MAP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """V ← (V − (1−γ)·f) / γ, refilled from LIMB; then, with OUT, X ← X − V, and write its value to OUT.
+
+    Without Y, V stays. Without T, nothing is divided.
+    """
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    x = tl.load(X + i, mask=mask, other=0)
+    v = tl.load(V + i, mask=mask, other=0)
+    marked = x == MARK
+    if Y is not None:
+        y = tl.where(marked, 0.0, tl.load(Y + i, mask=mask, other=0))
+        v = v - _increment(y, tl.where(marked, 0, x), rest_bits, rest_one_bits, MAP)
+        if T is not None:
+            v, top = _multiply(v, _load_top(T, i, mask), d, n, Md, Ld, Mn, Ln)
+            if LIMB is not None:
+                top = (top << 16) + (tl.load(LIMB + i, mask=mask, other=0).to(tl.int64) & 0xFFFF)
+            tl.store(T_to + i, top.to(T_to.dtype.element_ty), mask=mask)
+        tl.store(V_to + i, v, mask=mask)
+    if OUT is not None:
+        x = tl.where(marked, MARK, x - v)
+        tl.store(X_to + i, x, mask=mask)
+        tl.store(OUT + i, _value(x, OUT.dtype.element_ty), mask=mask)
+
+
+# --- float arithmetic -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _scalar(bits, dtype: tl.constexpr):
+    """A number of that dtype from its bits: Triton passes Python's floats as float32."""
+    if dtype == tl.float64:
+        number = bits.to(tl.int64).to(tl.float64, bitcast=True)
+    else:
+        number = bits.to(tl.int32).to(tl.float32, bitcast=True)
+    return number
+
+
+@triton.jit(do_not_specialize=["gamma_bits", "rest_bits"])
+def float_advance(
+    X, V, Y, X_to, V_to, OUT, gamma_bits, rest_bits, size, MAP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """V ← γ·v + (1−γ)·f, x ← x + v; write x to OUT in the stream's dtype."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    wide: tl.constexpr = X_to.dtype.element_ty
+    x = tl.load(X + i, mask=mask, other=0)
+    f = tl.load(Y + i, mask=mask, other=0).to(wide)
+    if MAP:
+        f = f - x
+    if V is None:
+        v = f * _scalar(rest_bits, wide)
+    else:
+        v = tl.fma(f, _scalar(rest_bits, wide), tl.load(V + i, mask=mask, other=0) * _scalar(gamma_bits, wide))
+    x = x + v
+    tl.store(V_to + i, v, mask=mask)
+    tl.store(X_to + i, x, mask=mask)
+    if OUT is not None:
+        tl.store(OUT + i, _narrow(x, OUT.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["gamma_bits", "rest_bits"])
+def float_retreat(
+    X, V, Y, X_to, V_to, OUT, gamma_bits, rest_bits, size, MAP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """V ← (v − (1−γ)·f) / γ; then, with X_to, x ← x − v, and write it to OUT. Without Y, v stays."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    wide: tl.constexpr = V.dtype.element_ty
+    x = tl.load(X + i, mask=mask, other=0)
+    v = tl.load(V + i, mask=mask, other=0)
+    if Y is not None:
+        f = tl.load(Y + i, mask=mask, other=0).to(wide)
+        if MAP:
+            f = f - x
+        v = tl.fma(f, -_scalar(rest_bits, wide), v)
+        if wide == tl.float64:
+            v = v / _scalar(gamma_bits, wide)
+        else:
+            v = tl.div_rn(v, _scalar(gamma_bits, wide))
+        tl.store(V_to + i, v, mask=mask)
+    if X_to is not None:
+        x = x - v
+        tl.store(X_to + i, x, mask=mask)
+        if OUT is not None:
+            tl.store(OUT + i, _narrow(x, OUT.dtype.element_ty), mask=mask)
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["ratio_bits", "y_bits", "v_bits"])
+def gradients(
+    GX, GV, GX_to, GV_to, GY_to, ratio_bits, y_bits, v_bits, size, WIDE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The backward pass of an update, rounded as torch rounds: g = gx + ratio·gv, and shares of it for y and v.
+
+    Where the value is h(x) = x + f(x), with GX_to, the gradient of x is gx less that of y.
+    """
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < size
+    if GX is None:
+        g = tl.load(GV + i, mask=mask, other=0) * _scalar(ratio_bits, WIDE)
+    else:
+        g = tl.load(GX + i, mask=mask, other=0).to(WIDE)
+        if GV is not None:
+            g = tl.fma(tl.load(GV + i, mask=mask, other=0), _scalar(ratio_bits, WIDE), g)
+    gy = g * _scalar(y_bits, WIDE)
+    if GV_to is not None:
+        gv = g * _scalar(v_bits, WIDE)
+        tl.store(GV_to + i, _narrow(gv, GV_to.dtype.element_ty), mask=mask)
+    if GY_to is not None:
+        gy_rounded = _narrow(gy, GY_to.dtype.element_ty)
+        tl.store(GY_to + i, gy_rounded, mask=mask)
+        gy = gy_rounded.to(WIDE)
+    if GX_to is not None:
+        if GX is None:
+            gx = -gy
+        else:
+            gx = tl.load(GX + i, mask=mask, other=0).to(WIDE) - gy
+        tl.store(GX_to + i, _narrow(gx, GX_to.dtype.element_ty), mask=mask)
