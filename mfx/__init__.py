@@ -4,6 +4,7 @@ The public names. Read ``api.py`` first, then ``ARCHITECTURE.md``: the road from
 and which may import which. This file may import all of them but ``mfx.cli``.
 """
 
+from mfx import integrations
 from mfx.api import graphs, momentumize, original, to_networkx, trace
 from mfx.meter import ActivationMeter
 from mfx.modules.recomputing import recomputing
@@ -29,6 +30,7 @@ __all__ = [
     "draw",
     "explain",
     "graphs",
+    "integrations",
     "momentumize",
     "original",
     "profile",

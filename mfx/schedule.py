@@ -37,11 +37,7 @@ class GammaScheduler:
     """
 
     def __init__(self, net: nn.Module, schedule: Schedule) -> None:
-        if not callable(schedule):
-            raise MfxError(
-                f"schedule={schedule!r}: a function from the number of a step to gamma is needed, such as "
-                "mfx.schedule.linear(steps=1000)."
-            )
+        check_schedule(schedule)
         self.net = net
         self.schedule = schedule
         self.last_step = -1
@@ -79,6 +75,23 @@ class GammaScheduler:
         set_gamma(self.net, gamma)
         self.last_step = step
         self._last = {k: float(v) for k, v in gamma.items()} if isinstance(gamma, Mapping) else float(gamma)
+
+
+def check_schedule(schedule: Any, or_none: bool = False) -> None:
+    """Check that something can be called for γ of a step.
+
+    Args:
+        schedule: what is meant as a schedule.
+        or_none: allow None as well.
+
+    Raises:
+        MfxError: it cannot.
+    """
+    if not callable(schedule) and not (or_none and schedule is None):
+        raise MfxError(
+            f"schedule={schedule!r}: a function from the number of a step to gamma is needed, such as "
+            "mfx.schedule.linear(steps=1000)."
+        )
 
 
 @dataclass(frozen=True)

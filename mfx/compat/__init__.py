@@ -43,6 +43,7 @@ from mfx.compat.hooks import (
     global_call_tables,
     has_state_dict_hook,
     hook_tables,
+    put_load_hook_first,
 )
 from mfx.compat.modes import (
     AutocastState,
@@ -112,6 +113,7 @@ __all__ = [
     "patched",
     "patching",
     "plain_transformer_layers",
+    "put_load_hook_first",
     "random_state_of",
     "reproducible",
     "runs_for_real",

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as every
+from torch.utils.hooks import RemovableHandle
 
 
 def forward_hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -47,3 +48,11 @@ _GLOBAL = (
 def has_state_dict_hook(module: nn.Module, hook: Callable[..., Any]) -> bool:
     """True if a module's ``state_dict`` calls a hook (torch 2.11 to 2.15)."""
     return hook in module._state_dict_hooks.values()
+
+
+def put_load_hook_first(module: nn.Module, hook: Callable[..., Any]) -> RemovableHandle:
+    """Register a hook that runs before a module's other hooks on ``load_state_dict`` (torch 2.11 to 2.15)."""
+    handle: RemovableHandle = module.register_load_state_dict_pre_hook(hook)
+    hooks: Any = module._load_state_dict_pre_hooks
+    hooks.move_to_end(handle.id, last=False)
+    return handle

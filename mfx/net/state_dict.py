@@ -11,7 +11,7 @@ from torch import nn
 from mfx import compat
 from mfx.engine import read_all
 from mfx.net.forward import forward_of
-from mfx.net.gammas import gammas_of, gammas_to_be, record_of
+from mfx.net.gammas import gammas_of, gammas_to_be, record_of, set_gamma
 from mfx.net.loaded import Loaded
 from mfx.options.gamma import Gamma
 from mfx.program.record import Record
@@ -74,6 +74,22 @@ def _compare(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Ma
     others = [name for name in sorted({**saved, **now}) if saved.get(name, _ZERO) != now.get(name, _ZERO)]
     if others:
         warnings.warn(f"mfx: {_message(type(net).__name__, others, saved, now)}{difference}", stacklevel=4)
+
+
+def adopt_gammas(module: nn.Module, state: Any, prefix: str, *_: Any) -> None:
+    """Set γ of the nets in a module to what a ``state_dict`` that is about to be loaded was saved with.
+
+    A hook on ``load_state_dict``, to run before the one that compares γ.
+
+    Args:
+        module: a module that contains nets.
+        state: the whole ``state_dict``; without metadata nothing is changed.
+        prefix: path of the module in it, with a dot at its end.
+    """
+    metadata = getattr(state, "_metadata", {})
+    for path, net in module.named_modules():
+        if saved := metadata.get(f"{prefix}{path}".rstrip("."), {}).get(_GAMMA):
+            set_gamma(net, {chain: Gamma(*fraction).value for chain, fraction in saved.items()})
 
 
 def _loaded(net: nn.Module) -> Loaded | None:
