@@ -37,7 +37,7 @@ class PostProcessing(Base):
         y = self.head(self.body(x))
         if self.training:
             return y
-        return y[y > 0.0] if (y > 0.0).any() else y.new_zeros(0)
+        return y[y > 0.0] if float((y > 0.0).sum().detach()) > 0 else y.new_zeros(0)
 
 
 class LossInTraining(Base):
@@ -172,7 +172,7 @@ class Spanning(nn.Module):
     def forward(self, x):
         for fc in self.fcs:
             x = x + torch.tanh(fc(x))
-        return x if self.training or x.sum().item() > -1e9 else -x
+        return x if self.training or float(x.detach().sum()) > -1e9 else -x
 
 
 class Iterated(Base):
@@ -183,7 +183,7 @@ class Iterated(Base):
             return self.body(x)
         for block in self.body:
             x = block(x)
-        return x if x.sum().item() > -1e9 else -x
+        return x if float(x.detach().sum()) > -1e9 else -x
 
 
 @MODULE_BY_MODULE
@@ -281,7 +281,7 @@ class SubSearch(Base):
 
     def forward(self, x):
         x = self.body(x)
-        return x if x.sum().item() > -1e9 else -x
+        return x if float(x.detach().sum()) > -1e9 else -x
 
 
 class Switched(nn.Module):

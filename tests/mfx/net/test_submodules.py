@@ -59,7 +59,7 @@ class Branching(nn.Module):
 
     def forward(self, x):
         x = self.encoder(x)
-        return self.other(x) if x.sum().item() > 0 else x
+        return self.other(x) if float(x.detach().sum()) > 0 else x
 
 
 @pytest.fixture(autouse=True)

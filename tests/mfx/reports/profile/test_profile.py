@@ -293,7 +293,7 @@ class Branching(nn.Module):
         self.part = part
 
     def forward(self, x):
-        return self.part(x) if x.abs().sum().item() > 0 else x
+        return self.part(x) if float(x.detach().abs().sum()) > 0 else x
 
 
 @pytest.mark.parametrize(
