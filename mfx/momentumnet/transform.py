@@ -9,8 +9,10 @@ from typing import Any
 from torch import fx, nn
 
 from mfx.capture.named_steps import check_layer
+from mfx.compat import put_load_hook_first
 from mfx.modules.tree_copy import M
 from mfx.momentumnet.momentum_net import check_flags
+from mfx.momentumnet.package_names import rename_loaded
 from mfx.net.build import build_net
 from mfx.net.forward import forward_of
 from mfx.net.gammas import gammas_of
@@ -51,7 +53,7 @@ def transform_to_momentumnet(
 
     Returns:
         A model of the same class that shares all parameters and buffers with ``model``, with the same ``state_dict``
-        keys.
+        keys. It also loads weights under the names that a model of the package has.
 
     Raises:
         MfxError: an argument is wrong; the model has no such layer, or cannot be traced; the modules of a layer are
@@ -67,7 +69,7 @@ def transform_to_momentumnet(
             raise MfxError(
                 "is_residual=True is about the modules in sub_layers; name them, or leave is_residual False."
             )
-        return build_net(model, options)
+        return _loads_packages_weights(build_net(model, options))
     paths = _paths(sub_layers)
     if isinstance(model, fx.GraphModule):
         raise MfxError("sub_layers name modules of a model, and a GraphModule is a graph already; transform the model.")
@@ -75,7 +77,13 @@ def transform_to_momentumnet(
         check_layer(model, path)
     layers = tuple(Layer(path, keep_first_layer, is_residual) for path in paths)
     options = replace(options, layers=layers, min_steps=1)
-    return build_net(model, _with_earlier(model, options))
+    return _loads_packages_weights(build_net(model, _with_earlier(model, options)))
+
+
+def _loads_packages_weights(net: M) -> M:
+    if forward_of(net) is not None:
+        put_load_hook_first(net, rename_loaded)
+    return net
 
 
 def _paths(sub_layers: Any) -> tuple[str, ...]:
