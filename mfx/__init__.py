@@ -19,6 +19,8 @@ from mfx.reports.profile.result import Profile
 from mfx.schedule import GammaScheduler
 from mfx_passes import MfxError
 
+__version__ = "0.1.0"
+
 __all__ = [
     "ActivationMeter",
     "Drawing",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from fractions import Fraction
-from importlib import metadata
 from typing import Any, TypeVar
 
 import torch
 
+import mfx
 from mfx.cli.inputs import read_input
 from mfx.cli.spec import call_arguments, read_config
 
@@ -26,7 +26,7 @@ SPEC is package.module:callable; the callable makes the model. Modules in the cu
 inputs: --input [NAME=][DTYPE[%BELOW]:]SIZE,SIZE,...   a tensor: normal random numbers, float32 by default; integers
                                                        are drawn from 0 to BELOW - 1 (BELOW is 2 by default)
         --input NAME:=LITERAL                          a plain value, as in use_cache:=False
-        Several inputs are several --input. Values are the same in every run.
+        8x3x224x224 is 8,3,224,224. Several inputs are several --input. Values are the same in every run.
 
 examples:
   mfx explain torchvision.models:resnet101 --input 8,3,224,224
@@ -174,8 +174,4 @@ def _budget(text: str) -> float | str:
 
 def version() -> str:
     """Return the versions of mfx and torch."""
-    try:
-        version = metadata.version("mfx")
-    except metadata.PackageNotFoundError:
-        version = "(not installed)"
-    return f"mfx {version}, torch {torch.__version__}"
+    return f"mfx {mfx.__version__}, torch {torch.__version__}"
