@@ -1,4 +1,4 @@
-"""Inputs as words of a command line: ``8,3,224,224``, ``input_ids=int64%30522:2,128``, ``use_cache:=False``."""
+"""Inputs as words of a command line: ``8x3x224x224``, ``input_ids=int64%30522:2,128``, ``use_cache:=False``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _DTYPES = {
     **{name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16", "complex64")},
     **{name: getattr(torch, name) for name in ("int64", "int32", "int16", "int8", "uint8", "bool")},
 }
-_TENSOR = re.compile(r"(?:(?P<dtype>[a-z]\w*)(?:%(?P<below>\d+))?:)?(?P<shape>\d+(?:,\d+)*,?)?")
+_TENSOR = re.compile(r"(?:(?P<dtype>[a-z]\w*)(?:%(?P<below>\d+))?:)?(?P<shape>\d+(?:,\d+)*,?|\d+(?:x\d+)+)?")
 _NAMED = re.compile(r"(?P<name>[A-Za-z_]\w*)(?P<how>:?=)(?P<rest>.*)", re.DOTALL)
 _BELOW = 2
 
@@ -43,8 +43,8 @@ class Input:
 def read_input(text: str) -> Input:
     """Read one input.
 
-    >>> read_input("8,3,224,224").shape
-    (8, 3, 224, 224)
+    >>> read_input("8,3,224,224").shape, read_input("x=bfloat16:8x3x224x224").shape
+    ((8, 3, 224, 224), (8, 3, 224, 224))
     >>> ids = read_input("input_ids=int64%100:2,16")
     >>> ids.name, ids.shape, ids.dtype, ids.below
     ('input_ids', (2, 16), torch.int64, 100)
@@ -70,7 +70,7 @@ def read_input(text: str) -> Input:
     below = int(found["below"] or _BELOW)
     if found["below"] and (dtype.is_floating_point or dtype.is_complex or below < 1):
         raise ValueError(f"{text!r}: %BELOW goes with integers, and is at least 1")
-    shape = tuple(int(size) for size in (found["shape"] or "").split(",") if size)
+    shape = tuple(int(size) for size in (found["shape"] or "").replace("x", ",").split(",") if size)
     return Input(name, shape, dtype, below)
 
 

@@ -20,6 +20,8 @@ from torch import nn
 from mfx_passes import MfxError
 from mfx_passes.paths import is_inside
 
+_MODELS = "torchvision.models"  # where a name without a module is looked for
+
 
 def build(spec: str, args: tuple[Any, ...], kwargs: Mapping[str, Any], config: Any, device: str) -> nn.Module:
     """Return the model that a callable makes.
@@ -57,13 +59,14 @@ def find(spec: str) -> Any:
     """
     module_name, colon, path = spec.partition(":")
     if not (colon and path and module_name):
-        guess = ":".join(spec.strip(":").rsplit(".", 1)) if "." in spec else "torchvision.models:resnet18"
+        guess = ":".join(spec.strip(":").rsplit(".", 1)) if "." in spec else _guess(spec.strip(":"))
         raise MfxError(f"{spec!r} is not a package.module:callable. Did you mean {guess}?")
     found: Any = _module(module_name)
     where = module_name
     for name in path.split("."):
         if not hasattr(found, name):
-            raise MfxError(f"there is no {name!r} in {where}{_close(name, dir(found))}.")
+            hint = _close(name, dir(found)) or _elsewhere(name, module_name)
+            raise MfxError(f"there is no {name!r} in {where}{hint}.")
         found, where = getattr(found, name), f"{where}{':' if where == module_name else '.'}{name}"
     return found
 
@@ -137,14 +140,33 @@ def _close_module(name: str) -> str:
     path = getattr(sys.modules.get(parent), "__path__", ()) if parent else None
     if parent and not path:
         return f": {parent} is a module, not a package"
-    return _close(last, (module.name for module in pkgutil.iter_modules(path)))
+    return _close(last, (module.name for module in pkgutil.iter_modules(path)), f"{parent}." if parent else "")
 
 
-def _close(name: str, names: Iterable[str]) -> str:
+def _close(name: str, names: Iterable[str], prefix: str = "") -> str:
+    close = [prefix + found for found in _matches(name, names)]
+    return f"; there is {', '.join(close)}" if close else ""
+
+
+def _matches(name: str, names: Iterable[str]) -> list[str]:
     known = sorted({other for other in names if not other.startswith("_")})
     lower = {other.lower(): other for other in known}
-    close = [lower[found] for found in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.6)]
-    return f"; there is {', '.join(close)}" if close else ""
+    return [lower[found] for found in difflib.get_close_matches(name.lower(), lower, n=3, cutoff=0.6)]
+
+
+def _elsewhere(name: str, package: str) -> str:
+    """Return a hint at a module inside a package that has a name, among those that importing it has imported."""
+    having = [other for other in sys.modules if other.startswith(f"{package}.") and hasattr(sys.modules[other], name)]
+    return f"; there is {min(having, key=len)}:{name}" if having else ""
+
+
+def _guess(name: str) -> str:
+    """Return the SPEC that a name without a module may stand for."""
+    try:
+        close = _matches(name, dir(import_module(_MODELS)))
+    except ImportError:
+        close = []
+    return f"{_MODELS}:{(*close, 'resnet18')[0]}"
 
 
 def _config(spec: str, found: Any, values: Mapping[str, Any]) -> Any:

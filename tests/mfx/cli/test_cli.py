@@ -126,7 +126,8 @@ def test_integer_named_and_plain_inputs(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_inputs_are_the_same_every_time_and_in_their_range() -> None:
-    given = [read_input(text) for text in ("int32%7:50", "3,2", "bool:4", "float64:")]
+    given = [read_input(text) for text in ("int32%7:50", "3x2", "bool:4", "float64:")]
+    assert read_input("3x2") == read_input("3,2")
     (first, *rest), named = make_inputs(given, "cpu")
     assert named == {}
     assert first.dtype == torch.int32
@@ -142,7 +143,9 @@ def test_inputs_are_the_same_every_time_and_in_their_range() -> None:
     assert [x.device.type for x in on_meta] == ["meta"] * 4
 
 
-@pytest.mark.parametrize("text", ["", "8,,3", "x", "int64%0:3", "float32%3:2", "flot32:3", "a b=3", "x:=what", ":"])
+@pytest.mark.parametrize(
+    "text", ["", "8,,3", "8x", "8x3,4", "x", "int64%0:3", "float32%3:2", "flot32:3", "a b=3", "x:=what", ":"]
+)
 def test_what_is_no_input(text: str) -> None:
     with pytest.raises(ValueError, match=r"input|literal|%BELOW"):
         read_input(text)
@@ -195,7 +198,12 @@ def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
         (["explain", "tests.mfx.models.Stack"], "Did you mean tests.mfx.models:Stack?"),
         (["explain", "Stack"], "'Stack' is not a package.module:callable. Did you mean torchvision.models:resnet18?"),
         (["explain", "tests.mfx.models:Stakc"], "there is no 'Stakc' in tests.mfx.models; there is Stack"),
-        (["explain", "tests.mfx.modles:Stack"], "there is no module 'tests.mfx.modles'; there is models"),
+        (["explain", "tests.mfx.modles:Stack"], "there is no module 'tests.mfx.modles'; there is tests.mfx.models"),
+        (["explain", "resnet_50"], "Did you mean torchvision.models:resnet50?"),
+        (
+            ["explain", "torchvision:vit_b_16"],
+            "there is no 'vit_b_16' in torchvision; there is torchvision.models:vit_b_16",
+        ),
         (
             ["explain", "tests.mfx.models.deep:Stack"],
             "no module 'tests.mfx.models.deep': tests.mfx.models is a module,",
