@@ -52,7 +52,7 @@ def from_package_names(
         keep_first_layer: as the package's ``keep_first_layer``.
 
     Raises:
-        MfxError: one of the layers has no weights under the package's names.
+        MfxError: one of the layers was not transformed by the package, or in another way.
     """
     paths = (sub_layers,) if isinstance(sub_layers, str) else tuple(sub_layers)
     wanted = {(path, keep_first_layer) for path in paths}
@@ -62,7 +62,7 @@ def from_package_names(
         readings = _readings(name)
         there |= readings.keys()
         names[name] = next((original for layer, original in readings.items() if layer in wanted), name)
-    if missing := sorted(wanted - there):
+    if missing := [layer for layer in sorted(wanted - there) if _is_untransformed(*layer, state_dict)]:
         raise MfxError(
             f"the state_dict has no weights of {_listed(missing)} under the momentumnet package's names. It has "
             f"{_listed(there) or 'none of its layers'}."
@@ -110,6 +110,12 @@ def _layers_with_weights(net: nn.Module, names: Iterable[str]) -> set[tuple[str,
         for layer in layers
         if any(_to_package(name, (layer.path,), layer.keep_first) != name for name in names)
     }
+
+
+def _is_untransformed(path: str, keep_first: bool, names: Iterable[str]) -> bool:
+    """True unless the layer consists of a first module that was kept."""
+    inside = [name for name in names if name.startswith(f"{path}.")]
+    return not inside or any(_to_package(name, (path,), keep_first) != name for name in inside)
 
 
 def _to_package(name: str, layers: tuple[str, ...], keep_first: bool) -> str:

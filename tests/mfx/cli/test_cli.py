@@ -243,7 +243,7 @@ def test_what_cannot_be_served(capsys: pytest.CaptureFixture[str], words: list[s
         (["explain"], "the following arguments are required: SPEC"),
         (["explain", STACK, "--gamma", "high"], "--gamma: 'high' is not a number, such as 0.9 or 1/64"),
         (["explain", STACK, "--gamma", "0.1", "--gamma", "0.2"], "--gamma is given twice for all chains"),
-        (["explain", STACK, "--input", "8x3"], "--input: '8x3' is not an input; an input is [NAME=][DTYPE"),
+        (["explain", STACK, "--input", "8x"], "--input: '8x' is not an input; an input is [NAME=][DTYPE"),
         (["explain", STACK, "--args", "x"], "--args: 'x' cannot be read as Python literals"),
         (["explain", STACK, "--kwargs", "3"], "--kwargs takes arguments by name"),
         (["explain", STACK, "--config", "[1"], "--config: "),
