@@ -87,8 +87,8 @@ class NetForward(Overlay):
     @property
     def is_opaque(self) -> bool:
         """True if compiled code may call the net as one operation."""
-        decides = any(graph.decisions for graph in self.table.graphs)
-        return not (self.is_submodule or self.per_module or decides or is_sharded_somewhere(self.net))
+        plain = not (self.is_submodule or self.per_module or self.table.decides)
+        return plain and not is_sharded_somewhere(self.net)
 
     @property
     def per_module(self) -> bool:

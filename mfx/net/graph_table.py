@@ -37,12 +37,14 @@ class GraphTable:
 
     Attributes:
         loaded: the chains that the net's weights were saved with, if they were loaded with a record of them.
+        decides: True if a graph has had conditions on values; a flag, for Dynamo to guard on no more than that.
     """
 
     def __init__(self, net: nn.Module, options: Options, warn: Callable[[str], None]) -> None:
         self.net = net
         self.options = options
         self.loaded: Loaded | None = None
+        self.decides = False
         self._known: Record | None = None
         self._warn = warn
         self._without_chains: dict[Hashable, tuple[RewrittenGraph, list[ModuleGuard]]] = {}
@@ -223,6 +225,7 @@ class GraphTable:
             return graph  # its constants may be tensors without values: it is for this once
         if graph.shapes_known and not self.options.within:  # options name chains of the net as a whole
             self.options.check_chains(graph.chain_lengths)
+        self.decides = self.decides or bool(graph.decisions)
         drop_overlays(self.net, graph.called_modules, graph.captured.leaves)
         route.keep(graph)
         return graph
