@@ -1,11 +1,16 @@
 """Memory that does not grow with depth, at 4/3 of the FLOPs; or anything between that and ordinary backpropagation."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import resnet50
 
 import mfx
+from mfx.net.forward import forward_of
 
 WIDTH, BATCH = 32, 64
 UNIT = 4 * WIDTH * BATCH  # bytes of the stream in float32
@@ -69,3 +74,39 @@ def test_a_budget_is_kept_and_what_it_allows_saves_work(gamma):
     work = [flops for _, _, flops in found]
     assert work == sorted(work, reverse=True)
     assert work[0] > work[2] > work[-1]
+
+
+class Counted(TorchDispatchMode):
+    """Counts the operations that compute or copy something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += not func.is_view
+        return func(*args, **(kwargs or {}))
+
+
+def test_chains_that_keep_their_inputs_take_at_gamma_what_they_take_at_zero():
+    torch.manual_seed(0)
+    model, x = resnet50(num_classes=10), torch.randn(2, 3, 64, 64)
+    peaks, counts = [], []
+    for gamma in (0.0, 0.9):
+        net = mfx.momentumize(copy.deepcopy(model), gamma=gamma)
+        net(x).sum().backward()  # what happens once only
+        net.zero_grad()
+        with mfx.ActivationMeter(exclude=[x, *net.parameters()]) as meter:
+            net(x).sum().backward()
+        peaks.append(meter.peak)
+        net.zero_grad()
+        with Counted() as counted:
+            net(x).sum().backward()
+        counts.append(counted.count)
+    calls = next(iter(forward_of(net).table.graphs)).calls.values()
+    assert len(calls) == 4
+    velocity = max(torch.Size(call.stream[0]).numel() for call in calls) * 4
+    assert peaks[1] <= peaks[0] + velocity
+    # Three operations forward instead of one; backward three for the update, and one more gradient to add.
+    steps = sum(len(call.graphs.steps) for call in calls)
+    assert counts[1] <= counts[0] + 8 * steps

@@ -65,6 +65,16 @@ def test_below_the_line_it_is_the_recurrence_to_rounding(dtype, gamma, kind):
     assert error(found, expected) <= 16 * depth * torch.finfo(dtype).eps
 
 
+@pytest.mark.parametrize("kind", ["residual", "map"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_below_the_line_inference_computes_the_same_bits(dtype, kind):
+    root = make_root(line(NINE, dtype)).to(dtype)
+    x = torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(1)).to(dtype)
+    out, *_ = run_and_grad(root, make_steps(root, kind), x)
+    with torch.no_grad():
+        assert torch.equal(run(root, make_steps(root, kind), x).x, out)
+
+
 def test_below_the_line_there_is_no_range():
     root = make_root(line(NINE, torch.float32))
     steps = make_steps(root, call=lambda f, x: 1e9 * torch.tanh(f(x)))
