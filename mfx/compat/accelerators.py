@@ -223,8 +223,8 @@ class _Benchmark:
 _benchmark = _Benchmark()
 
 
-def reproducible(device: torch.device) -> AbstractContextManager[object]:
-    """Return a context for both runs of a branch whose stream is on ``device``.
+def reproducible(device: torch.device) -> AbstractContextManager[object] | None:
+    """Return a context for both runs of a branch whose stream is on ``device``; None if there is nothing to do.
 
     With ``torch.backends.cudnn.benchmark`` each thread measures algorithms for itself, and may choose another one
     (torch 2.11 to 2.15), so that is off. While a graph is captured, random numbers are refused.
@@ -232,7 +232,7 @@ def reproducible(device: torch.device) -> AbstractContextManager[object]:
     measures = torch._C._get_cudnn_benchmark() or _benchmark.askers > 0
     if device.type not in _HOSTS and is_capturing(device):
         return _captured(device, measures=measures)
-    return _benchmark.off() if measures else _NOTHING
+    return _benchmark.off() if measures else None
 
 
 @contextmanager

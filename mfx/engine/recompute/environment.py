@@ -21,6 +21,7 @@ from mfx.compat import (
     cached_weights,
     is_capturing,
     is_sharded,
+    reproducible,
     weights_cached,
 )
 from mfx.engine.recompute.contents import is_same_sign
@@ -196,13 +197,18 @@ class StepEnvironment:
             places = [(label, table) for label, (table, _) in unsure.items()]
             self._memory.asked.append((self._known, places, HostCopy(answers)))
 
-    def restored(self) -> AbstractContextManager[object]:
+    def restored(self, device: torch.device) -> AbstractContextManager[object]:
         """Return a context with the environment of the forward pass; it leaves everything as it was found.
+
+        Args:
+            device: of the stream.
 
         Raises:
             MfxError: a tensor was modified since the forward pass.
         """
         contexts = self._contexts()
+        if (context := reproducible(device)) is not None:
+            contexts.append(context)
         # The branch writes into the values, and may be recomputed once more.
         values = {key: value.clone() for key, value in self._values.items()} if self._values else self._values
         put_back = self._layout.put_back(self.tensors, values)

@@ -60,7 +60,7 @@ class Rebuilt:
     def __init__(self, device: torch.device) -> None:
         self._task = NO_TASK
         self._provided: list[list[_Packed]] = []
-        self._lock = threading.RLock()  # a branch may run a backward pass itself
+        self._is_busy, self._lock = False, threading.RLock()  # a branch may run a backward pass itself
         self._device, self._stream = device, current_stream(device)
 
     def provide(self, rebuild: Callable[[], None], handle: Handle) -> Tensor:
@@ -69,15 +69,17 @@ class Rebuilt:
         Raises:
             MfxError: the tensor was changed after it was saved.
         """
-        with self._lock:
-            if (task := current_task()) != self._task:
-                self._enter(task)
-            if handle.tensor is None:
-                with in_stream(self._device, self._stream):
-                    rebuild()
-            tensor = handle.tensor
-            if self._task == NO_TASK:
-                self.clear()
+        tensor = handle.tensor
+        # What a thread sees while another one rebuilds may not be complete: rrelu fills a tensor after saving it.
+        if tensor is None or self._is_busy or current_task() != self._task:
+            with self._lock:
+                if (task := current_task()) != self._task:
+                    self._enter(task)
+                if handle.tensor is None:
+                    self._run(rebuild)
+                tensor = handle.tensor
+        if self._task == NO_TASK:
+            self.clear()
         if tensor is None:
             raise MfxError(
                 "a recomputation ended before it had saved all that the forward pass saved. A step must do the same "
@@ -91,6 +93,17 @@ class Rebuilt:
         if handle.made_in is not None:
             make_ready(tensor, handle.made_in)
         return tensor
+
+    def _run(self, rebuild: Callable[[], None]) -> None:
+        was_busy, self._is_busy = self._is_busy, True
+        try:
+            if self._stream is None:  # as on a CPU
+                rebuild()
+            else:
+                with in_stream(self._device, self._stream):
+                    rebuild()
+        finally:
+            self._is_busy = was_busy
 
     def note(self, packed: list[_Packed]) -> None:
         """Note that the handles of these have tensors now."""
@@ -148,8 +161,12 @@ class Frame:
         """Run the step, under hooks whose handles ``unpack`` turns into tensors."""
         self._requires_grad, self.live = x.requires_grad, x.detach()
         pack = self._pack if measure() is None else self._pack_measured
-        with saved_tensors_hooks(pack, unpack), reproducible(x.device):
-            outputs = self._first_run(x, values)
+        with saved_tensors_hooks(pack, unpack):
+            if (context := reproducible(x.device)) is None:
+                outputs = self._first_run(x, values)
+            else:
+                with context:
+                    outputs = self._first_run(x, values)
         self.live = None
         self._env.settle()
         return outputs
@@ -199,8 +216,7 @@ class Frame:
         with (
             torch.enable_grad(),
             inside_recomputation(),
-            self._env.restored(),
-            reproducible(x.device),
+            self._env.restored(x.device),
             saved_tensors_hooks(hooks.pack, _as_is),
         ):
             # As in the forward pass, the input is not a leaf: autocast caches its casts of leaves. (view_as would
@@ -297,9 +313,9 @@ class RecomputationHooks:
                     f"{tuple(shape)}, {dtype} in the forward pass"
                 )
             if (handle := reference()) is not None:
-                handle.tensor, handle.version = tensor, tensor._version
                 if not tensor.is_cpu:
                     handle.made_in = current_stream(tensor.device)
+                handle.version, handle.tensor = tensor._version, tensor  # the tensor last: another thread may look
         if self._stops is not None and self.count == len(self._packed) and self.wrong is None:
             # A backward pass inside the branch is not stopped, nor code that has a mode to leave.
             self.stopped = may_stop() and current_task() == self._task and self._stops()
