@@ -133,6 +133,7 @@ def test_double_backward_with_the_output_dropped(arithmetic, taps):
     assert error(*results) < CLOSE
 
 
+@pytest.mark.filterwarnings("ignore:mfx. chain blocks. the backward pass of one graph")  # one for every element
 def test_gradgradcheck(arithmetic):
     # Finite differences of step 1e-6 see fixed point's steps of 2^-40 as slopes of 1e-6: hence the tolerance.
     root, steps, x = chain(9)

@@ -9,9 +9,9 @@ from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from mfx.engine import recomputing
 from mfx.modules import random_state
 from mfx.modules.random_state import Generator
+from mfx.modules.recomputing import recomputing
 from mfx_passes.errors import MfxError
 from tests.mfx.engine.chains import WIDTH, error, gradients, make_root, make_steps, recurrence, run, weights_like
 
