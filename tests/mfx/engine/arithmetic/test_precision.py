@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from mfx.engine import recomputing
+from mfx.modules.recomputing import recomputing
 from tests.mfx.engine.chains import WIDTH, block, make_root, make_steps, run
 
 DEPTH = 17  # more than exact arithmetic would keep the inputs of, in bfloat16 too

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from mfx.engine import recomputing
 from mfx.engine.arithmetic.floating import predict
+from mfx.modules.recomputing import recomputing
 from mfx.options.gamma import Gamma
 from mfx_passes.errors import MfxError
 from tests.mfx.engine.chains import WIDTH, block, make_root, make_steps, run

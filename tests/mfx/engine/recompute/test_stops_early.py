@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 import mfx
-from mfx.engine import recomputing
+from mfx.modules.recomputing import recomputing
 from mfx_passes.errors import MfxError
 from tests.mfx.engine.chains import WIDTH, block, gradients, make_root, make_steps, run, weights_like
 from tests.mfx.models import counting
