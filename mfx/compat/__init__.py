@@ -20,7 +20,7 @@ from mfx.compat.accelerators import (
     set_random_state_of,
     sign_of_device,
 )
-from mfx.compat.aside import aside_from_caller, is_observed, without_global_hooks
+from mfx.compat.aside import aside_from_caller, is_observed, unprofiled, without_global_hooks
 from mfx.compat.autograd import (
     NO_TASK,
     OPAQUE_TAGS,
@@ -128,6 +128,7 @@ __all__ = [
     "tensor_tables",
     "under_transform",
     "unlogged",
+    "unprofiled",
     "untraced",
     "weights_cached",
     "when_task_ends",

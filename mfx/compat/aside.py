@@ -27,7 +27,7 @@ def aside_from_caller() -> Iterator[None]:
     All is there again afterwards, also after an error. Read in torch 2.13 to 2.14.
     """
     with (
-        _unprofiled(),
+        unprofiled(),
         _disable_current_modes(),
         without_function_modes(),
         _without_saved_tensor_hooks(),
@@ -55,7 +55,7 @@ _unprofiled_now = _Unprofiled()
 
 
 @contextmanager
-def _unprofiled() -> Iterator[None]:
+def unprofiled() -> Iterator[None]:
     """Hide operations from profilers of this thread; torch does not tell if they are hidden already."""
     _unprofiled_now.depth += 1
     torch._C._autograd._enable_record_function(False)

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from mfx.compat import unprofiled
+
 _Formula = Callable[..., int]
 
 
@@ -30,7 +32,8 @@ class FlopCounter(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        with unprofiled():  # a profiler has seen it on its way here
+            result = func(*args, **kwargs)
         if (formula := _formulas().get(getattr(func, "_overloadpacket", None))) is not None:
             self.flops += formula(*args, **kwargs, out_val=result)
         return result
