@@ -39,6 +39,7 @@ class References:
     def __init__(self) -> None:
         self._names: set[str] = set()
         self._classes: dict[type, None] = {}
+        self._unmentioned: dict[str, list[Any]] = {}  # methods of these classes, by name
         self._functions: dict[FunctionType, None] = {}
         self._queue: list[FunctionType] = []
         self.caches: dict[Any, None] = {}  # the functions that keep their results
@@ -57,9 +58,11 @@ class References:
             if base in self._classes or not is_users(base.__module__):
                 continue
             self._classes[base] = None
-            run = [name for name in vars(base) if name.startswith("__")] if always is None else always
-            for name in self._names.union(run) & vars(base).keys():
-                self.add(vars(base)[name])
+            for name, value in list(vars(base).items()):
+                if name in self._names or (name.startswith("__") if always is None else name in always):
+                    self.add(value)
+                else:
+                    self._unmentioned.setdefault(name, []).append(value)
             yield base
 
     def add(self, value: Any) -> None:
@@ -85,9 +88,9 @@ class References:
             names = names_in(function.__code__)
             new = names - self._names
             self._names |= new
-            for cls in self._classes:
-                for name in new & vars(cls).keys():
-                    self.add(vars(cls)[name])
+            for name in new & self._unmentioned.keys():
+                for value in self._unmentioned.pop(name):
+                    self.add(value)
             yield from _variables(function, names)
 
 
