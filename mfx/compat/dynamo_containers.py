@@ -24,16 +24,16 @@ def containers_as_in_python() -> Iterator[None]:
     the order of an `OrderedDict` nor what was taken out of a set by ``-=`` back to the model's.
     """
     with ExitStack() as stack:
-        stack.enter_context(patch.object(builder.VariableBuilder, "wrap_listlike", _wrap_listlike))
+        stack.enter_context(patch.object(builder.VariableBuilder, "_wrap", _wrap))
         stack.enter_context(patch.object(side_effects.SideEffects, "mutation", _mutation))
         yield
 
 
-_original_wrap: Any = builder.VariableBuilder.wrap_listlike
+_original_wrap: Any = builder.VariableBuilder._wrap  # its parts, by type, are in a table that Dynamo makes once
 _original_mutation: Any = side_effects.SideEffects.mutation
 
 
-def _wrap_listlike(self: Any, value: Any) -> Any:
+def _wrap(self: Any, value: Any) -> Any:
     variable = _original_wrap(self, value)
     if type(value) is deque and isinstance(variable, lists.DequeVariable):
         install_guard(AttrSource(self.source, "maxlen").make_guard(GuardBuilder.EQUALS_MATCH))

@@ -56,11 +56,11 @@ def test_memory_is_a_fraction_of_plain(run):
 def test_the_policy_is_what_takes_less(run):
     _, (rows, depths) = run
     assert [row.policy for row in rows] == ["inputs", "states", "states", "states"]
-    # Inputs are float32. States are three integers of 64 bits for the whole chain of 12 steps, and what the digits of
-    # at most log2(1/γ) bits a step take beyond the 50 that one of the three holds, in units of 16.
+    # Inputs are float32. States are two integers of 64 bits for the whole chain of 12 steps, and the digits: log2(1/γ)
+    # bits for each of 11 products, the first velocity being zero, in a width that doubles from 8 bits on.
     for row in rows[1:]:
-        bits = 3 * 64 + 16 * max(0, math.ceil((12 * row.digits - 50) / 16))
-        assert (bits - 16) / 12 <= row.kept <= bits / 12 < 32
+        digits = 11 * row.digits
+        assert 2 * 64 + digits <= 12 * row.kept <= 2 * 64 + max(8, 2 * digits) < 12 * 32
     assert rows[0].kept == 32
     assert {row.policy for row in depths if row.layers == 2} == {"inputs"}  # 4 steps: 128 bits are less than 192
 

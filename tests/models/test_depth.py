@@ -1,4 +1,4 @@
-"""Activation memory does not grow with depth: 16 times as many layers, the same bytes."""
+"""Activation memory does not grow with depth: 16 times as many layers, the same bytes but for digits of γ."""
 
 import pytest
 import torch
@@ -27,19 +27,23 @@ def vit(depth):
 
 
 # The shallow one is past the length, 6 steps in float32, up to which exact arithmetic keeps the steps' inputs instead.
-DEEP = {"mlp": (residual_mlp, (1024, 64), 8), "vit": (vit, (32, 3, 32, 32), 4)}
+DEEP = {
+    "mlp": (residual_mlp, (1024, 64), 8, 1024 * 64),  # the last number is that of the stream's elements
+    "vit": (vit, (32, 3, 32, 32), 4, 32 * (1 + 4 * 4) * 32),
+}
 
 
 @pytest.mark.parametrize("model", DEEP)
 def test_peak_and_kept_at_16_times_the_depth(model):
-    make, shape, depth = DEEP[model]
+    make, shape, depth, elements = DEEP[model]
     torch.manual_seed(0)
     shallow, deep = (measure(mfx.momentumize(make(d).train()), [torch.randn(shape)]) for d in (depth, 16 * depth))
     assert deep.peak <= 1.1 * shallow.peak
-    assert deep.kept <= 1.1 * shallow.kept
+    # Digits of 7 products by 9/10 are log2(10/9) bits each, 1.1 in all, in one byte; those of 127 are 19.3, in four.
+    assert deep.kept <= shallow.kept + 3 * elements
 
 
 def test_plain_backpropagation_does_grow():
-    make, shape, depth = DEEP["mlp"]
+    make, shape, depth, _ = DEEP["mlp"]
     shallow, deep = (measure(make(d), [torch.randn(shape)]) for d in (depth, 2 * depth))
     assert deep.peak > 1.9 * shallow.peak

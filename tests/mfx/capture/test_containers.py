@@ -217,3 +217,11 @@ def test_what_a_first_call_on_tensors_without_data_notes_is_forgotten():
         assert (net.calls, net.log, net.on) == ([calls], ["call"] * calls, calls == 1)
         assert net.ready
         assert net.table == {"width": WIDTH}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_after_other_code_was_compiled():
+    builder = torch._dynamo.variables.builder.VariableBuilder
+    builder._type_dispatch_impl.cache_clear()  # a table that is made once in a process
+    assert torch.compile(lambda x, held: x + len(held), backend="eager")(torch.tensor(1), deque([5])) == 2
+    check(*QUICK[0])
