@@ -31,19 +31,28 @@ class Leftovers:
 
     def take_away(self) -> None:
         """Take the proxies that are still alive out of what refers to them."""
-        if not self._alive():
-            return
-        gc.collect()  # reference cycles that nobody refers to: a closure that calls itself
         found: dict[str, None] = {}
-        for _ in range(3):  # what holds a proxy may be held by one
-            if not (alive := self._alive()):
+        for _ in range(4):  # what holds a proxy may be held by one
+            if self._collect():
                 break
+            alive = self._alive()
             for proxy in alive:
                 found.update(dict.fromkeys(_take_out(proxy, {id(alive)}, 4)))
             alive.clear()
             proxy = None
-            gc.collect()
         self.found = list(found)
+
+    def _collect(self) -> bool:
+        """Collect reference cycles that nobody refers to (a closure that calls itself); True if no proxy is left.
+
+        The youngest objects come first: to look at all those of a large program takes a second.
+        """
+        generations = iter(range(3))
+        while self._alive():
+            if (generation := next(generations, None)) is None:
+                return False
+            gc.collect(generation)
+        return True
 
     def _alive(self) -> list[Any]:
         return [proxy for reference in self._proxies if (proxy := reference()) is not None]
