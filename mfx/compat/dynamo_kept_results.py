@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.variables import functions
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_NO_TENSORS = frozenset({*sys.stdlib_module_names, "torch", "numpy", "einops"})  # libraries whose results are of none
 _original_call: Any = functions.WrapperUserFunctionVariable.call_function
 
 
@@ -25,7 +27,7 @@ def kept_results_refused() -> Iterator[None]:
 def _call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
     result = _original_call(self, tx, args, kwargs)
     cache = self.wrapper_obj
-    if not hasattr(cache, "cache_info") or str(cache.__module__).partition(".")[0] == "torch":
+    if not hasattr(cache, "cache_info") or str(cache.__module__).partition(".")[0] in _NO_TENSORS:
         return result
     given = [*self.self_args(), *args, *kwargs.values()]
     if not all(map(_is_plain, [result, *given])):
