@@ -102,6 +102,7 @@ def test_bit_equal_however_the_chain_is_woven(monkeypatch, build, taps, dtype):
     assert all(t.abs().sum() > 0 for t in results[0])
 
 
+@pytest.mark.filterwarnings("ignore:mfx. chain blocks. the backward pass of one graph")  # one for every element
 @pytest.mark.parametrize("kind", ["residual", "map"])
 @pytest.mark.parametrize("gamma", [0.1, 0.9])
 def test_gradcheck(monkeypatch, gamma, kind):
