@@ -1,4 +1,4 @@
-"""What containers and buffers of numbers hold, which code may change in place: noted, compared and copied."""
+"""The contents of containers and buffers of numbers, which code may change in place: noted, compared and copied."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _COPIED = 2**16  # bytes of a buffer, up to which changes of it are undone
 
 
 class Held(Protocol):
-    """What a container or buffer held when this was made."""
+    """The contents of a container or buffer at the moment when this is made."""
 
     def look(self) -> Iterable[Any]:
         """Return what it holds now: the same objects as when this was made, if nothing was changed."""
@@ -39,7 +39,7 @@ class Held(Protocol):
 
 
 class Container(Held):
-    """What a list, dictionary, set, deque or tuple held when this was made."""
+    """The contents of a list, dictionary, set, deque or tuple at the moment when this is made."""
 
     __slots__ = ("_entries", "_keys", "_value")
 

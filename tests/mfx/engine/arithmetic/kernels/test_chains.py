@@ -20,7 +20,7 @@ DEPTH = 14
 
 
 def both(monkeypatch, compute):
-    """What ``compute`` returns by torch's operations and by kernels, of which there must have been some."""
+    """Return what ``compute`` returns by torch's operations and by kernels, of which there must have been some."""
     results = []
     for kernels in ("torch", "triton"):
         monkeypatch.setenv("MFX_KERNELS", kernels)

@@ -50,7 +50,7 @@ def integers(size, how):
 
 
 def branch_values(size, dtype, how):
-    """What the range check admits: of any bits, or such that their product with 2⁴⁰ is half way between integers."""
+    """Numbers within the range: of any bits, or such that their product with 2⁴⁰ is half way between integers."""
     if how == "half way":
         y = ((torch.randint(-(2**20), 2**20, (size,)) + 0.5) / 2.0**40).to(dtype)
     else:
