@@ -13,6 +13,8 @@ from torch import fx
 
 from mfx.modules.holders import slots_of
 
+_FEW = 4
+
 
 class Leftovers:
     """The proxies of one trace, by weak references: none of them may outlive it.
@@ -29,30 +31,33 @@ class Leftovers:
         """Take note of a proxy."""
         self._proxies.append(weakref.ref(proxy))
 
-    def take_away(self) -> None:
-        """Take the proxies that are still alive out of what refers to them."""
+    def take_away(self, *, failed: bool = False) -> None:
+        """Take the proxies that are still alive out of what refers to them.
+
+        Args:
+            failed: True after a trace that failed: nobody asks what refers to them, garbage or the frames of its error.
+        """
         found: dict[str, None] = {}
         for _ in range(4):  # what holds a proxy may be held by one
-            if self._collect():
+            if not (alive := self._uncollected(_FEW if failed else 0)):
                 break
-            alive = self._alive()
             for proxy in alive:
                 found.update(dict.fromkeys(_take_out(proxy, {id(alive)}, 4)))
             alive.clear()
             proxy = None
         self.found = list(found)
 
-    def _collect(self) -> bool:
-        """Collect reference cycles that nobody refers to (a closure that calls itself); True if no proxy is left.
+    def _uncollected(self, few: int) -> list[Any]:
+        """Return the proxies that are left when reference cycles are collected that nobody refers to.
 
-        The youngest objects come first: to look at all those of a large program takes a second.
+        A closure that calls itself is one. The youngest objects come first, and the others only if more than ``few``
+        proxies are left: to look at all objects of a large program takes a second.
         """
-        generations = iter(range(3))
-        while self._alive():
-            if (generation := next(generations, None)) is None:
-                return False
+        for generation, enough in enumerate((0, 0, few)):
+            if len(self._alive()) <= enough:
+                break
             gc.collect(generation)
-        return True
+        return self._alive()
 
     def _alive(self) -> list[Any]:
         return [proxy for reference in self._proxies if (proxy := reference()) is not None]

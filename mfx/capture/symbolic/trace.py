@@ -124,11 +124,13 @@ def _traced(
 ) -> tuple[SymbolicTracer, R]:
     """Return a trace, and its tracer: the first one that is not led to an error of the model's own by a guess."""
     while True:
-        tracer = make_tracer()
+        tracer, failed = make_tracer(), True
         attributes = set(model.__dict__)
         try:
             with compat.dynamo_rules_kept(), _ValuesRead(tracer.refusals):
-                return tracer, trace(tracer)
+                result = trace(tracer)
+            failed = False
+            return tracer, result
         except MfxError:
             raise
         except (Exception, UntraceableError) as error:
@@ -142,7 +144,7 @@ def _traced(
                 raise RaisedError(f"{type(model).__name__} raises an error: {said}") from error
             raise CaptureError(f"{type(model).__name__} cannot be traced symbolically: {said}. {_ADVICE}") from error
         finally:
-            tracer.leftovers.take_away()
+            tracer.leftovers.take_away(failed=failed)
 
 
 def _drop(model: nn.Module, attributes: set[str]) -> None:
