@@ -24,6 +24,15 @@ def under_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
+_HOST = torch.device("cpu")
+
+
+def default_device() -> torch.device:
+    """Return the device that tensors are made on; unlike torch's own function it calls none that a mode could see."""
+    stack = reversed(_get_current_function_mode_stack())
+    return next((mode.device for mode in stack if isinstance(mode, DeviceContext)), _HOST)
+
+
 _MODES = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
 
 AutocastState = tuple[torch.dtype, bool, bool]

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from mfx import compat
 from mfx.capture.captured import Captured
 from mfx.capture.decisions import Decision
 from mfx.capture.guards import ModuleGuard, guards_of
@@ -32,7 +33,7 @@ from mfx_passes.rewrite.portable_graph import PortableGraph, is_portable
 
 
 def _defaults() -> tuple[torch.dtype, torch.device]:
-    return torch.get_default_dtype(), torch.get_default_device()
+    return torch.get_default_dtype(), compat.default_device()
 
 
 @dataclass(eq=False)
