@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,18 +12,21 @@ from mfx.engine.arithmetic import State
 from mfx.engine.arithmetic.base import wide
 from mfx.options.gamma import Gamma
 
+if TYPE_CHECKING:
+    from mfx.engine.recompute.tape import Tape
+
 
 class UpdateContext(NamedTuple):
     """The arguments of an ``Update`` beside tensors.
 
     Attributes:
-        state: the stream's numbers.
+        state: the chain's numbers.
         kind: of the step.
         gamma: γ of the step.
         later_gamma: γ of the steps after this one.
-        follows: whether there is an update of the stream before this one.
-        dummy: the stream's ``velocity_dummy``.
-        begin: for the update whose gradient arrives before all others of its stream, what to do then; else None.
+        follows: whether there is a step before this one.
+        dummy: the chain's ``velocity_dummy``.
+        tape: the chain's tape, for the update whose gradient arrives before all others; else None.
     """
 
     state: State
@@ -33,7 +35,7 @@ class UpdateContext(NamedTuple):
     later_gamma: Gamma
     follows: bool
     dummy: Tensor
-    begin: Callable[[], None] | None = None
+    tape: Tape | None = None
 
 
 def velocity_dummy(x: Tensor) -> Tensor:
@@ -52,7 +54,7 @@ class Update(torch.autograd.Function):
     @staticmethod
     @override
     def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, context: UpdateContext) -> tuple[Tensor, Tensor]:
-        state, ctx.kind, ctx.gamma, ctx.later_gamma, ctx.follows, dummy, ctx.begin = context
+        state, ctx.kind, ctx.gamma, ctx.later_gamma, ctx.follows, dummy, ctx.tape = context
         ctx.set_materialize_grads(False)
         ctx.wide, ctx.needs_v = dummy.dtype, ctx.needs_input_grad[1]
         ctx.dtypes = x.dtype, dummy.dtype if v is None else v.dtype, y.dtype
@@ -62,8 +64,8 @@ class Update(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.begin is not None:
-            ctx.begin()
+        if ctx.tape is not None:
+            ctx.tape.begin()
         if gx is None and gv is None:
             return None, None, None, None
         return *ctx.gradients(ctx, gx, gv), None

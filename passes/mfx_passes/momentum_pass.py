@@ -66,10 +66,9 @@ def _rewrite_found(
     index = GraphIndex(graph, modules)
     nesting = Nesting(chains)
     for chain in chains:
-        starts = chain.starts
-        starts_in = [step for step in nesting.around(chain) if any(x in step.nodes or x in step.skips for x in starts)]
+        starts_in = [step for step in nesting.around(chain) if chain.start in step.nodes or step.skip is chain.start]
         read_sizes_at_start(graph, chain, index.sizes, starts_in)
-    sums = {node for chain in chains for step in chain.steps for node in step.sums}
+    sums = {node for chain in chains for step in chain.steps for node in step.add.sums}
     flat = fold_calls(graph, calls, nesting, findings.reread, Mutations(index, sums))
     rewrite(graph, nesting, modules, insert)
     return Rewritten(findings, flat)
@@ -90,7 +89,7 @@ class MomentumPass(PassBase):
 
     Args:
         make_call: gets the graphs of a chain and returns the module that will run them; it is called with
-            ``(xs, captures, roots)``, see `rewrite.Insert`.
+            ``(x, captures, roots)``, see `rewrite.Insert`.
         selection: which residual adds may be rewritten.
     """
 

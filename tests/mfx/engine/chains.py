@@ -1,7 +1,7 @@
 """Small chains to test with, and the recurrence they must follow, written with ordinary autograd."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from mfx.engine import (
     ARITHMETICS,
     BLOCK_KERNELS,
+    ChainOutput,
     ChainPlan,
     ChainSettings,
     Kernels,
@@ -18,14 +19,6 @@ from mfx.engine import (
 from mfx.options.gamma import Gamma
 
 WIDTH = 6
-
-
-class Output(NamedTuple):
-    """The output of a chain of one stream."""
-
-    x: Tensor
-    taps: tuple[Tensor, ...]
-    sides: tuple[tuple[Any, ...], ...]
 
 
 class Root(nn.Module):
@@ -64,7 +57,7 @@ def make_steps(
             y, *sides = branch(r, x, *c)
             return (y if kind == "map" else x + y, *sides)
 
-        return StepFunction(f"blocks.{i}", (kind,), branch, original, tuple(captures), (f"blocks.{i}",))
+        return StepFunction(f"blocks.{i}", kind, branch, original, tuple(captures), (f"blocks.{i}",))
 
     return [step(i) for i in range(len(root.blocks))]
 
@@ -81,10 +74,9 @@ def run(
     velocity: Tensor | str | None = None,
     verify: str = "raise",
     kernels: Kernels = BLOCK_KERNELS,
-    taps: Sequence[int] = (),
     **call: Any,
-) -> Output:
-    """``run_chain`` on one stream with a float γ, and a verification that raises; the budget is 0.0, 1.0 or a plan."""
+) -> ChainOutput:
+    """``run_chain`` with a float γ, and a verification that raises; ``memory_budget`` is 0.0, 1.0 or a plan."""
     plan = memory_budget if isinstance(memory_budget, ChainPlan) else None
     settings = ChainSettings(
         gamma if isinstance(gamma, Gamma) else Gamma.of(gamma),
@@ -94,10 +86,8 @@ def run(
         plan=ChainPlan.keep_all(len(steps)) if memory_budget == 1.0 else plan,
         kernels=kernels,
     )
-    v0 = [velocity] if isinstance(velocity, Tensor) else None
-    pairs = [(t, 0) for t in taps]
-    found = run_chain("blocks", steps, [x], captures, root, settings, v0=v0, taps=pairs, **call)
-    return Output(*found.xs, found.taps, found.sides)
+    v0 = velocity if isinstance(velocity, Tensor) else None
+    return run_chain("blocks", steps, x, captures, root, settings, v0=v0, **call)
 
 
 def recurrence(
@@ -109,18 +99,18 @@ def recurrence(
     gamma: float = 0.9,
     velocity: Any = None,
     taps: Sequence[int] = (),
-) -> Output:
+) -> ChainOutput:
     """The oracle: v ← γ·v + (1−γ)·f(x), x ← x + v, in whatever dtype it is given."""
     v = velocity if isinstance(velocity, Tensor) else torch.zeros_like(x)
     xs, sides = [x], []
     for t, step in enumerate(steps):
         y, *side = step.branch(root, x, *(captures[i] for i in step.captures))
-        f = y - x if step.kinds == ("map",) else y
+        f = y - x if step.kind == "map" else y
         v = f if t == 0 and velocity == "residual" else gamma * v + (1 - gamma) * f
         x = x + v
         xs.append(x)
         sides.append(tuple(side))
-    return Output(x, tuple(xs[t] for t in taps), tuple(sides))
+    return ChainOutput(x, tuple(xs[t] for t in taps), tuple(sides))
 
 
 def gradients(loss: Tensor, root: nn.Module, *inputs: Tensor, **kw: Any) -> list[Tensor]:
