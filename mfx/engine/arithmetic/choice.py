@@ -69,8 +69,8 @@ def _refusal(device: torch.device) -> str | None:
     except Exception as error:  # a compiler may be missing, for example
         reason = f"Triton fails on {device} ({type(error).__name__}: {str(error).splitlines()[0][:200]})"
         warnings.warn(
-            f"mfx: {reason}: the recurrence runs by operations of torch, with the same values but several times as "
-            "slow. MFX_KERNELS=torch asks for that without this warning",
+            f"mfx: {reason}: the recurrence runs by operations of torch, with the same values but a "
+            "launch for each of them. MFX_KERNELS=torch asks for that without this warning",
             stacklevel=2,
         )
         return reason
