@@ -10,7 +10,7 @@ from mfx.engine.arithmetic import ARITHMETICS, BLOCK_KERNELS, FusedKernels, Kern
 from mfx.engine.chain import run_chain
 from mfx.engine.flags import read_all
 from mfx.engine.memory.plan import ChainCost, ChainPlan, NetPlan, StepCost, make_plan
-from mfx.engine.memory.storage import states_by_end
+from mfx.engine.memory.storage import Stream, choose_storage, states_by_end, streams_of
 from mfx.engine.scope import enclosing_keeps, measure
 from mfx.engine.steps import ChainCache, ChainOutput, ChainSettings, StepFunction
 
@@ -27,10 +27,13 @@ __all__ = [
     "NetPlan",
     "StepCost",
     "StepFunction",
+    "Stream",
+    "choose_storage",
     "enclosing_keeps",
     "make_plan",
     "measure",
     "read_all",
     "run_chain",
     "states_by_end",
+    "streams_of",
 ]

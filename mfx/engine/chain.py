@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from mfx.engine.arithmetic.base import wide
 from mfx.engine.arithmetic.choice import choose
 from mfx.engine.flags import notice_overflow, read_pending, warn_once
 from mfx.engine.memory.plan import ChainPlan, StepCost
-from mfx.engine.memory.storage import choose_storage
+from mfx.engine.memory.storage import streams_of, walks_back
 from mfx.engine.recompute.layout import StateLayout
 from mfx.engine.recompute.runners import FromInputs, FromTape, Ordinary, Runner
 from mfx.engine.recompute.saved import tensors_in
@@ -22,6 +23,7 @@ from mfx.engine.scope import enclosing_is_recorded, enclosing_keeps, inside_chai
 from mfx.engine.steps import ChainCache, ChainCall, ChainOutput, ChainSettings, StepFunction
 from mfx.engine.update import Enter, Update, UpdateContext, velocity_dummy
 from mfx.options.gamma import Gamma
+from mfx.text import listed
 from mfx_passes.errors import MfxError
 
 _ZERO = Gamma(0, 1)
@@ -30,17 +32,20 @@ _ZERO = Gamma(0, 1)
 def run_chain(
     name: str,
     steps: Sequence[StepFunction],
-    x: Tensor,
+    xs: Sequence[Tensor],
     captures: Sequence[Any],
     root: Any,
     settings: ChainSettings,
     *,
-    v0: Tensor | None = None,
-    taps: Sequence[int] = (),
+    v0: Sequence[Tensor | None] | None = None,
+    taps: Sequence[tuple[int, int]] = (),
     cache: ChainCache | None = None,
     costs: list[StepCost] | None = None,
 ) -> ChainOutput:
     """Run a chain of steps with momentum: v ← γ·v + (1−γ)·f(x), x ← x + v (Sander et al., ICML 2021).
+
+    With several streams there are an x and a v of each. A step reads some of the x's, as they are before it, and moves
+    some of the streams on.
 
     Inside torch.func transforms, and with forward-mode differentiation, the recurrence runs by ordinary operations,
     which these support, and nothing is recomputed.
@@ -48,12 +53,13 @@ def run_chain(
     Args:
         name: the chain's name, for messages.
         steps: the steps, at least one.
-        x: the stream's tensor before the first step, of any shape and floating dtype.
+        xs: the streams' tensors before the first step, of any shapes and floating dtypes.
         captures: other values the steps read, tensors or not.
         root: object through which the steps find their modules and parameters, at every call.
         settings: how the chain runs. Inside a step of another chain its plan is that of the step: all or nothing kept.
-        v0: v before the first step, like ``x``; it gets a gradient. None is zero, or what ``settings.velocity`` says.
-        taps: numbers of steps 1 ≤ t < len(steps) after which x is returned, too.
+        v0: each stream's v before the first step, like its x; it gets a gradient. None is zero, or what
+            ``settings.velocity`` says.
+        taps: pairs of a number of steps t and of a stream that the t-th step moves: its x then is returned, too.
         cache: the dictionary in which calls of this chain keep what later calls need; the caller owns it.
         costs: a list to which the measured cost of each step that may be recomputed is appended.
 
@@ -63,49 +69,62 @@ def run_chain(
     """
     cache = {} if cache is None else cache
     read_pending(cache)
-    plan = _plan(settings, x.dtype, len(steps))
+    plan = _plan(settings, xs, steps)
+    v0 = [None] * len(xs) if v0 is None else v0
     call = ChainCall(name, steps, captures, root, settings, plan, v0, taps, cache, costs)
-    with inside_chain(recorded := _decide_recorded(call, x), keeps=call.keeps_all):
+    with inside_chain(recorded := _decide_recorded(call, xs), keeps=call.keeps_all):
         if settings.gamma.is_zero:
-            return _run_original(call, x)
-        return _run_recorded(call, x) if recorded else _run_plain(call, x)
+            return _run_original(call, xs)
+        return _run_recorded(call, xs) if recorded else _run_plain(call, xs)
 
 
-def _plan(settings: ChainSettings, dtype: torch.dtype, steps: int) -> ChainPlan:
+def _plan(settings: ChainSettings, xs: Sequence[Tensor], steps: Sequence[StepFunction]) -> ChainPlan:
     keeps = enclosing_keeps()
     if keeps:
-        return ChainPlan.keep_all(steps)
+        return ChainPlan.keep_all(len(steps))
     if keeps is None and settings.plan is not None:
         return settings.plan
-    storage = choose_storage(settings.arithmetic, settings.gamma, dtype, steps)
-    return ChainPlan(frozenset(), storage.policy == "inputs")
+    return ChainPlan(frozenset(), from_inputs=not _walks_back(settings, xs, steps))
 
 
-class _Collector:
-    """The output of a call as it comes in; of the stream it keeps the taps and the last value."""
+def _walks_back(settings: ChainSettings, xs: Sequence[Tensor], steps: Sequence[StepFunction]) -> bool:
+    streams = streams_of(xs, [step.writes for step in steps])
+    return not settings.gamma.is_zero and walks_back(settings.arithmetic, settings.gamma, streams)
 
-    def __init__(self, taps: Sequence[int]) -> None:
-        self._tap_steps = taps
-        self._taps: dict[int, Tensor] = {}
+
+class _Streams:
+    """The streams of a call as they move on, and its output as it comes in."""
+
+    def __init__(self, xs: Sequence[Tensor], taps: Sequence[tuple[int, int]]) -> None:
+        self.xs = list(xs)
+        self._wanted = set(taps)
+        self._tap_order = taps
+        self._taps: dict[tuple[int, int], Tensor] = {}
         self._sides: list[tuple[Any, ...]] = []
         self.has_sides = False
 
-    def add(self, x: Tensor, side: Sequence[Any]) -> None:
-        self._x = x
+    def read(self, step: StepFunction) -> list[Tensor]:
+        """Return the states that a step reads."""
+        return [self.xs[stream] for stream in step.reads]
+
+    def add(self, step: StepFunction, xs: Sequence[Tensor], side: Sequence[Any]) -> None:
+        """Take in the new states, and the side outputs, of a step."""
         self._sides.append(tuple(side))
         self.has_sides = self.has_sides or bool(side)
-        if len(self._sides) in self._tap_steps:
-            self._taps[len(self._sides)] = x
+        for stream, x in zip(step.writes, xs, strict=True):
+            self.xs[stream] = x
+            if (tap := (len(self._sides), stream)) in self._wanted:
+                self._taps[tap] = x
 
     def finish(self) -> ChainOutput:
-        return ChainOutput(self._x, tuple(self._taps[t] for t in self._tap_steps), tuple(self._sides))
+        return ChainOutput(tuple(self.xs), tuple(self._taps[tap] for tap in self._tap_order), tuple(self._sides))
 
 
-def _decide_recorded(call: ChainCall, x: Tensor) -> bool:
+def _decide_recorded(call: ChainCall, xs: Sequence[Tensor]) -> bool:
     if torch.compiler.is_compiling():
         return False  # torch.export: there is no backward pass to rebuild anything for
     if under_transform():
-        if not call.keeps_all and _needs_grad(call, x):
+        if not call.keeps_all and _needs_grad(call, xs):
             message = (
                 f"chain {call.name}: inside torch.func transforms and forward-mode differentiation nothing is rebuilt; "
                 "activations are kept as in ordinary backpropagation. Use memory_budget=1.0 if that is what you want"
@@ -113,95 +132,120 @@ def _decide_recorded(call: ChainCall, x: Tensor) -> bool:
             warn_once("transform", message, call.cache)
         return False
     recorded = enclosing_is_recorded()
-    return _needs_grad(call, x) if recorded is None else recorded
+    return _needs_grad(call, xs) if recorded is None else recorded
 
 
-def _needs_grad(call: ChainCall, x: Tensor) -> bool:
+def _needs_grad(call: ChainCall, xs: Sequence[Tensor]) -> bool:
     if not torch.is_grad_enabled():
         return False
-    if any(t.requires_grad for t in tensors_in((x, call.v0, tuple(call.captures)))):
+    if any(t.requires_grad for t in tensors_in((tuple(xs), tuple(call.v0), tuple(call.captures)))):
         return True
     layouts = (StateLayout(call.root, step.targets, step.path) for step in call.steps)
     return any(tensor is not None and tensor.requires_grad for layout in layouts for tensor in layout.tensors())
 
 
-def _run_original(call: ChainCall, x: Tensor) -> ChainOutput:
+def _run_original(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     recomputes = _recomputes(call)
-    runner = FromInputs(call, x.device, original=True) if recomputes else Ordinary(call, original=True)
-    out = _Collector(call.taps)
+    runner = FromInputs(call, xs[0].device, original=True) if recomputes else Ordinary(call, original=True)
+    streams = _Streams(xs, call.taps)
     for index, step in enumerate(call.steps):
-        x, *side = runner.run(index, step, x, _ZERO)
-        out.add(x, side)
-    return out.finish()
+        outputs = runner.run(index, step, streams.read(step), [_ZERO] * len(step.writes))
+        streams.add(step, *step.split(outputs))
+    return streams.finish()
 
 
-def _run_plain(call: ChainCall, x: Tensor) -> ChainOutput:
+def _run_plain(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     """Run the recurrence by ordinary operations: without a backward pass, or inside transforms."""
     runner = Ordinary(call, original=False)
-    dtype, state = x.dtype, x.to(wide(x.dtype))
-    v = None if call.v0 is None else call.v0.to(state.dtype)
-    out = _Collector(call.taps)
-    for index, (step, gamma) in enumerate(zip(call.steps, _gammas(call), strict=True)):
-        y, *side = runner.run(index, step, x, gamma)
-        _check_fits(call, step, x, y)
-        f = y - state if step.kind == "map" else _as(state.dtype, y)
-        v = f * gamma.complement if v is None else torch.add(v * gamma.value, f, alpha=gamma.complement)
-        state = state + v
-        x = _as(dtype, state)
-        out.add(x, side)
-    return out.finish()
+    states = [x.to(wide(x.dtype)) for x in xs]
+    vs = [None if v is None else _as(state.dtype, v) for v, state in zip(call.v0, states, strict=True)]
+    streams = _Streams(xs, call.taps)
+    for index, (step, gammas) in enumerate(zip(call.steps, _gammas(call), strict=True)):
+        ys, side = step.split(runner.run(index, step, streams.read(step), gammas))
+        for stream, kind, gamma, y in zip(step.writes, step.kinds, gammas, ys, strict=True):
+            _check_fits(call, step, xs[stream], y)
+            state, v = states[stream], vs[stream]
+            f = y - state if kind == "map" else _as(state.dtype, y)
+            v = f * gamma.complement if v is None else torch.add(v * gamma.value, f, alpha=gamma.complement)
+            states[stream], vs[stream] = state + v, v
+        streams.add(step, [_as(xs[stream].dtype, states[stream]) for stream in step.writes], side)
+    return streams.finish()
 
 
-def _run_recorded(call: ChainCall, x: Tensor) -> ChainOutput:
+def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     """Run the recurrence in the chain's arithmetic, under autograd."""
-    arithmetic = _arithmetic(call, x)
-    runner = _choose_runner(call, x)
+    settings, gamma = call.settings, call.settings.gamma
+    walks = _walks_back(settings, xs, call.steps)
+    # Where inputs are kept in any case, the plain recurrence in a wide dtype. It does not depend on the plan, nor on
+    # whether the chain is inside another one: the function is the same.
+    arithmetic = settings.arithmetic if walks else FloatState
+    _check_devices(call, arithmetic, xs)
+    runner = _choose_runner(call, xs[0].device, walks=walks)
     tape, walked = (runner.tape, runner.walked) if isinstance(runner, FromTape) else (None, range(0))
-    v, settings = call.v0, call.settings
-    state = choose(arithmetic, x).start(x, v, reversible=tape is not None, kernels=settings.kernels)
-    if state.rounds_input:
-        x = Enter.apply(x, state)
-    out = _Collector(call.taps)
-    dummy = velocity_dummy(x)
-    spacing = arithmetic.anchor_every(settings.gamma, x.dtype) or len(call.steps)
-    on_cpu = x.device.type == "cpu"
-    first: Tensor | None = None
-    for index, (step, gamma) in enumerate(zip(call.steps, _gammas(call), strict=True)):
-        if state.verifiable and index == walked.start > 0:
-            state.remember_start()
-        version = x._version
-        y, *side = runner.run(index, step, x, gamma)
-        _check_fits(call, step, x, y)
-        if x._version != version:
-            raise MfxError(
-                f"chain {call.name}, step {step.path}: the branch writes into the stream, which is its input, so there "
-                "is no telling what is to be added to what. Have it write into a copy (x.clone()), or leave this step "
-                "out with skip="
-            )
-        is_end = index + 1 == walked.stop
+    states = [
+        choose(arithmetic, x).start(x, v, reversible=tape is not None, kernels=settings.kernels)
+        for x, v in zip(xs, call.v0, strict=True)
+    ]
+    if arithmetic.rounds_input:
+        xs = [Enter.apply(x, state) for x, state in zip(xs, states, strict=True)]
+    streams, vs = _Streams(xs, call.taps), list(call.v0)
+    dummies = [velocity_dummy(x) for x in xs]
+    spacing = min(arithmetic.anchor_every(gamma, x.dtype) or len(call.steps) for x in xs)
+    on_cpu = xs[0].device.type == "cpu"
+    ends = {stream: index for index in walked for stream in call.steps[index].writes}
+    moved: set[int] = set()
+    firsts: dict[int, Tensor] = {}  # by stream; all gradients of the chain come by one of them
+    for index, (step, gammas) in enumerate(zip(call.steps, _gammas(call), strict=True)):
+        if arithmetic.verifiable and index == walked.start > 0:
+            for stream in moved:
+                states[stream].remember_start()
+        ys, side = step.split(_run_branch(call, runner, index, step, streams.read(step), gammas))
         # With these, gradients arrive elsewhere too, when the last update may have been freed.
-        on_tape = bool(call.taps or side) or out.has_sides
-        last = tape if is_end and not on_tape else None
-        context = UpdateContext(state, step.kind, gamma, settings.gamma, index > 0, dummy, last)
-        x, v = Update.apply(x, v, y, context)
-        if first is None and x.requires_grad:
-            first = x  # all gradients of the chain come by it
-        out.add(x, side)
-        if (on_cpu or index == len(call.steps) - 1) and (overflowed := state.overflowed()) is not None:
-            place = f"chain {call.name}, at or before step {step.path}"
-            notice_overflow(place, overflowed, call.cache, first if settings.verify == "raise" else None)
+        on_tape = bool(call.taps or side) or streams.has_sides
+        after = []
+        for stream, kind, own, y in zip(step.writes, step.kinds, gammas, ys, strict=True):
+            x, state = streams.xs[stream], states[stream]
+            _check_fits(call, step, x, y)
+            is_end = ends.get(stream) == index and not on_tape
+            begin = partial(tape.begin, stream) if tape is not None and is_end else None
+            context = UpdateContext(state, kind, own, gamma, stream in moved, dummies[stream], begin)
+            x, vs[stream] = Update.apply(x, vs[stream], y, context)
+            if x.requires_grad:
+                firsts.setdefault(stream, x)
+            after.append(x)
+        moved.update(step.writes)
+        streams.add(step, after, side)
+        for stream in step.writes if on_cpu else moved if index == len(call.steps) - 1 else ():
+            if (overflowed := states[stream].overflowed()) is not None:
+                place = f"chain {call.name}, at or before step {step.path}"
+                notice_overflow(place, overflowed, call.cache, firsts.values() if settings.verify == "raise" else ())
         position = index + 1 - walked.start
-        if tape is not None and index in walked and (is_end or position % spacing == 0):
-            tape.store(position, state, f"{call.name}: the stream after step {step.path}")
-    return out.finish()
+        if tape is not None and index in walked and (index + 1 == walked.stop or position % spacing == 0):
+            present = [states[s] if s in moved else x.detach() for s, x in enumerate(streams.xs)]
+            tape.store(position, present, f"{call.name}: the stream after step {step.path}")
+    return streams.finish()
 
 
-def _choose_runner(call: ChainCall, x: Tensor) -> Runner:
+def _run_branch(
+    call: ChainCall, runner: Runner, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[Gamma]
+) -> tuple[Any, ...]:
+    versions = [x._version for x in xs]
+    outputs = runner.run(index, step, xs, gammas)
+    if [x._version for x in xs] != versions:
+        raise MfxError(
+            f"chain {call.name}, step {step.path}: the branch writes into the stream, which is its input, so there "
+            "is no telling what is to be added to what. Have it write into a copy (x.clone()), or leave this step "
+            "out with skip="
+        )
+    return outputs
+
+
+def _choose_runner(call: ChainCall, device: torch.device, *, walks: bool) -> Runner:
     if not _recomputes(call):
         return Ordinary(call, original=False)
-    if call.plan.from_inputs or not _walks_back(call, x):
-        return FromInputs(call, x.device, original=False)
-    return FromTape(call, x.device)
+    if call.plan.from_inputs or not walks:
+        return FromInputs(call, device, original=False)
+    return FromTape(call, device)
 
 
 def _recomputes(call: ChainCall) -> bool:
@@ -209,33 +253,29 @@ def _recomputes(call: ChainCall) -> bool:
     return not call.keeps_all and torch.is_grad_enabled() and enclosing_is_recorded() is True
 
 
-def _arithmetic(call: ChainCall, x: Tensor) -> type[State]:
-    """Return the arithmetic of a chain; where inputs are kept in any case, the plain recurrence in a wide dtype.
-
-    It does not depend on the plan, nor on whether the chain is inside another one: the function is the same.
-
-    Raises:
-        MfxError: the device cannot compute it.
-    """
-    arithmetic = call.settings.arithmetic if _walks_back(call, x) else FloatState
-    if arithmetic.needs_float64 and not has_float64(x.device):
+def _check_devices(call: ChainCall, arithmetic: type[State], xs: Sequence[Tensor]) -> None:
+    device = xs[0].device
+    if arithmetic.needs_float64 and not has_float64(device):
         raise MfxError(
-            f"chain {call.name}: arithmetic='exact' computes with float64, which {x.device} does not have. Use "
+            f"chain {call.name}: arithmetic='exact' computes with float64, which {device} does not have. Use "
             "arithmetic='float'"
         )
-    return arithmetic
+    if any(x.device != device for x in xs):
+        raise MfxError(
+            f"chain {call.name}: its streams are on {listed(sorted({str(x.device) for x in xs}))}, and are walked back "
+            "together. Have them on one device, or leave the chain out with skip="
+        )
 
 
-def _walks_back(call: ChainCall, x: Tensor) -> bool:
-    settings = call.settings
-    return settings.arithmetic.walks_back(settings.gamma, x.dtype, len(call.steps))
-
-
-def _gammas(call: ChainCall) -> list[Gamma]:
-    """Return γ of each step."""
-    gamma = call.settings.gamma
-    first = _ZERO if call.settings.velocity == "residual" else gamma
-    return [first, *[gamma] * (len(call.steps) - 1)]
+def _gammas(call: ChainCall) -> list[list[Gamma]]:
+    """Return γ of each update of each step."""
+    gamma, moved = call.settings.gamma, set[int]()
+    gammas = []
+    for step in call.steps:
+        first = call.settings.velocity == "residual"
+        gammas.append([_ZERO if first and stream not in moved else gamma for stream in step.writes])
+        moved.update(step.writes)
+    return gammas
 
 
 def _as(dtype: torch.dtype, t: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import atexit
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -62,20 +62,21 @@ _NUMBERS = itertools.count()
 _TASKS: set[int] = set()  # backward passes with flags that are not sent yet
 
 
-def notice_overflow(place: str, overflowed: Tensor, cache: ChainCache, first: Tensor | None = None) -> None:
+def notice_overflow(place: str, overflowed: Tensor, cache: ChainCache, firsts: Iterable[Tensor] = ()) -> None:
     """Raise an MfxError that names ``place`` unless ``overflowed``, the largest value that was too large, is 0.
 
     Args:
         place: the chain and the step.
         overflowed: the value, on the chain's device.
         cache: the chain's.
-        first: a tensor whose gradient the backward pass computes; at the end of that pass the error is raised at the
-            latest. None: it may come later.
+        firsts: tensors of which a backward pass through the chain computes the gradient of at least one; at the end of
+            that pass the error is raised at the latest. None: it may come later.
     """
     flag = _Flag(overflowed, "raise", partial(_overflow_message, place), _warned(cache))
     _read(flag)
-    if first is not None and _is_away(overflowed) and not (overflowed.is_meta or flag.is_captured):
-        first.register_hook(partial(_await, flag))
+    if _is_away(overflowed) and not (overflowed.is_meta or flag.is_captured):
+        for first in firsts:
+            first.register_hook(partial(_await, flag))
 
 
 def _await(flag: _Flag, gradient: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,21 +22,31 @@ class StepFunction:
 
     Attributes:
         path: the step's module path in the user's model, for messages.
-        kind: "residual" if the branch gives f(x); "map" if it gives h(x), where f = h(x) − x is formed in the chain's
-            arithmetic.
-        branch: ``branch(root, x, *captures)`` gives ``(y, *side_outputs)``.
-        original: ``original(root, x, *captures)`` gives ``(x_next, *side_outputs)``: the step before it was rewritten.
+        kinds: for each value of the branch, "residual" if it is f(x); "map" if it is h(x), where f = h(x) − x is formed
+            in the chain's arithmetic.
+        branch: ``branch(root, *xs, *captures)`` gives ``(*ys, *side_outputs)``.
+        original: ``original(root, *xs, *captures)`` gives ``(*xs_next, *side_outputs)``: the step before it was
+            rewritten.
         captures: numbers of the chain's captures that the step reads; numbers past them are side outputs of earlier
             steps, counted from the first step on, which must not be tensors.
         targets: dotted paths of the modules and tensors that the step reads through the root.
+        reads: numbers of the streams that the branch reads, as they are before the step.
+        writes: numbers of the streams that it gives values for.
     """
 
     path: str
-    kind: str
+    kinds: tuple[str, ...]
     branch: Callable[..., tuple[Any, ...]]
     original: Callable[..., tuple[Any, ...]]
     captures: tuple[int, ...]
     targets: tuple[str, ...]
+    reads: tuple[int, ...] = (0,)
+    writes: tuple[int, ...] = (0,)
+
+    def split(self, outputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+        """Return the values for the streams, and the side outputs."""
+        count = len(self.writes)
+        return outputs[:count], outputs[count:]
 
 
 @dataclass(frozen=True)
@@ -75,10 +86,16 @@ class ChainCall:
     root: Any
     settings: ChainSettings
     plan: ChainPlan
-    v0: Tensor | None
-    taps: Sequence[int]
+    v0: Sequence[Tensor | None]
+    taps: Sequence[tuple[int, int]]
     cache: ChainCache
     costs: list[StepCost] | None
+
+    @property
+    def updates(self) -> list[int]:
+        """The number of updates of each stream."""
+        counts = Counter(stream for step in self.steps for stream in step.writes)
+        return [counts[stream] for stream in range(len(self.v0))]
 
     @property
     def keeps_all(self) -> bool:
@@ -93,8 +110,8 @@ class ChainCall:
 
 @dataclass
 class ChainOutput:
-    """``x`` after the last step, ``taps``: x after the steps asked for, ``sides``: each step's side outputs."""
+    """The streams ``xs`` after the last step, the ``taps`` asked for, and each step's side outputs, ``sides``."""
 
-    x: Tensor
+    xs: tuple[Tensor, ...]
     taps: tuple[Tensor, ...]
     sides: tuple[tuple[Any, ...], ...]

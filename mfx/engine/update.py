@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,21 +13,18 @@ from mfx.engine.arithmetic import State
 from mfx.engine.arithmetic.base import wide
 from mfx.options.gamma import Gamma
 
-if TYPE_CHECKING:
-    from mfx.engine.recompute.tape import Tape
-
 
 class UpdateContext(NamedTuple):
     """The arguments of an ``Update`` beside tensors.
 
     Attributes:
-        state: the chain's numbers.
+        state: the stream's numbers.
         kind: of the step.
         gamma: γ of the step.
         later_gamma: γ of the steps after this one.
-        follows: whether there is a step before this one.
-        dummy: the chain's ``velocity_dummy``.
-        tape: the chain's tape, for the update whose gradient arrives before all others; else None.
+        follows: whether there is an update of the stream before this one.
+        dummy: the stream's ``velocity_dummy``.
+        begin: for the update whose gradient arrives before all others of its stream, what to do then; else None.
     """
 
     state: State
@@ -35,7 +33,7 @@ class UpdateContext(NamedTuple):
     later_gamma: Gamma
     follows: bool
     dummy: Tensor
-    tape: Tape | None = None
+    begin: Callable[[], None] | None = None
 
 
 def velocity_dummy(x: Tensor) -> Tensor:
@@ -54,7 +52,7 @@ class Update(torch.autograd.Function):
     @staticmethod
     @override
     def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, context: UpdateContext) -> tuple[Tensor, Tensor]:
-        state, ctx.kind, ctx.gamma, ctx.later_gamma, ctx.follows, dummy, ctx.tape = context
+        state, ctx.kind, ctx.gamma, ctx.later_gamma, ctx.follows, dummy, ctx.begin = context
         ctx.set_materialize_grads(False)
         ctx.wide, ctx.needs_v = dummy.dtype, ctx.needs_input_grad[1]
         ctx.dtypes = x.dtype, dummy.dtype if v is None else v.dtype, y.dtype
@@ -64,8 +62,8 @@ class Update(torch.autograd.Function):
     @staticmethod
     @override
     def backward(ctx: Any, gx: Tensor | None, gv: Tensor | None) -> tuple[Tensor | None, ...]:
-        if ctx.tape is not None:
-            ctx.tape.begin()
+        if ctx.begin is not None:
+            ctx.begin()
         if gx is None and gv is None:
             return None, None, None, None
         return *ctx.gradients(ctx, gx, gv), None

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Node, Proxy
 
-from mfx.engine import ARITHMETICS, ChainPlan, ChainSettings
+from mfx.engine import ARITHMETICS, ChainPlan, ChainSettings, Stream
 from mfx.net.state_dict import note_gamma
 from mfx.options.gamma import Gamma
 from mfx.options.options import Options
-from mfx.program.chain_call import Momentum, Stream
+from mfx.program.chain_call import Momentum
 from mfx.text import described
 from mfx_passes import ChainGraphs, MfxError, StepGraphs
 from mfx_passes.ir import Kind
@@ -119,10 +119,10 @@ class MomentumNet(nn.Module):
             kwargs: further arguments by name.
         """
         v0 = self.init_function(x) if self.init_speed and self.init_function is not None else None
-        return self.chain(x, (args, kwargs), {"network": self.network}, v0)
+        return self.chain((x,), (args, kwargs), {"network": self.network}, v0)
 
-    def streams(self, x: Any = None, *_: Any, **__: Any) -> dict[str, Stream]:
-        """Return shape and dtype of the chain's state in a call with these arguments, by the chain's name.
+    def streams(self, x: Any = None, *_: Any, **__: Any) -> dict[str, tuple[Stream, ...]]:
+        """Return the chain's stream in a call with these arguments, by the chain's name.
 
         Args:
             x: the state before the first step.
@@ -133,7 +133,7 @@ class MomentumNet(nn.Module):
             MfxError: x is not a floating-point tensor.
         """
         check_state(x)
-        return {self.chain.chain: (tuple(x.shape), x.dtype)}
+        return {self.chain.chain: (Stream(tuple(x.shape), x.dtype, len(self.functions)),)}
 
     @property
     def gamma(self) -> float:
@@ -170,7 +170,7 @@ def _graphs(name: str, functions: list[str], kind: Kind) -> ChainGraphs:
     for function in functions:
         branch = _graph(function, None if kind == "residual" else mapped)
         original = _graph(function, added) if kind == "residual" else branch
-        steps.append(StepGraphs(function, kind, branch, original, (0, 1), (f"network.{function}",), ()))
+        steps.append(StepGraphs(function, (kind,), branch, original, (0, 1), (f"network.{function}",), ()))
     return ChainGraphs(name, tuple(steps), ())
 
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 from torch import nn
@@ -98,18 +99,32 @@ def _choices(find: Find, wanted: Sequence[Steps]) -> Iterator[Choice]:
     left_out = [chain.name for chain in found if kept.isdisjoint(chain.steps)]
     yield {**base, "skip": left_out}
     yield {**base, "only": [chain.name for chain in found if chain.steps in rows]}
-    yield {**base, "skip": _distinct(step.path for chain in found for step in chain.steps if step not in kept)}
+    yield {
+        **base,
+        "skip": _distinct(u.path for chain in found for step in chain.steps if step not in kept for u in step.updates),
+    }
     groups = [_distinct(path for path, _ in steps) for steps in wanted]
     yield {**base, "only": _distinct(path for group in groups for path in group)}
     yield {**base, "only": groups}
-    yield {**base, "only": [[step.name for step in row] or group for row, group in zip(rows, groups, strict=True)]}
+    yield {**base, "only": [_names(row) or group for row, group in zip(rows, groups, strict=True)]}
 
 
 def _located(steps: Steps, found: Sequence[Chain]) -> list[Step]:
     """Return the steps in a row that are those of a record, an empty list if none are or several may be."""
-    rows = [chain.steps[i : i + len(steps)] for chain in found for i in range(len(chain.steps) - len(steps) + 1)]
+    rows = [row for chain in found for row in _rows(chain.steps, len(steps))]
     alike = [row for row in rows if steps_of(row) == steps]
     return alike[0] if len(alike) == 1 else []
+
+
+def _rows(steps: Sequence[Step], updates: int) -> Iterator[list[Step]]:
+    """Yield the steps in a row that make up so many updates."""
+    before = list(accumulate((len(step.updates) for step in steps), initial=0))
+    ends = {count: i for i, count in enumerate(before)}
+    return ([*steps[i : ends[count + updates]]] for i, count in enumerate(before) if count + updates in ends)
+
+
+def _names(row: Sequence[Step]) -> list[str]:
+    return [update.name for step in row for update in step.updates]
 
 
 def _distinct(names: Iterable[str]) -> list[str]:

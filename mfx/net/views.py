@@ -15,11 +15,11 @@ from typing_extensions import override
 from mfx.capture.captured import CaptureError
 from mfx.compat import compiled_model
 from mfx.compiler.compiled_graphs import CompiledGraph, found_for, named_graphs
-from mfx.engine import read_all
+from mfx.engine import Stream, read_all
 from mfx.modules.tree_copy import net_of
 from mfx.net.forward import NetForward, forward_of
 from mfx.options.options import Options
-from mfx.program.chain_call import Momentum, Stream, holds_chain
+from mfx.program.chain_call import Momentum, holds_chain
 from mfx.program.codegen import GraphCompiler
 from mfx.program.rewritten import RewrittenGraph
 from mfx.program.shapes import stream_shapes
@@ -39,7 +39,7 @@ class View(ABC):
         title: names the graph, where a model has several; else empty.
         path: path in the net of the module, if its graph is that of a submodule: steps have names as in the net, nodes
             as in the module.
-        streams: shape and dtype of the chains' states in the call in question, by chain name.
+        streams: those of the chains in the call in question, by chain name.
         is_whole: True if the graph is all that a call of the model runs.
         flat: paths of modules whose own ``forward`` does not run, because their operations belong to several steps.
         recompute_between: True if what lies between the chains runs again in the backward pass.
@@ -51,7 +51,7 @@ class View(ABC):
     calls: Calls
     title: str = ""
     path: str = ""
-    streams: Mapping[str, Stream] = field(default_factory=dict)
+    streams: Mapping[str, tuple[Stream, ...]] = field(default_factory=dict)
     is_whole: bool = True
     flat: tuple[str, ...] = ()
     recompute_between: bool = False
@@ -177,7 +177,7 @@ class ChainView(View):
 class HasStreams(Protocol):
     """A module that calls its chains itself, and tells shape and dtype of their states."""
 
-    def streams(self, *args: Any, **kwargs: Any) -> Mapping[str, Stream]:
+    def streams(self, *args: Any, **kwargs: Any) -> Mapping[str, tuple[Stream, ...]]:
         """Return shape and dtype of the chains' states in a call with these arguments, by chain name."""
 
 

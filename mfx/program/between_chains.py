@@ -114,7 +114,7 @@ class _Piece:
         result = run_chain(
             self._name,
             [self._step(position, len(others))],
-            inputs[position],
+            [inputs[position]],
             others,
             root,
             self._settings,
@@ -132,7 +132,7 @@ class _Piece:
                 return next((value for value in outputs if isinstance(value, Tensor)), None), *outputs
 
             captures = tuple(range(others))
-            self._steps[position, others] = StepFunction(self._name, "residual", call, call, captures, self._targets)
+            self._steps[position, others] = StepFunction(self._name, ("residual",), call, call, captures, self._targets)
         return self._steps[position, others]
 
 

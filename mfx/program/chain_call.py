@@ -8,18 +8,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from mfx import compat
-from mfx.engine import ChainCache, ChainSettings, StepFunction, run_chain, states_by_end
+from mfx.engine import ChainCache, ChainSettings, StepFunction, Stream, run_chain, states_by_end, streams_of
 from mfx.options.gamma import Gamma
 from mfx.program.codegen import BackendCompiler, GraphCompiler, to_function
 from mfx.program.memory_plans import ChainShare, NetPlans, share_of
 from mfx.program.scope import Scope
+from mfx.text import described
 from mfx_passes import ChainGraphs, MfxError
-
-Stream = tuple[tuple[int, ...], torch.dtype]
 
 
 class Momentum(nn.Module):
@@ -39,7 +37,7 @@ class Momentum(nn.Module):
         self.graphs = graphs
         self.settings = settings
         self.plans = plans
-        self.stream: Stream | None = None  # of the last call
+        self.streams: tuple[Stream, ...] = ()  # of the last call
         self.compiler: GraphCompiler = to_function
         self._steps: dict[GraphCompiler, tuple[StepFunction, ...]] = {}
         self._cache: ChainCache = {}
@@ -60,10 +58,10 @@ class Momentum(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        xs: Sequence[Tensor],
         captures: Sequence[Any],
         roots: Mapping[str, Any],
-        v0: Tensor | None = None,
+        v0: Any = None,
         *,
         settings: ChainSettings | None = None,
         compiler: GraphCompiler | None = None,
@@ -71,37 +69,37 @@ class Momentum(nn.Module):
         """Run the chain.
 
         Args:
-            x: the state before the first step.
+            xs: the state of each stream before the first step.
             captures: all other values that the steps read.
             roots: the attributes of the model under which the steps read modules and tensors.
-            v0: the velocity before the first step, if a module computes it.
+            v0: the velocity before the first step, if a module computes it; with several streams, one of each.
             settings: those of this call, by default the module's.
             compiler: turns the steps' graphs into functions, by default the module's.
 
         Returns:
-            The end state; or a tuple of it, the taps and the side outputs, if there are any.
+            The end states, the taps and the side outputs: a tuple, or the only one.
 
         Raises:
-            MfxError: the velocity does not fit the state.
+            MfxError: a velocity does not fit its state.
         """
-        if x.is_nested:
+        if any(x.is_nested for x in xs):
             raise MfxError(
                 f"chain {self.chain}: its stream is a nested tensor, whose rows differ in size; a state is of one "
                 "size. Leave the chain out with skip=, or use a padded tensor and a mask."
             )
-        self._check_velocity(x, v0)
+        velocities = self._velocities(xs, v0)
         if compat.runs_for_real():
-            self.stream = tuple(x.shape), x.dtype
+            self.streams = tuple(streams_of(xs, self._writes))
         settings = self.settings if settings is None else settings
-        with self._share(x, settings) as share:
-            return self._run(x, captures, roots, v0, settings, compiler, share)
+        with self._share(xs, settings) as share:
+            return self._run(xs, captures, roots, velocities, settings, compiler, share)
 
     def _run(
         self,
-        x: Tensor,
+        xs: Sequence[Tensor],
         captures: Sequence[Any],
         roots: Mapping[str, Any],
-        v0: Tensor | None,
+        v0: Sequence[Tensor] | None,
         settings: ChainSettings,
         compiler: GraphCompiler | None,
         share: ChainShare | None,
@@ -113,7 +111,7 @@ class Momentum(nn.Module):
         result = run_chain(
             self.chain,
             self._steps_by(compiler or self.compiler),
-            x,
+            xs,
             tuple(captures),
             Scope({name: _with_present_settings(root, compiler) for name, root in roots.items()}),
             settings,
@@ -122,24 +120,39 @@ class Momentum(nn.Module):
             cache=self._cache,
             costs=None if share is None else share.costs,
         )
-        outputs = (result.x, *result.taps, *(value for side in result.sides for value in side))
-        return outputs if len(outputs) > 1 else result.x
+        outputs = (*result.xs, *result.taps, *(value for side in result.sides for value in side))
+        return outputs if len(outputs) > 1 else outputs[0]
 
     @contextmanager
-    def _share(self, x: Tensor, settings: ChainSettings) -> Iterator[ChainShare | None]:
+    def _share(self, xs: Sequence[Tensor], settings: ChainSettings) -> Iterator[ChainShare | None]:
         """Yield the chain's share of the net's budget; of its own budget, if it is called alone."""
-        if self.plans is None or not all(type(size) is int for size in x.shape):
+        if self.plans is None or not all(type(size) is int for x in xs for size in x.shape):
             yield None
             return
         gamma, arithmetic = settings.gamma, settings.arithmetic
-        call = self.chain, gamma, arithmetic, tuple(x.shape), x.dtype, x.requires_grad
+        call = self.chain, gamma, arithmetic, tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in xs)
         with self.plans.forward_pass(call):
-            states = states_by_end(arithmetic, gamma, x.dtype, x.numel(), len(self.graphs.steps))
+            states = states_by_end(arithmetic, gamma, streams_of(xs, self._writes), self._writes)
             yield share_of(call, states)
 
-    def _check_velocity(self, x: Tensor, v0: Any) -> None:
+    @property
+    def _writes(self) -> list[tuple[int, ...]]:
+        return [step.writes for step in self.graphs.steps]
+
+    def _velocities(self, xs: Sequence[Tensor], v0: Any) -> Sequence[Tensor] | None:
         if v0 is None:
-            return
+            return None
+        velocities = (v0,) if len(xs) == 1 else v0
+        if not isinstance(velocities, list | tuple) or len(velocities) != len(xs):
+            raise MfxError(
+                f"the velocity module of the chain {self.chain} gave {described(v0)}; it takes the first states of "
+                f"{len(xs)} streams ({', '.join(self.graphs.streams)}). Let it return a tuple of a velocity for each."
+            )
+        for x, velocity in zip(xs, velocities, strict=True):
+            self._check_velocity(x, velocity)
+        return velocities
+
+    def _check_velocity(self, x: Tensor, v0: Any) -> None:
         fits = isinstance(v0, Tensor) and v0.shape == x.shape and v0.device == x.device and v0.is_floating_point()
         if not fits:
             got = f"{tuple(v0.shape)} {v0.dtype} on {v0.device}" if isinstance(v0, Tensor) else f"a {type(v0).__name__}"
@@ -159,11 +172,13 @@ class Momentum(nn.Module):
             self._steps[compiler] = tuple(
                 StepFunction(
                     path=step.path or f"number {number} of {len(self.graphs.steps)}",
-                    kind=step.kind,
+                    kinds=step.kinds,
                     branch=compiler(step.branch),
                     original=compiler(step.original),
                     captures=step.captures,
                     targets=step.targets,
+                    reads=step.reads,
+                    writes=step.writes,
                 )
                 for number, step in enumerate(self.graphs.steps, 1)
             )

@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 
 
 def view_of(module: fx.GraphModule) -> nx.DiGraph:
-    """Return the view of a rewritten graph; shapes of states are those of the last call."""
+    """Return the view of a rewritten graph; the shape of a state, if it is the only one, is that of the last call."""
     calls = {name: call for name, call in module.named_children() if isinstance(call, Momentum)}
     view = mfx_passes.to_networkx(module.graph, chains={name: call.graphs for name, call in calls.items()})
     for node in module.graph.find_nodes(op="call_module"):
         call = calls.get(str(node.target))
-        if call is not None and call.stream is not None:
-            shape, dtype = call.stream
-            view.nodes[node.name].update(shape=str(shape), dtype=str(dtype).removeprefix("torch."))
+        if call is not None and len(call.streams) == 1:
+            (stream,) = call.streams
+            view.nodes[node.name].update(shape=str(stream.shape), dtype=str(stream.dtype).removeprefix("torch."))
     return view

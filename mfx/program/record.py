@@ -20,7 +20,7 @@ class Record:
     """The chains of one or several graphs.
 
     Args:
-        chains: the steps of each chain, path and kind, by the chain's name; several lists where calls with other
+        chains: the updates of each chain, path and kind, by the chain's name; several lists where calls with other
             arguments lead to other steps. None if the steps were not checked against shapes.
         traced: the same before that check, which may cost steps. None if there was no such time.
         computes: paths of all modules with a share in the graphs; None if these are all there is.
@@ -110,8 +110,21 @@ class Record:
 
 
 def steps_of(steps: Iterable[Step | StepGraphs]) -> Steps:
-    """Return path and kind of each step, without the wrappers that checkpoints say nothing about."""
-    return tuple((unwrapped(step.path), step.kind) for step in steps)
+    """Return path and kind of each update, without the wrappers that checkpoints say nothing about.
+
+    The kind names the stream, if it is not the first one. What a chain computes depends on nothing else of its form.
+    """
+    return tuple(
+        (unwrapped(path), kind if stream == 0 else f"{kind} of stream {stream}")
+        for step in steps
+        for path, kind, stream in _updates(step)
+    )
+
+
+def _updates(step: Step | StepGraphs) -> Iterable[tuple[str, str, int]]:
+    if isinstance(step, Step):
+        return [(update.path, update.kind, update.stream) for update in step.updates]
+    return zip(step.paths or (step.path,), step.kinds, step.writes, strict=True)
 
 
 def unwrapped(path: str) -> str:

@@ -123,17 +123,22 @@ class RewrittenGraph:
     @property
     def sums(self) -> dict[str, list[str]]:
         """For each chain, the paths in the net of the modules whose forwards add up its steps."""
-        return {call.chain: [self._path_of_sum(step) for step in call.graphs.steps] for call in self.calls.values()}
+        return {
+            call.chain: [p for step in call.graphs.steps for p in self._paths_of_sums(step)]
+            for call in self.calls.values()
+        }
 
     @property
     def step_paths(self) -> dict[str, list[str]]:
-        """For each chain, the paths in the net of its steps."""
-        calls = self.calls.values()
-        return {call.chain: [paths.join(self.within, step.path) for step in call.graphs.steps] for call in calls}
+        """For each chain, the paths in the net of its steps; of each update where a step has several."""
+        return {
+            call.chain: [paths.join(self.within, p) for step in call.graphs.steps for p in step.paths or (step.path,)]
+            for call in self.calls.values()
+        }
 
-    def _path_of_sum(self, step: StepGraphs) -> str:
+    def _paths_of_sums(self, step: StepGraphs) -> list[str]:
         (output,) = step.original.find_nodes(op="output")
-        return paths.join(self.within, enclosing_path(output.args[0][0]))
+        return [paths.join(self.within, enclosing_path(node)) for node in output.args[0][: len(step.writes)]]
 
     @property
     def changes_function(self) -> bool:
@@ -243,7 +248,7 @@ def rewrite_captured(
         graph,
         momenta,
         flat,
-        {step.add.node.name: step.path for chain in rewritten.findings.chains for step in chain.steps},
+        {update.add.node.name: update.path for chain in rewritten.findings.chains for update in chain.updates},
         dict(refused),
         net.training,
         guards,

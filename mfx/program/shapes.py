@@ -12,11 +12,11 @@ from torch.utils import _pytree as pytree
 
 from mfx import compat
 from mfx.capture.captured import Captured
+from mfx.engine import Stream, streams_of
 from mfx.modules.aside import aside
 from mfx.modules.kept_results import results_not_kept
 from mfx.modules.tree_copy import tree_copy
 from mfx.options.options import Options
-from mfx.program.chain_call import Stream
 from mfx.program.rewritten import RewrittenGraph
 from mfx_passes import Findings, find_chains
 from mfx_passes.ir import Grounds
@@ -77,14 +77,19 @@ def stream_shapes(
     rewritten: RewrittenGraph,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-) -> dict[str, Stream]:
-    """Return shape and dtype of each chain's state for these inputs, by chain name; empty if they cannot be found."""
+) -> dict[str, tuple[Stream, ...]]:
+    """Return the streams of each chain for these inputs, by chain name; empty if shapes cannot be found."""
     if rewritten.captured.values:  # captured with shapes
         return _at_start(rewritten.findings(net, options))
     found = find_with_shapes(net, rewritten.captured, options, args, kwargs, rewritten.refused)
     return {} if found is None else _at_start(found)
 
 
-def _at_start(findings: Findings) -> dict[str, Stream]:
-    starts = {chain.name: chain.start.meta.get("val") for chain in findings.chains}
-    return {name: (tuple(value.shape), value.dtype) for name, value in starts.items() if isinstance(value, Tensor)}
+def _at_start(findings: Findings) -> dict[str, tuple[Stream, ...]]:
+    found: dict[str, tuple[Stream, ...]] = {}
+    for chain in findings.chains:
+        values = [start.meta.get("val") for start in chain.starts]
+        if all(isinstance(value, Tensor) for value in values):
+            writes = [[update.stream for update in step.updates] for step in chain.steps]
+            found[chain.name] = tuple(streams_of(values, writes))
+    return found

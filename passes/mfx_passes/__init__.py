@@ -26,6 +26,7 @@ from mfx_passes.ir import (
     Selection,
     Step,
     StepGraphs,
+    Update,
 )
 from mfx_passes.momentum_pass import MomentumPass, Rewritten, rewrite_graph
 
@@ -43,6 +44,7 @@ __all__ = [
     "Selection",
     "Step",
     "StepGraphs",
+    "Update",
     "find_chains",
     "rewrite_graph",
     "to_networkx",

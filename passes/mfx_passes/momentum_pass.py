@@ -66,9 +66,10 @@ def _rewrite_found(
     index = GraphIndex(graph, modules)
     nesting = Nesting(chains)
     for chain in chains:
-        starts_in = [step for step in nesting.around(chain) if chain.start in step.nodes or step.skip is chain.start]
+        starts = chain.starts
+        starts_in = [step for step in nesting.around(chain) if any(x in step.nodes or x in step.skips for x in starts)]
         read_sizes_at_start(graph, chain, index.sizes, starts_in)
-    sums = {node for chain in chains for step in chain.steps for node in step.add.sums}
+    sums = {node for chain in chains for step in chain.steps for node in step.sums}
     flat = fold_calls(graph, calls, nesting, findings.reread, Mutations(index, sums))
     rewrite(graph, nesting, modules, insert)
     return Rewritten(findings, flat)
@@ -89,7 +90,7 @@ class MomentumPass(PassBase):
 
     Args:
         make_call: gets the graphs of a chain and returns the module that will run them; it is called with
-            ``(x, captures, roots)``, see `rewrite.Insert`.
+            ``(xs, captures, roots)``, see `rewrite.Insert`.
         selection: which residual adds may be rewritten.
     """
 

@@ -87,6 +87,32 @@ def test_values_out_of_range_are_said_when_they_have_arrived():
     assert not fake.SYNCHRONISATIONS
 
 
+class Streams(nn.Module):
+    """Two streams of which the first reads the second, and one of them becomes too large."""
+
+    def __init__(self, large):
+        super().__init__()
+        torch.manual_seed(0)
+        self.fs, self.gs = (nn.ModuleList(nn.Linear(8, 8) for _ in range(9)) for _ in range(2))
+        self.scales = [1e8 if i == large else 1.0 for i in range(2)]
+
+    def forward(self, x, y):
+        for f, g in zip(self.fs, self.gs, strict=True):
+            x = x + self.scales[0] * torch.tanh(f(x + y))
+            y = y + self.scales[1] * torch.tanh(g(y))
+        return x, y
+
+
+@pytest.mark.parametrize("budget", [0.0, 1.0])
+@pytest.mark.parametrize("large", [0, 1])
+@pytest.mark.parametrize("used", [0, 1])
+def test_values_out_of_range_are_said_whichever_stream_a_gradient_comes_by(used, large, budget):
+    net = momentumized(Streams(large), verify="raise", memory_budget=budget)
+    out = net(fake.to_device(batch()), fake.to_device(batch()))
+    with pytest.raises(mfx.MfxError, match="more than arithmetic='exact' can hold"):
+        out[used].sum().backward()
+
+
 @pytest.mark.parametrize("options", [{}, {"arithmetic": "float"}, {"gamma": 0.0}, {"memory_budget": 1.0}], ids=str)
 @pytest.mark.parametrize("block", [Block, Normed])
 def test_no_step_waits_or_copies_to_the_device(block, options):

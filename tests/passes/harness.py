@@ -95,24 +95,26 @@ class PlainRecurrence(nn.Module):
         self.graphs = graphs
         self.gamma = gamma
 
-    def forward(self, x: Tensor, captures: Sequence[Any], roots: Mapping[str, Any], v: Tensor | None = None) -> Any:
+    def forward(self, xs: Sequence[Tensor], captures: Sequence[Any], roots: Mapping[str, Any], *v0: Any) -> Any:
         root = nn.Module()
         root.__dict__.update({k: value for k, value in roots.items() if not isinstance(value, nn.Module)})
         root.__dict__["_modules"] = {k: value for k, value in roots.items() if isinstance(value, nn.Module)}
-        available, states = list(captures), []
-        v = torch.zeros_like(x) if v is None else v
+        available, states = list(captures), [list(xs)]
+        vs = list(v0) if v0 else [torch.zeros_like(x) for x in xs]
         for step in self.graphs.steps:
-            given = [available[i] for i in step.captures]
-            if self.gamma == 0:
-                x, *sides = run(step.original, root, x, *given)
-            else:
-                y, *sides = run(step.branch, root, x, *given)
-                v = self.gamma * v + (1 - self.gamma) * (y - x if step.kind == "map" else y)
-                x = x + v
-            states.append(x)
-            available += sides
-        outputs = (x, *(states[t - 1] for t in self.graphs.taps), *available[len(captures) :])
-        return outputs if len(outputs) > 1 else x
+            before, after = states[-1], list(states[-1])
+            given = [*(before[s] for s in step.reads), *(available[i] for i in step.captures)]
+            values = run(step.original if self.gamma == 0 else step.branch, root, *given)
+            for s, kind, value in zip(step.writes, step.kinds, values, strict=False):
+                if self.gamma:
+                    f = value - before[s] if kind == "map" else value
+                    vs[s] = self.gamma * vs[s] + (1 - self.gamma) * f
+                after[s] = before[s] + vs[s] if self.gamma else value
+            states.append(after)
+            available += values[len(step.writes) :]
+        taps = [states[t][s] for t, s in self.graphs.taps]
+        outputs = (*states[-1], *taps, *available[len(captures) :])
+        return outputs if len(outputs) > 1 else outputs[0]
 
 
 def run(graph: fx.Graph, root: nn.Module, *args: Any) -> Any:
@@ -136,7 +138,7 @@ def describe(model: nn.Module, inputs: Sequence[Tensor] = (), selection: Selecti
     after = code_of(result.graph)
     lines = ["=== before", before, "=== after", after if after != before else "the same\n"]
     for i, graphs in enumerate(result.chains):
-        lines.append(f"=== momentum{i} = chain {graphs.name}, taps {list(graphs.taps)}\n")
+        lines.append(f"=== momentum{i} = chain {graphs.name}, taps {_taps(graphs)}\n")
         lines += [_describe_step(t, step) for t, step in enumerate(graphs.steps)]
     flat = ", ".join(sorted(call.target for call in result.rewritten.flat))
     lines += [f"=== not callable as modules any more: {flat}\n"] * bool(flat)
@@ -145,8 +147,14 @@ def describe(model: nn.Module, inputs: Sequence[Tensor] = (), selection: Selecti
     return "\n".join(lines).rstrip() + "\n"
 
 
+def _taps(graphs: ChainGraphs) -> list[Any]:
+    return [t if len(graphs.streams) == 1 else (t, graphs.streams[s]) for t, s in graphs.taps]
+
+
 def _describe_step(t: int, step: StepGraphs) -> str:
-    head = f"--- step {t}: {step.path or 'root'}, {step.kind}, captures {list(step.captures)}, sides {list(step.sides)}"
+    streams = "" if step.reads == step.writes == (0,) else f", streams {list(step.reads)} to {list(step.writes)}"
+    read = f"captures {list(step.captures)}, sides {list(step.sides)}"
+    head = f"--- step {t}: {step.path or 'root'}, {step.kind}{streams}, {read}"
     parts = [head, "branch:", code_of(step.branch)]
     if step.original is not step.branch:
         parts += ["original:", code_of(step.original)]

@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.passes.cases import CASES, make
+from tests.passes.cases import make
 from tests.passes.harness import describe
 from tests.passes.refusals import REFUSALS
+from tests.passes.stream_cases import CASES
 
 GOLDENS = Path(__file__).parent / "goldens"
 UPDATE = os.environ.get("MFX_UPDATE_GOLDENS") == "1"

@@ -10,8 +10,9 @@ import torch
 from torch.utils import _pytree as pytree
 
 from tests.oracles import momentum_reference
-from tests.passes.cases import CASES, example, make
+from tests.passes.cases import example, make
 from tests.passes.harness import rewrite_model, rewritten, traced
+from tests.passes.stream_cases import CASES
 
 
 def same(actual: Any, expected: Any) -> bool:

@@ -105,7 +105,7 @@ def test_chains_that_keep_their_inputs_take_at_gamma_what_they_take_at_zero():
         counts.append(counted.count)
     calls = next(iter(forward_of(net).table.graphs)).calls.values()
     assert len(calls) == 4
-    velocity = max(torch.Size(call.stream[0]).numel() for call in calls) * 4
+    velocity = max(call.streams[0].elements for call in calls) * 4
     assert peaks[1] <= peaks[0] + velocity
     # Three operations forward instead of one; backward three for the update, and one more gradient to add.
     steps = sum(len(call.graphs.steps) for call in calls)

@@ -55,8 +55,13 @@ class State(ABC):
 
     @staticmethod
     @abstractmethod
-    def walks_back(gamma: Gamma, dtype: torch.dtype, steps: int) -> bool:
+    def bytes_counted(gamma: Gamma, dtype: torch.dtype, steps: int) -> float:
+        """Return the bytes per element that states count for where a chain decides between them and its inputs."""
+
+    @classmethod
+    def walks_back(cls, gamma: Gamma, dtype: torch.dtype, steps: int) -> bool:
         """True if a chain of so many steps on a stream of ``dtype`` keeps states rather than the steps' inputs."""
+        return cls.bytes_counted(gamma, dtype, steps) < dtype.itemsize * steps
 
     @staticmethod
     @abstractmethod

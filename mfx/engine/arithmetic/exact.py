@@ -67,11 +67,11 @@ class ExactState(State):
 
     @staticmethod
     @override
-    def walks_back(gamma: Gamma, dtype: torch.dtype, steps: int) -> bool:
+    def bytes_counted(gamma: Gamma, dtype: torch.dtype, steps: int) -> float:
         # Decides which function a chain computes, so it may not depend on how narrow the store is: a word of it counts.
         bits = math.log2(gamma.denominator / gamma.numerator) * (steps - 1)
         limbs = max(0, math.ceil((bits - math.log2(TOP_LIMIT)) / LIMB))
-        return 24 + LIMB // 8 * limbs < dtype.itemsize * steps
+        return 24 + LIMB // 8 * limbs
 
     @staticmethod
     @override

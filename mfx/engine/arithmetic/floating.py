@@ -96,8 +96,8 @@ class FloatState(State):
 
     @staticmethod
     @override
-    def walks_back(gamma: Gamma, dtype: torch.dtype, steps: int) -> bool:
-        return FloatState.bytes_kept(gamma, dtype, steps) < dtype.itemsize * steps
+    def bytes_counted(gamma: Gamma, dtype: torch.dtype, steps: int) -> float:
+        return FloatState.bytes_kept(gamma, dtype, steps)
 
     @staticmethod
     @override

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -59,22 +59,27 @@ class StepMeasure(FlopCounter):
         self._held += found.values()
         return {key: size for key, (_, size) in found.items() if key not in self._ignored}
 
-    def cost(self, x: Tensor, y: object, *, shared: bool) -> StepCost:
+    def cost(self, xs: Sequence[Tensor], ys: Sequence[object], fresh: Sequence[Tensor], *, shared: bool) -> StepCost:
         """Return the cost of the step that was run.
 
         Args:
-            x: its input.
-            y: its value.
-            shared: the value is the next step's input and counts there; recomputation need not reach it.
+            xs: the states that it reads.
+            ys: its values.
+            fresh: those of the states that no earlier step has read.
+            shared: the values are states that later steps read and count there; recomputation need not reach them.
         """
-        inputs = storages_by_address(x)
-        values = storages_by_address(y) if isinstance(y, Tensor) else {}
-        reads = _size({key: found for key, found in inputs.items() if key in self._saved})
+        inputs, new = _storages_of(xs), _storages_of(fresh)
+        values = _storages_of(y for y in ys if isinstance(y, Tensor))
+        reads = _size({key: found for key, found in new.items() if key in self._saved})
         left_out = {*inputs, *(values if shared else ())}
         saved = _size({key: found for key, found in self._saved.items() if key not in left_out})
         value = 0 if shared else _size({k: v for k, v in values.items() if k not in self._saved and k not in inputs})
         flops = self._flops_to_last_saved if shared else self.flops
-        return StepCost(saved, reads, _size(inputs), value, flops)
+        return StepCost(saved, reads, _size(new), value, flops)
+
+
+def _storages_of(tensors: Iterable[Tensor]) -> _Storages:
+    return {key: found for tensor in tensors for key, found in storages_by_address(tensor).items()}
 
 
 def storages_by_address(tensor: Tensor) -> _Storages:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -19,9 +22,9 @@ class Storage:
     Attributes:
         policy: ``"states"``: states that are walked back; ``"inputs"``: the input of every step; ``"activations"``: all
             that autograd saves, nothing is recomputed.
-        states: bytes per element of the stream that states take (with the store of digits, or with anchors); infinite
-            where walking back is impossible.
-        inputs: bytes per element that the steps' inputs take.
+        states: bytes that states take (with the store of digits, or with anchors); infinite where walking back is
+            impossible.
+        inputs: bytes that the steps' inputs take.
         anchors: stored states beside the end state.
         error: predicted relative error in a rebuilt state.
     """
@@ -33,43 +36,100 @@ class Storage:
     error: float
 
 
+@dataclass(frozen=True)
+class Stream:
+    """One stream of a chain: shape and dtype of its state, and how often it is updated."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    updates: int = 0
+
+    @property
+    def elements(self) -> int:
+        """The number of elements of its state."""
+        return math.prod(self.shape)
+
+
+def streams_of(xs: Iterable[Any], writes: Iterable[Sequence[int]]) -> list[Stream]:
+    """Return the streams of a chain.
+
+    Args:
+        xs: a tensor of each, or anything with its shape and dtype.
+        writes: numbers of the streams that each step updates.
+    """
+    counts = Counter(stream for streams in writes for stream in streams)
+    return [Stream(tuple(x.shape), x.dtype, counts[i]) for i, x in enumerate(xs)]
+
+
+def walks_back(arithmetic: type[State], gamma: Gamma, streams: Sequence[Stream]) -> bool:
+    """True if a chain keeps states rather than its steps' inputs, at γ ≠ 0: what takes less over all its streams.
+
+    Args:
+        arithmetic: the chain's.
+        gamma: γ.
+        streams: the chain's.
+    """
+    moving = [stream for stream in streams if stream.updates]
+    each = {arithmetic.walks_back(gamma, s.dtype, s.updates) for s in moving}
+    if len(each) == 1:
+        return each.pop()  # whatever their shapes
+    states = sum(s.elements * arithmetic.bytes_counted(gamma, s.dtype, s.updates) for s in moving)
+    return states < sum(s.elements * s.dtype.itemsize * s.updates for s in moving)
+
+
 def choose_storage(
-    arithmetic: type[State], gamma: Gamma, dtype: torch.dtype, steps: int, *, keeps_all: bool = False
+    arithmetic: type[State], gamma: Gamma, streams: Sequence[Stream], *, keeps_all: bool = False
 ) -> Storage:
-    """Return what a chain of so many steps keeps, as its arithmetic says (``walks_back``).
+    """Return what a chain keeps, as `walks_back` says.
 
     Arithmetic without anchors makes no error.
 
     Args:
         arithmetic: the chain's.
         gamma: γ.
-        dtype: of the stream.
-        steps: T.
+        streams: the chain's.
         keeps_all: keep all activations.
     """
-    inputs = float(dtype.itemsize * steps)
+    moving = [stream for stream in streams if stream.updates]
+    inputs = float(sum(s.elements * s.dtype.itemsize * s.updates for s in moving))
     if gamma.is_zero:
         return Storage("activations" if keeps_all else "inputs", math.inf, inputs, 0, 0.0)
-    states = arithmetic.bytes_kept(gamma, dtype, steps)
+    states = sum(_bytes_kept(arithmetic, gamma, s, s.updates) for s in moving)
     if keeps_all:
         return Storage("activations", states, inputs, 0, 0.0)
-    if not arithmetic.walks_back(gamma, dtype, steps):
+    if not walks_back(arithmetic, gamma, streams):
         return Storage("inputs", states, inputs, 0, 0.0)
-    every = arithmetic.anchor_every(gamma, dtype)
-    if every is None:
+    if all(arithmetic.anchor_every(gamma, s.dtype) is None for s in moving):
         return Storage("states", states, inputs, 0, 0.0)
-    return Storage("states", states, inputs, *predict(gamma, dtype, steps))
+    predictions = [predict(gamma, s.dtype, s.updates) for s in moving]
+    return Storage("states", states, inputs, max(p.anchors for p in predictions), max(p.error for p in predictions))
 
 
 def states_by_end(
-    arithmetic: type[State], gamma: Gamma, dtype: torch.dtype, elements: int, steps: int
+    arithmetic: type[State], gamma: Gamma, streams: Sequence[Stream], writes: Sequence[Sequence[int]]
 ) -> tuple[float, ...] | None:
-    """Return the bytes that a walk back from after step t needs, for t = 0 … ``steps``; None at γ = 0.
+    """Return the bytes that a walk back from after step t needs, for t = 0, 1, …; None at γ = 0.
 
     Infinite where the chain keeps inputs.
+
+    Args:
+        arithmetic: the chain's.
+        gamma: γ.
+        streams: the chain's.
+        writes: numbers of the streams that each step updates.
     """
     if gamma.is_zero:
         return None
-    if not arithmetic.walks_back(gamma, dtype, steps):
-        return (0.0, *[math.inf] * steps)
-    return (0.0, *(elements * arithmetic.bytes_kept(gamma, dtype, end) for end in range(1, steps + 1)))
+    if choose_storage(arithmetic, gamma, streams).policy == "inputs":
+        return (0.0, *[math.inf] * len(writes))
+    counts, kept = [0] * len(streams), [0.0]
+    for step in writes:
+        for stream in step:
+            counts[stream] += 1
+        now = zip(streams, counts, strict=True)
+        kept.append(sum(_bytes_kept(arithmetic, gamma, stream, count) for stream, count in now if count))
+    return tuple(kept)
+
+
+def _bytes_kept(arithmetic: type[State], gamma: Gamma, stream: Stream, updates: int) -> float:
+    return stream.elements * arithmetic.bytes_kept(gamma, stream.dtype, updates)

@@ -42,11 +42,11 @@ class CheckedFrame(Frame):
         self._last: tuple[int, tuple[Tensor, int]] | None = None
 
     @override
-    def run(self, x: Tensor, values: Sequence[Any], unpack: Callable[[Handle], Tensor]) -> tuple[Any, ...]:
-        given = (x, *self.tensors, *tensors_in(values))
+    def run(self, xs: Sequence[Tensor], values: Sequence[Any], unpack: Callable[[Handle], Tensor]) -> tuple[Any, ...]:
+        given = (*xs, *self.tensors, *tensors_in(values))
         self._given = frozenset(id(_whole(tensor)) for tensor in given if tensor is not None)
-        self._enough, self._device = x.numel(), x.device
-        outputs = super().run(x, values, unpack)
+        self._enough, self._device = min(x.numel() for x in xs), xs[0].device
+        outputs = super().run(xs, values, unpack)
         watched, self._constants = self._constants, {}
         last, self._last = self._last, None
         if last is not None and _is_as_saved(*last[1]) and not self._env.has_hooks:
@@ -55,12 +55,12 @@ class CheckedFrame(Frame):
         kept = {number: tensor for number, (tensor, version) in watched.items() if _is_as_saved(tensor, version)}
         self._watched = frozenset(kept)
         # Not before the end: rrelu fills a tensor after saving it.
-        self._sum = _sum_of_all(self._compared(kept, outputs[0]))
+        self._sum = _sum_of_all(self._compared(kept, outputs[: self._writes]))
         return outputs
 
     @override
-    def rerun(self, x: Tensor, rebuilt: Rebuilt, *, to_value: bool) -> Tensor | None:
-        return super().rerun(x, rebuilt, to_value=to_value or self._witness is None)
+    def rerun(self, xs: Sequence[Tensor], rebuilt: Rebuilt, *, to_value: bool) -> Sequence[Tensor] | None:
+        return super().rerun(xs, rebuilt, to_value=to_value or self._witness is None)
 
     @override
     def _pack(self, tensor: Tensor) -> Handle:
@@ -78,10 +78,10 @@ class CheckedFrame(Frame):
         return id(whole) in self._given or isinstance(whole, nn.Parameter)
 
     @override
-    def _compare(self, seen: Mapping[int, Tensor], y: Tensor | None) -> None:
+    def _compare(self, seen: Mapping[int, Tensor], ys: Sequence[Tensor] | None) -> None:
         if self._sum is None or self._watched - seen.keys():
             return  # bits are not accessible; or the forward pass is still under way
-        compared = self._compared(seen, y)
+        compared = self._compared(seen, ys or ())
         if (now := _sum_of_all(compared)) is not None:
             same = now == self._sum
             if same.device.type == "cpu" and same:
@@ -89,11 +89,11 @@ class CheckedFrame(Frame):
             finite = torch.stack([value.isfinite().all() for value in compared]).all()
             self._verify(same | finite.logical_not_())  # the bits of a NaN may differ
 
-    def _compared(self, watched: Mapping[int, Tensor], y: object) -> list[Tensor]:
-        """Return the watched tensors, and the value if there is no witness, as far as their bits are accessible."""
+    def _compared(self, watched: Mapping[int, Tensor], ys: Sequence[object]) -> list[Tensor]:
+        """Return the watched tensors, and the values if there is no witness, as far as their bits are accessible."""
         values: list[object] = [watched[number] for number in sorted(self._watched)]
         if self._witness is None:
-            values.append(y)
+            values += ys
         return [value for value in values if _has_bits(value)]
 
 

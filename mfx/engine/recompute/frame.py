@@ -143,37 +143,38 @@ class Frame:
         call: Branch,
         root: Any,
         captures: tuple[int, ...],
+        writes: int,
         values: Captures,
         env: StepEnvironment,
     ) -> None:
         self._where, self._path, self._call, self._root = where, path, call, root
-        self._captures, self._values, self._env = captures, values, env
+        self._captures, self._writes, self._values, self._env = captures, writes, values, env
         self._packed: list[_Packed] = []
-        self._requires_grad = False
-        self.live: Tensor | None = None  # the input, while the forward pass is still running
+        self._requires_grad: list[bool] = []
+        self.live: list[Tensor] | None = None  # the input, while the forward pass is still running
 
     @property
     def tensors(self) -> list[Tensor | None]:
         """The parameters and buffers that the step reads."""
         return self._env.tensors
 
-    def run(self, x: Tensor, values: Sequence[Any], unpack: Callable[[Handle], Tensor]) -> tuple[Any, ...]:
+    def run(self, xs: Sequence[Tensor], values: Sequence[Any], unpack: Callable[[Handle], Tensor]) -> tuple[Any, ...]:
         """Run the step, under hooks whose handles ``unpack`` turns into tensors."""
-        self._requires_grad, self.live = x.requires_grad, x.detach()
+        self._requires_grad, self.live = [x.requires_grad for x in xs], [x.detach() for x in xs]
         pack = self._pack if measure() is None else self._pack_measured
         with saved_tensors_hooks(pack, unpack):
-            if (context := reproducible(x.device)) is None:
-                outputs = self._first_run(x, values)
+            if (context := reproducible(xs[0].device)) is None:
+                outputs = self._first_run(xs, values)
             else:
                 with context:
-                    outputs = self._first_run(x, values)
+                    outputs = self._first_run(xs, values)
         self.live = None
         self._env.settle()
         return outputs
 
-    def _first_run(self, x: Tensor, values: Sequence[Any]) -> tuple[Any, ...]:
+    def _first_run(self, xs: Sequence[Tensor], values: Sequence[Any]) -> tuple[Any, ...]:
         try:
-            return self._call(self._root, x, *(values[i] for i in self._captures))
+            return self._call(self._root, *xs, *(values[i] for i in self._captures))
         except RuntimeError as error:
             if is_refused_draw(error):
                 raise MfxError(
@@ -188,13 +189,13 @@ class Frame:
                 "while its activations are left out. Use torch.autograd.grad in it, memory_budget=1.0, or skip it"
             ) from error
 
-    def rerun(self, x: Tensor, rebuilt: Rebuilt, *, to_value: bool) -> Tensor | None:
-        """Recompute the step on ``x`` and give its handles their tensors.
+    def rerun(self, xs: Sequence[Tensor], rebuilt: Rebuilt, *, to_value: bool) -> Sequence[Tensor] | None:
+        """Recompute the step on ``xs`` and give its handles their tensors.
 
         Args:
-            x: the step's input.
+            xs: the states that the step reads.
             rebuilt: takes note of the handles.
-            to_value: compute the branch's value. If False, the recomputation stops early, as soon as it has saved as
+            to_value: compute the branch's values. If False, the recomputation stops early, as soon as it has saved as
                 many tensors as the forward pass, as in ``torch.utils.checkpoint``: what the branch does after that is
                 not read. Buffers, flags and generators are put back in either case. A step with forward hooks runs to
                 its end, for hooks may have effects elsewhere (sharding, a user's notes). So does a step that has
@@ -202,7 +203,7 @@ class Frame:
                 other operation of torch writes into an argument that it saves.)
 
         Returns:
-            The branch's value; None after an early stop.
+            The branch's values; None after an early stop.
 
         Raises:
             MfxError: the number of saved tensors, a shape or a dtype differs from the forward pass. (After an early
@@ -216,25 +217,26 @@ class Frame:
         with (
             torch.enable_grad(),
             inside_recomputation(),
-            self._env.restored(x.device),
+            self._env.restored(xs[0].device),
             saved_tensors_hooks(hooks.pack, _as_is),
         ):
-            # As in the forward pass, the input is not a leaf: autocast caches its casts of leaves. (view_as would
+            # As in the forward pass, an input is not a leaf: autocast caches its casts of leaves. (view_as would
             # change the strides of dimensions of size 1, by which convolutions choose their kernel.)
-            x = x.detach().requires_grad_(self._requires_grad)[...]
+            flags = self._requires_grad
+            xs = [x.detach().requires_grad_(flag)[...] for x, flag in zip(xs, flags, strict=True)]
             try:
-                outputs = self._call(self._root, x, *(values[i] for i in self._captures))
+                outputs = self._call(self._root, *xs, *(values[i] for i in self._captures))
             except Exception:
                 if not hooks.stopped:  # otherwise the branch has turned StopRecomputation into this
                     raise
         if hooks.wrong is not None or not (unfinished or hooks.count == len(self._packed)):
             raise MfxError(self._complaint(hooks))
-        y: Tensor | None = None if hooks.stopped else outputs[0].detach()
-        self._compare(hooks.seen, y)
-        return y
+        ys = None if hooks.stopped else [y.detach() for y in outputs[: self._writes]]
+        self._compare(hooks.seen, ys)
+        return ys
 
-    def _compare(self, seen: Mapping[int, Tensor], y: Tensor | None) -> None:
-        """Compare the watched tensors, and the value unless there was an early stop, with the forward pass."""
+    def _compare(self, seen: Mapping[int, Tensor], ys: Sequence[Tensor] | None) -> None:
+        """Compare the watched tensors, and the values unless there was an early stop, with the forward pass."""
 
     def _pack(self, tensor: Tensor) -> Handle:
         handle = Handle()
@@ -256,23 +258,23 @@ class Frame:
 
 
 class KeptStep:
-    """Stands on a tape for a step that kept its activations: a walk back needs its value only."""
+    """Stands on a tape for a step that kept its activations: a walk back needs its values only."""
 
     live = None
 
-    def __init__(self, y: Tensor, what: str) -> None:
+    def __init__(self, ys: Sequence[Tensor], what: str) -> None:
         self._what = what
-        self._y: SavedTensors | None = SavedTensors([y], what)
+        self._ys: SavedTensors | None = SavedTensors(ys, what)
 
-    def rerun(self, x: Tensor, rebuilt: Rebuilt, *, to_value: bool) -> Tensor:
-        """Return the value that recomputation would give."""
-        if self._y is None:
+    def rerun(self, xs: Sequence[Tensor], rebuilt: Rebuilt, *, to_value: bool) -> Sequence[Tensor]:
+        """Return the values that recomputation would give."""
+        if self._ys is None:
             raise freed(self._what)
-        return self._y.get()[0]
+        return self._ys.get()
 
     def release(self) -> None:
-        """Free the value: no walk will pass here any more."""
-        self._y = None
+        """Free the values: no walk will pass here any more."""
+        self._ys = None
 
 
 class StopRecomputation(Exception):  # noqa: N818

@@ -5,7 +5,7 @@ Under a memory budget the second and third kind run some of the steps as they ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from mfx.engine.recompute.environment import Autocast, StepEnvironment
 from mfx.engine.recompute.frame import Frame, Handle, KeptStep, Rebuilt
 from mfx.engine.recompute.random_clock import RandomClock
 from mfx.engine.recompute.saved import Captures, tensors_in
-from mfx.engine.recompute.tape import StoredInput, Tape
+from mfx.engine.recompute.tape import StoredInput, Tape, TapedStep
 from mfx.engine.scope import inside_kept_step, measured_by
 from mfx.engine.steps import ChainCall, StepFunction
 from mfx.modules.random_state import global_generators
@@ -30,9 +30,12 @@ from mfx_passes.errors import MfxError
 
 
 class Runner(Protocol):
-    """Runs step ``index`` on ``x``, with momentum ``gamma``; at γ = 0, if ``original``, the step before rewriting."""
+    """Runs step ``index`` on the states that it reads, with the momenta ``gammas`` of the streams that it updates.
 
-    def run(self, index: int, step: StepFunction, x: Tensor, gamma: Gamma) -> tuple[Any, ...]:
+    At γ = 0, if ``original``, the step before rewriting.
+    """
+
+    def run(self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[Gamma]) -> tuple[Any, ...]:
         """Return the step's outputs; its side outputs become captures that later steps may read."""
         ...
 
@@ -43,10 +46,10 @@ class Ordinary(Runner):
     def __init__(self, call: ChainCall, *, original: bool) -> None:
         self._root, self._values, self._original = call.root, list(call.captures), original
 
-    def run(self, index: int, step: StepFunction, x: Tensor, gamma: Gamma) -> tuple[Any, ...]:  # noqa: D102
+    def run(self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[Gamma]) -> tuple[Any, ...]:  # noqa: D102
         function = step.original if self._original else step.branch
-        outputs = function(self._root, x, *(self._values[i] for i in step.captures))
-        self._values.extend(outputs[1:])
+        outputs = function(self._root, *xs, *(self._values[i] for i in step.captures))
+        self._values.extend(step.split(outputs)[1])
         return outputs
 
 
@@ -70,33 +73,36 @@ class _Recomputing:
                 "Use verify='warn'"
             )
         self._values = list(call.captures)
+        self._read: dict[int, Tensor] = {}  # while costs are measured
         self._captures = Captures(call.captures, f"{call.name}: a tensor that its steps read beside the stream")
         self._clock = RandomClock(global_generators(device), are_global=True)
         self._autocast = Autocast(device)
 
-    def _run_kept(self, step: StepFunction, x: Tensor) -> tuple[Any, ...]:
+    def _run_kept(self, step: StepFunction, xs: Sequence[Tensor]) -> tuple[Any, ...]:
         """Run a step that keeps its activations."""
         with inside_kept_step():
-            outputs = self._function_of(step)(self._call.root, x, *(self._values[i] for i in step.captures))
+            outputs = self._function_of(step)(self._call.root, *xs, *(self._values[i] for i in step.captures))
         self._clock.tick()
-        return self._hand_on(outputs)
+        return self._hand_on(step, outputs)
 
     def _run_frame(
-        self, frame: Frame, step: StepFunction, x: Tensor, unpack: Callable[[Handle], Tensor]
+        self, frame: Frame, step: StepFunction, xs: Sequence[Tensor], unpack: Callable[[Handle], Tensor]
     ) -> tuple[Any, ...]:
         """Run a step that will be recomputed."""
         costs = self._call.costs
         if costs is None:
-            return self._hand_on(frame.run(x, self._values, unpack))
+            return self._hand_on(step, frame.run(xs, self._values, unpack))
         read = tensors_in(tuple(self._values[i] for i in step.captures))
         measure = StepMeasure([*frame.tensors, *read])
         with measured_by(measure):
-            outputs = frame.run(x, self._values, unpack)
-        costs.append(measure.cost(x, outputs[0], shared=self._original))
-        return self._hand_on(outputs)
+            outputs = frame.run(xs, self._values, unpack)
+        fresh = [x for x in xs if id(x) not in self._read]  # a state that several steps read is kept once
+        self._read.update((id(x), x) for x in fresh)
+        costs.append(measure.cost(xs, step.split(outputs)[0], fresh, shared=self._original))
+        return self._hand_on(step, outputs)
 
-    def _hand_on(self, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        sides = outputs[1:]
+    def _hand_on(self, step: StepFunction, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        sides = step.split(outputs)[1]
         self._values.extend(sides)
         self._captures.extend(sides)
         return outputs
@@ -117,7 +123,8 @@ class _Recomputing:
             )
             warn_once("hooks", message, call.cache)
         function = self._function_of(step)
-        return self._make_frame(step, call.name, step.path, function, call.root, step.captures, self._captures, env)
+        captures, writes = step.captures, len(step.writes)
+        return self._make_frame(step, call.name, step.path, function, call.root, captures, writes, self._captures, env)
 
     def _make_frame(self, step: StepFunction, *args: Any) -> Frame:
         return Frame(*args)
@@ -131,12 +138,12 @@ class FromInputs(_Recomputing, Runner):
         self._rebuilt = Rebuilt(device)
         self._verifies = call.verifies
 
-    def run(self, index: int, step: StepFunction, x: Tensor, gamma: Gamma) -> tuple[Any, ...]:  # noqa: D102
+    def run(self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[Gamma]) -> tuple[Any, ...]:  # noqa: D102
         if index in self._call.plan.kept:
-            return self._run_kept(step, x)
+            return self._run_kept(step, xs)
         frame = self._frame(index, step)
-        source = StoredInput(frame, x, self._rebuilt, f"{self._call.name}: the input of step {step.path}")
-        return self._run_frame(frame, step, x, source.unpacker())
+        source = StoredInput(frame, xs, self._rebuilt, f"{self._call.name}: the input of step {step.path}")
+        return self._run_frame(frame, step, xs, source.unpacker())
 
     def _make_frame(self, step: StepFunction, *args: Any) -> Frame:
         if not self._verifies:
@@ -159,12 +166,16 @@ class FromTape(_Recomputing, Runner):
         self.tape = Tape(call.name, device, verify, partial(warn_once, "walks", cache=call.cache))
         self.walked = call.plan.walked(len(call.steps))
 
-    def run(self, index: int, step: StepFunction, x: Tensor, gamma: Gamma) -> tuple[Any, ...]:  # noqa: D102
+    def run(self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[Gamma]) -> tuple[Any, ...]:  # noqa: D102
         if index in self._call.plan.kept:
-            outputs = self._run_kept(step, x)
+            outputs = self._run_kept(step, xs)
             if index in self.walked:
                 what = f"{self._call.name}: the value of step {step.path}"
-                self.tape.pass_by(KeptStep(outputs[0], what), step.kind, gamma)
+                self.tape.add(_taped(KeptStep(step.split(outputs)[0], what), step, gammas))
             return outputs
         frame = self._frame(index, step)
-        return self._run_frame(frame, step, x, self.tape.add(frame, step.kind, gamma))
+        return self._run_frame(frame, step, xs, self.tape.add(_taped(frame, step, gammas)))
+
+
+def _taped(frame: Frame | KeptStep, step: StepFunction, gammas: Sequence[Gamma]) -> TapedStep:
+    return TapedStep(frame, step.reads, tuple(zip(step.writes, step.kinds, gammas, strict=True)))

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import partial, reduce
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mfx.compat import NO_TASK, current_task, keeps_graph, when_task_ends
 from mfx.engine.arithmetic import State
+from mfx.engine.arithmetic.base import Frozen
 from mfx.engine.recompute.frame import Frame, Handle, KeptStep, Rebuilt
 from mfx.engine.recompute.saved import SavedTensors, freed
 from mfx.options.gamma import Gamma
@@ -20,11 +23,11 @@ _MANY = 4  # walks of one graph: more than second derivatives take
 
 
 class StoredInput:
-    """The kept input of one step, as in an ordinary checkpoint."""
+    """The kept states that one step reads, as in an ordinary checkpoint."""
 
-    def __init__(self, frame: Frame, x: Tensor, rebuilt: Rebuilt, what: str) -> None:
+    def __init__(self, frame: Frame, xs: Sequence[Tensor], rebuilt: Rebuilt, what: str) -> None:
         self._frame, self._rebuilt = frame, rebuilt
-        self._x = SavedTensors([x], what)
+        self._xs = SavedTensors(xs, what)
 
     def unpacker(self) -> Callable[[Handle], Tensor]:
         """Return the function that turns a handle into its tensor."""
@@ -32,40 +35,84 @@ class StoredInput:
 
     def _rebuild(self) -> None:
         self._rebuilt.clear()
-        self._frame.rerun(self._x.get()[0], self._rebuilt, to_value=False)
+        self._frame.rerun(self._xs.get(), self._rebuilt, to_value=False)
+
+
+class _Unmoved:
+    """Stands for the state of a stream that no step has updated yet: all that is needed is its tensor."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+
+    def stream(self) -> Tensor:
+        return self._x
+
+
+class _Stored:
+    """The states of all streams at one time, which a walk can start from.
+
+    Args:
+        states: for each stream, its state, or its tensor if it was not updated yet.
+        what: says what that is.
+    """
+
+    def __init__(self, states: Sequence[State | Tensor], what: str) -> None:
+        frozen = [Frozen((s,), _thaw_unmoved) if isinstance(s, Tensor) else s.freeze() for s in states]
+        self._thaw = [(len(tensors), thaw) for tensors, thaw in frozen]
+        self._tensors = SavedTensors([tensor for tensors, _ in frozen for tensor in tensors], what)
+
+    def states(self) -> list[State | _Unmoved]:
+        """Return the states; they do not write into what is stored."""
+        tensors = iter(self._tensors.get())
+        return [thaw(tuple(islice(tensors, count))) for count, thaw in self._thaw]
+
+
+def _thaw_unmoved(tensors: tuple[Tensor, ...]) -> Any:
+    return _Unmoved(*tensors)
 
 
 @dataclass
 class _Walk:
-    """The progress of one backward pass: ``state`` is the chain's after ``position`` steps; None: the stored one."""
+    """The progress of one backward pass: ``states`` are those after ``position`` steps; none: the stored ones.
+
+    Attributes:
+        xs: the tensors of the streams then, as far as they are known.
+    """
 
     task: int
     position: int
-    state: State | None = None
+    states: list[Any] = field(default_factory=list)
+    xs: dict[int, Tensor] = field(default_factory=dict)
     ends_with_task: bool = False
 
+    def start(self, states: list[State | _Unmoved]) -> None:
+        """Go on from other states."""
+        self.states, self.xs = states, {}
 
-class _Stored:
-    """A state that a walk can start from."""
+    def read(self, stream: int) -> Tensor:
+        """Return the tensor of a stream."""
+        if stream not in self.xs:
+            self.xs[stream] = self.states[stream].stream()
+        return self.xs[stream]
 
-    def __init__(self, state: State, what: str) -> None:
-        tensors, self._thaw = state.freeze()
-        self._tensors = SavedTensors(tensors, what)
 
-    def state(self) -> State:
-        """Return the state; it does not write into what is stored."""
-        return self._thaw(self._tensors.get())
+class TapedStep(NamedTuple):
+    """A step on a tape, by the numbers of the streams that it reads and updates."""
+
+    frame: Frame | KeptStep
+    reads: tuple[int, ...]
+    updates: tuple[tuple[int, str, Gamma], ...]  # stream, kind, γ
 
 
 class Tape:
-    """Consecutive steps of one call, of which the first and the last are recomputed, and the state to walk back from.
+    """Consecutive steps of one call, of which the first and the last are recomputed, and the states to walk back from.
 
-    Positions count the steps from the tape's first one. A walk starts from the nearest stored state; where it comes by
-    another one, it continues from that. The end state, stored like the others, is dropped when a backward pass that
-    frees the graph has begun there, and else lives as long as a handle does: parts of a graph may be run backward by
-    themselves, also after its outputs are gone (pipelines compute the gradients of weights so). After a complete walk
-    ``verify`` is called with the result of comparing its last state with the one that the first step started from.
-    ``warn`` is called with a message when there are many walks.
+    Positions count the steps from the tape's first one. A walk starts from the nearest stored states; where it comes by
+    others, it continues from those. The end states, stored like the others, are dropped when a backward pass that frees
+    the graph has begun at the end of every stream, and else live as long as a handle does: parts of a graph may be run
+    backward by themselves, also after its outputs are gone (pipelines compute the gradients of weights so). After a
+    complete walk ``verify`` is called with the result of comparing its last states with those that the first step
+    started from. ``warn`` is called with a message when there are many walks.
     """
 
     def __init__(
@@ -76,42 +123,46 @@ class Tape:
         warn: Callable[[str], None],
     ) -> None:
         self._chain = chain
-        self._steps: list[tuple[Frame | KeptStep, str, Gamma]] = []
+        self._steps: list[TapedStep] = []
+        self._open: set[int] = set()  # the streams at whose ends no backward pass has begun that frees the graph
         self._stored: dict[int, _Stored] = {}
         self._walk: _Walk | None = None
         self._rebuilt = Rebuilt(device)
         self._verify, self._warn = verify, warn
         self._walks = 0
 
-    def add(self, frame: Frame, kind: str, gamma: Gamma) -> Callable[[Handle], Tensor]:
-        """Append a step; return the function that turns its handles into tensors."""
-        self._steps.append((frame, kind, gamma))
+    def add(self, step: TapedStep) -> Callable[[Handle], Tensor]:
+        """Append a step; return the function that turns its handles, if it is recomputed, into tensors."""
+        self._steps.append(step)
+        self._open.update(stream for stream, _, _ in step.updates)
         return partial(self._rebuilt.provide, partial(self._rebuild, len(self._steps) - 1))
 
-    def pass_by(self, step: KeptStep, kind: str, gamma: Gamma) -> None:
-        """Append a step that is not recomputed."""
-        self._steps.append((step, kind, gamma))
-
-    def store(self, position: int, state: State, what: str) -> None:
-        """Let walks start or continue from ``state`` at ``position``; the last one is the end.
+    def store(self, position: int, states: Sequence[State | Tensor], what: str) -> None:
+        """Let walks start or continue from ``states`` at ``position``; the last ones are the end.
 
         All of it is kept: the error of a walk is not known beforehand. Where a branch rounds to bfloat16, by itself or
         under autocast, its values for nearly the same x differ in the third digit.
         """
-        self._stored[position] = _Stored(state, what)
+        self._stored[position] = _Stored(states, what)
 
-    def begin(self) -> None:
-        """Start a walk from the end: a backward pass has reached it, before any handle."""
+    def begin(self, stream: int) -> None:
+        """Start a walk from the end: a backward pass has reached that of a stream, before any handle."""
         end = len(self._steps)
         if end not in self._stored:
             return  # an earlier pass has freed the graph, as autograd itself will say
-        walk = self._new_walk(current_task(), end)
-        if not (keeps_graph() or torch.is_grad_enabled()):  # a pass that is differentiated itself leaves handles, too
-            walk.state = self._stored.pop(end).state()
-        self._set_walk(walk)
+        walk = self._walk
+        if walk is None or walk.task != current_task():
+            self._set_walk(walk := self._new_walk(current_task(), end))
+        if keeps_graph() or torch.is_grad_enabled():  # a pass that is differentiated itself leaves handles, too
+            return
+        self._open.discard(stream)
+        if not self._open:
+            stored = self._stored.pop(end)
+            if walk.position == end:
+                walk.start(stored.states())
 
     def _rebuild(self, index: int) -> None:
-        frame = self._steps[index][0]
+        frame = self._steps[index].frame
         if frame.live is not None:
             frame.rerun(frame.live, self._rebuilt, to_value=False)
             return
@@ -154,24 +205,29 @@ class Tape:
             # The graph is retained, so handles stay alive; what they still hold can be rebuilt.
             self._rebuilt.clear()
         if (stored := self._stored.get(walk.position)) is not None:  # the step above has its gradients now
-            walk.state = stored.state()
+            walk.start(stored.states())
             if not repeatable:
                 del self._stored[walk.position]
-        state = walk.state
-        assert state is not None, "a walk starts from a stored state"
+        assert walk.states, "a walk starts from stored states"
         walk.position -= 1
-        frame, kind, gamma = self._steps[walk.position]
+        frame, reads, updates = self._steps[walk.position]
         is_first = walk.position == 0
-        y = frame.rerun(state.retreat_x(), self._rebuilt, to_value=not is_first or self._verify is not None)
+        for stream, _, _ in updates:
+            walk.xs[stream] = walk.states[stream].retreat_x()
+        xs = [walk.read(stream) for stream in reads]
+        ys = frame.rerun(xs, self._rebuilt, to_value=not is_first or self._verify is not None)
         if isinstance(frame, KeptStep) and not repeatable:
             frame.release()
+        states = walk.states
         if is_first:
-            walk.state = None
-        if y is None:  # the velocity before the first step is not needed
+            walk.start([])
+        if ys is None:  # the velocities before the first step are not needed
             return
-        state.retreat_v(y, kind, gamma)
+        for y, (stream, kind, gamma) in zip(ys, updates, strict=True):
+            states[stream].retreat_v(y, kind, gamma)
         if is_first and self._verify is not None:
-            self._verify(state.is_start())
+            moved = {stream for step in self._steps for stream, _, _ in step.updates}
+            self._verify(reduce(torch.logical_and, (states[stream].is_start() for stream in sorted(moved))))
 
 
 def _end_walk(this: weakref.ref[Tape], task: int) -> None:

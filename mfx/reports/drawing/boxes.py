@@ -10,7 +10,8 @@ from typing import TypeAlias
 from torch import fx, nn
 from torch.fx import Node
 
-from mfx.program.chain_call import Momentum, Stream
+from mfx.engine import Stream
+from mfx.program.chain_call import Momentum
 from mfx.reports.drawing.formula import classes, formula, is_parameter, op_name, shown_path
 from mfx.reports.drawing.groups import Group, contract
 from mfx.reports.drawing.repeats import repeats
@@ -112,7 +113,7 @@ class Model:
     """
 
     modules: Mapping[str, nn.Module]
-    streams: Mapping[str, Stream]
+    streams: Mapping[str, tuple[Stream, ...]]
     within: str = ""
 
     def inner(self, path: str) -> str:
@@ -195,7 +196,7 @@ def _input_name(node: Node) -> str:
 
 def _chain_box(call: Momentum, model: Model) -> ChainBox:
     steps = call.graphs.steps
-    rows = [_row(step, model) for step in steps]
+    rows = [_row(step, model, call.graphs.streams) for step in steps]
     alike = [re.sub(r"\[\d+\]", "[i]", repr(row)) for row in rows]
     folds = []
     for start, period, count in repeats(alike):
@@ -206,16 +207,17 @@ def _chain_box(call: Momentum, model: Model) -> ChainBox:
     facts.append(f"{call.settings.arithmetic.name} arithmetic" if not call.gamma.is_zero else "the original function")
     if call.settings.velocity != "zero":
         facts.append(f"v₀: {call.settings.velocity}")
-    stream = model.streams.get(call.chain, call.stream)
-    if stream is not None:
-        facts.append(f"state {'×'.join(map(str, stream[0]))} {str(stream[1]).removeprefix('torch.')}")
+    streams = model.streams.get(call.chain, call.streams)
+    if streams:
+        shapes = [f"{'×'.join(map(str, s.shape))} {str(s.dtype).removeprefix('torch.')}" for s in streams]
+        facts.append(f"state {' + '.join(shapes)}")
     return ChainBox(shown_path(call.chain) or "chain", " · ".join(facts), tuple(folds))
 
 
-def _row(step: StepGraphs, model: Model) -> StepLine:
+def _row(step: StepGraphs, model: Model, streams: Sequence[str]) -> StepLine:
     path, inner = model.inner(step.path), _calls(step.branch.nodes, model.modules)
     return StepLine(
-        formula(step, path, model.modules),
+        formula(step, path, model.modules, streams),
         classes(step, path, model.modules),
         tuple(_chain_box(call, model) for call in inner),
     )

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from mfx.program.chain_call import Momentum
 from mfx.reports.drawing.groups import Group, contract
@@ -55,8 +55,8 @@ _LAYOUT_OPS = frozenset(
 )
 
 
-def formula(step: StepGraphs, path: str, modules: Mapping[str, nn.Module]) -> str:
-    """Return a step's new state as an expression in x, with modules by their path below the step's own.
+def formula(step: StepGraphs, path: str, modules: Mapping[str, nn.Module], streams: Sequence[str] = ("x",)) -> str:
+    """Return a step's new states, side by side, as expressions, with modules by their path below the step's own.
 
     Operations that only move values are left out; "…" stands for other values that the step reads. A formula that is
     too long for a line becomes a list of names.
@@ -65,15 +65,24 @@ def formula(step: StepGraphs, path: str, modules: Mapping[str, nn.Module]) -> st
         step: the step's graphs.
         path: path of the step's module.
         modules: the modules that the graphs call, by path.
+        streams: names of the chain's streams.
     """
     groups = contract(step.branch, lambda node: _key(node, path), hide=_is_hidden)
     names = {group: _name(group, modules) for group in groups}
-    try:
-        value = _expression(step.branch, names)
-    except _TooLongError:
-        shown = [name for name in dict.fromkeys(names.values()) if name and name not in _LAYOUT_OPS]
-        value = f"f(x) with {' · '.join(shown[:_NAMES])}{' …' if len(shown) > _NAMES else ''}"
-    return f"x + {value}" if step.kind == "residual" else value
+    read = dict(zip(step.branch.nodes, (streams[stream] for stream in step.reads), strict=False))
+    (output,) = step.branch.find_nodes(op="output")
+    values = []
+    for stream, kind, end in zip(step.writes, step.kinds, output.args[0], strict=False):
+        x = streams[stream]
+        try:
+            value = _expression(end, names, read)
+        except _TooLongError:
+            shown = [name for name in dict.fromkeys(names.values()) if name and name not in _LAYOUT_OPS]
+            given = ", ".join(read.values())
+            value = f"f({given}) with {' · '.join(shown[:_NAMES])}{' …' if len(shown) > _NAMES else ''}"
+        value = f"{x} + {value}" if kind == "residual" else value
+        values.append(value if len(streams) == 1 else f"{x} ← {value}")
+    return "   ".join(values)
 
 
 def classes(step: StepGraphs, path: str, modules: Mapping[str, nn.Module]) -> str:
@@ -147,20 +156,16 @@ def _name(group: Group, modules: Mapping[str, nn.Module]) -> str:
     return shown_path(group.key or op_name(group.first, modules))
 
 
-def _expression(graph: Graph, names: Mapping[Group, str]) -> str:
-    x = next(iter(graph.nodes))
-    (output,) = graph.find_nodes(op="output")
-    value = output.args[0]
-    end = value[0] if isinstance(value, tuple | list) else value
+def _expression(end: Node, names: Mapping[Group, str], read: Mapping[Node, str]) -> str:
     texts: dict[Group, str] = {}
     for group, name in names.items():
         if group.first.op == "placeholder":
-            texts[group] = "x" if group.first is x else "…"
+            texts[group] = read.get(group.first, "…")
             continue
         texts[group] = _call(group, [texts[source] for source in group.inputs], name)
         if len(texts[group]) > _LONGEST:
             raise _TooLongError
-    return next((texts[group] for group in names if end in group.nodes), "x")
+    return next((texts[group] for group in names if end in group.nodes), next(iter(read.values())))
 
 
 def _call(group: Group, read: list[str], name: str) -> str:

@@ -11,6 +11,23 @@ from mfx.reports.explain.advice import advise_on_weights
 from mfx.reports.explain.storage import ExplainedStorage
 
 
+@dataclass(frozen=True)
+class ExplainedUpdate:
+    """An update of one stream in a step.
+
+    Attributes:
+        stream: name of the stream.
+        path: longest common module path of its branch.
+        kind: as that of a step.
+        source: ``file:line`` of the sum.
+    """
+
+    stream: str
+    path: str
+    kind: str
+    source: str
+
+
 @dataclass(frozen=True, eq=False)
 class ExplainedStep:
     """A step of a chain, explained.
@@ -22,7 +39,9 @@ class ExplainedStep:
         branch: the graph of f, or of h.
         captures: names of the other values that it reads.
         sides: names of values inside it that other nodes read.
-        source: ``file:line`` of the sum.
+        source: ``file:line`` of the sum, of the first one if there are several.
+        reads: names of the streams that it reads.
+        updates: of the streams that it moves on.
     """
 
     path: str
@@ -31,6 +50,8 @@ class ExplainedStep:
     captures: tuple[str, ...]
     sides: tuple[str, ...]
     source: str
+    reads: tuple[str, ...] = ("x",)
+    updates: tuple[ExplainedUpdate, ...] = ()
 
     @property
     def nodes(self) -> tuple[fx.Node, ...]:
@@ -46,6 +67,8 @@ class ExplainedStep:
             "captures": list(self.captures),
             "sides": list(self.sides),
             "source": self.source,
+            "reads": list(self.reads),
+            "updates": [asdict(update) for update in self.updates],
         }
 
 
@@ -74,9 +97,10 @@ class ExplainedChain:
         steps: first to last.
         gamma: the momentum as it is represented.
         arithmetic: ``"exact"`` or ``"float"``.
-        weights: how much each step's branch counts in the end, relative to the model at γ = 0.
+        weights: how much the branch of each update counts in the end, relative to the model at γ = 0.
         storage: the part of the stream kept for the backward pass, and the reason; None if shapes are not known.
         memory: memory with mfx and without; None if nothing could be predicted.
+        streams: names of the streams.
     """
 
     name: str
@@ -86,11 +110,17 @@ class ExplainedChain:
     weights: tuple[float, ...]
     storage: ExplainedStorage | None = None
     memory: ChainMemory | None = None
+    streams: tuple[str, ...] = ("x",)
+
+    @property
+    def updates(self) -> tuple[ExplainedUpdate, ...]:
+        """The updates of all steps; a step of one stream is one update."""
+        return tuple(update for step in self.steps for update in step.updates)
 
     @property
     def kind(self) -> str:
         """The kinds of its steps."""
-        return "+".join(sorted({step.kind for step in self.steps}))
+        return "+".join(sorted({update.kind for update in self.updates}))
 
     @property
     def advice(self) -> str:
@@ -107,5 +137,6 @@ class ExplainedChain:
             "advice": self.advice,
             "storage": None if self.storage is None else self.storage.to_dict(),
             "memory": None if self.memory is None else asdict(self.memory),
+            "streams": list(self.streams),
             "steps": [step.to_dict() for step in self.steps],
         }

@@ -12,7 +12,7 @@ from mfx.compat import compiled_model
 from mfx.net.views import View, views_of, written
 from mfx.program.chain_call import Momentum
 from mfx.reports.explain.advice import OPTIONAL_OUTPUTS
-from mfx.reports.explain.data import ChainMemory, ExplainedChain, ExplainedStep
+from mfx.reports.explain.data import ChainMemory, ExplainedChain, ExplainedStep, ExplainedUpdate
 from mfx.reports.explain.estimate import Estimate, estimate
 from mfx.reports.explain.explanation import Explanation
 from mfx.reports.explain.storage import explain_storage
@@ -77,22 +77,34 @@ def _predict(
 
 
 def _explain_chain(view: View, call: Momentum, found: Estimate | None) -> ExplainedChain:
-    stream = view.streams.get(call.chain, call.stream)
-    steps = tuple(_explain_step(step) for step in call.graphs.steps)
-    weights = branch_weights(len(steps), call.gamma.value, residual_start=call.settings.velocity == "residual")
-    storage = None if stream is None else explain_storage(call, *stream)
+    graphs, gamma = call.graphs, call.gamma.value
+    streams = view.streams.get(call.chain, call.streams)
+    residual_start = call.settings.velocity == "residual"
+    ahead = [iter(branch_weights(count, gamma, residual_start=residual_start)) for count in graphs.updates]
+    weights = tuple(next(ahead[stream]) for step in graphs.steps for stream in step.writes)
+    steps = tuple(_explain_step(step, graphs.streams) for step in graphs.steps)
+    storage = explain_storage(call, streams) if streams else None
     memory = None if found is None else _memory(call.chain, found)
-    return ExplainedChain(call.chain, steps, call.gamma.value, call.settings.arithmetic.name, weights, storage, memory)
+    arithmetic = call.settings.arithmetic.name
+    return ExplainedChain(call.chain, steps, gamma, arithmetic, weights, storage, memory, graphs.streams)
 
 
 def _memory(chain: str, found: Estimate) -> ChainMemory:
     return ChainMemory(found.plain.chains[chain], found.momentum.chains[chain], found.momentum.recomputed[chain])
 
 
-def _explain_step(step: StepGraphs) -> ExplainedStep:
+def _explain_step(step: StepGraphs, streams: Sequence[str]) -> ExplainedStep:
     inputs = [node.name for node in step.branch.nodes if node.op == "placeholder"]
     (last,) = (node for node in step.original.nodes if node.op == "output")
-    return ExplainedStep(step.path, step.kind, step.branch, tuple(inputs[1:]), step.sides, source_line(last.args[0][0]))
+    updates = tuple(
+        ExplainedUpdate(streams[stream], path, kind, source_line(node))
+        for stream, path, kind, node in zip(
+            step.writes, step.paths or (step.path,), step.kinds, last.args[0][: len(step.writes)], strict=True
+        )
+    )
+    captures = tuple(inputs[len(step.reads) :])
+    reads = tuple(streams[stream] for stream in step.reads)
+    return ExplainedStep(step.path, step.kind, step.branch, captures, step.sides, updates[0].source, reads, updates)
 
 
 def branch_weights(steps: int, gamma: float, *, residual_start: bool = False) -> tuple[float, ...]:

@@ -1,4 +1,4 @@
-"""The part of a stream that a chain keeps between forward and backward, and the reason."""
+"""The part of its streams that a chain keeps between forward and backward, and the reason."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mfx.engine.memory.storage import choose_storage
+from mfx.engine import Stream, choose_storage
 from mfx.program.chain_call import Momentum
 from mfx.text import count, size
 
@@ -17,11 +17,10 @@ _STATES = {"exact": "integer states and a store of digits", "float": "states"}
 
 @dataclass(frozen=True)
 class ExplainedStorage:
-    """The part of its stream that one call of a chain keeps for its backward pass.
+    """The part of its streams that one call of a chain keeps for its backward pass.
 
     Attributes:
-        shape: of the stream.
-        dtype: of the stream.
+        streams: shape and dtype of each stream.
         policy: ``"states"`` that others are rebuilt from, ``"inputs"`` of all steps, or ``"activations"``, as ordinary
             backpropagation does.
         states: bytes that states take, with the digit store or with anchors; None if none can be rebuilt.
@@ -31,8 +30,7 @@ class ExplainedStorage:
         reason: the reason for this policy.
     """
 
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    streams: tuple[Stream, ...]
     policy: str
     states: int | None
     inputs: int
@@ -41,24 +39,34 @@ class ExplainedStorage:
     reason: str
 
     @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the first stream."""
+        return self.streams[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the first stream."""
+        return self.streams[0].dtype
+
+    @property
     def kept(self) -> int | None:
         """Bytes kept; None if autograd decides that (``"activations"``)."""
         return {"states": self.states, "inputs": self.inputs}.get(self.policy)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data."""
-        dtype = str(self.dtype).removeprefix("torch.")
-        return {**self.__dict__, "shape": list(self.shape), "dtype": dtype, "kept": self.kept}
+        streams = [{"shape": list(s.shape), "dtype": str(s.dtype).removeprefix("torch.")} for s in self.streams]
+        return {**self.__dict__, **streams[0], "streams": streams, "kept": self.kept}
 
 
-def explain_storage(call: Momentum, shape: tuple[int, ...], dtype: torch.dtype) -> ExplainedStorage:
-    """Explain what a call of a chain on a stream of this shape and dtype keeps, by the same decision as the call's."""
-    steps, elements = len(call.graphs.steps), math.prod(shape)
+def explain_storage(call: Momentum, streams: tuple[Stream, ...]) -> ExplainedStorage:
+    """Explain what a call of a chain on such streams keeps, by the same decision as the call's."""
+    steps = len(call.graphs.steps)
     plan, arithmetic = call.settings.plan, call.settings.arithmetic
     keeps_all = plan is not None and len(plan.kept) == steps
-    found = choose_storage(arithmetic, call.gamma, dtype, steps, keeps_all=keeps_all)
-    states = None if math.isinf(found.states) else round(found.states * elements)
-    inputs = round(found.inputs * elements)
+    found = choose_storage(arithmetic, call.gamma, streams, keeps_all=keeps_all)
+    states = None if math.isinf(found.states) else round(found.states)
+    inputs = round(found.inputs)
     if found.policy == "activations":
         reason = "memory_budget=1.0: kept as in ordinary backpropagation"
     elif call.gamma.is_zero:
@@ -71,4 +79,4 @@ def explain_storage(call: Momentum, shape: tuple[int, ...], dtype: torch.dtype) 
             reason += ", which is no more than states of full width"  # the reference that decides
     if call.plans is not None and call.plans.budget.is_partial:
         reason += f"; as far as memory_budget={call.plans.budget} goes, steps keep their activations instead"
-    return ExplainedStorage(tuple(shape), dtype, found.policy, states, inputs, found.anchors, found.error, reason)
+    return ExplainedStorage(tuple(streams), found.policy, states, inputs, found.anchors, found.error, reason)

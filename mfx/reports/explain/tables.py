@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -82,7 +82,7 @@ def chain_table(chains: Iterable[ExplainedChain]) -> Table:
     rows = [
         (
             chain.name,
-            str(len(chain.steps)),
+            _steps(chain),
             chain.kind,
             f"{chain.gamma:g}",
             chain.arithmetic,
@@ -92,6 +92,14 @@ def chain_table(chains: Iterable[ExplainedChain]) -> Table:
         for chain in chains
     ]
     return Table(_CHAINS, rows)
+
+
+def _steps(chain: ExplainedChain) -> str:
+    """Return the number of steps; with several streams, of updates of each, too."""
+    if len(chain.streams) == 1:
+        return str(len(chain.steps))
+    counts = Counter(update.stream for update in chain.updates)
+    return f"{len(chain.steps)}: {', '.join(f'{counts[name]} of {name}' for name in chain.streams)}"
 
 
 def memory_table(chains: Iterable[ExplainedChain], estimate: Estimate | None) -> Table:
@@ -131,10 +139,16 @@ def sources(chain: ExplainedChain) -> str:
 
 
 def step_table(chain: ExplainedChain) -> Table:
-    """Return a table with one row per step of a chain."""
+    """Return a table with one row per step of a chain; the updates of several streams stand side by side."""
+    weights = iter(chain.weights)
     rows = [
-        (step.path, f"{weight:.3f}", ", ".join(step.captures), short_place(step.source))
-        for step, weight in zip(chain.steps, chain.weights, strict=True)
+        (
+            step.path if len(chain.streams) == 1 else f"{step.path} ({', '.join(u.stream for u in step.updates)})",
+            ", ".join(f"{next(weights):.3f}" for _ in step.updates),
+            ", ".join(step.captures),
+            short_place(step.source),
+        )
+        for step in chain.steps
     ]
     return Table(_STEPS, rows)
 
@@ -180,7 +194,8 @@ def _numbers(weights: Iterable[float]) -> str:
 
 
 def state(chain: ExplainedChain) -> str:
-    """Return the shape and dtype of a chain's stream; ``""`` if they are not known."""
+    """Return the shape and dtype of a chain's streams; ``""`` if they are not known."""
     if chain.storage is None:
         return ""
-    return f"{'×'.join(map(str, chain.storage.shape))} {str(chain.storage.dtype).removeprefix('torch.')}"
+    shapes = [f"{'×'.join(map(str, s.shape))} {str(s.dtype).removeprefix('torch.')}" for s in chain.storage.streams]
+    return " + ".join(shapes)

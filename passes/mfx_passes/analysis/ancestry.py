@@ -38,7 +38,7 @@ class GraphIndex:
     def _ancestry(self) -> tuple[dict[Node, int], dict[Node, int]]:
         """Return ancestor sets as integers, one bit for every node that may matter.
 
-        Linear, but for the width of the integers. Nodes that matter have several readers, or are read by a sum.
+        Linear, but for the width of the integers. Nodes that matter have several readers, or are sums, or read by one.
         """
         watched: dict[Node, int] = {}
         ancestors: dict[Node, int] = {}
@@ -47,7 +47,8 @@ class GraphIndex:
             for source in node.all_input_nodes:
                 if source not in self.sizes:  # what is computed from a tensor's shape is not computed from its values
                     bits |= ancestors[source]
-            if node not in self.sizes and (len(node.users) > 1 or any(terms(user) for user in node.users)):
+            matters = len(node.users) > 1 or terms(node) or any(terms(user) for user in node.users)
+            if node not in self.sizes and matters:
                 watched[node] = len(watched)
                 bits |= 1 << watched[node]
             ancestors[node] = bits
@@ -57,6 +58,14 @@ class GraphIndex:
         """True if ``descendant`` is computed from ``node``, or is ``node`` itself; see `_ancestry` for which nodes."""
         bit = self._bit.get(node)
         return bit is not None and bool(self._ancestors[descendant] >> bit & 1)
+
+    def bits(self, nodes: Iterable[Node]) -> int:
+        """Return a set of nodes as `ancestors` does, without those that do not matter."""
+        return sum({1 << self._bit[node] for node in nodes if node in self._bit})
+
+    def ancestors(self, node: Node) -> int:
+        """Return the nodes that a node is computed from, with the node itself, as bits; see `_ancestry` for which."""
+        return self._ancestors[node]
 
     def share_computed_ancestor(self, a: Node, b: Node) -> bool:
         """True if both nodes are computed from one value that is itself computed (not an input of the graph)."""

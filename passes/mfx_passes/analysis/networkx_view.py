@@ -36,7 +36,9 @@ def to_networkx(
         findings: what `find_chains` found in it, for the roles of the nodes; without, only momentum calls have one.
         chains: what momentum calls run, by their targets: these also show what is inside. For the step t of a call
             ``momentum_blocks``, the nodes of the branch are ``momentum_blocks.t.NAME``, and the state in which the step
-            ends is ``momentum_blocks.t``, a node of the op ``"momentum_step"`` and the role ``"sum"``.
+            ends is ``momentum_blocks.t``, a node of the op ``"momentum_step"`` and the role ``"sum"``. In a chain of
+            several streams there is ``momentum_blocks.t.NAME`` for each one that the step updates, side by side, with
+            the stream's number as ``stream``.
 
     Example:
         >>> from mfx_passes import find_chains
@@ -69,23 +71,22 @@ def _roles(findings: Findings) -> dict[Node, dict[str, Any]]:
     """Return chain, step and role of every node of a chain; the chains come outermost first, the innermost decides."""
     roles: dict[Node, dict[str, Any]] = {}
     for chain in findings.chains:
-        roles.setdefault(chain.start, {"chain": chain.name, "step": 0, "role": "skip"})
+        for start in chain.starts:
+            roles.setdefault(start, {"chain": chain.name, "step": 0, "role": "skip"})
         for number, step in enumerate(chain.steps):
-            role = {
-                **dict.fromkeys(step.nodes, "branch"),
-                **dict.fromkeys(step.nodes.intersection(step.add.skip_path), "skip"),
-                **dict.fromkeys(_tail(step), "tail"),
-                **dict.fromkeys(step.add.sums, "sum"),
-            }
+            role = dict.fromkeys(step.nodes, "branch")
+            for update in step.updates:
+                role.update(dict.fromkeys(step.nodes.intersection(update.add.skip_path), "skip"))
+            role.update({**dict.fromkeys(_tail(step), "tail"), **dict.fromkeys(step.sums, "sum")})
             roles.update((node, {"chain": chain.name, "step": number, "role": role[node]}) for node in role)
     return roles
 
 
 def _tail(step: Step) -> set[Node]:
-    """Return what a step computes from its sum."""
-    tail: set[Node] = set()
-    for node in sorted(step.nodes - step.add.sums):
-        if any(source is step.add.node or source in tail for source in node.all_input_nodes):
+    """Return what a step computes from its sums."""
+    ends, tail = {update.add.node for update in step.updates}, set[Node]()
+    for node in sorted(step.nodes - step.sums):
+        if any(source in ends or source in tail for source in node.all_input_nodes):
             tail.add(node)
     return tail
 
@@ -118,22 +119,27 @@ def _add_nodes(
 def _add_steps(view: nx.DiGraph, call: Node, names: Mapping[Node, str], chains: Mapping[str, ChainGraphs]) -> list[str]:
     """Add what is inside of a momentum call; return the names of what it returns: end state, taps, side outputs."""
     graphs = chains[str(call.target)]
-    start, captures, *_ = cast(tuple[Any, ...], call.args)
-    states, values = [names[start]], [names[capture] for capture in captures]
+    starts, captures, *_ = cast(tuple[Any, ...], call.args)
+    states = [[names[start] for start in starts]]
+    values = [names[capture] for capture in captures]
     for number, step in enumerate(graphs.steps):
-        name = f"{names[call]}.{number}"
         facts = {"chain": graphs.name, "step": number}
-        x, *others = step.branch.find_nodes(op="placeholder")
-        inner = {x: states[-1], **{node: values[i] for node, i in zip(others, step.captures, strict=True)}}
-        _add_nodes(view, step.branch, inner, chains, f"{name}.", {}, {**facts, "role": "branch"})
+        inputs, before, after = step.branch.find_nodes(op="placeholder"), states[-1], list(states[-1])
+        read = [*(before[stream] for stream in step.reads), *(values[i] for i in step.captures)]
+        inner = dict(zip(inputs, read, strict=True))
+        _add_nodes(view, step.branch, inner, chains, f"{names[call]}.{number}.", {}, {**facts, "role": "branch"})
         (output,) = step.branch.find_nodes(op="output")
-        branch, *sides = cast(tuple[Node, ...], output.args[0])
-        view.add_node(name, op="momentum_step", target="", module=step.path, **facts, role="sum")
-        view.add_edges_from(((states[-1], name), (inner[branch], name)))
-        states.append(name)
-        values += [inner[side] for side in sides]
-    view.add_edge(states[-1], names[call])
-    return [states[-1], *(states[t] for t in graphs.taps), *values[len(captures) :]]
+        results = cast(tuple[Node, ...], output.args[0])
+        for stream, branch, path in zip(step.writes, results, step.paths or (step.path,), strict=False):
+            name = f"{names[call]}.{number}" + (f".{graphs.streams[stream]}" if len(graphs.streams) > 1 else "")
+            own = {**facts, "role": "sum"} if len(graphs.streams) == 1 else {**facts, "role": "sum", "stream": stream}
+            view.add_node(name, op="momentum_step", target="", module=path, **own)
+            view.add_edges_from(((before[stream], name), (inner[branch], name)))
+            after[stream] = name
+        states.append(after)
+        values += [inner[side] for side in results[len(step.writes) :]]
+    view.add_edges_from((end, names[call]) for end in states[-1])
+    return [*states[-1], *(states[t][stream] for t, stream in graphs.taps), *values[len(captures) :]]
 
 
 def _facts(node: Node) -> dict[str, str]:

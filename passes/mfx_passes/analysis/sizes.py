@@ -1,4 +1,4 @@
-"""Sizes of states: all states of a chain share them, so they can be read off its first one."""
+"""Sizes of states: all states of a stream share them, so they can be read off its first one."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch.fx import Graph, Node
 
 from mfx_passes.ir import Chain, Step
 
-# All states of a chain have one shape, dtype and device, but each its own strides and history.
+# All states of a stream have one shape, dtype and device, but each its own strides and history.
 _NOT_SHARED = frozenset({"stride", "requires_grad"})
 
 
@@ -27,7 +27,7 @@ def is_state_size(node: Node, states: Collection[Node], sizes: Collection[Node])
 
 
 def read_sizes_at_start(graph: Graph, chain: Chain, sizes: set[Node], around: Sequence[Step] = ()) -> None:
-    """Have sizes of a chain's states read off its start, outside and by steps that read another step's state.
+    """Have sizes of a chain's states read off its streams' starts, outside and by steps that read another step's state.
 
     The new nodes belong to the steps ``around`` the chain, if it lies in the branch of another one.
 
@@ -40,14 +40,15 @@ def read_sizes_at_start(graph: Graph, chain: Chain, sizes: set[Node], around: Se
         shape_start = x0.shape       # before the chain; step 2 captures it
 
     """
-    states = {chain.start, *chain.states}
+    starts = chain.starts
+    first = dict(zip(starts, starts, strict=True)) | {update.out: starts[update.stream] for update in chain.updates}
     copies: dict[Node, Node] = {}
 
     def copy(node: Node) -> Node:
-        if node in states:
-            return chain.start
+        if node in first:
+            return first[node]
         if node not in copies:
-            after = max((chain.start, *map(copy, node.all_input_nodes)))
+            after = max(map(copy, node.all_input_nodes))
             with graph.inserting_after(after):
                 copies[node] = graph.node_copy(node, copy)
             sizes.add(copies[node])
@@ -59,9 +60,11 @@ def read_sizes_at_start(graph: Graph, chain: Chain, sizes: set[Node], around: Se
     for step in chain.steps:
         for node in sorted(step.nodes):
             for source in node.all_input_nodes:
-                elsewhere = source not in step.nodes and (source in owners or set(source.all_input_nodes) & set(states))
-                if elsewhere and is_state_size(source, states, sizes):
+                elsewhere = source not in step.nodes and (
+                    source in owners or first.keys() & set(source.all_input_nodes)
+                )
+                if elsewhere and is_state_size(source, first, sizes):
                     node.replace_input_with(source, copy(source))
-    for state in chain.states:
-        for reader in [user for user in state.users if user not in owners and is_state_size(user, states, sizes)]:
-            reader.replace_input_with(state, chain.start)
+    for update in chain.updates:
+        for reader in [user for user in update.out.users if user not in owners and is_state_size(user, first, sizes)]:
+            reader.replace_input_with(update.out, first[update.out])

@@ -1,4 +1,4 @@
-"""Find the chains of a graph: assemble steps, check them, cut chains where needed, nest, name and select them."""
+"""Find the chains of a graph: assemble updates, make steps of them, cut chains where needed, nest, name, select."""
 
 from __future__ import annotations
 
@@ -15,13 +15,16 @@ from mfx_passes import paths
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.errors import MfxError
+from mfx_passes.find.check import refused
+from mfx_passes.find.cut import cut_chain
 from mfx_passes.find.nesting import Nesting
 from mfx_passes.find.prepare import Prepared, prepare
 from mfx_passes.find.relayout import remove_unused
 from mfx_passes.find.scaled import without_scaled
-from mfx_passes.find.split import cut_chain
-from mfx_passes.find.steps import assemble
-from mfx_passes.ir import Chain, Findings, Refusal, Rejection, Selection, Step, is_momentum_call
+from mfx_passes.find.schedule import schedule
+from mfx_passes.find.streams import Row, in_order, together
+from mfx_passes.find.updates import assemble, own
+from mfx_passes.ir import Chain, Findings, Grounds, Refusal, Rejection, Selection, Step, Update, is_momentum_call
 
 
 def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selection = Selection()) -> Findings:  # noqa: B008
@@ -46,20 +49,16 @@ def chains_of(prepared: Prepared, selection: Selection) -> Findings:
     index, graph = prepared.index, prepared.index.graph
     sums = {node for add in prepared.adds for node in add.sums}
     mutations = Mutations(index, sums, forward_only=selection.forward_only)
-    rejections, known = list(prepared.rejections), selection.grounds
-    rows: list[list[Step]] = []
+    rejections: list[Rejection] = list(prepared.rejections)
+    rows: list[Row] = []
     for candidate in prepared.candidates:
-        assembled, refused = assemble(candidate, index)
-        rejections += refused
-        for row in assembled:
-            kept, refused = cut_chain(row, index, mutations, known)
-            rejections += refused
-            for part in kept:
-                with_plain, refused = without_scaled(part, index, selection)
-                rows += with_plain
-                rejections += refused
-    _name_steps([step for row in rows for step in row], index, selection.within)
-    chains = [Chain(row) for row in _long_enough(rows, selection.min_steps, rejections)]
+        assembled, rearranged = assemble(candidate, index)
+        rows += assembled
+        rejections += rearranged
+    finder = _Finder(index, mutations, selection, rejections)
+    found = finder.find(rows)
+    _name_updates([update for steps in found for step in steps for update in step.updates], index, selection.within)
+    chains = [Chain(steps) for steps in _long_enough(found, selection.min_steps, rejections)]
     chains = _nest(chains, rejections)
     _name(chains)
     _check_patterns(chains, selection, graph)
@@ -69,12 +68,68 @@ def chains_of(prepared: Prepared, selection: Selection) -> Findings:
     return Findings(chains, rejections, reread, graph)
 
 
-def _name_steps(steps: Iterable[Step], index: GraphIndex, within: str) -> None:
+class _Finder:
+    """Makes chains of rows of updates, and notes why other updates are in none."""
+
+    def __init__(
+        self, index: GraphIndex, mutations: Mutations, selection: Selection, rejections: list[Rejection]
+    ) -> None:
+        self._index, self._mutations, self._selection, self._rejections = index, mutations, selection, rejections
+
+    def find(self, rows: list[Row]) -> list[list[Step]]:
+        """Return the steps of chains; rows that lie partly inside each other's updates are streams of one chain."""
+        found: list[list[Step]] = []
+        least = self._selection.min_steps
+        short = [[row] for row in rows if len(row) < least]
+        for group in [*together([row for row in rows if len(row) >= least], self._index), *short]:
+            lists = schedule(group, self._index)
+            if (pieces := self._without_refused(group)) is not None:
+                found += self.find(pieces) if len(group) > 1 else self._cut(_alone(pieces))
+                continue
+            kept = self._cut(lists)
+            if self._length(kept) < max(map(len, group)):  # apart, the longest row is a chain
+                for update in in_order(group):
+                    own(update, self._index)
+                kept = self._cut(_alone(group))
+            found += kept
+        return found
+
+    def _length(self, lists: Iterable[list[Step]]) -> int:
+        """Return the number of updates in lists of steps that are long enough for a chain."""
+        return sum(len(step.updates) for steps in lists if len(steps) >= self._selection.min_steps for step in steps)
+
+    def _without_refused(self, rows: list[Row]) -> list[Row] | None:
+        """Return the pieces of rows between refused updates; None if none is refused."""
+        known = self._selection.grounds
+        grounds: dict[Update, Grounds] = {}
+        for update in in_order(rows):
+            if why := known.get(update.add.node.name) or refused(update, self._index, self._mutations):
+                grounds[update] = why
+        self._rejections += [Rejection(update.add.node, *why) for update, why in grounds.items()]
+        pieces = [list(piece) for row in rows for is_out, piece in groupby(row, grounds.__contains__) if not is_out]
+        return pieces if grounds else None
+
+    def _cut(self, lists: Iterable[list[Step]]) -> list[list[Step]]:
+        kept: list[list[Step]] = []
+        for steps in lists:
+            for part in cut_chain(steps, self._index, self._mutations):
+                with_plain, rejections = without_scaled(part, self._index, self._selection)
+                self._rejections += rejections
+                kept += with_plain
+        return kept
+
+
+def _alone(rows: Iterable[Row]) -> list[list[Step]]:
+    """Return rows as steps of one update each."""
+    return [[Step.of([update]) for update in row] for row in rows]
+
+
+def _name_updates(updates: Iterable[Update], index: GraphIndex, within: str) -> None:
     counts: Counter[str] = Counter()
-    for step in sorted(steps, key=lambda step: index.position[step.add.node]):
-        step.path = paths.join(within, step.path)
-        counts[step.path] += 1
-        step.name = f"{step.path}:{counts[step.path]}"
+    for update in sorted(updates, key=lambda update: index.position[update.add.node]):
+        update.path = paths.join(within, update.path)
+        counts[update.path] += 1
+        update.name = f"{update.path}:{counts[update.path]}"
 
 
 def _long_enough(rows: Iterable[list[Step]], min_steps: int, rejections: list[Rejection]) -> list[list[Step]]:
@@ -85,7 +140,7 @@ def _long_enough(rows: Iterable[list[Step]], min_steps: int, rejections: list[Re
             continue
         refusal = Refusal.SINGLE if len(row) == 1 else Refusal.SHORT
         facts = {"steps": len(row), "min_steps": min_steps}
-        rejections += [Rejection(step.add.node, refusal, facts) for step in row]
+        rejections += [Rejection(update.add.node, refusal, facts) for step in row for update in step.updates]
     return kept
 
 
@@ -94,7 +149,7 @@ def _nest(chains: Iterable[Chain], rejections: list[Rejection]) -> list[Chain]:
     nesting = Nesting()
     for chain in sorted(chains, key=lambda chain: -len(chain.nodes)):
         if not nesting.add(chain):
-            rejections += [Rejection(step.add.node, Refusal.CROSSING) for step in chain.steps]
+            rejections += [Rejection(update.add.node, Refusal.CROSSING) for update in chain.updates]
     return nesting.chains
 
 
@@ -102,7 +157,7 @@ def _name(chains: Sequence[Chain]) -> None:
     """Name each chain after the longest common module path of its steps, with ``#2`` and so on to be unique."""
     taken = {chain.name for chain in chains}
     counts: Counter[str] = Counter()
-    for chain in sorted(chains, key=lambda chain: chain.start):
+    for chain in sorted(chains, key=lambda chain: chain.starts[0]):
         base = paths.common(step.path for step in chain.steps) or "root"
         while not chain.name:
             counts[base] += 1
@@ -119,7 +174,7 @@ def _select(chains: list[Chain], selection: Selection, rejections: list[Rejectio
             selected.append(chain)
             continue
         left_out = [step for group, row in rows for step in row if group is None]
-        rejections += [Rejection(step.add.node, Refusal.LEFT_OUT) for step in left_out]
+        rejections += [Rejection(update.add.node, Refusal.LEFT_OUT) for step in left_out for update in step.updates]
         kept = [row for group, row in rows if group is not None]
         selected += [Chain(row) for row in _long_enough(kept, selection.min_steps, rejections)]
     _name(selected)
@@ -127,8 +182,8 @@ def _select(chains: list[Chain], selection: Selection, rejections: list[Rejectio
 
 
 def _check_patterns(chains: Sequence[Chain], selection: Selection, graph: Graph) -> None:
-    steps = [step for chain in chains for step in chain.steps]
-    known = {chain.name for chain in chains} | {name for step in steps for name in (step.path, step.name)}
+    updates = [update for chain in chains for update in chain.updates]
+    known = {chain.name for chain in chains} | {name for update in updates for name in (update.path, update.name)}
     # A pattern may mean a chain in another part of the model, or one that was rewritten before.
     if selection.within or selection.partial or any(map(is_momentum_call, graph.nodes)):
         return
@@ -139,10 +194,12 @@ def _check_patterns(chains: Sequence[Chain], selection: Selection, graph: Graph)
 
 
 def _group(chain: Chain, selection: Selection, step: Step) -> int | None:
-    """Return which patterns of ``only`` name a step, 0 without any; None if it is left out."""
+    """Return which patterns of ``only`` name an update of a step, 0 without any; None if it is left out."""
 
     def named(pattern: str) -> bool:
-        return step.name == pattern or fnmatchcase(chain.name, pattern) or _fits(step.path, pattern)
+        return fnmatchcase(chain.name, pattern) or any(
+            update.name == pattern or _fits(update.path, pattern) for update in step.updates
+        )
 
     if any(map(named, selection.skip)):
         return None

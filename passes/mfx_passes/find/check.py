@@ -1,4 +1,4 @@
-"""The side conditions of a step, one function each: None, or the refusal with its facts."""
+"""The side conditions of an update, one function each: None, or the refusal with its facts."""
 
 from __future__ import annotations
 
@@ -11,44 +11,44 @@ from torch.fx import Node
 
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutation, Mutations
-from mfx_passes.ir import Grounds, Refusal, Step
+from mfx_passes.ir import Grounds, Refusal, Update
 from mfx_passes.ops import sums
 
-Check = Callable[[Step, GraphIndex, Mutations], Grounds | None]
+Check = Callable[[Update, GraphIndex, Mutations], Grounds | None]
 
 
-def changes_input(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
+def changes_input(update: Update, index: GraphIndex, mutations: Mutations) -> Grounds | None:
     """Refuse a branch that writes into its input or a capture: recomputation would write again.
 
     Without recomputation it may write into what nothing else reads, as into its own part of a cache.
     """
-    outside = set(step.inputs())
-    for mutation in mutations.at(index.sorted(step.nodes - step.add.sums)):
-        if mutation.family & outside and not (mutations.forward_only and _is_read_by(step, mutation)):
+    outside = {update.skip, *(node for node in update.reads if node.op != "get_attr")}
+    for mutation in mutations.at(index.sorted(update.nodes - update.add.sums)):
+        if mutation.family & outside and not (mutations.forward_only and _is_read_by(update, mutation)):
             return Refusal.CHANGES_INPUT, {"node": mutation.node.name}
     return None
 
 
-def _is_read_by(step: Step, mutation: Mutation) -> bool:
+def _is_read_by(update: Update, mutation: Mutation) -> bool:
     """True if this step alone reads the memory that is changed in it; the graph may return it."""
     readers = {user for node in {*mutation.family, mutation.node} for user in node.users if user.op != "output"}
-    return step.skip not in mutation.family and readers <= step.nodes
+    return update.skip not in mutation.family and readers <= update.nodes
 
 
-def changed_later(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
+def changed_later(update: Update, index: GraphIndex, mutations: Mutations) -> Grounds | None:
     """Refuse a branch that reads a value that is changed later: recomputation comes after the whole forward pass."""
-    start = index.position[step.skip]
-    for mutation in mutations.touching([step.skip, *step.reads]):
-        inside = mutation.node in step.nodes or mutation.node in step.add.sums
+    start = index.position[update.skip]
+    for mutation in mutations.touching([update.skip, *update.reads]):
+        inside = mutation.node in update.nodes or mutation.node in update.add.sums
         if not inside and index.position[mutation.node] > start:
             return Refusal.CHANGED_LATER, {"node": mutation.node.name}
     return None
 
 
-def changes_state(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
+def changes_state(update: Update, index: GraphIndex, mutations: Mutations) -> Grounds | None:
     """Refuse a state that is changed in place, by the sum or after it, and read through another view afterwards."""
-    after = [mutation for mutation in mutations.touching([step.out]) if mutation.node not in step.nodes]
-    for mutation in [*mutations.at(index.sorted(step.add.sums)), *after]:
+    after = [mutation for mutation in mutations.touching([update.out]) if mutation.node not in update.nodes]
+    for mutation in [*mutations.at(index.sorted(update.add.sums)), *after]:
         if any(alias.op in ("placeholder", "get_attr") for alias in mutation.family):
             return Refusal.LIVES_OUTSIDE, {"node": mutation.node.name}
         if any(index.is_read_after(alias, mutation.node) for alias in mutation.family):
@@ -56,9 +56,9 @@ def changes_state(step: Step, index: GraphIndex, mutations: Mutations) -> Ground
     return None
 
 
-def narrows(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
+def narrows(update: Update, index: GraphIndex, mutations: Mutations) -> Grounds | None:
     """Refuse an in-place sum that keeps the dtype of its operand where x + f(x) would not."""
-    for node in index.sorted(step.add.sums):
+    for node in index.sorted(update.add.sums):
         if sums.out_of_place(node) == node.target:
             continue
         dtypes = {dtype for term in sums.terms(node) or () for factor in term.factors if (dtype := _dtype(factor))}
@@ -77,9 +77,9 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def changes_shape(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
+def changes_shape(update: Update, index: GraphIndex, mutations: Mutations) -> Grounds | None:
     """Refuse a step that does not keep shape, dtype and device of the state; only if shapes are known."""
-    before, after = _facts(step.skip), _facts(step.out)
+    before, after = _facts(update.skip), _facts(update.out)
     if before is None or after is None:
         return None
     dtype = before[1]
@@ -90,8 +90,8 @@ def changes_shape(step: Step, index: GraphIndex, mutations: Mutations) -> Ground
         }
     if before != after:
         return Refusal.CHANGES_SHAPE, {"before": _describe(before), "after": _describe(after)}
-    branch = _broadcast_shape(step.add.branch)
-    if step.kind == "residual" and branch is not None and branch != before[0]:
+    branch = _broadcast_shape(update.add.branch)
+    if update.kind == "residual" and branch is not None and branch != before[0]:
         return Refusal.BROADCAST, {"branch": str(branch), "stream": str(before[0])}
     return None
 
@@ -117,6 +117,6 @@ def _describe(facts: tuple[tuple[int, ...], torch.dtype, torch.device]) -> str:
 CHECKS: tuple[Check, ...] = (changes_input, changed_later, changes_state, changes_shape, narrows)
 
 
-def refused(step: Step, index: GraphIndex, mutations: Mutations) -> Grounds | None:
-    """Return the first refusal of a step, or None."""
-    return next((grounds for check in CHECKS if (grounds := check(step, index, mutations))), None)
+def refused(update: Update, index: GraphIndex, mutations: Mutations) -> Grounds | None:
+    """Return the first refusal of an update, or None."""
+    return next((grounds for check in CHECKS if (grounds := check(update, index, mutations))), None)

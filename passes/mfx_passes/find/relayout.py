@@ -32,7 +32,7 @@ from torch.fx import Graph, Node
 
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.find.residual_adds import Candidate, Link
-from mfx_passes.find.steps import restored, starts_before_relayout
+from mfx_passes.find.updates import restored, starts_before_relayout
 from mfx_passes.ir import Chain
 from mfx_passes.ops import vocabulary
 from mfx_passes.ops.joins import joined
@@ -83,7 +83,7 @@ def insert_detours(spans: Iterable[Span], index: GraphIndex) -> list[Detour]:
 
 def remove_unused(detours: Iterable[Detour], chains: Sequence[Chain], graph: Graph) -> dict[Node, Node]:
     """Take out the detours that are in no chain; return the states of the others and what is read in their place."""
-    used = {node for chain in chains for node in (chain.start, *chain.nodes)}
+    used = {node for chain in chains for node in (*chain.starts, *chain.nodes)}
     kept = {}
     for detour in reversed(list(detours)):  # a later one may read shapes on the way of an earlier one
         if used.isdisjoint(detour.nodes):

@@ -1,12 +1,12 @@
 """The data that the passes hand to each other: residual adds, steps and chains of them, findings and rejections.
 
-The ground floor: it imports nothing of `mfx_passes`.
+The ground floor: it imports nothing of `mfx_passes` but `paths`.
 """
 
 from mfx_passes.ir.findings import Facts, Findings, Grounds, Rejection, Selection
 from mfx_passes.ir.nodes import enclosing_path, is_momentum_call, momentum_chain, source_line, tag_momentum_call
 from mfx_passes.ir.refusals import Refusal
-from mfx_passes.ir.steps import Chain, ChainGraphs, Kind, ModuleCall, ResidualAdd, Step, StepGraphs
+from mfx_passes.ir.steps import Chain, ChainGraphs, Kind, ModuleCall, ResidualAdd, Step, StepGraphs, Update, outside
 
 __all__ = [
     "Chain",
@@ -22,9 +22,11 @@ __all__ = [
     "Selection",
     "Step",
     "StepGraphs",
+    "Update",
     "enclosing_path",
     "is_momentum_call",
     "momentum_chain",
+    "outside",
     "source_line",
     "tag_momentum_call",
 ]

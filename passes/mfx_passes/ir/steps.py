@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch.fx import Graph, Node
+
+from mfx_passes import paths
 
 Kind = Literal["residual", "map"]
 
@@ -52,42 +55,94 @@ class ResidualAdd:
 
 
 @dataclass(eq=False)
-class Step:
-    """One residual step: from the state ``skip`` to the state ``out``.
+class Update:
+    """One residual update of a stream: from the state ``skip`` to the state ``out``.
 
     Args:
         add: its residual add, as it was found.
         skip: the node that holds the state it starts from.
         term: the skip as the sum reads it, after value-preserving operations.
+        tail: the operations on the sum, in order, that belong to the update.
         out: the node that holds the state it ends in: the sum itself, or the end of its tail.
         nodes: all nodes it owns: branch, sum and tail, and those that are computed for it alone.
         kind: ``"residual"``: a branch f is added to the state; ``"map"``: a map h replaces it, and f = h(x) - x.
         path: longest common module path of its branch.
-        name: its path, and its number among the steps of this path: ``blocks.0:2``.
+        name: its path, and its number among the updates of this path: ``blocks.0:2``.
+        stream: the number of its stream in the chain.
     """
 
     add: ResidualAdd
     skip: Node
     term: Node
+    tail: tuple[Node, ...]
     out: Node
     nodes: set[Node]
     kind: Kind
-    path: str
+    path: str = ""
     name: str = ""
+    stream: int = 0
 
     @property
     def reads(self) -> list[Node]:
         """The nodes outside that its nodes read, in program order."""
-        return sorted({source for node in self.nodes for source in node.all_input_nodes} - self.nodes)
+        return outside(self.nodes)
 
-    def inputs(self) -> list[Node]:
-        """Return its state first, then its captures: what it reads from outside, without parameters and buffers."""
-        return [self.skip, *(node for node in self.reads if node is not self.skip and node.op != "get_attr")]
+
+@dataclass(eq=False)
+class Step:
+    """Updates that run together: all branches read the states from before, then every stream moves on.
+
+    Args:
+        updates: one for each of some streams of a chain, in the order of the streams.
+        nodes: all nodes they own; a node that several of them need is there once.
+    """
+
+    updates: tuple[Update, ...]
+    nodes: set[Node]
+
+    @classmethod
+    def of(cls, updates: Iterable[Update]) -> Step:
+        """Return the step of some updates."""
+        updates = tuple(updates)
+        return cls(updates, set().union(*(update.nodes for update in updates)))
+
+    @property
+    def path(self) -> str:
+        """The longest common module path of its updates."""
+        return paths.common(update.path for update in self.updates)
+
+    @property
+    def skips(self) -> list[Node]:
+        """The nodes that hold the states it starts from."""
+        return [update.skip for update in self.updates]
+
+    @property
+    def outs(self) -> list[Node]:
+        """The nodes that hold the states it ends in."""
+        return [update.out for update in self.updates]
+
+    @property
+    def sums(self) -> set[Node]:
+        """The nodes of its residual sums."""
+        return set().union(*(update.add.sums for update in self.updates))
+
+    @property
+    def reads(self) -> list[Node]:
+        """The nodes outside that its nodes read, in program order."""
+        return outside(self.nodes)
+
+
+def outside(nodes: Collection[Node]) -> list[Node]:
+    """Return the nodes that some nodes read and that are not among them, in program order."""
+    return sorted({source for node in nodes for source in node.all_input_nodes}.difference(nodes))
 
 
 @dataclass(eq=False)
 class Chain:
-    """Consecutive residual steps: the state one ends in is the state the next starts from.
+    """Consecutive residual steps of one or several streams.
+
+    The state in which one update of a stream ends is the state from which the next starts. A step may read the present
+    states of all streams.
 
     Args:
         steps: at least one, in the order they run.
@@ -97,15 +152,39 @@ class Chain:
     steps: list[Step]
     name: str = ""
 
-    @property
-    def start(self) -> Node:
-        """The node that holds the state before the first step."""
-        return self.steps[0].skip
+    def __post_init__(self) -> None:
+        numbers: dict[Node, int] = {}  # streams by their present states
+        for update in self.updates:
+            update.stream = numbers[update.out] = numbers.pop(update.skip, len(numbers))
 
     @property
-    def states(self) -> list[Node]:
-        """The nodes that hold the states after each step."""
-        return [step.out for step in self.steps]
+    def updates(self) -> list[Update]:
+        """The updates of all steps."""
+        return [update for step in self.steps for update in step.updates]
+
+    @property
+    def starts(self) -> list[Node]:
+        """The nodes that hold the streams' first states."""
+        starts: dict[int, Node] = {}
+        for update in self.updates:
+            starts.setdefault(update.stream, update.skip)
+        return [starts[stream] for stream in sorted(starts)]
+
+    @property
+    def ends(self) -> list[Node]:
+        """The nodes that hold the streams' last states."""
+        ends = {update.stream: update.out for update in self.updates}
+        return [ends[stream] for stream in sorted(ends)]
+
+    @property
+    def states(self) -> list[list[Node]]:
+        """The nodes that hold the present states of all streams, before the first step and after each."""
+        states = [self.starts]
+        for step in self.steps:
+            states.append(list(states[-1]))
+            for update in step.updates:
+                states[-1][update.stream] = update.out
+        return states
 
     @property
     def nodes(self) -> set[Node]:
@@ -115,26 +194,40 @@ class Chain:
 
 @dataclass(frozen=True, eq=False)
 class StepGraphs:
-    """A step cut out of its model, as graphs that take ``(x, *captures)`` and return ``(value, *side_outputs)``.
+    """A step cut out of its model, as graphs of its own.
+
+    They take ``(*states, *captures)`` and return ``(*values, *side_outputs)``, one value for each stream that it
+    updates.
 
     Args:
         path: longest common module path of its nodes; empty if it lies in the root.
-        kind: ``"residual"`` for x + f(x), ``"map"`` for h(x).
-        branch: f(x) for the kind ``"residual"``, h(x) for ``"map"``.
-        original: the step as the user wrote it; the same graph as ``branch`` for the kind ``"map"``.
+        kinds: for each value, ``"residual"`` for x + f(x), ``"map"`` for h(x).
+        branch: values f(x) for the kind ``"residual"``, h(x) for ``"map"``.
+        original: the step as the user wrote it; the same graph as ``branch`` if all its kinds are ``"map"``.
         captures: numbers of the chain's captures that it reads, in the order of its inputs; numbers past these are side
             outputs of earlier steps (sizes that one branch computed and a later one reads), counted from the first on.
         targets: dotted paths of the modules and tensors it reads, through inner chain calls, too.
         sides: names of its side outputs.
+        reads: numbers of the streams whose states it takes.
+        writes: numbers of the streams that it updates.
+        paths: for each value, the longest common module path of its branch; empty if there is but one.
     """
 
     path: str
-    kind: Kind
+    kinds: tuple[Kind, ...]
     branch: Graph
     original: Graph
     captures: tuple[int, ...]
     targets: tuple[str, ...]
     sides: tuple[str, ...]
+    reads: tuple[int, ...] = (0,)
+    writes: tuple[int, ...] = (0,)
+    paths: tuple[str, ...] = ()
+
+    @property
+    def kind(self) -> str:
+        """The kinds of its values."""
+        return "+".join(sorted(set(self.kinds)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -144,9 +237,17 @@ class ChainGraphs:
     Args:
         name: unique in its model.
         steps: the steps, first to last.
-        taps: numbers t of the states x[t] that are read outside (0 < t < number of steps).
+        taps: pairs (t, stream) for each state that is read outside after t steps, though its stream moves on later.
+        streams: names of the streams, as the model's code has their first states.
     """
 
     name: str
     steps: tuple[StepGraphs, ...]
-    taps: tuple[int, ...]
+    taps: tuple[tuple[int, int], ...]
+    streams: tuple[str, ...] = ("x",)
+
+    @property
+    def updates(self) -> tuple[int, ...]:
+        """The number of updates of each stream."""
+        counts = Counter(stream for step in self.steps for stream in step.writes)
+        return tuple(counts[stream] for stream in range(len(self.streams)))

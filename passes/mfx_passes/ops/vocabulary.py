@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -237,3 +238,30 @@ def signature(node: Node, modules: Modules) -> Any:
     if node.op == "call_module":
         return type(modules.get(str(node.target)))
     return node.target
+
+
+_DRAWING = re.compile(
+    r"dropout|rand|normal(?!i[sz])|bernoulli|uniform|exponential|geometric|cauchy|poisson|multinomial|rrelu|gumbel|fractional"
+    r"|multi_?head|transformer|gru|lstm|rnn",
+    re.IGNORECASE,
+)
+
+
+def may_draw(node: Node, modules: Modules) -> bool:
+    """True unless a node is known to draw no random numbers: modules and functions that are not torch's may."""
+    if node.op == "call_module":
+        module = modules.get(str(node.target))
+        return module is None or any(
+            not type(each).__module__.startswith("torch.nn.modules") or _DRAWING.search(type(each).__name__)
+            for each in module.modules()
+        )
+    if node.op == "call_method":
+        return _DRAWING.search(str(node.target)) is not None
+    if node.op != "call_function":
+        return False
+    name = getattr(node.target, "__name__", "")
+    if name == "scaled_dot_product_attention":
+        return bool(node.args[4] if len(node.args) > 4 else node.kwargs.get("dropout_p", 0))
+    home = getattr(node.target, "__module__", None) or ""
+    is_known = not home or home.startswith("torch") or home in ("_operator", "builtins", "math")
+    return not is_known or _DRAWING.search(name) is not None

@@ -70,9 +70,9 @@ class _Folder:
         self._replaced: dict[Node, Node] = {}
         self._gone: set[Node] = set()
         self._items: list[Node] = []
-        for step in (step for chain in nesting.chains for step in chain.steps):
-            if step.kind == "residual":
-                self._single |= step.add.sums
+        for update in (update for chain in nesting.chains for update in chain.updates):
+            if update.kind == "residual":
+                self._single |= update.add.sums
 
     def fold(self, call: ModuleCall) -> bool:
         """Fold one call; True also if it lies in one that is folded already."""
@@ -138,7 +138,7 @@ class _Folder:
     def _may_read(self, unread: Node, nodes: set[Node]) -> bool:
         """True if an argument that the module does not use may be read: it must not become an unchecked capture."""
         holders = self._nesting.holders(next(iter(nodes)))
-        return all(unread in step.nodes or unread in step.inputs() for step in holders)
+        return all(unread in step.nodes or unread in step.skips or unread in step.reads for step in holders)
 
     def _replace(self, output: Any, value: Node, nodes: set[Node], steps: list[Step]) -> None:
         """Have readers of the call's output, a node or a structure of them, read it from ``value``."""
@@ -164,9 +164,10 @@ class _Folder:
         """Point the steps to what replaced their nodes, and drop the items of outputs that are not read."""
         unread = self._erase_unread_items()
         for step in (step for chain in self._nesting.chains for step in chain.steps):
-            step.skip = self._replaced.get(step.skip, step.skip)
-            step.term = self._replaced.get(step.term, step.term)
-            step.out = self._replaced.get(step.out, step.out)
+            for update in step.updates:
+                update.skip = self._replaced.get(update.skip, update.skip)
+                update.term = self._replaced.get(update.term, update.term)
+                update.out = self._replaced.get(update.out, update.out)
             step.nodes -= unread
 
     def _erase_unread_items(self) -> set[Node]:

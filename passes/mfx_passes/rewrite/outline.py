@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch.fx import Graph, Node
@@ -21,38 +22,70 @@ def outline(chain: Chain, reached: Reached) -> tuple[ChainGraphs, list[Node], li
         chain: the chain.
         reached: what the steps of the chains inside of it read.
     """
-    inside = chain.nodes
-    read = dict.fromkeys(node for step in chain.steps for node in step.inputs()[1:])
-    captures = [node for node in read if node not in inside]
+    inside, states = chain.nodes, chain.states
+    inputs = [_inputs(step, now) for step, now in zip(chain.steps, states, strict=False)]
+    captures = list(dict.fromkeys(node for _, read in inputs for node in read if node not in inside))
     sides = [side_outputs(step) for step in chain.steps]
     position = {node: i for i, node in enumerate([*captures, *(node for side in sides for node in side)])}
-    steps = tuple(_outline_step(step, position, side, reached) for step, side in zip(chain.steps, sides, strict=True))
-    return ChainGraphs(chain.name, steps, _taps(chain)), captures, sides
+    steps = tuple(
+        _outline_step(step, now, read, position, side, reached)
+        for step, now, read, side in zip(chain.steps, states, inputs, sides, strict=False)
+    )
+    streams = ("x",) if len(chain.starts) == 1 else tuple(node.name for node in chain.starts)
+    return ChainGraphs(chain.name, steps, _taps(chain), streams), captures, sides
+
+
+def _inputs(step: Step, states: Sequence[Node]) -> tuple[list[Node], list[Node]]:
+    """Return the present states that a step takes, and its captures: what else it reads but parameters and buffers."""
+    taken = {*step.skips, *step.reads}
+    captures = [node for node in step.reads if node not in states and node.op != "get_attr"]
+    return [state for state in states if state in taken], captures
 
 
 def side_outputs(step: Step) -> list[Node]:
-    """Return the nodes inside a step that are read outside it, but for its end."""
-    return [node for node in sorted(step.nodes) if node is not step.out and not step.nodes.issuperset(node.users)]
+    """Return the nodes inside a step that are read outside it, but for its ends."""
+    ends = step.outs
+    return [node for node in sorted(step.nodes) if node not in ends and not step.nodes.issuperset(node.users)]
 
 
-def _taps(chain: Chain) -> tuple[int, ...]:
-    """Return the numbers of the states that are read by others than the next step."""
-    following = zip(chain.steps, chain.steps[1:], strict=False)
-    return tuple(t for t, (step, after) in enumerate(following, 1) if set(step.out.users) - step.nodes - after.nodes)
+def _taps(chain: Chain) -> tuple[tuple[int, int], ...]:
+    """Return pairs (t, stream) for the states after t steps that others than steps read which find them in place."""
+    born: dict[Node, tuple[int, int]] = {}
+    readers: dict[Node, set[Node]] = defaultdict(set)
+    for t, (step, states) in enumerate(zip(chain.steps, chain.states, strict=False), 1):
+        for state in states:
+            readers[state] |= step.nodes
+        born.update((update.out, (t, update.stream)) for update in step.updates)
+        for update in step.updates:
+            readers[update.out] |= step.nodes
+    ends = chain.ends
+    return tuple(at for state, at in born.items() if state not in ends and set(state.users) - readers[state])
 
 
-def _outline_step(step: Step, captures: dict[Node, int], sides: Sequence[Node], reached: Reached) -> StepGraphs:
-    inputs = step.inputs()
-    original = _graph_of(step, inputs, sides, without_skip=False)
-    branch = original if step.kind == "map" else _graph_of(step, inputs, sides, without_skip=True)
+def _outline_step(
+    step: Step,
+    states: Sequence[Node],
+    inputs: tuple[list[Node], list[Node]],
+    captures: dict[Node, int],
+    sides: Sequence[Node],
+    reached: Reached,
+) -> StepGraphs:
+    taken, read = inputs
+    is_map = all(update.kind == "map" for update in step.updates)
+    names = _argument_names(taken, read)
+    original = _graph_of(step, [*taken, *read], names, sides, without_skip=False)
+    branch = original if is_map else _graph_of(step, [*taken, *read], names, sides, without_skip=True)
     return StepGraphs(
         path=step.path,
-        kind=step.kind,
+        kinds=tuple(update.kind for update in step.updates),
         branch=branch,
         original=original,
-        captures=tuple(captures[node] for node in inputs[1:]),
+        captures=tuple(captures[node] for node in read),
         targets=tuple(dict.fromkeys(_targets(original, reached))),
         sides=tuple(node.name for node in sides),
+        reads=tuple(states.index(state) for state in taken),
+        writes=tuple(update.stream for update in step.updates),
+        paths=tuple(update.path for update in step.updates) if len(step.updates) > 1 else (),
     )
 
 
@@ -66,26 +99,33 @@ def _targets(graph: Graph, reached: Reached) -> Iterator[str]:
             yield from reached.get(str(node.target), ())
 
 
-def _graph_of(step: Step, inputs: Sequence[Node], sides: Sequence[Node], *, without_skip: bool) -> Graph:
-    """Return the step as a graph of its own; without the skip, what it adds to the skip."""
+def _graph_of(
+    step: Step, inputs: Sequence[Node], names: Sequence[str], sides: Sequence[Node], *, without_skip: bool
+) -> Graph:
+    """Return the step as a graph of its own; without the skips, what it adds to them."""
+    terms = {node: update for update in step.updates for node in update.add.sums}
 
     def copy(graph: Graph, node: Node, lookup: Lookup) -> Node:
-        if node not in step.add.sums:
+        if node not in terms:
             return graph.node_copy(node, lookup)
-        return _rest_of_sum(node, step.term, graph, lookup) if without_skip else _sum(node, graph, lookup)
+        update = terms[node]
+        if without_skip and update.kind == "residual":
+            return _rest_of_sum(node, update.term, graph, lookup)
+        return _sum(node, graph, lookup)
 
-    names = _argument_names(inputs)
-    graph, copies = extract(sorted(step.nodes), inputs, (step.out, *sides), names=names, copy=copy)
-    _erase_unread_skip(step, copies, graph)
+    graph, copies = extract(sorted(step.nodes), inputs, (*step.outs, *sides), names=names, copy=copy)
+    _erase_unread_skips(step, copies, graph)
     graph.lint()
     return graph
 
 
-def _argument_names(inputs: Sequence[Node]) -> list[str]:
-    """Return ``x`` for the state, and for captures their own names, changed where they are ``x`` too."""
-    taken = {node.name for node in inputs}
+def _argument_names(states: Sequence[Node], captures: Sequence[Node]) -> list[str]:
+    """Return ``x`` for a state alone; else, and for captures, their own names, changed where they are ``x`` too."""
+    if len(states) > 1:
+        return [node.name for node in (*states, *captures)]
+    taken = {node.name for node in (*states, *captures)}
     names = ["x"]
-    for node in inputs[1:]:
+    for node in captures:
         name = node.name
         while name == "x" or (name != node.name and name in taken):
             name += "_"
@@ -119,9 +159,9 @@ def _inherit(new: Node, old: Node) -> Node:
     return new
 
 
-def _erase_unread_skip(step: Step, copies: dict[Node, Node], graph: Graph) -> None:
-    """Erase value-preserving operations that only the dropped skip went through."""
-    for node in step.add.skip_path:
+def _erase_unread_skips(step: Step, copies: dict[Node, Node], graph: Graph) -> None:
+    """Erase value-preserving operations that only a dropped skip went through."""
+    for node in (node for update in step.updates for node in update.add.skip_path):
         copied = copies.get(node)
         if node in step.nodes and copied is not None and not copied.users:
             graph.erase_node(copied)

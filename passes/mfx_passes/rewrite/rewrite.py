@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Collection, Sequence
-from itertools import pairwise
 from typing import Any
 
 from torch.fx import Graph, Node
@@ -18,9 +17,10 @@ from mfx_passes.rewrite.outline import outline
 Insert = Callable[[ChainGraphs], tuple[str, str | None]]
 """Takes a chain's graphs and returns the name of the module that will run them, a ``call_module`` target.
 
-That module is called with ``(x, captures, roots)``: the state, a tuple of captures, and the attributes of the model
-that the steps reach into, by name. It returns the end state, or a tuple of it, the taps and the side outputs. The other
-name is that of a module that computes the initial velocity from the state, handed over as a fourth argument, or None.
+That module is called with ``(xs, captures, roots)``: a tuple of the streams' states, a tuple of captures, and the
+attributes of the model that the steps reach into, by name. It returns the end states, the taps and the side outputs: a
+tuple, or the only one of them. The other name is that of a module that computes the initial velocity from the states,
+handed over as a fourth argument, or None.
 """
 
 
@@ -35,7 +35,7 @@ def rewrite(graph: Graph, nesting: Nesting, modules: Modules, insert: Insert) ->
     After::
 
         blocks = self.blocks
-        momentum_blocks = self.momentum_blocks(x, (), {"blocks": blocks})
+        momentum_blocks = self.momentum_blocks((x,), (), {"blocks": blocks})
 
     Args:
         graph: the graph, changed in place.
@@ -64,17 +64,18 @@ class _Rewriter:
         self._reached: dict[str, tuple[str, ...]] = {}
 
     def rewrite(self, chain: Chain) -> None:
-        for step in chain.steps:
-            step.skip = self._replaced.get(step.skip, step.skip)
-            step.term = self._replaced.get(step.term, step.term)
+        for update in chain.updates:
+            update.skip = self._replaced.get(update.skip, update.skip)
+            update.term = self._replaced.get(update.term, update.term)
         self._redirect_early_readers(chain)
         graphs, captures, sides = outline(chain, self._reached)
         inside = chain.nodes
         anchor, late = _place(chain, inside, captures)
         call, added = _insert_call(self._graph, graphs, chain, captures, anchor, self._insert)
         self._reached[str(call.target)] = tuple(target for step in graphs.steps for target in step.targets)
-        states = [chain.steps[t - 1].out for t in graphs.taps]
-        outputs = [chain.steps[-1].out, *states, *(node for side in sides for node in side)]
+        states = chain.states
+        taps = [states[t][stream] for t, stream in graphs.taps]
+        outputs = [*states[-1], *taps, *(node for side in sides for node in side)]
         values = _unpack(self._graph, call, outputs)
         _move_behind(values[-1], late)
         self._read_instead(outputs, values, inside)
@@ -93,19 +94,23 @@ class _Rewriter:
         They will run behind the whole chain, but their gradient arrives at the view's place: gradients of a state are
         summed in the same order as before.
         """
-        for step, after in pairwise(chain.steps):
-            readers = list(step.out.users)
-            first = min(node for node in readers if node in after.nodes)
-            early = [node for node in readers if node < first and node not in step.nodes]
-            if not early:
-                continue
-            with self._graph.inserting_before(first):
-                view = self._graph.call_method("view_as", (step.out, step.out))
-            view.meta = dict(step.out.meta)
-            for node in early:
-                node.replace_input_with(step.out, view)
-            for holder in (after, *self._nesting.around(chain)):
-                holder.nodes.add(view)
+        inside = {node: step for step in chain.steps for node in step.nodes}
+        skips = {update.skip: step for step in chain.steps for update in step.updates}
+        for step in chain.steps:
+            for out in [out for out in step.outs if out in skips]:
+                readers = list(out.users)
+                first = min(node for node in readers if node in inside and inside[node] is not step)
+                early = [node for node in readers if node < first and node not in inside]
+                if not early:
+                    continue
+                after = inside[first]
+                with self._graph.inserting_before(first):
+                    view = self._graph.call_method("view_as", (out, out))
+                view.meta = dict(out.meta)
+                for node in early:
+                    node.replace_input_with(out, view)
+                for holder in (after, *self._nesting.around(chain)):
+                    holder.nodes.add(view)
 
     def _read_instead(self, outputs: Sequence[Node], values: Sequence[Node], inside: Collection[Node]) -> None:
         for old, new in zip(outputs, values, strict=True):
@@ -126,9 +131,14 @@ def _place(chain: Chain, inside: set[Node], captures: Sequence[Node]) -> tuple[N
 
     That is where the chain first reads its start, if possible: gradients are summed in the order of the forward pass.
     """
-    readers = [node for node in chain.start.users if node in inside and node.users and not reads_size_only(node)]
+    readers = [
+        node
+        for start in chain.starts
+        for node in start.users
+        if node in inside and node.users and not reads_size_only(node)
+    ]
     for first in (min(readers, default=min(inside)), min(inside)):
-        anchor = max((first.prev, *captures))
+        anchor = max((first.prev, *chain.starts, *captures))
         late = _late_readers(inside, anchor)
         if not late:
             break
@@ -169,15 +179,16 @@ def _insert_call(
             anchor = graph.get_attr(name)
         roots[name] = anchor
     target, velocity = insert(graphs)
-    args: tuple[Any, ...] = (chain.start, tuple(captures), roots)
+    starts = tuple(chain.starts)
+    args: tuple[Any, ...] = (starts, tuple(captures), roots)
     if velocity is not None:
         with graph.inserting_after(anchor):
-            anchor = graph.call_module(velocity, (chain.start,))
+            anchor = graph.call_module(velocity, starts)
         added.append(anchor)
         args = (*args, anchor)
     with graph.inserting_after(anchor):
         call = graph.call_module(target, args)
-    last = chain.steps[-1].out
+    last = chain.steps[-1].outs[-1]
     call.meta = {key: last.meta[key] for key in ("stack_trace", "nn_module_stack", "custom") if key in last.meta}
     tag_momentum_call(call, chain.name)
     return call, [*added, call]

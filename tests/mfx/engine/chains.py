@@ -1,7 +1,7 @@
 """Small chains to test with, and the recurrence they must follow, written with ordinary autograd."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from mfx.engine import (
     ARITHMETICS,
     BLOCK_KERNELS,
-    ChainOutput,
     ChainPlan,
     ChainSettings,
     Kernels,
@@ -19,6 +18,14 @@ from mfx.engine import (
 from mfx.options.gamma import Gamma
 
 WIDTH = 6
+
+
+class Output(NamedTuple):
+    """The output of a chain of one stream."""
+
+    x: Tensor
+    taps: tuple[Tensor, ...]
+    sides: tuple[tuple[Any, ...], ...]
 
 
 class Root(nn.Module):
@@ -57,7 +64,7 @@ def make_steps(
             y, *sides = branch(r, x, *c)
             return (y if kind == "map" else x + y, *sides)
 
-        return StepFunction(f"blocks.{i}", kind, branch, original, tuple(captures), (f"blocks.{i}",))
+        return StepFunction(f"blocks.{i}", (kind,), branch, original, tuple(captures), (f"blocks.{i}",))
 
     return [step(i) for i in range(len(root.blocks))]
 
@@ -74,9 +81,10 @@ def run(
     velocity: Tensor | str | None = None,
     verify: str = "raise",
     kernels: Kernels = BLOCK_KERNELS,
+    taps: Sequence[int] = (),
     **call: Any,
-) -> ChainOutput:
-    """``run_chain`` with a float γ, and a verification that raises; ``memory_budget`` is 0.0, 1.0 or a plan."""
+) -> Output:
+    """``run_chain`` on one stream with a float γ, and a verification that raises; the budget is 0.0, 1.0 or a plan."""
     plan = memory_budget if isinstance(memory_budget, ChainPlan) else None
     settings = ChainSettings(
         gamma if isinstance(gamma, Gamma) else Gamma.of(gamma),
@@ -86,8 +94,10 @@ def run(
         plan=ChainPlan.keep_all(len(steps)) if memory_budget == 1.0 else plan,
         kernels=kernels,
     )
-    v0 = velocity if isinstance(velocity, Tensor) else None
-    return run_chain("blocks", steps, x, captures, root, settings, v0=v0, **call)
+    v0 = [velocity] if isinstance(velocity, Tensor) else None
+    pairs = [(t, 0) for t in taps]
+    found = run_chain("blocks", steps, [x], captures, root, settings, v0=v0, taps=pairs, **call)
+    return Output(*found.xs, found.taps, found.sides)
 
 
 def recurrence(
@@ -99,18 +109,18 @@ def recurrence(
     gamma: float = 0.9,
     velocity: Any = None,
     taps: Sequence[int] = (),
-) -> ChainOutput:
+) -> Output:
     """The oracle: v ← γ·v + (1−γ)·f(x), x ← x + v, in whatever dtype it is given."""
     v = velocity if isinstance(velocity, Tensor) else torch.zeros_like(x)
     xs, sides = [x], []
     for t, step in enumerate(steps):
         y, *side = step.branch(root, x, *(captures[i] for i in step.captures))
-        f = y - x if step.kind == "map" else y
+        f = y - x if step.kinds == ("map",) else y
         v = f if t == 0 and velocity == "residual" else gamma * v + (1 - gamma) * f
         x = x + v
         xs.append(x)
         sides.append(tuple(side))
-    return ChainOutput(x, tuple(xs[t] for t in taps), tuple(sides))
+    return Output(x, tuple(xs[t] for t in taps), tuple(sides))
 
 
 def gradients(loss: Tensor, root: nn.Module, *inputs: Tensor, **kw: Any) -> list[Tensor]:

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mfx
-from mfx.engine import ARITHMETICS, ChainPlan
+from mfx.engine import ARITHMETICS, ChainPlan, ChainSettings, StepFunction, run_chain
 from mfx.options.gamma import Gamma
 from tests.mfx.engine.chains import WIDTH, error, gradients, make_root, make_steps, recurrence, run, weights_like
 from tests.mfx.models import Stack, inputs
@@ -147,3 +147,64 @@ def test_a_recomputation_that_differs_is_an_error_below_the_line_too():
     net.blocks[1].norm2.register_forward_pre_hook(lambda m, args: (args[0] * (1 + 1e-3 * mfx.recomputing()),))
     with pytest.raises(mfx.MfxError, match="did not compute the values of the forward pass"):
         net(inputs()).sum().backward()
+
+
+# --- several streams --------------------------------------------------------------------------------------------------
+
+
+def two_streams(scale=1.0):
+    """Nine updates of one stream, which by itself is walked back, and three of another, which is not."""
+    root = make_root(9)
+
+    def step(i):
+        def branch(r, x, c):
+            f = scale * torch.tanh(r.blocks[i](torch.cat([x, c])))
+            return tuple(f.split([len(x), len(c)]))[: 2 if i < 3 else 1]
+
+        writes = (0, 1) if i < 3 else (0,)
+        kinds = ("residual",) * len(writes)
+        return StepFunction(f"{i}", kinds, branch, branch, (), (f"blocks.{i}",), reads=(0, 1), writes=writes)
+
+    return root, [step(i) for i in range(9)]
+
+
+def rows(*counts):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(n, WIDTH, generator=generator).requires_grad_() for n in counts]
+
+
+def run_streams(root, steps, xs, plan=None):
+    return run_chain(
+        "blocks", steps, xs, (), root, ChainSettings(NINE, ARITHMETICS["exact"], verify="raise", plan=plan)
+    )
+
+
+# At equal sizes the states of both, 24 + 24 bytes, take as much as 9 + 3 inputs of 4 bytes.
+@pytest.mark.parametrize("counts, is_walked_back", [((5, 4), True), ((4, 4), False), ((4, 5), False)])
+def test_streams_are_walked_back_if_that_takes_less_of_all_of_them(counts, is_walked_back):
+    root, steps = two_streams(scale=1e7)
+    if is_walked_back:
+        with pytest.raises(mfx.MfxError, match="more than arithmetic='exact' can hold"):
+            run_streams(root, steps, rows(*counts))
+    else:
+        assert all(x.isfinite().all() for x in run_streams(root, steps, rows(*counts)).xs)
+
+
+@pytest.mark.parametrize("counts", [(5, 4), (4, 5)])
+def test_every_plan_of_several_streams_computes_the_same_bits(counts):
+    root, steps = two_streams()
+    some, results = frozenset({0, 8}), []
+    plans = [ChainPlan(k, from_inputs) for k in (frozenset(), some) for from_inputs in (False, True)]
+    for plan in (ChainPlan.keep_all(9), None, *plans):
+        xs = rows(*counts)
+        out = run_streams(root, steps, xs, plan).xs
+        loss = sum((x.double() * weights_like(x.double())).sum() for x in out)
+        results.append([*(x.detach() for x in out), *gradients(loss, root, *xs)])
+    assert all(torch.equal(a, b) for found in results[1:] for a, b in zip(results[0], found, strict=True))
+    wide, ys, v = copy.deepcopy(root).double(), [x.detach().double() for x in rows(*counts)], [0.0, 0.0]
+    for step in steps:
+        for stream, f in zip(step.writes, step.branch(wide, *ys), strict=True):
+            v[stream] = 0.9 * v[stream] + 0.1 * f
+        for stream in step.writes:
+            ys[stream] = ys[stream] + v[stream]
+    assert error(results[0][:2], ys) < 1e-5

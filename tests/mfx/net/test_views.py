@@ -9,6 +9,7 @@ from torch import nn
 import mfx
 from mfx.cli import main
 from mfx.compiler.backend import momentum
+from mfx.engine import Stream
 from mfx.net.views import last_views, views_of
 from tests.mfx.models import Stack, inputs
 
@@ -44,7 +45,7 @@ def test_a_net_has_one_whole_view(build, args):
     assert (view.title, view.path, view.is_whole) == ("", "", True)
     assert [call.chain for call in view.calls.values()] == ["blocks"] == [c.name for c in view.findings().chains]
     assert list(view.graphs()) == ["train"]
-    assert view.streams == ({"blocks": ((2, 8), torch.float32)} if args else {})
+    assert view.streams == ({"blocks": (Stream((2, 8), torch.float32, 6),)} if args else {})
     assert set(view.calls) <= {str(node.target) for node in view.graph_module().graph.nodes}
     assert not set(view.calls) & {str(node.target) for node in view.captured().nodes}
 
@@ -91,7 +92,7 @@ def test_a_graph_module_that_was_rewritten_is_its_own_view():
 def test_a_momentum_net_has_no_graph():
     net = mfx.MomentumNet([nn.Linear(8, 8)] * 3)
     (view,) = views(net, inputs())
-    assert view.streams == {"MomentumNet": ((2, 8), torch.float32)}
+    assert view.streams == {"MomentumNet": (Stream((2, 8), torch.float32, 3),)}
     assert list(view.calls) == ["chain"]
     with pytest.raises(mfx.MfxError, match="there is no graph of it"):
         view.graph_module()

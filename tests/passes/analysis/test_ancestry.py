@@ -31,7 +31,7 @@ def graphs(draw):
 
 
 def is_watched(node: Node) -> bool:
-    return len(node.users) > 1 or any(map(terms, node.users))
+    return len(node.users) > 1 or terms(node) is not None or any(map(terms, node.users))
 
 
 @given(graphs())

@@ -53,8 +53,8 @@ def test_a_tail_is_told_from_its_sum():
     _, findings, view = found(PostNorm())
     (chain,) = findings.chains
     for number, step in enumerate(chain.steps):
-        assert chosen(view, step=number, role="sum") == [step.add.node.name]
-        assert chosen(view, step=number, role="tail") == [step.out.name]
+        assert chosen(view, step=number, role="sum") == [step.updates[0].add.node.name]
+        assert chosen(view, step=number, role="tail") == [step.updates[0].out.name]
         (branch,) = chosen(view, step=number, role="branch")
         assert view.nodes[branch]["module"] == f"fs.{number}"
     assert chosen(view, chain=chain.name, role="skip") == ["x"]
@@ -65,7 +65,9 @@ def test_a_view_of_a_state_on_its_way_into_the_sum_is_a_skip():
     second = findings.chains[0].steps[1]
     assert (
         chosen(view, step=1, role="skip")
-        == [node.name for node in sorted(second.nodes) if node is not second.out][: len(second.add.skip_path) - 1]
+        == [node.name for node in sorted(second.nodes) if node is not second.updates[0].out][
+            : len(second.updates[0].add.skip_path) - 1
+        ]
     )
 
 
@@ -74,9 +76,9 @@ def test_the_innermost_chain_decides():
     outer, *inner = findings.chains
     for chain in inner:
         for number, step in enumerate(chain.steps):
-            assert view.nodes[step.add.node.name]["chain"] == chain.name
-            assert view.nodes[step.add.node.name]["step"] == number
-    assert {view.nodes[step.add.node.name]["chain"] for step in outer.steps} == {outer.name}
+            assert view.nodes[step.updates[0].add.node.name]["chain"] == chain.name
+            assert view.nodes[step.updates[0].add.node.name]["step"] == number
+    assert {view.nodes[step.updates[0].add.node.name]["chain"] for step in outer.steps} == {outer.name}
 
 
 def test_shapes_where_they_are_known():
@@ -114,7 +116,7 @@ def test_a_tap_is_read_from_its_state():
     view = inside(result)
     (call,) = chosen(view, role="momentum call")
     assert chain.taps
-    for t in chain.taps:
+    for t, _ in chain.taps:
         (reader,) = set(view.successors(f"{call}.{t - 1}")) - set(chosen(view, step=t))
         assert view.nodes[reader]["target"] == "operator.getitem"
 

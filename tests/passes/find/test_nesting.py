@@ -74,7 +74,7 @@ def test_three_levels() -> None:
         [outermost.steps[0]],
         [outer.steps[0], outermost.steps[0]],
     ]
-    node = inner.steps[1].out
+    node = inner.steps[1].outs[0]
     assert nesting.innermost(node) is inner.steps[1]
     assert nesting.holders(node) == [inner.steps[1], outer.steps[0], outermost.steps[0]]
     assert nesting.holders(case.node("x")) == []
@@ -83,7 +83,7 @@ def test_three_levels() -> None:
 def test_a_chain_partly_inside_a_step_is_not_added() -> None:
     case = traced(Nested())
     outermost, outer, inner = find_chains(case.graph, case.modules).chains
-    inner.steps[0].nodes.add(outermost.steps[1].out)
+    inner.steps[0].nodes.add(outermost.steps[1].outs[0])
     nesting = Nesting([outermost, outer])
     assert not nesting.add(inner)
     assert inner not in nesting.forest
@@ -116,8 +116,8 @@ def test_chains_are_paths_and_rewritten_graphs_have_no_cycle(specs: tuple[ChainS
     found = find_chains(case.graph, case.modules)
     flow = data_flow(found.graph)
     for chain in found.chains:
-        states = [chain.start, *chain.states]
-        assert all(nx.has_path(flow, state, after) for state, after in pairwise(states))
+        for states, after in pairwise(chain.states):
+            assert all(nx.has_path(flow, one, other) for one, other in zip(states, after, strict=True))
     result = rewritten(case)
     assert nx.is_directed_acyclic_graph(data_flow(result.graph))
     for graphs in result.chains:

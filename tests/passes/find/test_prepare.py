@@ -11,9 +11,10 @@ import mfx
 from mfx_passes import Findings, MomentumPass, Selection, find_chains, momentum_pass
 from mfx_passes.find.chains import chains_of
 from mfx_passes.find.prepare import prepare
-from tests.passes.cases import CASES, Windows, make
+from tests.passes.cases import Windows, make
 from tests.passes.harness import PlainRecurrence, code_of, traced
 from tests.passes.refusals import REFUSALS
+from tests.passes.stream_cases import CASES
 
 MODELS = {name: (make(case), [], Selection()) for name, case in CASES.items()} | {
     name: (case.make(), case.example() if case.shapes else [], case.selection) for name, case in REFUSALS.items()
@@ -21,7 +22,7 @@ MODELS = {name: (make(case), [], Selection()) for name, case in CASES.items()} |
 
 
 def described(found: Findings) -> list[object]:
-    states = [(chain.name, [node.name for node in (chain.start, *chain.states)]) for chain in found.chains]
+    states = [(chain.name, [node.name for states in chain.states for node in states]) for chain in found.chains]
     return [states, [str(rejection) for rejection in found.rejections], [*map(str, found.reread.items())]]
 
 

@@ -51,7 +51,7 @@ def test_a_chain_that_stays_in_its_windows_is_left_there() -> None:
     case = traced(Model())
     before = code_of(case.graph)
     (chain,) = find_chains(case.graph, case.modules).chains
-    assert [step.kind for step in chain.steps] == ["residual"] * 3
+    assert [update.kind for update in chain.updates] == ["residual"] * 3
     assert code_of(case.graph) == before
 
 

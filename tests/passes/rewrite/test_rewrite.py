@@ -90,7 +90,7 @@ def test_the_velocity_is_computed_from_the_state() -> None:
     result = rewritten(traced(make(Plain)), velocity="v0")
     (call,) = calls(result.graph)
     assert call.args[3].target == "v0"
-    assert call.args[3].args == (call.args[0],)
+    assert call.args[3].args == call.args[0]
 
 
 def test_whoever_changes_a_tap_gets_a_copy() -> None:

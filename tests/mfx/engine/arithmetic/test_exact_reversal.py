@@ -22,7 +22,7 @@ class Spy:
     def __init__(self, monkeypatch, kind, depth, sizes):
         self.reads, self.gave = [[] for _ in range(depth)], [None] * depth
         self.sizes, self.starts, self.ends = sizes, [], []
-        self.steps = [StepFunction(f"{i}", kind, self.branch(i), None, (), ()) for i in range(depth)]
+        self.steps = [StepFunction(f"{i}", (kind,), self.branch(i), None, (), ()) for i in range(depth)]
         start, is_start = ExactState.start.__func__, ExactState.is_start
 
         def spied_start(cls, x, v, **options):
@@ -45,7 +45,7 @@ class Spy:
             # A spring and a wave, another one at every step: of either sign, and at every depth x and gradients are
             # bounded, as the slope is between −3/4 and −1/4.
             y = self.sizes * torch.sin(x / self.sizes / 4 + i) - x / 2
-            if self.steps[i].kind == "map":
+            if self.steps[i].kinds == ("map",):
                 y = x + y
             self.gave[i] = y.detach().clone()
             return (y,)

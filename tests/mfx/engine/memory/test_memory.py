@@ -61,7 +61,7 @@ def test_nested_chains_do_not_grow_with_the_outer_depth():
             def branch(r, x):
                 return (run(r.inner[i], make_steps(r.inner[i]), r.blocks[i](x), arithmetic="float").x,)
 
-            return StepFunction(f"{i}", "residual", branch, branch, (), (f"blocks.{i}", f"inner.{i}"))
+            return StepFunction(f"{i}", ("residual",), branch, branch, (), (f"blocks.{i}", f"inner.{i}"))
 
         peaks.append(measure(root, [step(i) for i in range(depth)], arithmetic="float")[1])
     assert peaks[1] <= peaks[0] + 0.1

@@ -114,7 +114,7 @@ def test_a_chain_in_a_step_keeps_what_the_step_keeps():
         def branch(r, x):
             return (run(r.inner[i], make_steps(r.inner[i]), r.blocks[i](x), memory_budget=0.5).x,)
 
-        return StepFunction(f"{i}", "residual", branch, branch, (), (f"blocks.{i}", f"inner.{i}"))
+        return StepFunction(f"{i}", ("residual",), branch, branch, (), (f"blocks.{i}", f"inner.{i}"))
 
     def gradients_with(plan):
         x = torch.linspace(-1, 1, 12).view(2, 6).requires_grad_()

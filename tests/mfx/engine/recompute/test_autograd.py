@@ -166,7 +166,7 @@ def test_nested_chains(arithmetic, outer_gamma, taps):
                 return (out.x + sum(out.taps),)
 
             return StepFunction(
-                f"{i}", "residual", branch, lambda r, x: (x + branch(r, x)[0],), (), (f"blocks.{i}", f"inner.{i}")
+                f"{i}", ("residual",), branch, lambda r, x: (x + branch(r, x)[0],), (), (f"blocks.{i}", f"inner.{i}")
             )
 
         return [step(i) for i in range(9)]

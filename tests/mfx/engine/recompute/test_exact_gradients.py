@@ -80,7 +80,7 @@ def nested(depth):
         def branch(r, x):
             return (run(r.inner[i], make_steps(r.inner[i]), r.blocks[i](x), gamma=0.5).x,)
 
-        return StepFunction(f"{i}", "residual", branch, branch, (), (f"blocks.{i}", f"inner.{i}"))
+        return StepFunction(f"{i}", ("residual",), branch, branch, (), (f"blocks.{i}", f"inner.{i}"))
 
     return root, [step(i) for i in range(depth)], ()
 

@@ -10,6 +10,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 import mfx
+from mfx.engine import streams_of
 from mfx.engine.arithmetic.floating import predict
 from mfx.net.forward import forward_of
 from mfx.options.gamma import Gamma
@@ -39,7 +40,7 @@ def storage_of(net, *args):
 def storage_for(net, x):
     """The same without a prediction of all the rest."""
     (call,) = forward_of(net).active.calls.values()
-    return explain_storage(call, tuple(x.shape), x.dtype)
+    return explain_storage(call, tuple(streams_of([x], [step.writes for step in call.graphs.steps])))
 
 
 CASES = {

@@ -188,7 +188,7 @@ def test_long_code_is_cut_and_deletions_are_left_out() -> None:
     net = mfx.momentumize(Stack())
     code = _source(mfx.graphs(net)["train"].graph)
     assert "= None" not in code
-    assert "momentum_blocks = self.momentum_blocks(embed, (), {'blocks': blocks})\n" in code
+    assert "momentum_blocks = self.momentum_blocks((embed,), (), {'blocks': blocks})\n" in code
     page = page_of(mfx.explain(net), mfx.draw(net), code=[("long", "x" * 100_000)])
     assert "… and 40000 characters more" in page
     assert len(page) < 90_000

@@ -97,7 +97,7 @@ def test_one_launch_a_step_forward_and_two_back(monkeypatch, arithmetic, kind):
     """Of torch's operations there are the branch's, here sin, cos and a product, and autograd's sum of gradients."""
 
     def count(depth):
-        steps = [StepFunction(f"{i}", kind, lambda root, x: (x.sin(),), None, (), ()) for i in range(depth)]
+        steps = [StepFunction(f"{i}", (kind,), lambda root, x: (x.sin(),), None, (), ()) for i in range(depth)]
         x = torch.randn(5, 6, device=DEVICE, requires_grad=True)
         monkeypatch.setattr(chain, "notice_overflow", lambda *_: None)  # a CPU looks at every step, others at the last
         # The interpreter, too, is made of operations.
@@ -211,7 +211,9 @@ def test_what_is_out_of_range_and_not_reproducible_is_said():
         net(inputs().to(DEVICE))
     x = torch.randn(4, 6, device=DEVICE, requires_grad=True)
     noise = iter(range(100))
-    steps = [StepFunction(f"{i}", "residual", lambda root, x: (x.sin() + next(noise),), None, (), ()) for i in range(9)]
+    steps = [
+        StepFunction(f"{i}", ("residual",), lambda root, x: (x.sin() + next(noise),), None, (), ()) for i in range(9)
+    ]
     with pytest.raises(mfx.MfxError, match="did not lead back"):
         run(None, steps, x, verify="raise").x.sum().backward()
 

@@ -1,8 +1,8 @@
-"""Make steps of residual adds: their first and last states, and the nodes they own."""
+"""Make updates of residual adds: their first and last states, and the nodes they own."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 
 from torch.fx import Node
@@ -10,32 +10,32 @@ from torch.fx import Node
 from mfx_passes import paths
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.find.residual_adds import Candidate, Link
-from mfx_passes.ir import Refusal, Rejection, Step, enclosing_path
+from mfx_passes.ir import Refusal, Rejection, Update, enclosing_path
 from mfx_passes.ops import sums, vocabulary
 from mfx_passes.ops.step_markers import mapped
 
 
-def assemble(run: Candidate, index: GraphIndex) -> tuple[list[list[Step]], list[Rejection]]:
-    """Return rows of consecutive steps; a row ends where the stream's layout changes for good."""
-    rows: list[list[Step]] = [[]]
+def assemble(run: Candidate, index: GraphIndex) -> tuple[list[list[Update]], list[Rejection]]:
+    """Return rows of consecutive updates; a row ends where the stream's layout changes for good."""
+    rows: list[list[Update]] = [[]]
     rejections: list[Rejection] = []
     for link in run.links:
-        step = _step(link, rows[-1][-1].out, run, index) if rows[-1] else _first_step(link, run, index)
-        if step is None and rows[-1]:
+        update = _update(link, rows[-1][-1].out, run, index) if rows[-1] else _first_update(link, run, index)
+        if update is None and rows[-1]:
             rows.append([])
-            step = _first_step(link, run, index)
-        if step is None:
+            update = _first_update(link, run, index)
+        if update is None:
             rejections.append(Rejection(link.add.node, Refusal.REARRANGED))
             rows.append([])
         else:
-            rows[-1].append(step)
+            rows[-1].append(update)
     return [row for row in rows if row], rejections
 
 
-def _first_step(link: Link, run: Candidate, index: GraphIndex) -> Step | None:
-    """Start the first step of a row before a rearrangement of the skip, if that is undone after the sum."""
+def _first_update(link: Link, run: Candidate, index: GraphIndex) -> Update | None:
+    """Start the first update of a row before a rearrangement of the skip, if that is undone after the sum."""
     starts = (*starts_before_relayout(link, index), link.add.bases[0])
-    return next((step for start in starts if (step := _step(link, start, run, index))), None)
+    return next((update for start in starts if (update := _update(link, start, run, index))), None)
 
 
 def starts_before_relayout(link: Link, index: GraphIndex) -> list[Node]:
@@ -48,7 +48,7 @@ def _moves(node: Node, index: GraphIndex) -> bool:
     return index.layout(node) not in (None, vocabulary.NEUTRAL)
 
 
-def _step(link: Link, skip: Node, run: Candidate, index: GraphIndex) -> Step | None:
+def _update(link: Link, skip: Node, run: Candidate, index: GraphIndex) -> Update | None:
     path = link.add.skip_path
     entry = [index.layout(node) for node in path[: path.index(skip)]]
     end = link.tail[-1] if link.tail else link.add.node
@@ -58,12 +58,27 @@ def _step(link: Link, skip: Node, run: Candidate, index: GraphIndex) -> Step | N
         out, moved = end, []
     if out is None:
         return None
-    nodes, fed = _owned(skip, out, index)
     kind = "map" if moved or link.add.is_scaled or link.add.node.target is mapped else run.kind
-    branch = _towards(out, fed) - link.add.sums - set(link.tail)  # not what only looks at the stream
-    branch -= index.sizes | _towards(path[0], fed) | set(index.skip_path(out))
-    branch -= {node for node in path[0].users if link.add.is_scaled and sums.is_product(node)}
-    return Step(link.add, skip, path[0], out, nodes, kind, paths.common(map(enclosing_path, branch)))
+    update = Update(link.add, skip, path[0], link.tail, out, set(), kind)
+    own(update, index)
+    return update
+
+
+def own(update: Update, index: GraphIndex, states: Collection[Node] = (), feeding: int = 0) -> None:
+    """Give an update the nodes that it owns, and the path of its branch.
+
+    Args:
+        update: the update.
+        index: the graph.
+        states: those of all streams of its chain; each ends what is owned.
+        feeding: bits of the states whose readers must run inside the chain, see `GraphIndex.bits`.
+    """
+    update.nodes, fed = _owned(update.skip, update.out, index, states, feeding)
+    add, term, out = update.add, update.term, update.out
+    branch = _towards(out, fed) - add.sums - set(update.tail)  # not what only looks at the stream
+    branch -= index.sizes | _towards(term, fed) | set(index.skip_path(out))
+    branch -= {node for node in term.users if add.is_scaled and sums.is_product(node)}
+    update.path = paths.common(map(enclosing_path, branch))
 
 
 def _is_back(moved: Sequence[tuple[object, ...] | None]) -> bool:
@@ -113,28 +128,39 @@ def _onwards(end: Node, link: Link, index: GraphIndex) -> list[Node]:
     return onwards
 
 
-def _owned(skip: Node, out: Node, index: GraphIndex) -> tuple[set[Node], set[Node]]:
-    """Return the nodes that a step between two states owns, and those of them that are computed from ``skip``.
+def _owned(
+    skip: Node, out: Node, index: GraphIndex, states: Collection[Node], feeding: int
+) -> tuple[set[Node], set[Node]]:
+    """Return the nodes that an update between two states owns, and those of them that are computed from states.
 
     It owns, of the nodes computed from ``skip``: those that ``out`` needs; those without readers, which are there for
-    their effect (checks, prints, ``copy_`` into a part of a tensor), with the nodes these need. Then sizes of all
-    these. Then nodes that all these alone read (a position bias made of parameters, a key projected from an encoder's
-    output).
+    their effect (checks, prints, ``copy_`` into a part of a tensor), with the nodes these need. Then what these read
+    that is computed from other streams. Then sizes of all these. Then nodes that all these alone read (a position bias
+    made of parameters, a key projected from an encoder's output).
     """
     interval = [node for node in index.between(skip, out) if node.op not in ("placeholder", "get_attr", "output")]
+    ends = set(states) - {out}
     fed = {skip}
     for node in interval:
-        if any(source in fed for source in node.all_input_nodes):
+        if node not in ends and any(source in fed for source in node.all_input_nodes):
             fed.add(node)
     needed = {out, *(node for node in fed if not node.users)}
     for node in reversed(interval):
-        if node in needed:
+        if node in needed and node not in ends:
             needed.update(node.all_input_nodes)
     owned = {node for node in interval if node in fed and node in needed}
+    todo = list(owned) if feeding else []
+    while todo:
+        for source in todo.pop().all_input_nodes:
+            is_given = source in owned or source in ends or source in index.sizes
+            if not is_given and index.ancestors(source) & feeding:
+                owned.add(source)
+                todo.append(source)
+    computed = set(owned)
     for node in interval:
         if node in index.sizes and owned.issuperset(node.all_input_nodes):
             owned.add(node)
     for node in reversed(interval):
-        if node.users and owned.issuperset(node.users):
+        if node.users and node not in ends and owned.issuperset(node.users):
             owned.add(node)
-    return owned, owned & fed
+    return owned, computed

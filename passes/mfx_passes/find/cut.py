@@ -1,45 +1,36 @@
-"""Split rows of steps into rows that one call can run: without refused steps, and cut where the next does not fit."""
+"""Cut steps in a row into rows that one call can run: where the next one needs what the call computes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 from torch.fx import Node
 
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.analysis.sizes import is_state_size
-from mfx_passes.find.check import refused
-from mfx_passes.ir import Grounds, Rejection, Step
+from mfx_passes.ir import Step
 
 
-def cut_chain(
-    row: list[Step], index: GraphIndex, mutations: Mutations, known: Mapping[str, Grounds]
-) -> tuple[list[list[Step]], list[Rejection]]:
-    """Take refused steps out of a row, and cut it where a step needs what is only there after the row has run."""
+def cut_chain(row: Iterable[Step], index: GraphIndex, mutations: Mutations) -> list[list[Step]]:
+    """Cut a row where a step needs what is only there after the row has run."""
     rows: list[OpenChain] = []
-    rejections: list[Rejection] = []
-    open_row: OpenChain | None = None
     for step in row:
-        if grounds := known.get(step.add.node.name) or refused(step, index, mutations):
-            rejections.append(Rejection(step.add.node, *grounds))
-            open_row = None
-            continue
-        if open_row is None or not open_row.accepts(step):
-            open_row = OpenChain(step.skip, index, mutations)
-            rows.append(open_row)
-        open_row.append(step)
-    return [done.steps for done in rows], rejections
+        if not (rows and rows[-1].accepts(step)):
+            rows.append(OpenChain(index, mutations))
+        rows[-1].append(step)
+    return [done.steps for done in rows]
 
 
 class OpenChain:
     """Steps that will be one call, and all that is computed from them, inside and outside of them."""
 
-    def __init__(self, start: Node, index: GraphIndex, mutations: Mutations) -> None:
+    def __init__(self, index: GraphIndex, mutations: Mutations) -> None:
         self.steps: list[Step] = []
         self._index = index
         self._mutations = mutations
-        self._states = {start}
+        self._states: set[Node] = set()
+        self._present: set[Node] = set()  # the states that the next step may read
         self._own: set[Node] = set()
         self._fed: set[Node] = set()  # outside; these run after the call, so they may move past other nodes
         self._read_by_fed: set[Node] = set()
@@ -48,11 +39,13 @@ class OpenChain:
     def append(self, step: Step) -> None:
         """Add a step that the chain accepts."""
         self.steps.append(step)
-        self._states.add(step.out)
+        self._states.update(step.skips, step.outs)
+        self._present.difference_update(step.skips)
+        self._present.update(step.outs)
         self._own |= step.nodes
 
     def accepts(self, step: Step) -> bool:
-        """True if all that the step captures is there before the row begins.
+        """True if all that the step captures is there before the row begins, and the start of a stream that begins.
 
         Sizes need not be: all states share theirs, and what an earlier branch computed of others is handed on.
         """
@@ -60,8 +53,12 @@ class OpenChain:
             return True
         self._look_beside(step)
         sizes, position = self._index.sizes, self._index.position
-        for node in step.inputs()[1:]:
-            if is_state_size(node, self._states, sizes) or (node in self._own and node in sizes):
+        for node in {*step.skips, *step.reads} - self._present:
+            if (
+                node.op == "get_attr"
+                or is_state_size(node, self._states, sizes)
+                or (node in self._own and node in sizes)
+            ):
                 continue
             if node in self._own or node in self._fed:
                 return False
@@ -71,7 +68,8 @@ class OpenChain:
 
     def _look_beside(self, step: Step) -> None:
         """Follow the uses of the row's values outside, up to the end of the next step."""
-        for node in self._index.between(self.steps[-1].skip, step.out):
+        first, last = min(self.steps[-1].nodes), max(step.nodes)
+        for node in self._index.between(first, last):
             if node in self._own or node in step.nodes:
                 continue
             if any(source in self._own or source in self._fed for source in node.all_input_nodes):
