@@ -1,24 +1,29 @@
-"""Print the tables of examples/benchmarks/README.md anew, from the results that the benchmarks wrote.
+"""Print the tables of the benchmarks' page and of the guide anew, from the results that the benchmarks wrote.
 
     python examples/benchmarks/memory.py --json examples/benchmarks/results/memory.json
     python examples/benchmarks/results.py
 
-A table stands between ``<!-- results: NAME -->`` and ``<!-- end -->``, below the command that measured it.
+A table stands between ``<!-- results: NAME -->`` and ``<!-- end -->``, below the command that measured it. The table
+of the residual adds that stay as they were is printed from the code, which decides it.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from examples.benchmarks.command import read_rows
+from mfx_passes.ir import refusals
 
 FOLDER = Path(__file__).parent
-README = FOLDER / "README.md"
+GUIDE = FOLDER.parent / "guide"
+PAGES = (FOLDER / "README.md", GUIDE / "benchmarks.md", GUIDE / "limits.md")
+_COMPARED = re.compile(r"plain|checkpoint, (every block|.*√.*)|momentumnet.*|revtorch|mfx, (gamma=0|float|exact)")
 _BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -31,13 +36,32 @@ def _arithmetic(script: Any, results: Mapping[str, Any]) -> str:
     return str(script.table(*(read_rows(results, row, name) for name, row in rows.items())))
 
 
-_PRINTERS: Mapping[str, Callable[[Any, Mapping[str, Any]], str]] = {"arithmetic": _arithmetic}
+def _compared(script: Any, results: Mapping[str, Any]) -> str:
+    """Print of the memory benchmark's largest size the methods that differ in kind."""
+    rows = read_rows(results, script.Row)
+    batch, depth = max((row.batch, row.depth) for row in rows)
+    lines = ["| method | kept after forward | peak | FLOPs |", "|---|--:|--:|--:|"]
+    lines += [
+        f"| {row.method} | {row.after_forward:.1f} | {row.peak:.1f} | {row.flops:.2f} |"
+        for row in rows
+        if (row.batch, row.depth) == (batch, depth) and _COMPARED.fullmatch(row.method)
+    ]
+    return "\n".join(lines)
+
+
+_PRINTERS: Mapping[str, tuple[str, Callable[[Any, Mapping[str, Any]], str]]] = {
+    "arithmetic": ("arithmetic", _arithmetic),
+    "compared": ("memory", _compared),
+}
 
 
 def tables(name: str) -> str:
-    """Return the command that measured ``results/NAME.json``, and its tables, in Markdown."""
-    results = json.loads((FOLDER / "results" / f"{name}.json").read_text())
-    printed = _PRINTERS.get(name, _plain)(import_module(f"examples.benchmarks.{name}"), results)
+    """Return the command that measured a table, and the table, in Markdown; that of refusals is the code's own."""
+    if name == "refusals":
+        return "\n".join(refusals.table()) + "\n"
+    script, printer = _PRINTERS.get(name, (name, _plain))
+    results = json.loads((FOLDER / "results" / f"{script}.json").read_text())
+    printed = printer(import_module(f"examples.benchmarks.{script}"), results)
     return f"`{results['command']}`, torch {results['torch']}:\n\n{printed}\n"
 
 
@@ -46,5 +70,12 @@ def filled(text: str) -> str:
     return _BLOCK.sub(lambda block: f"{block[1]}\n{tables(block[2])}\n{block[3]}", text)
 
 
+def main(argv: Sequence[str] | None = None) -> None:
+    """Print all pages anew."""
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args(argv)
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
+
+
 if __name__ == "__main__":
-    README.write_text(filled(README.read_text()))
+    main()

@@ -155,8 +155,13 @@ def test_an_exponent_is_that_of_a_power():
     assert passes.exponent(rows, "momentumize") == pytest.approx(1.5)
 
 
-def test_the_tables_of_the_readme_are_those_of_the_results():
-    text = results.README.read_text()
+@pytest.mark.parametrize("page", results.PAGES, ids=lambda page: page.parent.name + "/" + page.name)
+def test_the_tables_of_a_page_are_those_of_the_results(page):
+    text = page.read_text()
+    assert "<!-- results: " in text
     assert results.filled(text) == text
-    named = re.findall(r"<!-- results: (\w+) -->", text)
+
+
+def test_all_results_are_shown():
+    named = re.findall(r"<!-- results: (\w+) -->", results.PAGES[0].read_text())
     assert sorted(named) == sorted(file.stem for file in (results.FOLDER / "results").glob("*.json"))

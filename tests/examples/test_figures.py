@@ -1,17 +1,8 @@
-"""The figure of the README."""
+"""The figures of the README; `tests/test_pages.py` draws them anew."""
 
 import xml.etree.ElementTree as ET
-from pathlib import Path
 
-from examples.figures import how_it_works
-
-README = Path(__file__).parents[2] / "README.md"
-
-
-def test_the_kept_figure_is_what_the_script_draws(tmp_path):
-    drawn = how_it_works.main(["--svg", str(tmp_path / "a.svg")])
-    assert drawn.read_text(encoding="utf-8") == how_it_works.FILE.read_text(encoding="utf-8")
-    assert f"({how_it_works.FILE.relative_to(README.parent)})" in README.read_text(encoding="utf-8")
+from examples.figures import depth, how_it_works
 
 
 def test_everything_is_on_the_paper_and_large_enough_to_read():
@@ -23,3 +14,9 @@ def test_everything_is_on_the_paper_and_large_enough_to_read():
         assert 0 < float(node.get("y")) < how_it_works.HEIGHT
     sizes = [line.split("font-size: ")[1].split("px")[0] for line in how_it_works.STYLE.splitlines() if "px" in line]
     assert min(map(int, sizes)) >= 14
+
+
+def test_the_figure_of_depths_has_a_line_for_each_method():
+    svg = depth.FILE.read_text(encoding="utf-8")
+    assert svg.count('class="line"') == len(depth.WAYS) == 5
+    assert all(words in svg for words, *_ in depth.WAYS.values())

@@ -1,20 +1,19 @@
-"""The README's commands: those of mfx run, at smaller sizes; those that run an example are such as it takes."""
+"""The commands of README and guide: those of mfx run, at smaller sizes; examples take the arguments shown."""
 
 import argparse
 import importlib
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 
 from mfx.cli import main
+from tests.pages import PAGES, ROOT, blocks
 
-ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
-SHELL = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line]
+TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
+SHELL = [line for page in PAGES for block in blocks(page, "bash") for line in block.splitlines() if line]
 MFX = [line for line in SHELL if line.startswith("mfx ")]
-EXAMPLES = sorted(set(re.findall(r"python (examples/[^\s`&]+\.py[^`&\n]*)", README)))
+EXAMPLES = sorted(set(re.findall(r"python (examples/[^\s`&]+\.py[^`&\n]*)", TEXT)))
 
 SMALLER = {
     "resnet101": "resnet18",
@@ -22,6 +21,7 @@ SMALLER = {
     "vit_b_16": "resnet18",
     "8,3,224,224": "2,3,32,32",
     "8,3,64,64": "2,3,32,32",
+    "x3x224x224": "x3x32x32",
     '"num_hidden_layers": 4': '"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 1000, '
     '"intermediate_size": 16',
     ":2,64": ":1,8",
@@ -44,7 +44,7 @@ def test_the_commands_of_mfx(line, tmp_path, monkeypatch, capsys):
 
 
 def test_each_command_of_mfx_is_shown():
-    assert [line.split()[1] for line in MFX] == ["explain", "profile", "draw", "report"]
+    assert {line.split()[1] for line in MFX} == {"explain", "profile", "draw", "report"}
 
 
 class HasRead(Exception):  # noqa: N818
@@ -74,7 +74,7 @@ def test_examples_take_their_arguments(line, monkeypatch):
 
 
 def test_every_script_that_is_named_is_there():
-    named = re.findall(r"examples/[\w/]+\.\w+", README)
+    named = re.findall(r"examples/[\w/]+\.\w+", TEXT)
     assert len(named) > 10
     assert [name for name in named if not (ROOT / name).is_file()] == []
 
@@ -82,5 +82,5 @@ def test_every_script_that_is_named_is_there():
 def test_every_extra_that_is_named_is_there():
     tomllib = pytest.importorskip("tomllib")
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    named = {name for names in re.findall(r"(?:\.|mfx)\[([\w,]+)\]", README) for name in names.split(",")}
+    named = {name for names in re.findall(r"(?:\.|mfx)\[([\w,]+)\]", TEXT) for name in names.split(",")}
     assert {"test", "examples"} <= named <= {*extras}
