@@ -13,6 +13,8 @@ from mfx.modules.buffers import DATA, is_buffer, numbers_of, set_numbers, size_o
 
 ABSENT = object()
 _PLAIN = (bool, int, float, complex, str, bytes, type(None))
+# Their own methods are called, not those of subclasses: a dictionary may import a package when it is iterated over.
+_CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, tuple, deque, set)
 
 
 @dataclass(frozen=True)
@@ -99,16 +101,22 @@ def items(value: Any, most: int) -> Iterable[tuple[str, Any]]:
         value: the holder; a tuple is one, too.
         most: a container of more entries is not looked into.
     """
-    if isinstance(value, dict):
-        named = ((f"[{key!r}]" if isinstance(key, str | int) else "[…]", item) for key, item in value.items())
-        return named if len(value) <= most else ()
-    if isinstance(value, list | tuple | deque | set):
-        return ((f"[{i}]", item) for i, item in enumerate(value)) if len(value) <= most else ()
+    if (own := next((cls for cls in _CONTAINERS if isinstance(value, cls)), None)) is not None:
+        if own.__len__(value) > most:
+            return ()
+        if issubclass(own, dict):
+            return ((f"[{key!r}]" if isinstance(key, str | int) else "[…]", item) for key, item in own.items(value))
+        return ((f"[{i}]", item) for i, item in enumerate(own.__iter__(value)))
     if isinstance(value, CellType | Variable):
         return [("", item) for item in _KINDS[type(value)].read(value) if item is not ABSENT]
     if isinstance(value, type):
         return [(f".{name}", item) for name, item in vars(value).items() if not name.startswith("__")]
     return [(f".{name}", getattr(value, name, None)) for name in slots_of(type(value))]
+
+
+def _read_dict(value: dict[Any, Any]) -> tuple[Any, ...]:
+    cls = OrderedDict if isinstance(value, OrderedDict) else dict
+    return (*cls.keys(value), *cls.values(value))
 
 
 def _write_dict(value: dict[Any, Any], before: tuple[Any, ...]) -> None:
@@ -117,14 +125,17 @@ def _write_dict(value: dict[Any, Any], before: tuple[Any, ...]) -> None:
     cls.update(value, zip(before[: len(before) // 2], before[len(before) // 2 :], strict=True))
 
 
-def _write_sequence(value: Any, before: tuple[Any, ...]) -> None:
-    value.clear()
-    value.extend(before)
+def _sequence(cls: Any) -> _Kind:
+    def write(value: Any, before: tuple[Any, ...]) -> None:
+        cls.clear(value)
+        cls.extend(value, before)
+
+    return _Kind(lambda value: tuple(cls.__iter__(value)), write)
 
 
 def _write_set(value: set[Any], before: tuple[Any, ...]) -> None:
-    value.clear()
-    value.update(before)
+    set.clear(value)
+    set.update(value, before)
 
 
 def _read_cell(cell: CellType) -> tuple[Any, ...]:
@@ -179,14 +190,13 @@ def _write_slots(value: Any, before: tuple[Any, ...]) -> None:
             object.__delattr__(value, name)
 
 
-DICT = _Kind(lambda value: (*value, *dict.values(value)), _write_dict)
-_SEQUENCE = _Kind(tuple, _write_sequence)
+DICT = _Kind(_read_dict, _write_dict)
 VARIABLE = _Kind(lambda variable: (variable.namespace.get(variable.name, ABSENT),), _write_variable)
 _KINDS: dict[type, _Kind] = {
     dict: DICT,
-    list: _SEQUENCE,
-    deque: _SEQUENCE,
-    set: _Kind(tuple, _write_set),
+    list: _sequence(list),
+    deque: _sequence(deque),
+    set: _Kind(lambda value: tuple(set.__iter__(value)), _write_set),
     CellType: _Kind(_read_cell, _write_cell),
     Variable: VARIABLE,
     type: _Kind(_read_class, _write_class),
