@@ -23,6 +23,7 @@ P⁻¹ is made from P, operation by operation and with the shapes met on the way
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise, zip_longest
@@ -34,7 +35,7 @@ from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.find.residual_adds import Candidate, Link
 from mfx_passes.find.updates import restored, starts_before_relayout
 from mfx_passes.ir import Chain
-from mfx_passes.ops import vocabulary
+from mfx_passes.ops import rearrange, vocabulary
 from mfx_passes.ops.joins import joined
 
 
@@ -163,12 +164,35 @@ def _undo(node: Node, before: Node, value: Node, writer: _Writer, index: GraphIn
     if kind == vocabulary.NEUTRAL:
         return value
     if kind == vocabulary.RESHAPE:
-        shape = writer.write("call_function", getattr, (before, "shape"), node, before)
-        return writer.write("call_method", "reshape", (value, shape), node, before)
+        shape = writer.write("call_function", getattr, (before, "shape"), node, _shape(before))
+        return writer.write("call_method", "reshape", (value, shape), node, _value(before))
     name, *dims = kind
+    if name == "rearrange":
+        return _rearrange_back(node, before, value, writer, index)
     if name == "permute":
         dims = sorted(range(len(dims)), key=lambda i: dims[i] % len(dims))
-    return writer.write("call_method", name, (value, *dims), node, before)
+    return writer.write("call_method", name, (value, *dims), node, _value(before))
+
+
+def _rearrange_back(node: Node, before: Node, value: Node, writer: _Writer, index: GraphIndex) -> Node:
+    pattern = rearrange.pattern(node, index.modules)
+    assert pattern is not None
+    text, lengths, dims = pattern.inverse()
+    shape = _shape(before)
+    if dims:
+        sizes = writer.write("call_function", getattr, (before, "shape"), node, shape)
+        for axis, dim in dims.items():
+            length = None if shape is None else shape[dim]
+            lengths[axis] = writer.write("call_function", operator.getitem, (sizes, dim), node, length)
+    return writer.write("call_function", rearrange.function(), (value, text), node, _value(before), lengths)
+
+
+def _value(node: Node) -> Any:
+    return node.meta.get("val")
+
+
+def _shape(node: Node) -> Any:
+    return None if _value(node) is None else _value(node).shape
 
 
 class _Writer:
@@ -179,14 +203,15 @@ class _Writer:
         self._last = behind
         self.nodes: list[Node] = []
 
-    def write(self, op: str, target: Any, args: tuple[Any, ...], described_by: Node, shaped_like: Node) -> Node:
-        """Write a node whose value has the shape of another one's, or is that shape."""
+    def write(
+        self, op: str, target: Any, args: tuple[Any, ...], described_by: Node, value: Any, kwargs: Any = None
+    ) -> Node:
+        """Write a node that has a value, None if that is not known."""
         with self._graph.inserting_after(self._last):
-            node = self._graph.create_node(op, target, args)
+            node = self._graph.create_node(op, target, args, kwargs)
         node.meta = {key: value for key, value in described_by.meta.items() if key != "val"}
-        if "val" in shaped_like.meta:
-            value = shaped_like.meta["val"]
-            node.meta["val"] = value.shape if target is getattr else value
+        if value is not None:
+            node.meta["val"] = value
         return self._appended(node)
 
     def copy(self, node: Node, replaced: dict[Node, Node]) -> Node:

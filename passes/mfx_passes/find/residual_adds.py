@@ -151,10 +151,13 @@ def _link(add: ResidualAdd, starting: dict[Node, list[ResidualAdd]], index: Grap
     """Link a sum to the next: the sum itself is its skip, or the end of a tail."""
     if following := starting.get(add.node):
         return Link(add, (), _next(following))
-    tail: list[Node] = []
+    tail, moved = [], []
     for node in _tail(add.node, index):
         tail.append(node)
-        if following := starting.get(node):
+        if (kind := index.layout(node)) not in (None, vocabulary.NEUTRAL):
+            moved.append(kind)
+        following = starting.get(node)
+        if following and vocabulary.are_undone(moved):
             return Link(add, tuple(tail), _next(following))
     return Link(add)
 
@@ -165,9 +168,14 @@ def _next(following: Sequence[ResidualAdd]) -> ResidualAdd:
 
 
 def _tail(node: Node, index: GraphIndex) -> list[Node]:
-    """Return the single path of tail operations that begins at a node, each on the value of the one before."""
+    """Return the single path of tail operations that begins at a node, each on the value of the one before.
+
+    Rearrangements are among them, as around the LayerNorm of channels of images: a tail ends where they are undone.
+    """
     tail: list[Node] = []
-    while (reader := index.only_reader(node)) is not None and vocabulary.is_tail(reader, index.modules):
+    while (reader := index.only_reader(node)) is not None and (
+        vocabulary.is_tail(reader, index.modules) or index.layout(reader) is not None
+    ):
         if next(source for source in reader.all_input_nodes if source.op != "get_attr") is not node:
             break  # a weight or a bound that is computed: the tail of another value
         tail.append(node := reader)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from itertools import pairwise
 
 from torch.fx import Node
@@ -54,7 +54,7 @@ def _update(link: Link, skip: Node, run: Candidate, index: GraphIndex) -> Update
     end = link.tail[-1] if link.tail else link.add.node
     moved = [kind for kind in entry[::-1] if kind != vocabulary.NEUTRAL]
     out = restored(end, moved, link, index) if moved else end
-    if out is None and _is_back(moved):
+    if out is None and vocabulary.are_undone(moved):
         out, moved = end, []
     if out is None:
         return None
@@ -79,17 +79,6 @@ def own(update: Update, index: GraphIndex, states: Collection[Node] = (), feedin
     branch -= index.sizes | _towards(term, fed) | set(index.skip_path(out))
     branch -= {node for node in term.users if add.is_scaled and sums.is_product(node)}
     update.path = paths.common(map(enclosing_path, branch))
-
-
-def _is_back(moved: Sequence[tuple[object, ...] | None]) -> bool:
-    """True if rearrangements undo each other already (for reshapes: if the shape is restored)."""
-    pending: list[tuple[object, ...]] = []
-    for kind in moved:
-        if pending and kind is not None and vocabulary.undoes(kind, pending[-1]):
-            pending.pop()
-        else:
-            pending.append(kind or ())
-    return not pending
 
 
 def _towards(node: Node, nodes: set[Node]) -> set[Node]:

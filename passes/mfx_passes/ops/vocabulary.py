@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import operator
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
+from mfx_passes.ops import rearrange
 from mfx_passes.ops.joins import joined
 
 Modules = Mapping[str, nn.Module]
@@ -110,10 +111,13 @@ def layout(node: Node, modules: Modules) -> tuple[Any, ...] | None:
     """Return how a value-preserving operation moves the elements of the value that it preserves; None for others.
 
     ``NEUTRAL`` leaves every element in its place (all pieces of a value put together do, see `joins`), ``RESHAPE``
-    keeps their order, ``("permute", dims)`` and ``("transpose", a, b)`` move dimensions.
+    keeps their order, ``("permute", dims)`` and ``("transpose", a, b)`` move dimensions, ``("rearrange", left, right)``
+    moves axes, which dimensions are made of, as in einops.
     """
     if joined(node) is not None:
         return NEUTRAL
+    if (rearranged := rearrange.pattern(node, modules)) is not None:
+        return rearranged.layout
     if not node.args or not isinstance(node.args[0], Node):
         return _adds_zero(node)
     if node.op == "call_module":
@@ -189,12 +193,25 @@ def undoes(after: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
     """True if one value-preserving operation may undo another (for reshapes: if the shape is restored)."""
     if before == RESHAPE:
         return after == RESHAPE
+    if before[0] == "rearrange":
+        return after[0] == "rearrange" and rearrange.are_inverse(after[1:], before[1:])
     if before[0] == "transpose":
         return after[0] == "transpose" and set(after[1:]) == set(before[1:])
     if before[0] == "permute" and after[0] == "permute" and len(after) == len(before):
         rank = len(before) - 1
         return all(before[1 + after[1 + i] % rank] % rank == i for i in range(rank))
     return False
+
+
+def are_undone(moved: Iterable[tuple[Any, ...] | None]) -> bool:
+    """True if value-preserving operations in a row undo each other (for reshapes: if the shape is restored)."""
+    pending: list[tuple[Any, ...]] = []
+    for kind in moved:
+        if pending and kind is not None and undoes(kind, pending[-1]):
+            pending.pop()
+        else:
+            pending.append(kind or ())
+    return not pending
 
 
 def is_size(node: Node, sizes: set[Node]) -> bool:
@@ -235,6 +252,8 @@ def is_tail(node: Node, modules: Modules) -> bool:
 
 def signature(node: Node, modules: Modules) -> Any:
     """Return what two tails must have in common, operation by operation, to be of one kind."""
+    if (moved := layout(node, modules)) not in (None, NEUTRAL):
+        return moved
     if node.op == "call_module":
         return type(modules.get(str(node.target)))
     return node.target

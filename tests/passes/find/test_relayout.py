@@ -1,7 +1,11 @@
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
+from einops import rearrange
+from einops.layers.torch import Rearrange
 from torch import Tensor, nn
 
 from mfx_passes import Selection, find_chains
@@ -9,6 +13,7 @@ from tests.passes.cases import Windows, example, make
 from tests.passes.harness import code_of, rewrite_model, traced
 
 D = 4
+IMAGES, WINDOW = (2, D, 4, 6), {"p": 2, "q": 3}
 
 
 def test_one_chain_in_spite_of_the_windows() -> None:
@@ -72,3 +77,47 @@ def test_modules_inside_are_folded_all_the_same() -> None:
     called = [node.target for step in graphs.steps for node in step.branch.nodes if node.op == "call_module"]
     assert called == ["0.attn", "0.mlp", "1.attn", "1.mlp"]
     assert [step.path for step in graphs.steps] == called
+
+
+@pytest.mark.parametrize("as_layers", [False, True])
+@pytest.mark.parametrize(
+    "there, back, lengths, shape",
+    [
+        ("b c h w -> b (h w) c", "b (h w) c -> b c h w", {"h": 4}, IMAGES),
+        ("b d (x p) (y q) -> b x y p q d", "b x y p q d -> b d (x p) (y q)", WINDOW, IMAGES),
+        (
+            "b d (p x) (q y) -> (b x y) (p q) d",
+            "(b x y) (p q) d -> b d (p x) (q y)",
+            {**WINDOW, "x": 2, "y": 2},
+            IMAGES,
+        ),
+        ("b n 1 -> b n", "b n -> b n 1", {}, (2, D, 1)),
+    ],
+)
+def test_einops(there: str, back: str, lengths: dict[str, int], shape: tuple[int, ...], as_layers: bool) -> None:
+    """One chain in spite of them, whose states were put back by another ``rearrange``."""
+
+    def given(pattern: str) -> dict[str, int]:
+        """Lengths of the axes that the left side splits a dimension into."""
+        split = " ".join(re.findall(r"\((.*?)\)", pattern.split("->")[0])).split()
+        return {axis: lengths[axis] for axis in split if axis in lengths}
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.there, self.back = Rearrange(there, **given(there)), Rearrange(back, **given(back))
+            self.fs = nn.ModuleList(nn.Linear(D, D) for _ in range(2))
+            self.scale = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x + self.scale * x.sin()
+            y = self.there(x) if as_layers else rearrange(x, there, **given(there))
+            for f in self.fs:
+                y = y + f(y)
+            x = self.back(y) if as_layers else rearrange(y, back, **given(back))
+            return x + self.scale * x.cos()
+
+    model, x = Model(), torch.randn(shape)
+    result = rewrite_model(model, x)
+    assert [len(graphs.steps) for graphs in result.chains] == [4]
+    assert torch.equal(result.run(x, gamma=0.0), model(x))

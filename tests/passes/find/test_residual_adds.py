@@ -114,9 +114,23 @@ def weight_is_a_state(x: Tensor) -> Tensor:
     return x + x.cos()
 
 
+def norm_of_channels(x: Tensor) -> Tensor:
+    for _ in range(2):
+        x = F.layer_norm((x + x.exp()).transpose(0, 1), (4,)).transpose(0, 1)
+    return x
+
+
+def norm_that_rearranges(x: Tensor) -> Tensor:
+    for _ in range(2):
+        x = F.layer_norm((x + x.exp()).transpose(0, 1), (4,))
+    return x
+
+
 @pytest.mark.parametrize(
     "forward, expected",
     [
+        (norm_of_channels, [("map", ["add", "add_1"], [3, 3])]),
+        (norm_that_rearranges, [("residual", ["add"], [0]), ("residual", ["add_1"], [0])]),
         (final_norm, [("residual", ["add", "add_1"], [0, 0])]),
         (two_operations, [("map", ["add", "add_1"], [2, 2])]),
         (relu_then_not, [("map", ["add", "add_1", "add_2"], [1, 1, 0]), ("residual", ["add_3"], [0])]),

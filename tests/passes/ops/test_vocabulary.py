@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import fx, nn
 
 from mfx_passes.ops import vocabulary
@@ -101,6 +103,11 @@ def test_who_returns_what_it_changed() -> None:
         (method("permute", x, y), None),
         (method("transpose", x, 1, 2), ("transpose", 1, 2)),
         (method("relu", x), None),
+        (function(rearrange, x, "b c h w -> b (c h) w"), vocabulary.RESHAPE),
+        (function(rearrange, x, "b ... 1 -> b ..."), vocabulary.RESHAPE),
+        (function(rearrange, x, "b n d -> b d n"), ("permute", 0, 2, 1)),
+        (function(rearrange, x, "b n d -> b n d"), vocabulary.NEUTRAL),
+        (function(rearrange, [x, y], "s b d -> b s d"), None),
     ],
     ids=str,
 )
@@ -128,6 +135,22 @@ def test_identity_is_neutral() -> None:
 )
 def test_undoes(after: tuple[object, ...], before: tuple[object, ...], expected: bool) -> None:
     assert vocabulary.undoes(after, before) is expected
+
+
+@pytest.mark.parametrize(
+    "after, before, expected",
+    [
+        ("b (h w) c -> b c h w", "b c h w -> b (h w) c", True),
+        ("n (u v) e -> n e u v", "b c h w -> b (h w) c", True),
+        ("b (w h) c -> b c h w", "b c h w -> b (h w) c", False),
+        ("... (h w) c -> ... c h w", "... c h w -> ... (h w) c", True),
+        ("b x y (p q) d -> b d (x p) (y q)", "b d (x p) (y q) -> b x y (p q) d", True),
+        ("b x y (p q) d -> b d (p x) (q y)", "b d (x p) (y q) -> b x y (p q) d", False),
+    ],
+)
+def test_undoes_of_einops(after: str, before: str, expected: bool) -> None:
+    kinds: list[Any] = [vocabulary.layout(function(rearrange, x, pattern), {}) for pattern in (after, before)]
+    assert vocabulary.undoes(*kinds) is expected
 
 
 def test_undoes_is_right_about_permutations() -> None:
