@@ -69,12 +69,16 @@ def pattern(node: Node, modules: Mapping[str, nn.Module]) -> Pattern | None:
         text = node.args[1] if len(node.args) > 1 else lengths.get("pattern")
     else:
         return None
-    if not isinstance(text, str):
+    if not (isinstance(text, str) and text.count("->") == 1):
         return None
-    left, _, right = text.partition("->")
-    sides = [tuple(tuple(dim.strip("()").split()) for dim in _DIMENSION.findall(side)) for side in (left, right)]
-    names = _names(*sides)
-    return Pattern(*(_renamed(side, names) for side in sides), {names[a]: n for a, n in lengths.items() if a in names})
+    left, right = map(_side, text.split("->"))
+    names = _names(left, right)
+    given = {names[axis]: length for axis, length in lengths.items() if axis in names}
+    return Pattern(_renamed(left, names), _renamed(right, names), given)
+
+
+def _side(text: str) -> Side:
+    return tuple(tuple(axes.strip("()").split()) for axes in _DIMENSION.findall(text))
 
 
 def are_inverse(after: Sequence[Side], before: Sequence[Side]) -> bool:
