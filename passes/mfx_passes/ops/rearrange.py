@@ -20,7 +20,7 @@ _DIMENSION = re.compile(r"\([^()]*\)|\S+")
 
 @dataclass(frozen=True)
 class Pattern:
-    """What a node rearranges. Axes are named by their order on the left.
+    """The pattern of a node that rearranges. Axes are named by their order on the left.
 
     Args:
         left: dimensions of the tensor that it takes.

@@ -1,4 +1,4 @@
-"""What a forward refers to is noted without running code of its classes."""
+"""Values that a forward refers to are noted without running code of their classes."""
 
 from collections import OrderedDict, deque
 
