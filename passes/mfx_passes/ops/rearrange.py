@@ -1,4 +1,4 @@
-"""``einops.rearrange``, as a function and as a layer: how it moves elements, and what undoes it."""
+"""Rearrangements by einops, as a function and as a layer: how they move elements, and what undoes them."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Pattern:
 
     @property
     def layout(self) -> tuple[Any, ...]:
-        """How elements move, as one operation of torch if it is one; see `vocabulary.layout`."""
+        """The way elements move, as one operation of torch if it is one; see `vocabulary.layout`."""
         if self.left == self.right:
             return ("neutral",)
         if [*chain(*self.left)] == [*chain(*self.right)]:
