@@ -34,7 +34,21 @@ from mfx.compat.autograd import (
 )
 from mfx.compat.compiled import compiled_model, is_inductor
 from mfx.compat.fake_tensors import fake_mode, fake_mode_of, is_fake, new_fake_mode, runs_for_real, unlogged
-from mfx.compat.fsdp import class_before_sharding, is_group, is_sharded, shards_of, share_shards
+from mfx.compat.fsdp import (
+    cast_inputs,
+    cast_output,
+    class_before_sharding,
+    dtype_inside,
+    enter_sharded,
+    gathered,
+    is_group,
+    is_sharded,
+    is_sharding_hook,
+    leave_sharded,
+    may_be_sharded,
+    shards_of,
+    share_shards,
+)
 from mfx.compat.fx import autowrap_in_this_thread, dynamo_rules_kept, is_erased, search_autowrapped_in, untraced
 from mfx.compat.generators import sign_of_numpy, sign_of_python
 from mfx.compat.hooks import (
@@ -79,16 +93,21 @@ __all__ = [
     "autowrap_in_this_thread",
     "cached_weights",
     "call_tables",
+    "cast_inputs",
+    "cast_output",
     "class_before_sharding",
     "compiled_model",
     "current_stream",
     "current_task",
     "default_device",
     "devices_with_generators",
+    "dtype_inside",
     "dynamo_rules_kept",
+    "enter_sharded",
     "fake_mode",
     "fake_mode_of",
     "forward_hook_tables",
+    "gathered",
     "global_call_tables",
     "has_float64",
     "has_modes",
@@ -104,9 +123,12 @@ __all__ = [
     "is_observed",
     "is_refused_draw",
     "is_sharded",
+    "is_sharding_hook",
     "keeps_graph",
+    "leave_sharded",
     "leaves_of",
     "make_ready",
+    "may_be_sharded",
     "memory_of",
     "modes",
     "modes_left",

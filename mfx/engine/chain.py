@@ -13,6 +13,7 @@ from mfx.compat import has_float64, under_transform
 from mfx.engine.arithmetic import FloatState, State
 from mfx.engine.arithmetic.base import wide
 from mfx.engine.arithmetic.choice import choose
+from mfx.engine.containers import gathering
 from mfx.engine.flags import notice_overflow, read_pending, warn_once
 from mfx.engine.memory.plan import ChainPlan, StepCost
 from mfx.engine.memory.storage import streams_of, walks_back
@@ -25,6 +26,7 @@ from mfx.engine.update import Enter, Update, UpdateContext, velocity_dummy
 from mfx.options.gamma import Gamma
 from mfx.text import listed
 from mfx_passes.errors import MfxError
+from mfx_passes.ir import Container
 
 _ZERO = Gamma(0, 1)
 
@@ -39,6 +41,7 @@ def run_chain(
     *,
     v0: Sequence[Tensor | None] | None = None,
     taps: Sequence[tuple[int, int]] = (),
+    containers: Sequence[Container] = (),
     cache: ChainCache | None = None,
     costs: list[StepCost] | None = None,
 ) -> ChainOutput:
@@ -60,6 +63,7 @@ def run_chain(
         v0: each stream's v before the first step, like its x; it gets a gradient. None is zero, or what
             ``settings.velocity`` says.
         taps: pairs of a number of steps t and of a stream that the t-th step moves: its x then is returned, too.
+        containers: modules that runs of the steps make up: where they are sharded, each run is gathered for once.
         cache: the dictionary in which calls of this chain keep what later calls need; the caller owns it.
         costs: a list to which the measured cost of each step that may be recomputed is appended.
 
@@ -71,7 +75,7 @@ def run_chain(
     read_pending(cache)
     plan = _plan(settings, xs, steps)
     v0 = [None] * len(xs) if v0 is None else v0
-    call = ChainCall(name, steps, captures, root, settings, plan, v0, taps, cache, costs)
+    call = ChainCall(name, steps, captures, root, settings, plan, v0, taps, containers, cache, costs)
     with inside_chain(recorded := _decide_recorded(call, xs), keeps=call.keeps_all):
         if settings.gamma.is_zero:
             return _run_original(call, xs)
@@ -146,8 +150,8 @@ def _needs_grad(call: ChainCall, xs: Sequence[Tensor]) -> bool:
 
 def _run_original(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     recomputes = _recomputes(call)
-    runner = FromInputs(call, xs[0].device, original=True) if recomputes else Ordinary(call, original=True)
-    streams = _Streams(xs, call.taps)
+    runner: Runner = FromInputs(call, xs[0].device, original=True) if recomputes else Ordinary(call, original=True)
+    runner, streams = gathering(runner, call, original=True), _Streams(xs, call.taps)
     for index, step in enumerate(call.steps):
         outputs = runner.run(index, step, streams.read(step), [_ZERO] * len(step.writes))
         streams.add(step, *step.split(outputs))
@@ -156,7 +160,7 @@ def _run_original(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
 
 def _run_plain(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     """Run the recurrence by ordinary operations: without a backward pass, or inside transforms."""
-    runner = Ordinary(call, original=False)
+    runner = gathering(Ordinary(call, original=False), call, original=False)
     states = [x.to(wide(x.dtype)) for x in xs]
     vs = [None if v is None else _as(state.dtype, v) for v, state in zip(call.v0, states, strict=True)]
     streams = _Streams(xs, call.taps)
@@ -190,6 +194,7 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
         xs = [Enter.apply(x, state) for x, state in zip(xs, states, strict=True)]
     streams, vs = _Streams(xs, call.taps), list(call.v0)
     dummies = [velocity_dummy(x) for x in xs]
+    runner = gathering(runner, call, original=False)
     spacing = min(arithmetic.anchor_every(gamma, x.dtype) or len(call.steps) for x in xs)
     on_cpu = xs[0].device.type == "cpu"
     ends = {stream: index for index in walked for stream in call.steps[index].writes}

@@ -12,6 +12,7 @@ from torch import Tensor
 from mfx.engine.arithmetic import BLOCK_KERNELS, Kernels, State
 from mfx.engine.memory.plan import ChainPlan, StepCost
 from mfx.options.gamma import Gamma
+from mfx_passes.ir import Container
 
 ChainCache = dict[Any, Any]
 
@@ -88,6 +89,7 @@ class ChainCall:
     plan: ChainPlan
     v0: Sequence[Tensor | None]
     taps: Sequence[tuple[int, int]]
+    containers: Sequence[Container]
     cache: ChainCache
     costs: list[StepCost] | None
 

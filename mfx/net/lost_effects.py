@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from mfx.capture.captured import CaptureError, PathsError
-from mfx.compat import hook_tables
+from mfx.compat import hook_tables, is_sharding_hook
 from mfx.program.rewritten import RewrittenGraph
 from mfx.text import listed
 from mfx_passes.analysis.ancestry import GraphIndex
@@ -14,8 +14,14 @@ from mfx_passes.analysis.mutations import Mutations
 
 def lost_hooks(graph: RewrittenGraph) -> list[str]:
     """Return the paths of modules with hooks that are not called as a whole."""
-    walked = graph.captured.walked
-    return [path for path in graph.flat if path and path in walked and any(hook_tables(walked[path]))]
+    walked, containers = graph.captured.walked, graph.containers
+    return [path for path in graph.flat if path in walked and _loses_hooks(walked[path], is_run=path in containers)]
+
+
+def _loses_hooks(module: nn.Module, *, is_run: bool) -> bool:
+    """True if a module has hooks; those by which FSDP2 shards a run of steps are not lost."""
+    hooks = [hook for table in hook_tables(module) for hook in table.values()]
+    return not all(is_run and is_sharding_hook(hook) for hook in hooks)
 
 
 def of_lost_hooks(modules: list[str]) -> str:

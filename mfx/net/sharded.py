@@ -31,11 +31,11 @@ def refuse_shards(net: nn.Module) -> None:
 
 
 def refuse_containers(net: nn.Module, containers: Sequence[str], read: Sequence[str]) -> None:
-    """Refuse sharded modules that are not called as a whole: their parameters would not be gathered.
+    """Refuse sharded modules that are neither called nor a run of whole steps: nothing would gather their parameters.
 
     Args:
         net: a momentumized net.
-        containers: paths of modules that are not called as a whole.
+        containers: paths of modules that are neither.
         read: paths of what the steps of its chains read.
 
     Raises:
@@ -45,8 +45,8 @@ def refuse_containers(net: nn.Module, containers: Sequence[str], read: Sequence[
         if compat.shards_of(net.get_submodule(path)) is not None:
             inside = [target for target in read if paths.is_inside(target, path) and _has_parameters(net, target)]
             raise MfxError(
-                f"fully_shard was applied to {path}, which spans several steps of a momentum chain and is not called "
-                "as a whole, so nothing would gather its parameters. Apply it to what the steps call instead: "
+                f"fully_shard was applied to {path}, which is not called, since steps of a momentum chain lie in it, "
+                "and is more than a run of them: nothing would gather its parameters. Apply it to what the steps call: "
                 f"{', '.join(dict.fromkeys(inside)) or 'modules inside one branch'}."
             )
 

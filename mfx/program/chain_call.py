@@ -117,6 +117,7 @@ class Momentum(nn.Module):
             settings,
             v0=v0,
             taps=self.graphs.taps,
+            containers=self.graphs.containers,
             cache=self._cache,
             costs=None if share is None else share.costs,
         )

@@ -121,6 +121,11 @@ class RewrittenGraph:
         return tuple(target for call in self.calls.values() for step in call.graphs.steps for target in step.targets)
 
     @property
+    def containers(self) -> set[str]:
+        """Paths of the modules that runs of the steps make up."""
+        return {container.path for call in self.calls.values() for container in call.graphs.containers}
+
+    @property
     def sums(self) -> dict[str, list[str]]:
         """For each chain, the paths in the net of the modules whose forwards add up its steps."""
         return {

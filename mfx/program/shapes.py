@@ -35,7 +35,8 @@ def find_with_shapes(
     with aside(net), results_not_kept(net), torch.no_grad():
         try:
             with compat.fake_mode() as mode:
-                shadow = shadow_of(net, lambda tensor: mode.from_tensor(undivided(tensor)))
+                whole = undivided(net)
+                shadow = shadow_of(net, lambda tensor: mode.from_tensor(whole(tensor)))
                 fake_args, fake_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
                 captured.binding.function(_Shapes(shadow, graph).run)(shadow, *fake_args, **fake_kwargs)
         except Exception:  # any failure on fake tensors may be none on real ones
@@ -52,11 +53,25 @@ def shadow_of(net: nn.Module, fake: Callable[[torch.Tensor], torch.Tensor]) -> n
     return shadow
 
 
-def undivided(tensor: torch.Tensor) -> torch.Tensor:
-    """Return a tensor as large as all shards together, if the tensor is a shard; without hooks a net needs those."""
-    if not compat.is_sharded(tensor):
-        return tensor
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, requires_grad=tensor.requires_grad)
+def undivided(net: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Return what makes a shard as large as all shards together, in the dtype that the net computes in.
+
+    Without hooks a net needs those; other tensors stay as they are.
+    """
+    dtype = compat.dtype_inside(net)
+
+    def whole(tensor: torch.Tensor) -> torch.Tensor:
+        if not compat.is_sharded(tensor):
+            return tensor
+        is_cast = dtype is not None and tensor.is_floating_point()
+        return torch.empty(
+            tensor.shape,
+            dtype=dtype if is_cast else tensor.dtype,
+            device=tensor.device,
+            requires_grad=tensor.requires_grad,
+        )
+
+    return whole
 
 
 class _Shapes(fx.Interpreter):

@@ -17,6 +17,7 @@ from mfx_passes.find.chains import chains_of, find_chains
 from mfx_passes.find.nesting import Nesting
 from mfx_passes.find.prepare import prepare
 from mfx_passes.ir import ChainGraphs, Findings, ModuleCall, Selection
+from mfx_passes.rewrite.containers import containers_of, note_containers
 from mfx_passes.rewrite.fold import fold_calls
 from mfx_passes.rewrite.rewrite import Insert, rewrite
 
@@ -70,7 +71,9 @@ def _rewrite_found(
         starts_in = [step for step in nesting.around(chain) if any(x in step.nodes or x in step.skips for x in starts)]
         read_sizes_at_start(graph, chain, index.sizes, starts_in)
     sums = {node for chain in chains for step in chain.steps for node in step.sums}
+    containers = containers_of(calls, nesting)
     flat = fold_calls(graph, calls, nesting, findings.reread, Mutations(index, sums))
+    note_containers(containers, flat)
     rewrite(graph, nesting, modules, insert)
     return Rewritten(findings, flat)
 

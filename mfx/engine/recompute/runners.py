@@ -33,7 +33,12 @@ class Runner(Protocol):
     """Runs step ``index`` on the states that it reads, with the momenta ``gammas`` of the streams that it updates.
 
     At γ = 0, if ``original``, the step before rewriting.
+
+    Attributes:
+        values: the captures as the next step reads them, and the side outputs so far.
     """
+
+    values: list[Any]
 
     def run(self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[Gamma]) -> tuple[Any, ...]:
         """Return the step's outputs; its side outputs become captures that later steps may read."""
@@ -44,12 +49,12 @@ class Ordinary(Runner):
     """Runs steps as they are: autograd keeps all activations."""
 
     def __init__(self, call: ChainCall, *, original: bool) -> None:
-        self._root, self._values, self._original = call.root, list(call.captures), original
+        self._root, self.values, self._original = call.root, list(call.captures), original
 
     def run(self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[Gamma]) -> tuple[Any, ...]:  # noqa: D102
         function = step.original if self._original else step.branch
-        outputs = function(self._root, *xs, *(self._values[i] for i in step.captures))
-        self._values.extend(step.split(outputs)[1])
+        outputs = function(self._root, *xs, *(self.values[i] for i in step.captures))
+        self.values.extend(step.split(outputs)[1])
         return outputs
 
 
@@ -72,7 +77,7 @@ class _Recomputing:
                 f"chain {call.name}: verify='raise' waits for the device, which cannot be while a graph is captured. "
                 "Use verify='warn'"
             )
-        self._values = list(call.captures)
+        self.values = list(call.captures)
         self._read: dict[int, Tensor] = {}  # while costs are measured
         self._captures = Captures(call.captures, f"{call.name}: a tensor that its steps read beside the stream")
         self._clock = RandomClock(global_generators(device), are_global=True)
@@ -81,7 +86,7 @@ class _Recomputing:
     def _run_kept(self, step: StepFunction, xs: Sequence[Tensor]) -> tuple[Any, ...]:
         """Run a step that keeps its activations."""
         with inside_kept_step():
-            outputs = self._function_of(step)(self._call.root, *xs, *(self._values[i] for i in step.captures))
+            outputs = self._function_of(step)(self._call.root, *xs, *(self.values[i] for i in step.captures))
         self._clock.tick()
         return self._hand_on(step, outputs)
 
@@ -91,11 +96,11 @@ class _Recomputing:
         """Run a step that will be recomputed."""
         costs = self._call.costs
         if costs is None:
-            return self._hand_on(step, frame.run(xs, self._values, unpack))
-        read = tensors_in(tuple(self._values[i] for i in step.captures))
+            return self._hand_on(step, frame.run(xs, self.values, unpack))
+        read = tensors_in(tuple(self.values[i] for i in step.captures))
         measure = StepMeasure([*frame.tensors, *read])
         with measured_by(measure):
-            outputs = frame.run(xs, self._values, unpack)
+            outputs = frame.run(xs, self.values, unpack)
         fresh = [x for x in xs if id(x) not in self._read]  # a state that several steps read is kept once
         self._read.update((id(x), x) for x in fresh)
         costs.append(measure.cost(xs, step.split(outputs)[0], fresh, shared=self._original))
@@ -103,7 +108,7 @@ class _Recomputing:
 
     def _hand_on(self, step: StepFunction, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
         sides = step.split(outputs)[1]
-        self._values.extend(sides)
+        self.values.extend(sides)
         self._captures.extend(sides)
         return outputs
 

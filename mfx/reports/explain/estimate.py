@@ -105,9 +105,10 @@ class _Rehearsal:
     ) -> None:
         with compat.fake_mode() as self._mode:
             fakes: dict[int, Tensor] = {}
+            whole = undivided(view.module)
 
             def fake(tensor: Tensor) -> Tensor:
-                return fakes.setdefault(id(tensor), self._fake(undivided(tensor)))
+                return fakes.setdefault(id(tensor), self._fake(whole(tensor)))
 
             self._net = shadow_of(view.module, fake)
             self._inputs: Inputs = pytree.tree_map_only(Tensor, fake, (args, dict(kwargs)))

@@ -6,11 +6,23 @@ The ground floor: it imports nothing of `mfx_passes` but `paths`.
 from mfx_passes.ir.findings import Facts, Findings, Grounds, Rejection, Selection
 from mfx_passes.ir.nodes import enclosing_path, is_momentum_call, momentum_chain, source_line, tag_momentum_call
 from mfx_passes.ir.refusals import Refusal
-from mfx_passes.ir.steps import Chain, ChainGraphs, Kind, ModuleCall, ResidualAdd, Step, StepGraphs, Update, outside
+from mfx_passes.ir.steps import (
+    Chain,
+    ChainGraphs,
+    Container,
+    Kind,
+    ModuleCall,
+    ResidualAdd,
+    Step,
+    StepGraphs,
+    Update,
+    outside,
+)
 
 __all__ = [
     "Chain",
     "ChainGraphs",
+    "Container",
     "Facts",
     "Findings",
     "Grounds",

@@ -137,6 +137,21 @@ def outside(nodes: Collection[Node]) -> list[Node]:
     return sorted({source for node in nodes for source in node.all_input_nodes}.difference(nodes))
 
 
+@dataclass(frozen=True)
+class Container:
+    """A module whose call is a run of whole steps: ``first`` and the steps after it, up to ``stop``.
+
+    Args:
+        path: the module's path.
+        first: the number of the first step.
+        stop: the number of the step behind the last one.
+    """
+
+    path: str
+    first: int
+    stop: int
+
+
 @dataclass(eq=False)
 class Chain:
     """Consecutive residual steps of one or several streams.
@@ -147,10 +162,12 @@ class Chain:
     Args:
         steps: at least one, in the order they run.
         name: the longest common module path of the steps; with #2 and so on if that is another chain's name.
+        containers: the modules that its steps make up, those around others first.
     """
 
     steps: list[Step]
     name: str = ""
+    containers: tuple[Container, ...] = ()
 
     def __post_init__(self) -> None:
         numbers: dict[Node, int] = {}  # streams by their present states
@@ -239,12 +256,14 @@ class ChainGraphs:
         steps: the steps, first to last.
         taps: pairs (t, stream) for each state that is read outside after t steps, though its stream moves on later.
         streams: names of the streams, as the model's code has their first states.
+        containers: the modules that the steps make up, those around others first.
     """
 
     name: str
     steps: tuple[StepGraphs, ...]
     taps: tuple[tuple[int, int], ...]
     streams: tuple[str, ...] = ("x",)
+    containers: tuple[Container, ...] = ()
 
     @property
     def updates(self) -> tuple[int, ...]:
