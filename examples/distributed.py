@@ -2,9 +2,11 @@
 
     torchrun --nproc-per-node 2 examples/distributed.py
     torchrun --nproc-per-node 2 examples/distributed.py --shard
+    torchrun --nproc-per-node 2 examples/distributed.py --blocks --compile --save weights
 
-Nothing about mfx is different here: momentumize, then wrap. Only, ``fully_shard`` goes on modules that one residual
-branch calls (attention, MLP), not on a block that holds several branches. Without torchrun it runs in one process.
+Nothing about mfx is different here: momentumize, then compile, then wrap. ``fully_shard`` goes on blocks, whose
+parameters are gathered once in the forward and once in the backward pass, or on the branches in them. Without torchrun
+it runs in one process.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import mse_loss, scaled_dot_product_attention
@@ -77,12 +81,32 @@ class Transformer(nn.Module):
         return self.head(self.blocks(x))
 
 
-def shard(net: Transformer, mesh: DeviceMesh) -> nn.Module:
-    """Gather one branch's parameters at a time."""
+def shard(net: Transformer, mesh: DeviceMesh, *, blocks: bool) -> nn.Module:
+    """Gather one block's parameters at a time, or one branch's."""
     for block in net.blocks:
-        fully_shard(block.attention, mesh=mesh)
-        fully_shard(block.mlp, mesh=mesh)
+        for module in [block] if blocks else [block.attention, block.mlp]:
+            fully_shard(module, mesh=mesh)
     return fully_shard(net, mesh=mesh)
+
+
+def compile_branches(net: Transformer, backend: str) -> None:
+    """Compile what the steps call; the blocks around them are not called themselves."""
+    for block in net.blocks:
+        block.attention.compile(backend=backend)
+        block.mlp.compile(backend=backend)
+
+
+def load(net: nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+    """Load weights and optimizer that a run on any number of processes has saved."""
+    weights, state = get_state_dict(net, optimizer)
+    dcp.load({"net": weights, "optimizer": state}, checkpoint_id=directory)
+    set_state_dict(net, optimizer, model_state_dict=weights, optim_state_dict=state)
+
+
+def save(net: nn.Module, optimizer: torch.optim.Optimizer, directory: Path) -> None:
+    """Save weights and optimizer, each process its part."""
+    weights, state = get_state_dict(net, optimizer)
+    dcp.save({"net": weights, "optimizer": state}, checkpoint_id=directory)
 
 
 def batch(step: int, width: int) -> tuple[Tensor, Tensor]:
@@ -122,6 +146,10 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     """Runs the example; returns the loss of every step, the mean over processes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shard", action="store_true", help="fully_shard (FSDP2) instead of DistributedDataParallel")
+    parser.add_argument("--blocks", action="store_true", help="fully_shard on whole blocks, not on their branches")
+    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="compile the branches")
+    parser.add_argument("--load", type=Path, help="a directory to go on from")
+    parser.add_argument("--save", type=Path, help="a new directory for weights and optimizer")
     parser.add_argument("--gamma", type=float, default=0.9, help="the momentum (default 0.9)")
     parser.add_argument("--depth", type=int, default=12, help="blocks, of two residual branches each (default 12)")
     parser.add_argument("--width", type=int, default=64, help="numbers per token (default 64)")
@@ -133,11 +161,15 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
     with process_group():
         net = mfx.momentumize(Transformer(options.depth, options.width), gamma=options.gamma)
         parallel: nn.Module
-        if options.shard:
-            parallel = shard(net, init_device_mesh("cpu", (dist.get_world_size(),)))
+        if options.compile:
+            compile_branches(net, options.compile)
+        if options.shard or options.blocks:
+            parallel = shard(net, init_device_mesh("cpu", (dist.get_world_size(),)), blocks=options.blocks)
         else:
             parallel = DistributedDataParallel(net)
         optimizer = torch.optim.AdamW(net.parameters(), 1e-3)
+        if options.load:
+            load(parallel, optimizer, options.load)
         losses: list[float] = []
         is_first = dist.get_rank() == 0
         for step in (bar := tqdm(range(options.steps), unit="step", disable=not is_first)):
@@ -145,11 +177,14 @@ def main(argv: Sequence[str] | None = None) -> list[float]:
             loss = mse_loss(parallel(x), y)
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(parallel.parameters(), 1.0)
             optimizer.step()
             total = loss.detach().clone()
             dist.all_reduce(total)
             losses.append(total.item() / dist.get_world_size())
             bar.set_postfix(loss=f"{losses[-1]:.4f}")
+        if options.save:
+            save(parallel, optimizer, options.save)
         if is_first:
             print(f"loss {losses[0]:.4f} at the first step, {losses[-1]:.4f} at the last")
             plot(losses, options.png)

@@ -32,7 +32,7 @@ from mfx.compat.autograd import (
     memory_of,
     when_task_ends,
 )
-from mfx.compat.compiled import compiled_model, is_inductor
+from mfx.compat.compiled import compiled_model, is_compiled, is_inductor
 from mfx.compat.fake_tensors import fake_mode, fake_mode_of, is_fake, new_fake_mode, runs_for_real, unlogged
 from mfx.compat.fsdp import (
     cast_inputs,
@@ -116,6 +116,7 @@ __all__ = [
     "in_stream",
     "is_batched",
     "is_capturing",
+    "is_compiled",
     "is_erased",
     "is_fake",
     "is_group",

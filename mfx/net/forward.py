@@ -23,7 +23,7 @@ from mfx.net.copies import called, is_shared, own_overlay
 from mfx.net.decided_call import NoGraphError, run_decided
 from mfx.net.graph_table import GraphTable
 from mfx.net.loaded import Loaded
-from mfx.net.lost_effects import lost_hooks, of_lost_hooks
+from mfx.net.lost_effects import lost_compilation, lost_hooks, of_lost_compilation, of_lost_hooks
 from mfx.net.never import never_has_chains
 from mfx.net.sharded import is_sharded_somewhere, refuse_containers
 from mfx.net.shown import Shown
@@ -149,7 +149,7 @@ class NetForward(Overlay):
     ) -> Any:
         if not torch.compiler.is_exporting():  # that graph is not kept
             self._show(graph)
-        self._mention_hooks(graph)
+        self._mention_losses(graph)
         with self._forward_pass(args, kwargs, graph.decisions):
             if graph.calls or graph.decisions:
                 return graph(self.net, args, kwargs, compiler)
@@ -252,7 +252,7 @@ class NetForward(Overlay):
             raise CaptureError(f"{type(self.net).__name__} is to be captured by TorchDynamo, which looks at a call.")
         self.options.check_chains(graph.chain_lengths)
         self._show(graph)
-        self._mention_hooks(graph)
+        self._mention_losses(graph)
         return graph
 
     def _show(self, graph: RewrittenGraph) -> None:
@@ -273,11 +273,13 @@ class NetForward(Overlay):
             graphs.update((f"{path}: {name}", graph) for name, graph in inner.graphs().items())
         return graphs
 
-    def _mention_hooks(self, graph: RewrittenGraph) -> None:
+    def _mention_losses(self, graph: RewrittenGraph) -> None:
         hooked = lost_hooks(graph)
         refuse_containers(self.net, hooked, graph.chain_targets)
         if new := self.warn.new(hooked):
             self.warn(of_lost_hooks(new))
+        if compiled := lost_compilation(graph):
+            self.warn(of_lost_compilation(compiled))
 
     def __getstate__(self) -> dict[str, Any]:
         # What Dynamo saw is not copied; and a copy made inside of mfx.original is not part of that context.

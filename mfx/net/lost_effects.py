@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from mfx.capture.captured import CaptureError, PathsError
-from mfx.compat import hook_tables, is_sharding_hook
+from mfx.compat import hook_tables, is_compiled, is_sharding_hook
 from mfx.program.rewritten import RewrittenGraph
 from mfx.text import listed
 from mfx_passes.analysis.ancestry import GraphIndex
@@ -29,6 +29,20 @@ def of_lost_hooks(modules: list[str]) -> str:
     return (
         f"hooks on {listed(modules)} will not run: sums in there are part of a momentum chain, so these modules "
         "are not called as a whole. Put the hooks on modules inside a branch."
+    )
+
+
+def lost_compilation(graph: RewrittenGraph) -> list[str]:
+    """Return the paths of modules that were compiled each by itself, and that are not called as a whole."""
+    walked = graph.captured.walked
+    return [path for path in graph.flat if path in walked and is_compiled(walked[path])]
+
+
+def of_lost_compilation(modules: list[str]) -> str:
+    """Return the warning for `lost_compilation`."""
+    return (
+        f"what torch.compile made of {listed(modules)} will not run: steps of a momentum chain lie in there, so these "
+        "modules are not called as a whole. Compile modules inside a branch, or the net."
     )
 
 

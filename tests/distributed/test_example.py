@@ -15,7 +15,15 @@ TINY = ["--depth", "5", "--width", "8", "--steps", "4"]
 ROOT = Path(distributed.__file__).parents[1]
 
 
-@pytest.mark.parametrize("extra", [[], ["--shard"]], ids=["copied", "sharded"])
+WAYS = {
+    "copied": [],
+    "sharded": ["--shard"],
+    "blocks sharded": ["--blocks"],
+    "blocks sharded and compiled": ["--blocks", "--compile", "aot_eager"],
+}
+
+
+@pytest.mark.parametrize("extra", WAYS.values(), ids=WAYS)
 def test_two_processes_see_the_losses_of_one(world, extra, tmp_path):
     # The same sums, added up in another order; four steps of AdamW, whose first are as long as its learning rate.
     png = ["--png", str(tmp_path / "a.png")]
@@ -23,6 +31,20 @@ def test_two_processes_see_the_losses_of_one(world, extra, tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert first == second
     assert first == pytest.approx(distributed.main([*TINY, *png]), rel=1e-4)
+
+
+@pytest.mark.parametrize("extra", [["--shard"], ["--blocks"]], ids=["sharded", "blocks sharded"])
+def test_a_checkpoint_goes_on_where_it_was_saved(world, extra, tmp_path):
+    """By torch.distributed.checkpoint, from two processes to one, too."""
+    common = [*TINY, "--png", str(tmp_path / "a.png")]
+    two, one = str(tmp_path / "two"), str(tmp_path / "one")
+    first, _ = world.run(distributed.main, [*common, *extra, "--save", two])
+    assert first == pytest.approx(distributed.main([*common, "--save", one]), rel=1e-4)
+    expected = pytest.approx(distributed.main([*common, "--load", one]), rel=1e-4)
+    again, _ = world.run(distributed.main, [*common, *extra, "--load", two])
+    assert again == expected
+    assert again[0] < first[0]  # the same batch
+    assert distributed.main([*common, "--load", two]) == expected
 
 
 def test_it_learns(tmp_path):
