@@ -57,7 +57,7 @@ def collectives() -> Iterator[list[str]]:
 
 
 def backward_of_all(net: nn.Module, step: int) -> None:
-    """What both processes do together, in one: the mean of the gradients that each has."""
+    """Compute what both processes do together, in one: the mean of the gradients that each has."""
     total: dict[str, Tensor] = {}
     for rank in range(SIZE):
         net.zero_grad()
@@ -124,7 +124,7 @@ def frozen(how, blocks, stem):
 
 @grid(4, how=HOW, blocks=[(1,), (0, 1), (DEPTH - 1,)], stem=[False, True])
 def test_frozen_blocks(world, how, blocks, stem):
-    """Where no input needs a gradient, too, and where a walk back passes a block that asks for none."""
+    """Inputs may need no gradient; and a walk back may pass a block that asks for none."""
     world.run(frozen, how, blocks, stem)
 
 
