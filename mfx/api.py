@@ -108,6 +108,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     signature = signature_of(root)
     check_signature(root, signature)
     captured = capture_symbolically(root, bind_defaults(signature), None, holds_chain)
+    root._modules.update(captured.modules)
     return fx.GraphModule(root, captured.graph, class_name=type(model).__name__)
 
 

@@ -1,4 +1,4 @@
-"""Guards on modules: the conditions under which a symbolic trace that walked through them holds."""
+"""Guards on modules and tensors: the conditions under which a symbolic trace that walked through them holds."""
 
 from __future__ import annotations
 
@@ -78,6 +78,49 @@ class ModuleGuard:
             or ("forward" not in own and self.forward is None)
             or _forward(module) is self.forward
         )
+
+
+@dataclass(frozen=True)
+class TensorGuard:
+    """A tensor that is no parameter or buffer, as it was when a constant of the graph was computed from it.
+
+    Args:
+        tensor: the tensor.
+        version: how often it had been changed in place.
+        module: the module that has it as an attribute; None if none has.
+        name: of the attribute.
+    """
+
+    tensor: torch.Tensor
+    version: int
+    module: nn.Module | None
+    name: str
+
+    def in_place(self) -> bool:
+        """True: what modules there are has not changed."""
+        return True
+
+    def holds(self) -> bool:
+        """True if it has not been changed or replaced."""
+        is_held = self.module is None or self.module.__dict__.get(self.name) is self.tensor
+        return is_held and _version(self.tensor) == self.version
+
+
+def guards_of_tensors(net: nn.Module, tensors: Collection[torch.Tensor]) -> list[TensorGuard]:
+    """Return guards for tensors that constants were computed from."""
+    if not tensors:
+        return []
+    held = {
+        id(value): (module, name)
+        for module in net.modules()
+        for name, value in module.__dict__.items()
+        if isinstance(value, torch.Tensor)
+    }
+    return [TensorGuard(tensor, _version(tensor), *held.get(id(tensor), (None, ""))) for tensor in tensors]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def guards_of(net: nn.Module, leaves: Collection[str], assigned: Mapping[nn.Module, set[str]]) -> list[ModuleGuard]:

@@ -1,18 +1,28 @@
-"""Buffers of numbers that can be changed in place: arrays of numpy, records of one, and the standard library's."""
+"""Buffers that can be changed in place: arrays of numpy, records of one, and the standard library's."""
 
 from __future__ import annotations
 
 import sys
 from array import array
+from io import BytesIO, StringIO
 from typing import Any
+
+import torch
+from torch import nn
 
 DATA = 2**26
 """Bytes of a buffer above which it is not looked at: data, not something that a model notes."""
 
 
+def storage_of(tensor: torch.Tensor) -> int:
+    """Return what tensors have in common that share memory; 0 for kinds of tensors that have no memory of one piece."""
+    is_plain = type(tensor) in (torch.Tensor, nn.Parameter) and tensor.layout is torch.strided
+    return tensor.untyped_storage()._cdata if is_plain else 0
+
+
 def is_buffer(value: object) -> bool:
-    """True for a buffer of numbers that can be changed in place."""
-    if isinstance(value, bytearray | array | memoryview):
+    """True for a buffer of numbers or text that can be changed in place."""
+    if isinstance(value, bytearray | array | memoryview | BytesIO | StringIO):
         return True
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(value, numpy.ndarray | numpy.void)
@@ -20,13 +30,20 @@ def is_buffer(value: object) -> bool:
 
 def size_of(value: Any) -> int:
     """Return the bytes of a buffer."""
+    if isinstance(value, BytesIO | StringIO):
+        return 0 if value.closed else len(value.getvalue())
     if isinstance(value, array):
         return len(value) * value.itemsize
     return len(value) if isinstance(value, bytearray) else int(value.nbytes)
 
 
 def numbers_of(value: Any) -> tuple[Any, ...]:
-    """Return what a buffer holds: its bytes, its shape, and the objects if it is an array of objects."""
+    """Return what a buffer holds: its bytes, its shape, and the objects if it is an array of objects.
+
+    Of a file in memory, the second is the position.
+    """
+    if isinstance(value, BytesIO | StringIO):
+        return (None, None) if value.closed else (value.getvalue(), value.tell())
     as_bytes = bytes(value) if isinstance(value, bytearray) else value.tobytes()
     dtype = getattr(value, "dtype", None)
     objects = tuple(value.flat) if dtype is not None and dtype.hasobject and hasattr(value, "flat") else ()
@@ -36,7 +53,13 @@ def numbers_of(value: Any) -> tuple[Any, ...]:
 def set_numbers(value: Any, numbers: tuple[Any, ...]) -> None:
     """Have a buffer hold what ``numbers_of`` returned."""
     as_bytes, shape, *objects = numbers
-    if isinstance(value, bytearray):
+    if isinstance(value, BytesIO | StringIO):
+        if not value.closed:
+            value.seek(0)
+            value.truncate()
+            value.write(as_bytes)
+            value.seek(shape)
+    elif isinstance(value, bytearray):
         value[:] = as_bytes
     elif isinstance(value, array):
         value[:] = array(value.typecode, as_bytes)

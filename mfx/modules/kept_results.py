@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from mfx import compat
+from mfx.modules.iterators import iterators_left_alone
 from mfx.modules.python_state import PythonState
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -31,14 +32,23 @@ def results_not_kept(
 ) -> Iterator[None]:
     """Within this context, functions that a model's forward may call keep no tensors that they are given or compute.
 
+    Iterators that it holds are not advanced, but copies of them.
+
     Plain results of plain arguments are looked up and kept as always. For the others the function runs, for calls of
     this thread; ``refuse`` is called with its name.
 
     Args:
         model: the model, or its state.
-        refuse: called with the name of a function that would have kept its result, or returned one that it had kept.
+        refuse: called with the name of a function that would have kept its result, or returned one that it had kept,
+            and with that of an iterator's type.
     """
     state = PythonState(model) if isinstance(model, nn.Module) else model
+    with iterators_left_alone(state, refuse), _caches_aside(state, refuse):
+        yield
+
+
+@contextmanager
+def _caches_aside(state: PythonState, refuse: Callable[[str], None]) -> Iterator[None]:
     if not state.caches:
         yield
         return

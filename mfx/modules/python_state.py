@@ -5,25 +5,24 @@ from __future__ import annotations
 import enum
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from functools import _lru_cache_wrapper
-from threading import local
-from types import FunctionType, MethodType, ModuleType, SimpleNamespace
+from functools import _lru_cache_wrapper, partial
+from io import IOBase
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import ref as weakref
 
 import torch
 from torch import Tensor, nn
 
 from mfx.compat import hook_tables
 from mfx.modules.holders import ABSENT, DICT, VARIABLE, Holder, Variable, holder_of, items, same
-from mfx.modules.references import References, is_users
+from mfx.modules.references import References, attributes_of, is_users
 from mfx_passes import paths
 
 _DEPTH = 5  # a list in a dict in an object that an object in an attribute refers to
 _MANY = 256  # entries of a container that is looked into; a larger one is compared, too, but not what it holds
 _INTERNAL = frozenset(nn.Module().__dict__)
 _NOTHING_INSIDE = {bool, int, float, complex, str, bytes, type(None), Tensor, nn.Parameter, torch.dtype, torch.device}
-_OBJECTS = (nn.Module, SimpleNamespace, local)
-_OBJECTS_OF = ("weakref", "_weakrefset", "collections")  # packages whose objects are there to hold others
 _RUN = ("forward", "__call__", "__getattr__", "__setattr__")  # methods of a module that may run unmentioned
 
 
@@ -38,11 +37,13 @@ class PythonState:
     Attributes:
         assigned: names of the attributes, by module, that were changed when all was put back, or lead to what was.
         outside: the names of what was changed and no attribute leads to.
+        iterators: the iterators among the values, by identity.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.assigned: dict[nn.Module, set[str]] = {}
         self.outside: list[str] = []
+        self.iterators: dict[int, Any] = {}
         self._modules = {module: path for path, module in model.named_modules()}
         self._seen: dict[int, Any] = {id(module): module for module in self._modules}
         self._holders: list[Holder] = []
@@ -62,6 +63,9 @@ class PythonState:
             for name in module.__dict__.keys() - _INTERNAL:
                 if type(value := module.__dict__[name]) not in _NOTHING_INSIDE:
                     self._note(value, paths.join(path, name), _DEPTH)
+        for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+            if tensor.__dict__:
+                self._holders.append(Holder(tensor.__dict__, DICT, path))
         for name, value in self._references.variables():
             self._note(value, name, _DEPTH)
 
@@ -74,6 +78,10 @@ class PythonState:
     def classes(self) -> Collection[type]:
         """The user's classes whose methods a forward may call."""
         return self._references.classes
+
+    def holders(self) -> list[Holder]:
+        """Return all that holds values, modules too."""
+        return [*(Holder(module.__dict__, DICT, path) for module, path in self._modules.items()), *self._holders]
 
     def changes(self) -> list[Holder]:
         """Return what holds other values than before; of a module, its attributes one by one."""
@@ -125,8 +133,7 @@ class PythonState:
                 continue
             for name in {**old, **now}:
                 before = (old.get(name, ABSENT),)
-                # The tracer sets attributes for constants of the graph.
-                if not same(before, (now.get(name, ABSENT),)) and not name.startswith("_tensor_constant"):
+                if not same(before, (now.get(name, ABSENT),)):
                     path = paths.join(self._modules[module], name)
                     yield Holder(Variable(now, name), VARIABLE, path, before)
 
@@ -139,6 +146,8 @@ class PythonState:
             return
         if isinstance(value, FunctionType | MethodType | _lru_cache_wrapper):
             self._references.add(value)
+            if isinstance(value, MethodType):
+                self._note(value.__self__, f"{name}.__self__", depth)
         elif isinstance(value, type):
             if is_users(value.__module__) and not issubclass(value, enum.Enum | nn.Module):
                 self._note_class(value)
@@ -147,6 +156,8 @@ class PythonState:
 
     def _note_held(self, value: Any, name: str, depth: int) -> None:
         self._seen[id(value)] = value
+        if is_iterator(value):
+            self.iterators[id(value)] = value
         if (holder := holder_of(value, name)) is not None:
             self._holders.append(holder)
         if (attributes := _attributes(value)) is not None:
@@ -169,17 +180,21 @@ def python_state_restored(model: nn.Module) -> Iterator[PythonState]:
 def _inside(value: Any) -> Iterator[tuple[str, Any]]:
     """Yield what a container or object holds, each with what follows its name in an expression."""
     yield from items(value, _MANY)
+    if isinstance(value, MethodType | weakref):
+        yield "", value.__self__ if isinstance(value, MethodType) else value()
+    if isinstance(value, partial):
+        yield from (("", item) for item in (value.func, *value.args, *value.keywords.values()))
     if (attributes := _attributes(value)) is not None:
         yield from ((f".{name}", item) for name, item in list(attributes.items()))
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:
-    """Return the attributes of an object of the user's; None for others."""
-    cls = type(value)
-    if not (is_users(cls.__module__) or isinstance(value, _OBJECTS) or cls.__module__ in _OBJECTS_OF):
-        return None
-    attributes = getattr(value, "__dict__", None)
-    return attributes if type(attributes) is dict else None
+    return value.__dict__ if isinstance(value, nn.Module) else attributes_of(value)
+
+
+def is_iterator(value: Any) -> bool:
+    """True for iterators of Python's: objects that are used up, and hold no attributes."""
+    return isinstance(value, Iterator) and attributes_of(value) is None and not isinstance(value, IOBase)
 
 
 def _leads_to(value: Any, end: Any, depth: int) -> bool:

@@ -8,7 +8,8 @@ import inspect
 import sys
 from collections.abc import Collection, Iterator
 from functools import _lru_cache_wrapper, lru_cache
-from types import CodeType, FunctionType, MethodType, ModuleType
+from threading import local
+from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
 
 from mfx.modules.holders import Variable
@@ -27,6 +28,19 @@ def is_users(module_name: object) -> bool:
     if isinstance(module_name, str):
         return module_name.partition(".")[0] not in _NOT_USERS
     return module_name is None
+
+
+_OBJECTS = (SimpleNamespace, local, BaseException)
+_OBJECTS_OF = ("weakref", "_weakrefset", "collections")  # packages whose objects are there to hold others
+
+
+def attributes_of(value: Any) -> dict[str, Any] | None:
+    """Return the attributes of an object that the user's code writes into; None for others."""
+    cls = type(value)
+    if not (is_users(cls.__module__) or isinstance(value, _OBJECTS) or cls.__module__ in _OBJECTS_OF):
+        return None
+    attributes = getattr(value, "__dict__", None)
+    return attributes if type(attributes) is dict else None
 
 
 class References:

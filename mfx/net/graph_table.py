@@ -12,7 +12,7 @@ from mfx import compat
 from mfx.capture.arguments import refuse_nested
 from mfx.capture.captured import CaptureError, PathsError
 from mfx.capture.decisions import Decision
-from mfx.capture.guards import ModuleGuard
+from mfx.capture.guards import ModuleGuard, TensorGuard
 from mfx.modules.aside import aside
 from mfx.modules.overlay import drop_overlays, submodule_overlays
 from mfx.net.agreement import check_agreement, check_per_module
@@ -47,7 +47,7 @@ class GraphTable:
         self.decides = False
         self._known: Record | None = None
         self._warn = warn
-        self._without_chains: dict[Hashable, tuple[RewrittenGraph, list[ModuleGuard]]] = {}
+        self._without_chains: dict[Hashable, tuple[RewrittenGraph, list[ModuleGuard | TensorGuard]]] = {}
         self._failures: dict[tuple[str, ...], str] = {}
         self._symbolic = SymbolicRoute(net)
         self._dynamo = DynamoRoute(net)
@@ -79,7 +79,7 @@ class GraphTable:
         refuse_nested(self.net, args, kwargs)
         kind = exact_kind_of(self.net, args, kwargs)
         graph, guards = self._without_chains.get(kind, (None, ()))
-        if graph is not None and all(map(ModuleGuard.holds, guards)):
+        if graph is not None and all(guard.holds() for guard in guards):
             return graph
         graph = self._symbolic.find(args, kwargs, path) or (None if path else self._dynamo.find(args, kwargs))
         if graph is None or not graph.shapes_known:
@@ -107,7 +107,7 @@ class GraphTable:
 
         A layer of torch's has no chain, in whatever state it is.
         """
-        guards = [guard for guard in graph.guards if guard.module._modules or not _is_of_torch(guard.module)]
+        guards = [guard for guard in graph.guards if isinstance(guard, TensorGuard) or not _is_layer(guard.module)]
         self._without_chains = {**dict(list(self._without_chains.items())[-_KINDS:]), kind: (graph, guards)}
 
     @property
@@ -199,8 +199,8 @@ class GraphTable:
             leaves = self._symbolic.capture_with_leaves(args, kwargs, self.options)
         except PathsError as error:
             untraceable = error
-        except Exception:  # whatever an unusual kind of tensor says to it, Dynamo may do
-            pass
+        except CaptureError:
+            pass  # Dynamo may do
         steps = sum(leaves.chain_lengths.values()) if leaves else 0
         refused = untraceable
         decides = leaves is not None and steps and leaves.decisions  # which is a graph break to Dynamo
@@ -251,5 +251,5 @@ class GraphTable:
         return {**self.__dict__, "_known": self.record, "_without_chains": {}}
 
 
-def _is_of_torch(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.")
+def _is_layer(module: nn.Module) -> bool:
+    return not module._modules and type(module).__module__.startswith("torch.nn.")

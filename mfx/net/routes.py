@@ -119,7 +119,7 @@ class SymbolicRoute:
         deciding = self._deciding.setdefault(mode, {})
         graph = self._traced(binding, options, inputs, path, deciding)
         if not path and (more := _whole(graph, options)):
-            with suppress(Exception):  # then their conditions stay decisions
+            with suppress(CaptureError):  # then their conditions stay decisions
                 other = self._traced(binding, options, inputs, path, {**deciding, **more})
                 if _count(other) >= _count(graph, more):
                     graph = other

@@ -14,7 +14,7 @@ from torch import fx, nn
 from mfx import compat
 from mfx.capture.captured import Captured
 from mfx.capture.decisions import Decision
-from mfx.capture.guards import ModuleGuard, guards_of
+from mfx.capture.guards import ModuleGuard, TensorGuard, guards_of
 from mfx.capture.named_steps import check_steps
 from mfx.engine import ARITHMETICS, ChainPlan, ChainSettings
 from mfx.modules.overlay import MARK
@@ -65,7 +65,7 @@ class RewrittenGraph:
     steps: dict[str, str]
     refused: dict[str, Grounds]
     training: bool
-    guards: list[ModuleGuard]
+    guards: list[ModuleGuard | TensorGuard]
     within: str = ""
     shapes_known: bool = False
     recompute_between: bool = False
@@ -247,7 +247,7 @@ def rewrite_captured(
         check_steps(captured.graph, lengths, rewritten.findings.rejections)
     flat = tuple(sorted({call.target for call in rewritten.flat}))
     leaves = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
-    guards = guards_of(net, leaves, captured.assigned)
+    guards = [*guards_of(net, leaves, captured.assigned), *captured.guards]
     return RewrittenGraph(
         captured,
         graph,

@@ -12,12 +12,14 @@ from torch.utils import _pytree as pytree
 
 from mfx import compat
 from mfx.capture.captured import Captured
+from mfx.capture.symbolic.user_code import is_own_fault, own_fault
 from mfx.engine import Stream, streams_of
 from mfx.modules.aside import aside
 from mfx.modules.kept_results import results_not_kept
 from mfx.modules.tree_copy import tree_copy
 from mfx.options.options import Options
 from mfx.program.rewritten import RewrittenGraph
+from mfx.program.scope import Scope
 from mfx_passes import Findings, find_chains
 from mfx_passes.ir import Grounds
 
@@ -38,8 +40,12 @@ def find_with_shapes(
                 whole = undivided(net)
                 shadow = shadow_of(net, lambda tensor: mode.from_tensor(whole(tensor)))
                 fake_args, fake_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-                captured.binding.function(_Shapes(shadow, graph).run)(shadow, *fake_args, **fake_kwargs)
-        except Exception:  # any failure on fake tensors may be none on real ones
+                modules = {name: tree_copy(module, mode.from_tensor) for name, module in captured.modules.items()}
+                root = Scope(modules, shadow)
+                captured.binding.function(_Shapes(root, graph).run)(shadow, *fake_args, **fake_kwargs)
+        except Exception as error:  # any failure on fake tensors may be none on real ones
+            if is_own_fault(error):
+                raise own_fault(error, net) from error
             return None
         return find_chains(graph, captured.modules_of(net), replace(options.selection, refused=refused or {}))
 
@@ -77,7 +83,7 @@ def undivided(net: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 class _Shapes(fx.Interpreter):
     """Runs a graph and stores the value of every node in its ``meta``."""
 
-    def __init__(self, root: nn.Module, graph: fx.Graph) -> None:
+    def __init__(self, root: Any, graph: fx.Graph) -> None:
         super().__init__(root, graph=graph)
 
     def run_node(self, n: fx.Node) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import builtins
+import contextvars
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
@@ -191,7 +192,7 @@ def _run_on_fakes(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
     ):
         fake = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         fake_args, fake_kwargs = pytree.tree_unflatten(fake, spec)
-        method(*fake_args, **fake_kwargs)
+        contextvars.copy_context().run(method, *fake_args, **fake_kwargs)
 
 
 def _holds_fake(holder: Holder) -> bool:

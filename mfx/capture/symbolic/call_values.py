@@ -14,7 +14,10 @@ from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
 
 from mfx import compat
+from mfx.capture.captured import CaptureError
+from mfx.capture.symbolic.constants import Constants
 from mfx.capture.symbolic.refusals import OutputError, UntraceableError, outputs_refused
+from mfx.modules.iterators import iterators_left_alone
 from mfx.modules.python_state import PythonState, python_state_restored
 from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import restored_if_changed, tensors_restored
@@ -31,15 +34,22 @@ class CallValues:
         inputs: the tensors of the call, by placeholder.
 
     Attributes:
+        constants: what the graph reads and the model does not have.
         numbers_used: True once a trace has used a size as a number: it then holds for the shapes of this call only.
     """
 
     def __init__(self, root: nn.Module, inputs: Mapping[str, Tensor]) -> None:
         self.numbers_used = False
+        self.constants = Constants(root)
         self._root = root
         self.inputs = inputs
         self._mode = compat.new_fake_mode()
-        self._fakes = {name: self._without_data(tensor) for name, tensor in inputs.items()}
+        try:
+            self._fakes = {name: self._without_data(tensor) for name, tensor in inputs.items()}
+        except Exception as error:  # whatever torch says to an unusual kind of tensor
+            raise CaptureError(
+                f"an argument has no counterpart without data: {type(error).__name__}: {error}"
+            ) from error
         self._known: dict[fx.Node, Any] = {}
         self._outputs: dict[Any, tuple[Any, dict[nn.Module, set[str]]]] = {}
         self._set_by_leaves: dict[nn.Module, dict[str, Any]] = {}
@@ -94,7 +104,9 @@ class CallValues:
                 case "placeholder":
                     return self._fakes[str(node.target)]
                 case "get_attr":
-                    found = operator.attrgetter(str(node.target))(self._root)
+                    holder, _, name = str(node.target).partition(".")
+                    root, path = (self.constants, name) if holder == self.constants.name else (self._root, node.target)
+                    found = operator.attrgetter(str(path))(root)
                     return self._mode.from_tensor(found) if isinstance(found, Tensor) else found
                 case "call_module":  # without its hooks, which are the user's
                     return self._root.get_submodule(str(node.target)).forward(*args, **kwargs)
@@ -198,6 +210,7 @@ def _without_effects(module: nn.Module) -> Iterator[PythonState]:
         warnings.simplefilter("ignore")
         stack.enter_context(_only_torch_draws(module))
         state = stack.enter_context(python_state_restored(module))
+        stack.enter_context(iterators_left_alone(state))
         stack.enter_context(tensors_restored(module))
         copies = {id(buffer): buffer.clone() for buffer in module.buffers()}  # BatchNorm does not say that it writes
         for inner in module.modules():

@@ -10,18 +10,20 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from mfx import compat
 from mfx.capture.binding import ByName
 from mfx.capture.captured import Captured, CaptureError, Effect, RaisedError
 from mfx.capture.decisions import Guesses
+from mfx.capture.guards import guards_of_tensors
 from mfx.capture.named_steps import NamedStepModules
 from mfx.capture.symbolic.call_values import CallValues
 from mfx.capture.symbolic.effects import Changes
 from mfx.capture.symbolic.leaves import Leaves
-from mfx.capture.symbolic.refusals import Refusals, UntraceableError
+from mfx.capture.symbolic.refusals import UntraceableError
 from mfx.capture.symbolic.tracer import SymbolicTracer
-from mfx.capture.symbolic.user_code import is_raised_by_user, said_by
+from mfx.capture.symbolic.user_code import is_own_fault, is_raised_by_user, own_fault, said_by
 from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import tensors_restored
 from mfx_passes import MfxError
@@ -72,7 +74,6 @@ def capture(
         RaisedError: the model raises an error on the path that a call takes.
     """
     leaves = Leaves(allowed=False) if leaves is None else leaves
-    attributes = set(model.__dict__)
     changes = Changes(model, _refuse_hooks_of_its_own)
 
     def tracer() -> SymbolicTracer:
@@ -84,7 +85,6 @@ def capture(
         last, graph = _traced(model, tracer, changes.trace, guesses)
         effects: list[Effect] = []
         if changes and not leaves.grew:
-            _drop(model, attributes)
             last, (graph, effects) = _traced(model, tracer, changes.trace_again, guesses)
         effects += [Effect("", f"a {kind} outside of the model", is_own=False) for kind in last.leftovers.found]
     if replaced:
@@ -108,6 +108,8 @@ def capture(
         load_calls(dump_calls(last.calls), kept),
         last.walked,
         binding if values is None else binding.for_inputs(values.inputs, shapes=values.numbers_used),
+        modules={last.constants.name: last.constants} if last.constants else {},
+        guards=guards_of_tensors(model, last.used),
         values={} if values is None else values.tensors(graph),
         leaves={path: leaves.reasons[module] for path, module in called.items() if module in leaves},
         effects=effects,
@@ -125,16 +127,17 @@ def _traced(
     """Return a trace, and its tracer: the first one that is not led to an error of the model's own by a guess."""
     while True:
         tracer, failed = make_tracer(), True
-        attributes = set(model.__dict__)
         try:
-            with compat.dynamo_rules_kept(), _ValuesRead(tracer.refusals):
+            with compat.dynamo_rules_kept(), _ValuesRead(tracer) as read:
                 result = trace(tracer)
+            tracer.used = [*read.used.values()]
             failed = False
             return tracer, result
         except MfxError:
             raise
         except (Exception, UntraceableError) as error:
-            _drop(model, attributes)
+            if is_own_fault(error):
+                raise own_fault(error, model) from error
             said = said_by(error, model)
             _clear_frames(error)
             if guesses is not None and tracer.is_misled_by(error):
@@ -147,12 +150,6 @@ def _traced(
             tracer.leftovers.take_away(failed=failed)
 
 
-def _drop(model: nn.Module, attributes: set[str]) -> None:
-    """Drop the constants of a graph that is not used: all but these attributes."""
-    for name in set(model.__dict__) - attributes:
-        delattr(model, name)
-
-
 def _clear_frames(error: BaseException | None) -> None:
     """Drop the local variables of the frames that an error came through: traced values are among them."""
     while error is not None:
@@ -161,16 +158,38 @@ def _clear_frames(error: BaseException | None) -> None:
 
 
 class _ValuesRead(TorchFunctionMode):
-    def __init__(self, refusals: Refusals) -> None:
+    """Refuses what reads values, and notes the tensors that were there before and that a graph's constants are made of.
+
+    Attributes:
+        used: these tensors, by identity.
+    """
+
+    def __init__(self, tracer: SymbolicTracer) -> None:
         super().__init__()
-        self._refusals = refusals
+        self._tracer = tracer
+        self.used: dict[int, Tensor] = {}
+        self._made: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in _READS and not isinstance(args[0], fx.Proxy):
-            self._refusals.refuse(
+            self._tracer.refusals.refuse(
                 UntraceableError("it reads the value of a tensor while it runs; a graph would hold for this value only")
             )
-        return func(*args, **(kwargs or {}))
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor):
+            self._note(result, *args)
+        elif isinstance(result, tuple | list) and all(isinstance(part, Tensor) for part in result):
+            for part in result:
+                self._note(part, *args)
+        return result
+
+    def _note(self, result: Tensor, *values: Any) -> None:
+        given = [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
+        for value in given:
+            if id(value) not in self._made:
+                self._tracer.refuse_view(value)
+                self.used[id(value)] = value
+        self._made[id(result)] = result
 
 
 def _refuse_hooks_of_its_own(model: nn.Module) -> None:

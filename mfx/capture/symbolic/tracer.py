@@ -8,12 +8,10 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from typing import Any, SupportsIndex
 
 import torch
 from torch import fx, nn
-from torch.fx.node import map_aggregate
 from torch.nn.utils.parametrize import is_parametrized
 
 from mfx import compat
@@ -24,6 +22,7 @@ from mfx.capture.symbolic.applied_functions import functions_are_nodes
 from mfx.capture.symbolic.bytecode import unpacked_indices
 from mfx.capture.symbolic.call_values import UNKNOWN, CallValues
 from mfx.capture.symbolic.classes import type_of_value
+from mfx.capture.symbolic.constants import Constants
 from mfx.capture.symbolic.entered_modes import EnteredModes
 from mfx.capture.symbolic.leaf_modules import LOOKED_INTO, TORCH_FUNCTIONS, einops_functions, timm_functions
 from mfx.capture.symbolic.leaves import Leaves
@@ -31,6 +30,7 @@ from mfx.capture.symbolic.leftovers import Leftovers
 from mfx.capture.symbolic.lengths import known_length
 from mfx.capture.symbolic.outputs import Outputs
 from mfx.capture.symbolic.proxies import Value
+from mfx.capture.symbolic.recorded import is_made_of_fields, nodes_after, to_nodes
 from mfx.capture.symbolic.refusals import (
     DECISION,
     OutputError,
@@ -38,7 +38,8 @@ from mfx.capture.symbolic.refusals import (
     UntraceableError,
     WrongGuessError,
 )
-from mfx.capture.symbolic.user_code import is_raised_by_user, line_of, said_by, user_stack, users_frame
+from mfx.capture.symbolic.user_code import is_own_fault, is_raised_by_user, line_of, said_by, user_stack, users_frame
+from mfx.modules.buffers import storage_of
 from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import tensors_restored
 from mfx_passes import ModuleCall
@@ -58,11 +59,13 @@ class SymbolicTracer(fx.Tracer):
 
     Attributes:
         calls: the module calls that were walked through, in the order they ended.
+        constants: the tensors that the graph reads and the model does not have.
         walked: path and module of every module that was walked through, the root first.
         refusals: what the model asked for and a trace does not know.
         outputs: what the model prints and logs.
         leftovers: the proxies of the trace.
         decisions: the conditions that were met, in order.
+        used: tensors from before the trace that constants were computed from.
         at_boundary: called with the path of a walked module whenever its code goes on to, or comes back from, another
             one that is walked through.
     """
@@ -91,6 +94,7 @@ class SymbolicTracer(fx.Tracer):
         self.refusals = Refusals()
         self.outputs = Outputs(self, self.refusals)
         self.leftovers = Leftovers()
+        self.used: list[torch.Tensor] = []
         self.at_boundary: Callable[[str], None] = lambda path: None
         self._thread = threading.get_ident()
         self._parameters: dict[str, fx.Proxy] = {}
@@ -100,7 +104,11 @@ class SymbolicTracer(fx.Tracer):
         assert isinstance(root, nn.Module)
         tensors = (*root.named_parameters(), *root.named_buffers())
         self._tensor_paths = {id(tensor): path for path, tensor in reversed(tensors)}
+        self._storages = {storage_of(tensor) for _, tensor in tensors} - {0}
         self.walked = {"": root}
+        self.constants = Constants(root)
+        if self.values is not None:
+            self.values.constants = self.constants
         self._modes = EnteredModes(self.refusals)
         watched = self._modes.watched(), self.outputs.recorded(), compat.autowrap_in_this_thread(type_of_value)
         try:
@@ -168,9 +176,8 @@ class SymbolicTracer(fx.Tracer):
         # Hooks are run when the module is called, not when it is traced: a proxy means nothing to them.
         output = super().call_module(m, m.forward, args, kwargs)
         self.at_boundary(path)
-        nodes = frozenset(_after(self.graph, last))
-        to_node = _proxies_to_nodes
-        self.calls.append(ModuleCall(path, to_node(args), to_node(kwargs), to_node(output), nodes))
+        nodes = frozenset(nodes_after(self.graph, last))
+        self.calls.append(ModuleCall(path, to_nodes(args), to_nodes(kwargs), to_nodes(output), nodes))
         return output
 
     def _walk_if_possible(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -190,6 +197,8 @@ class SymbolicTracer(fx.Tracer):
         except (OutputError, WrongGuessError):
             raise  # a leaf in a branch would print twice; another guess may do
         except (Exception, UntraceableError) as error:  # whatever its forward says to symbolic values
+            if is_own_fault(error):
+                raise
             if self.is_misled_by(error, decided):
                 raise WrongGuessError(str(error)) from error
             self.refusals.forget_after(refused)
@@ -197,7 +206,7 @@ class SymbolicTracer(fx.Tracer):
             for module, before in attributes.items():
                 module.__dict__.clear()
                 module.__dict__.update(before)
-            made = list(_after(self.graph, last))
+            made = list(nodes_after(self.graph, last))
             if any(node.target in (print_values, log_values) for node in made):
                 self.refusals.refuse(OutputError("a module that is called as a whole prints or logs"))
             for node in reversed(made):
@@ -236,9 +245,14 @@ class SymbolicTracer(fx.Tracer):
         if cls is OrderedDict:
             return self.create_proxy("call_function", cls, (list(a.items()),), {}).node
         if cls is not dict and issubclass(cls, dict):
-            if not _is_made_of_fields(a):
+            if not is_made_of_fields(a):
                 self.refusals.refuse(UntraceableError(f"a {cls.__name__} would become a dict"))
             return self.create_proxy("call_function", cls, (), dict(a)).node
+        is_tensor = isinstance(a, torch.Tensor | torch.ScriptObject) and not isinstance(a, nn.Parameter)
+        if is_tensor and id(a) not in self._tensor_paths:
+            self.refuse_view(a)
+            if a not in self.tensor_attrs:
+                self.tensor_attrs[a] = self.constants.add(a)
         try:
             return super().create_arg(a)
         except NotImplementedError as error:
@@ -263,11 +277,16 @@ class SymbolicTracer(fx.Tracer):
             indices = range(length)
         return iter([None if i is None else operator.getitem(obj, i) for i in indices])
 
+    def refuse_view(self, tensor: Any) -> None:
+        """Refuse a tensor in the memory of a parameter or buffer: the graph would not know that it changes with it."""
+        if isinstance(tensor, torch.Tensor) and storage_of(tensor) in self._storages:
+            self.refusals.refuse(UntraceableError("it reads a view of a parameter or buffer that it keeps"))
+
     def refuse_kept_result(self, function: str) -> None:
-        """Refuse a function that keeps its results (`functools.lru_cache`), outside of runs on fake tensors."""
+        """Refuse a function that keeps its results, or to advance an iterator, outside of runs on fake tensors."""
         if compat.runs_for_real():
-            what = f"it calls {function}, which keeps its results (functools.lru_cache)"
-            self.refusals.refuse(UntraceableError(f"{what}; a graph would neither look them up nor keep them"))
+            what = f"it calls {function}, which keeps its results (functools.lru_cache) or is used up"
+            self.refusals.refuse(UntraceableError(f"{what}; a graph would not do so"))
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Return the truth value of a size or of what was computed of sizes."""
@@ -310,20 +329,3 @@ class SymbolicTracer(fx.Tracer):
         if (length := known_length(obj.node)) is not None:
             return length
         return None if self.values is None else self.values.length(obj.node)
-
-
-def _is_made_of_fields(mapping: Any) -> bool:
-    """True if a mapping is a dataclass whose keys are names of fields, as Hugging Face models return them."""
-    keys = set(mapping)
-    return is_dataclass(mapping) and keys <= {field.name for field in fields(mapping)}
-
-
-def _proxies_to_nodes(args: Any) -> Any:
-    return map_aggregate(args, lambda arg: arg.node if isinstance(arg, fx.Proxy) else arg)
-
-
-def _after(graph: fx.Graph, last: fx.Node | None) -> Iterator[fx.Node]:
-    node = next(iter(graph.nodes), None) if last is None else last.next
-    while node is not None and node.op != "root":
-        yield node
-        node = node.next

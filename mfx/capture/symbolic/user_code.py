@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from mfx.capture.symbolic.bytecode import raises
+from mfx_passes import MfxError
 
 
 def said_by(error: BaseException, model: nn.Module) -> str:
@@ -65,17 +66,47 @@ def line_of(frame: FrameType) -> str:
 
 def is_raised_by_user(error: BaseException) -> bool:
     """True if a ``raise`` of the user's code has raised an error, not an operation that takes no traced value."""
+    frame, instruction = _origin(error)
+    if frame is None or _module_of(frame).startswith(("torch.", "mfx.")):
+        return False
+    return raises(frame.f_code, instruction)
+
+
+def is_own_fault(error: BaseException) -> bool:
+    """True if an instruction of mfx's own code has failed: neither a ``raise`` nor what the model or torch has raised.
+
+    A trace must not take such an error for something that the model does.
+    """
+    frame, instruction = _origin(error)
+    is_ours = frame is not None and _module_of(frame).partition(".")[0] in ("mfx", "mfx_passes")
+    return frame is not None and is_ours and not raises(frame.f_code, instruction)
+
+
+def own_fault(error: BaseException, model: nn.Module) -> MfxError:
+    """Return what to raise for an error of mfx's own."""
+    frame, _ = _origin(error)
+    where = "" if frame is None else f" ({line_of(frame)})"
+    return MfxError(
+        f"mfx has failed while it traced {type(model).__name__}: {type(error).__name__}: {error}{where}. This is an "
+        "error in mfx, not in the model; please report it. capture='dynamo' does without a symbolic trace"
+    )
+
+
+def _origin(error: BaseException) -> tuple[FrameType | None, int]:
+    """Return the frame that an error comes from, and the position in its code."""
     last = error.__traceback__
     while last is not None and last.tb_next is not None:
         last = last.tb_next
-    if last is None or last.tb_frame.f_globals.get("__name__", "").startswith(("torch.", "mfx.")):
-        return False
-    return raises(last.tb_frame.f_code, last.tb_lasti)
+    return (None, 0) if last is None else (last.tb_frame, last.tb_lasti)
+
+
+def _module_of(frame: FrameType) -> str:
+    name = frame.f_globals.get("__name__", "")
+    return name if isinstance(name, str) else ""
 
 
 def _is_between(frame: FrameType) -> bool:
     """True for frames that lie between a model's code and the tracer."""
-    module = frame.f_globals.get("__name__", "")
-    return isinstance(module, str) and module.startswith(
+    return _module_of(frame).startswith(
         ("torch.fx", "torch.nn.modules.module", "torch.overrides", "mfx.capture.symbolic", "contextlib")
     )

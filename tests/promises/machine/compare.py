@@ -132,7 +132,7 @@ def _of_module(module: nn.Module, path: str) -> Iterator[tuple[tuple[str, str], 
     for name, value in vars(module).items():
         if name in _HOOKS:
             yield ("hooks", f"{path}.{name}"), len(value)
-        elif name not in _TABLES | _OVERLAY | _IGNORED and not name.startswith("_tensor_constant"):
+        elif name not in _TABLES | _OVERLAY | _IGNORED:
             yield ("state", f"{path}.{name}"), value_of(value)
 
 
