@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -144,8 +145,18 @@ def _needs_grad(call: ChainCall, xs: Sequence[Tensor]) -> bool:
         return False
     if any(t.requires_grad for t in tensors_in((tuple(xs), tuple(call.v0), tuple(call.captures)))):
         return True
-    layouts = (StateLayout(call.root, step.targets, step.path) for step in call.steps)
-    return any(tensor is not None and tensor.requires_grad for layout in layouts for tensor in layout.tensors())
+    tensors = chain.from_iterable(layout.tensors() for layout in _layouts(call))
+    return any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _layouts(call: ChainCall) -> Iterator[StateLayout]:
+    for index, step in enumerate(call.steps):
+        layout = call.cache.get(key := ("layout", index))
+        if layout is None or not layout.fits(call.root):
+            layout = StateLayout(call.root, step.targets, step.path)
+            if layout.lasts:
+                call.cache[key] = layout
+        yield layout
 
 
 def _run_original(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:

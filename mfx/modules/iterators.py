@@ -72,7 +72,8 @@ class _StandIn:
     """Takes the place of an iterator."""
 
     def __init__(self, iterator: Any, refuse: Callable[[str], None]) -> None:
-        self._iterator, self._refuse, self._copied = iterator, refuse, None
+        self._iterator, self._refuse = iterator, refuse
+        self._copied: Any = None
 
     def __iter__(self) -> _StandIn:
         return self

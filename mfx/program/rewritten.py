@@ -247,7 +247,7 @@ def rewrite_captured(
         check_steps(captured.graph, lengths, rewritten.findings.rejections)
     flat = tuple(sorted({call.target for call in rewritten.flat}))
     leaves = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
-    guards = [*guards_of(net, leaves, captured.assigned), *captured.guards]
+    guards: list[ModuleGuard | TensorGuard] = [*guards_of(net, leaves, captured.assigned), *captured.guards]
     return RewrittenGraph(
         captured,
         graph,

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from typing_extensions import override
 
 
 class Constants(nn.Module):
@@ -41,7 +40,6 @@ class Constants(nn.Module):
         self.__dict__[attribute] = value
         return f"{self.name}.{attribute}"
 
-    @override
     def __deepcopy__(self, memo: dict[int, Any]) -> Constants:
         copied = Constants(nn.Module())
         values = {name: memo.get(id(value), value) for name, value in self.__dict__.items() if name not in _OWN}

@@ -6,19 +6,24 @@ import copy
 import sys
 import zlib
 from array import array
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
+from io import IOBase
 from itertools import chain
-from operator import is_
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mfx.modules.buffers import DATA, is_buffer, numbers_of, size_of
+from mfx.modules.holders import same
+from mfx.modules.iterators import position_of
+from mfx.modules.python_state import is_iterator
 
 LIMIT = 64
 """Entries of a container, or attributes of an object, up to which changes of it are seen and undone."""
 
+_CONTAINERS: Any = (OrderedDict, dict, list, set, deque)
 _COPIED = 2**16  # bytes of a buffer, up to which changes of it are undone
 
 
@@ -58,19 +63,20 @@ class Container(Held):
         if isinstance(self._value, tuple):
             return None
         copied = copy.copy(self._value)
-        copied.clear()
+        next(cls for cls in _CONTAINERS if isinstance(copied, cls)).clear(copied)
         return copied
 
     def filled(self, copied: Any, renewed: Callable[[Any], Any]) -> Any:  # noqa: D102
         value, entries = self._value, [renewed(entry) for entry in self._entries]
         if isinstance(value, tuple):
             return type(value)(*entries) if hasattr(value, "_fields") else type(value)(entries)
+        of = next(cls for cls in _CONTAINERS if isinstance(value, cls))  # subclasses may do other things
         if isinstance(value, dict):
-            copied.update(zip(self._keys, entries, strict=True))
+            of.update(copied, zip(self._keys, entries, strict=True))
         elif isinstance(value, set):
-            copied.update(entries)
+            of.update(copied, entries)
         else:
-            copied.extend(entries)
+            of.extend(copied, entries)
         return copied
 
 
@@ -102,15 +108,19 @@ def held_by(value: Any) -> Container | Buffer | None:
 
 
 def sign_of(value: Any) -> tuple[Any, ...]:
-    """Return what tells if a container or buffer that is not copied was changed, for ``is_same_sign``."""
+    """Return what tells if a container, buffer or iterator that is not copied was changed, for ``is_same_sign``."""
+    if is_iterator(value):
+        return (position_of(value),)
     if not is_buffer(value):
         return tuple(_inside(value))
+    if isinstance(value, IOBase):
+        return numbers_of(value)
     return (zlib.crc32(_contiguous(value)),) if size_of(value) <= DATA else ()
 
 
 def is_same_sign(one: Sequence[Any], other: Sequence[Any]) -> bool:
     """True if two signs of one value are the same."""
-    return len(one) == len(other) and (all(map(is_, one, other)) or (len(one) == 1 and one == other))
+    return same(tuple(one), tuple(other))
 
 
 def sharing(buffers: Sequence[Buffer], tensors: Iterable[Any]) -> set[int]:
@@ -118,6 +128,7 @@ def sharing(buffers: Sequence[Buffer], tensors: Iterable[Any]) -> set[int]:
 
     A copy of such a buffer would not change with the other, nor the other with it.
     """
+    buffers = [buffer for buffer in buffers if not isinstance(buffer.value, IOBase)]
     places = [(*_place_of(buffer.value), id(buffer.value)) for buffer in buffers]
     found = {
         mine

@@ -25,9 +25,11 @@ from mfx.compat import (
     weights_cached,
 )
 from mfx.engine.recompute.contents import is_same_sign
+from mfx.engine.recompute.copies import copies_of
 from mfx.engine.recompute.layout import Flags, StateLayout
 from mfx.engine.recompute.random_clock import Draw, RandomClock
 from mfx.engine.steps import ChainCache
+from mfx.modules.buffers import storage_of
 from mfx_passes.errors import MfxError
 
 _State = tuple[int, bool] | None  # of a tensor: its version, and whether it requires a gradient
@@ -130,9 +132,13 @@ class StepEnvironment:
             self._copy_values()
 
     def _copy_values(self) -> None:
-        for slot, tensor in zip(self._layout.slots, self.tensors, strict=True):
-            if not slot.is_parameter and tensor is not None and self._known.get(slot.label, True):
-                self._values[id(tensor)] = tensor.detach().clone()
+        self._values = copies_of(
+            {
+                id(tensor): tensor
+                for slot, tensor in zip(self._layout.slots, self.tensors, strict=True)
+                if not slot.is_parameter and tensor is not None and self._known.get(slot.label, True)
+            }
+        )
 
     @property
     def has_hooks(self) -> bool:
@@ -153,18 +159,17 @@ class StepEnvironment:
         self._draws = [*chain.from_iterable(map(RandomClock.tick, self._clocks))]
         if self._layout.has_state:
             self._settle_values()
-        self._overwritten = self._changed_signs()
+        if self._signs:
+            self._overwritten = self._changed_signs()
 
     def _changed_signs(self) -> set[str]:
         """Return the labels of what is not copied and was changed since this was made."""
-        if not self._signs:
-            return set()
         signs = zip(self._layout.large, self._signs, self._layout.signs(), strict=True)
         return {label for label, before, now in signs if not is_same_sign(before, now)}
 
     def _settle_values(self) -> None:
         known, slots = self._known, self._layout.slots
-        changed: set[int] = set()  # tables
+        changed: set[int] = set()  # tables, and memory
         unsure: dict[str, tuple[int, Tensor]] = {}
         for slot, tensor, before, now in zip(slots, self.tensors, self._states, _states(self.tensors), strict=True):
             if slot.is_parameter or tensor is None or known.get(slot.label):
@@ -173,15 +178,15 @@ class StepEnvironment:
             if before == now and value is not None and type(tensor) is Tensor and not tensor.is_cpu:
                 unsure[slot.label] = id(slot.table), (tensor != value).any()  # the device is not waited for
             elif before != now or (value is not None and not torch.equal(tensor, value)):
-                changed.add(id(slot.table))
+                changed |= {id(slot.table), storage_of(tensor)} - {0}
                 if value is None:
                     self._lost.add(slot.label)
         kept: dict[int, Tensor] = {}
         for slot, tensor in zip(slots, self.tensors, strict=True):
             if slot.is_parameter or tensor is None:
                 continue
-            # A branch that changes one buffer of a module may change the others on other inputs.
-            changes = known.get(slot.label, False) or id(slot.table) in changed
+            # On other inputs, a branch may change other buffers of the module, too; and what shares memory changes.
+            changes = known.get(slot.label, False) or not changed.isdisjoint((id(slot.table), storage_of(tensor)))
             if changes or slot.label not in unsure:
                 known[slot.label] = changes
             if known.get(slot.label, True) and id(tensor) in self._values:
@@ -210,7 +215,7 @@ class StepEnvironment:
         if (context := reproducible(device)) is not None:
             contexts.append(context)
         # The branch writes into the values, and may be recomputed once more.
-        values = {key: value.clone() for key, value in self._values.items()} if self._values else self._values
+        values = copies_of(self._values) if self._values else self._values
         put_back = self._layout.put_back(self.tensors, values)
         return _all_of([*contexts, put_back]) if contexts else put_back  # the usual case
 
@@ -251,11 +256,11 @@ class StepEnvironment:
         if self._overwritten:
             raise MfxError(
                 f"{self._path}: this step changed {', '.join(sorted(self._overwritten))} in place, which it would have "
-                "to find as before when the backward pass runs it a second time. Of containers with more than 64 "
-                "entries, of arrays above 64 KiB and of memory that something else shares no copy is made: keep what "
-                "changes in a buffer or a smaller container, skip the step, or use memory_budget=1.0"
+                "to find as before when the backward pass runs it again. No copy is made of containers of more than 64 "
+                "entries, arrays above 64 KiB, memory that something else shares and iterators: keep what changes in a "
+                "buffer or a smaller container, skip the step, or use memory_budget=1.0"
             )
-        if others := self._changed_signs():
+        if self._signs and (others := self._changed_signs()):
             raise self._changed(min(others))
         self._check_data()
         now = _states(self.tensors)

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from operator import attrgetter, is_, methodcaller
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from mfx.compat import Table, call_tables, global_call_tables, tensor_tables
-from mfx.engine.recompute.contents import LIMIT, Buffer, Held, held_by, sharing, sign_of
-from mfx.engine.recompute.tables import TensorSlot, is_watched, set_contents, set_types, table_of, unless_sharded
-from mfx.modules.buffers import is_buffer
-from mfx.modules.overlay import Overlay
+from mfx.compat import Table, global_call_tables
+from mfx.engine.recompute.contents import sign_of
+from mfx.engine.recompute.state import State
+from mfx.engine.recompute.tables import TensorSlot, set_contents, set_types, unless_sharded
 from mfx.modules.random_state import generators_of
 from mfx_passes.errors import MfxError
 
@@ -26,12 +23,9 @@ _END = object()
 _values_of = methodcaller("values")
 _look = methodcaller("look")
 _call: Any = partial.__call__  # at C speed in map
-_OWN = frozenset(vars(nn.Module()))  # attributes that every module has; all but ``training`` are tables
-_OPAQUE = (nn.Module, type, Overlay)
-_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.Size})
 
 
-class StateLayout:
+class StateLayout(State):
     """The tables under a step's targets, and what they held when this was made.
 
     Tables are dictionaries: a module's attributes, parameters, buffers, modules and hooks, and the attributes of
@@ -42,12 +36,6 @@ class StateLayout:
     it ``holds``, if it ``lasts``.
 
     Attributes:
-        modules: all modules, each once.
-        slots: the places of all tensors, in the order of ``tensors``.
-        loose: the tensors that are neither parameters nor buffers of a module.
-        lasts: False if there are loose tensors, which should live no longer than the model wants, or buffers in a root
-            that is made anew for every call.
-        large: containers and buffers that are not copied, by label: too large, or memory that something shares.
         generators: the random generators that the modules hold.
         has_hooks: True if a module has forward hooks.
         hooked: the classes of modules that have hooks around both their forward and their backward.
@@ -56,23 +44,9 @@ class StateLayout:
     """
 
     def __init__(self, root: Any, targets: Sequence[str], step_path: str) -> None:
+        super().__init__(root)
         self._step_path = step_path
-        self.modules: list[nn.Module] = []
-        self.slots: list[TensorSlot] = []
-        self.loose: list[Tensor] = []
-        self.large: dict[str, Any] = {}
-        self.lasts = True
-        self._seen: set[Any] = set()  # identities
-        self._tables: list[Table] = []
-        self._tensor_tables: list[Table] = []
-        self._empty: list[Table] = []
-        self._paths: list[tuple[Table, str]] = []  # on the way to what is no tensor
-        self._leaves: list[tuple[Table, str]] = []  # tensors that are targets themselves
-        self._mutable: list[tuple[Table, Any, Any]] = []
-        self._contents: dict[int, Held] = {}
-        self._buffers: dict[str, Buffer] = {}
         tensor_slots: list[TensorSlot] = []
-        self._loose_slots: list[TensorSlot] = []
         for table in global_call_tables():
             self._add_table(table)
         names = dict.fromkeys(target.partition(".")[0] for target in targets if target)
@@ -100,106 +74,7 @@ class StateLayout:
         if self._buffers:
             self._watch_shared()
         self._held = [*self._look(), _END]
-
-    # --- what there is ------------------------------------------------------------------------------------------------
-
-    def _follow(self, root: Any, target: str, leaves: list[TensorSlot]) -> None:
-        """Note the tables on the way to a target, and what is in it."""
-        value = root
-        for name in target.split(".") if target else ():
-            holder, table = value, table_of(value, name)
-            value = getattr(holder, name) if table is None else table[name]
-            if table is None:
-                continue
-            if holder is root and not isinstance(root, nn.Module):
-                # It is made anew for every call, and does not change; but a buffer in it may.
-                if not isinstance(value, Tensor) or isinstance(value, nn.Parameter):
-                    continue
-                self.lasts = False
-            if not isinstance(value, Tensor):
-                self._paths.append((table, name))
-            elif self._seen.isdisjoint({id(table), (id(table), name)}):
-                self._seen.add((id(table), name))
-                self._leaves.append((table, name))
-                is_parameter = isinstance(value, nn.Parameter) or table is getattr(holder, "_parameters", None)
-                leaves.append(TensorSlot(table, name, target, is_parameter))
-        if isinstance(value, nn.Module):
-            self._walk(value, target)
-
-    def _walk(self, module: nn.Module, path: str) -> None:
-        if self._saw(module):
-            return
-        self.modules.append(module)
-        self._add_table(module.__dict__)
-        for name in module.__dict__.keys() - _OWN:
-            self._look_at(module.__dict__, name, f"{path}.{name}", deep=True)
-        for table, is_parameter in zip(tensor_tables(module), (True, False), strict=True):
-            self.slots += [TensorSlot(table, name, f"{path}.{name}", is_parameter) for name in table]
-            self._add_table(table, self._tensor_tables)
-        if isinstance(module._modules, dict):  # else it is a scripted module, whose modules cannot be replaced
-            self._add_table(module._modules)
-            for hooks in call_tables(module):
-                self._add_table(hooks)
-        for name, child in module._modules.items():
-            if child is not None:
-                self._walk(child, f"{path}.{name}")
-
-    def _saw(self, thing: object) -> bool:
-        seen = id(thing) in self._seen
-        self._seen.add(id(thing))
-        return seen
-
-    def _add_table(self, table: Table, tables: list[Table] | None = None) -> None:
-        self._seen.add(id(table))
-        (self._empty if not table else self._tables if tables is None else tables).append(table)
-
-    def _look_at(self, table: Table, name: Any, label: str, *, deep: bool) -> None:
-        """Note an attribute that is or holds something that can change in place."""
-        value = table[name]
-        if type(value) in _PLAIN or isinstance(value, _OPAQUE):
-            return
-        if self._is_mutable(value, label, table):
-            self._mutable.append((table, name, value))
-        elif deep and is_watched(type(value)) and not self._saw(value):
-            attributes = getattr(value, "__dict__", None)
-            if isinstance(attributes, dict) and len(attributes) <= LIMIT:
-                self._add_table(attributes)
-                for inner in attributes:
-                    self._look_at(attributes, inner, f"{label}.{inner}", deep=False)
-
-    def _is_mutable(self, value: Any, label: str, table: Table) -> bool:
-        """True for a tensor, and for a container that can change, or that has something in it that can; it is noted."""
-        if isinstance(value, Tensor):
-            if not self._saw(value):
-                self.loose.append(value)
-                self._loose_slots.append(TensorSlot(table, "", label, isinstance(value, nn.Parameter)))
-            return True
-        if not (isinstance(value, list | dict | set | deque | tuple) or is_buffer(value)):
-            return False
-        if id(value) in self._contents:
-            return True
-        held = held_by(value)
-        if held is None:
-            self.large[label] = value
-            return False
-        self._contents[id(value)] = held
-        if isinstance(held, Buffer):
-            self._buffers[label] = held
-            return True
-        entries = [(key, entry) for key, entry in held.named() if type(entry) not in _PLAIN]
-        inside = [self._is_mutable(entry, f"{label}[{key!r}]", table) for key, entry in entries]
-        if isinstance(value, tuple) and not any(inside):
-            del self._contents[id(value)]
-            return False
-        return True
-
-    def _watch_shared(self) -> None:
-        """Count buffers whose memory is shared among those that are not copied."""
-        shared = sharing([*self._buffers.values()], self.tensors())
-        for label, buffer in self._buffers.items():
-            if id(buffer.value) in shared:
-                self.large[label] = buffer.value
-                del self._contents[id(buffer.value)]
+        del self._root
 
     # --- what they hold -----------------------------------------------------------------------------------------------
 

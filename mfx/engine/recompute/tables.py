@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from types import SimpleNamespace
 from typing import Any
 
 from torch import nn
 
 from mfx.compat import Table, is_sharded, tensor_tables
+from mfx.modules.holders import slots_of
+from mfx.modules.references import attributes_of, is_users
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,33 @@ def table_of(holder: Any, name: str) -> Table | None:
     return next((table for table in tables if name in table), None)
 
 
-def is_watched(cls: type) -> bool:
-    """False for classes of torch and the standard library, such as threads: nobody else writes into their objects."""
-    package = cls.__module__.partition(".")[0]
-    return cls is SimpleNamespace or not (package == "torch" or package in sys.stdlib_module_names)
+class Slots(MutableMapping[str, Any]):
+    """The attributes of an object that lie in ``__slots__``, as a table."""
+
+    def __init__(self, value: Any) -> None:
+        self._value, self._names = value, slots_of(type(value))
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return object.__getattribute__(self._value, name)
+        except AttributeError:
+            raise KeyError(name) from None
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        object.__setattr__(self._value, name, value)
+
+    def __delitem__(self, name: str) -> None:
+        object.__delattr__(self._value, name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._names if hasattr(self._value, name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+def tables_in(value: Any) -> list[Any]:
+    """Return the tables with the attributes of an object that the user's code writes into; none for other objects."""
+    attributes = attributes_of(value)
+    has_slots = is_users(type(value).__module__) and slots_of(type(value))
+    return [*([] if attributes is None else [attributes]), *([Slots(value)] if has_slots else [])]

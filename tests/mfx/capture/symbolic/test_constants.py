@@ -102,3 +102,44 @@ def test_a_copy_reads_the_tensor_that_is_outside(monkeypatch):
     copied, plain = copy.deepcopy(net), copy.deepcopy(model)
     TABLE.mul_(2)
     assert torch.equal(copied(x), plain(x))
+
+
+class Computes(nn.Module):
+    """Computes with tensors that are no buffers, and with a view of a buffer, before it meets a traced value."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc, self.scale = nn.Linear(4, 4), torch.ones(4)
+        self.register_buffer("shift", torch.ones(4))
+        self.part = self.shift[:2]
+
+    def forward(self, x):
+        return x + self.fc(x * (self.scale * 2) + self.part.sum() + (TABLE * 2).sum())
+
+
+CHANGES = {
+    "in place": lambda net: net[0].scale.mul_(3),
+    "by another": lambda net: setattr(net[0], "scale", torch.full((4,), 5.0)),
+    "through a buffer": lambda net: net[0].shift.add_(1),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_change_of_what_they_were_computed_from_is_seen(change):
+    model, x = model_of(Computes), torch.randn(2, 4)
+    net = mfx.momentumize(model, gamma=0.0)
+    assert torch.equal(net(x), model(x))
+    before = model(x)
+    for each in (net, model) if change is not CHANGES["through a buffer"] else (model,):  # which they share
+        change(each)
+    assert not torch.equal(model(x), before)
+    assert torch.equal(net(x), model(x))
+
+
+def test_a_change_of_a_global_that_they_were_computed_from_is_seen(monkeypatch):
+    monkeypatch.setitem(globals(), "TABLE", TABLE.clone())
+    model, x = model_of(Computes), torch.randn(2, 4)
+    net = mfx.momentumize(model, gamma=0.0)
+    net(x)
+    TABLE.mul_(3)
+    assert torch.equal(net(x), model(x))
