@@ -5,6 +5,10 @@ import re
 from pathlib import Path
 
 import torch
+from hypothesis import settings
+
+settings.register_profile("mfx", deadline=None)  # on a busy machine any example may take long
+settings.load_profile("mfx")
 
 # Tensors here are small: a second thread would wait more than work, and on a busy machine wait for ever.
 torch.set_num_threads(1)

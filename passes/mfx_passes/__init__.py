@@ -18,6 +18,7 @@ from mfx_passes.find.chains import find_chains
 from mfx_passes.ir import (
     Chain,
     ChainGraphs,
+    Cut,
     Findings,
     ModuleCall,
     Refusal,
@@ -33,6 +34,7 @@ from mfx_passes.momentum_pass import MomentumPass, Rewritten, rewrite_graph
 __all__ = [
     "Chain",
     "ChainGraphs",
+    "Cut",
     "Findings",
     "MfxError",
     "ModuleCall",

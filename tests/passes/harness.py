@@ -142,6 +142,8 @@ def describe(model: nn.Module, inputs: Sequence[Tensor] = (), selection: Selecti
         lines += [_describe_step(t, step) for t, step in enumerate(graphs.steps)]
     flat = ", ".join(sorted(call.target for call in result.rewritten.flat))
     lines += [f"=== not callable as modules any more: {flat}\n"] * bool(flat)
+    cuts = [f"{cut.node.name}: {cut.reason}\n" for cut in result.rewritten.findings.cuts]
+    lines += ["=== cuts\n"] * bool(cuts) + cuts
     lines += ["=== rejections\n"] * bool(result.reasons)
     lines += [f"{name}: {reason}" for name, reason in result.reasons.items()]
     return "\n".join(lines).rstrip() + "\n"

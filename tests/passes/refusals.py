@@ -143,6 +143,38 @@ class ChangedLater(Linears):
         return x + self.fs[3](x), memory
 
 
+@refused({"iadd changes in place a value that the branch reads": 2, "single residual step": 2}, steps=2)
+class ChangedByASum(Linears):
+    """Two branches read a value that a residual sum changes in place afterwards, and the sum stays as it is."""
+
+    inputs = (((2, 3, D), torch.float32), ((2, 3, D), torch.float32))
+
+    def forward(self, x: Tensor, memory: Tensor) -> tuple[Tensor, Tensor]:
+        memory = self.fs[3](memory)
+        x = x + self.fs[0](x + memory)
+        x = x + self.fs[1](x + memory)
+        memory += self.fs[2](memory)
+        x = x + self.fs[2](x)
+        return x + self.fs[3](x), memory
+
+
+@refused({"mul_ changes in place a value that the branch is given": 1}, steps=6)
+class BetweenStreams(Linears):
+    """An update of a stream stays as it is: those before and after it, one each, are in chains of both streams."""
+
+    inputs = (((2, 3, D), torch.float32), ((2, 3, D), torch.float32), ((2, 3, D), torch.float32))
+
+    def forward(self, x: Tensor, c: Tensor, memory: Tensor) -> tuple[Tensor, ...]:
+        c = c + self.fs[0](c) * x
+        x = x + self.fs[1](x) * c
+        c = c + self.fs[2](c) * x
+        x = x + memory.mul_(self.fs[3](x))
+        c = c + self.fs[0](c) * x
+        x = x + self.fs[1](x) * c
+        c = c + self.fs[2](c) * x
+        return x, c, memory
+
+
 @refused({"add_ changes the stream in place and a view of it is read afterwards": 1}, steps=2)
 class Tangled(Linears):
     """A view of the stream is read after the stream has been changed in place by the sum."""

@@ -259,3 +259,21 @@ class TappedStreams(Streams):
         x1, c1 = recurrence(steps[:2], gamma, x=x, c=c)
         x, c = recurrence(steps, gamma, x=x, c=c)
         return x, c, x1.mean() + c1.std(), c.exp()
+
+
+class InPlaceStreams(Streams):
+    """Sums in place, of states that branches of the other stream read before."""
+
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        x, c = x + self.fs[0](x), c + self.fs[1](c)
+        for a, b in (self.readers[:2], self.readers[2:]):
+            dc = b(c, x)
+            x += a(x, c)
+            c += dc
+        return x, c
+
+    def by_hand(self, gamma: float, x: Tensor, c: Tensor) -> list[Tensor]:
+        steps = [("x", "x", one(self.fs[0])), ("c", "c", one(self.fs[1]))]
+        for a, b in (self.readers[:2], self.readers[2:]):
+            steps += [("xc", "xc", lambda x, c, a=a, b=b: (a(x, c), b(c, x)))]
+        return recurrence(steps, gamma, x=x, c=c)

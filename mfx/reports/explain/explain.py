@@ -49,10 +49,12 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         for name, call in view.calls.items()
     }  # a chain that several compiled graphs have counts once, and so does a rejection
     rejections = {(view.path, str(refused)): refused for view in views for refused in view.findings().rejections}
+    cuts = {(view.path, str(cut)): cut for view in views for cut in view.findings().cuts}
     return Explanation(
         type(written(model)).__name__,
         tuple(sorted(chains.values(), key=lambda chain: chain.name)),
         tuple(rejections.values()),
+        tuple(cuts.values()),
         views[0].graphs() if views else {},
         tuple(path for view in views if view.is_whole for path in view.flat),
         predicted,

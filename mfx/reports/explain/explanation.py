@@ -19,13 +19,14 @@ from mfx.reports.explain.tables import (
     headline,
     leaves,
     memory_table,
+    places,
     policies,
     short_place,
     sources,
     step_table,
 )
 from mfx.reports.explain.terminal import text
-from mfx_passes import Rejection
+from mfx_passes import Cut, Rejection
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +39,7 @@ class Explanation:
         model: name of the model's class.
         chains: the chains that are, or would be, rewritten.
         rejections: residual adds that stay as they are, with reasons.
+        cuts: residual adds that cannot go on with the chain before them, with reasons.
         graphs: the rewritten graphs.
         flat: modules whose own ``forward`` and hooks do not run, because their operations belong to several steps.
         estimate: predicted memory and work of a training step with mfx and without; None without inputs.
@@ -50,6 +52,7 @@ class Explanation:
     model: str
     chains: tuple[ExplainedChain, ...]
     rejections: tuple[Rejection, ...]
+    cuts: tuple[Cut, ...]
     graphs: Mapping[str, fx.GraphModule]
     flat: tuple[str, ...]
     estimate: Estimate | None = None
@@ -78,6 +81,7 @@ class Explanation:
             policies=policies(chains),
             advice=self.advice,
             rejections=groups(self.rejections),
+            cuts=tuple(f"{name}: {cut.reason}" for cut, name in zip(self.cuts, places(self.cuts), strict=True)),
             flat=tuple(filter(None, self.flat)),
             leaves=leaves(self.leaves),
             conditions=tuple(map(short_place, self.conditions)),
@@ -96,7 +100,8 @@ class Explanation:
             ``model``; ``chains``, each with ``name``, ``gamma``, ``arithmetic``, ``weights``, ``advice``, ``storage``
             (the attributes of `ExplainedStorage`, and ``kept``), ``memory`` (``plain`` and ``kept`` in bytes,
             ``recomputed`` in FLOP) and ``steps`` (``path``, ``kind``, ``branch``, ``captures``, ``sides``, ``source``);
-            ``rejections``, each with ``node``, ``path``, ``source``, ``reason`` and ``remedy``; ``flat``;
+            ``rejections``, each with ``node``, ``path``, ``source``, ``reason`` and ``remedy``; ``cuts``, each with
+            ``node``, ``path``, ``source`` and ``reason``; ``flat``;
             ``leaves``: reasons by path; ``conditions``;
             ``totals``: ``plain`` and ``momentum``, each with ``kept`` and ``peak`` in
             bytes and ``flops``; ``held``: bytes by key of the output; ``advice``; ``unpredicted``. ``storage``,
@@ -105,16 +110,8 @@ class Explanation:
         return {
             "model": self.model,
             "chains": [chain.to_dict() for chain in self.chains],
-            "rejections": [
-                {
-                    "node": rejection.node.name,
-                    "path": rejection.path,
-                    "source": rejection.source,
-                    "reason": rejection.reason,
-                    "remedy": rejection.remedy,
-                }
-                for rejection in self.rejections
-            ],
+            "rejections": [{**_noted(rejection), "remedy": rejection.remedy} for rejection in self.rejections],
+            "cuts": [_noted(cut) for cut in self.cuts],
             "flat": list(self.flat),
             "leaves": dict(self.leaves),
             "conditions": list(self.conditions),
@@ -129,3 +126,7 @@ class Explanation:
             return None
         both = {"plain": self.estimate.plain, "momentum": self.estimate.momentum}
         return {name: {"kept": use.kept, "peak": use.peak, "flops": use.flops} for name, use in both.items()}
+
+
+def _noted(note: Rejection | Cut) -> dict[str, str]:
+    return {"node": note.node.name, "path": note.path, "source": note.source, "reason": note.reason}

@@ -31,6 +31,7 @@ def page(contents: Contents) -> Markup:
         _paragraph("memory could not be predicted", contents.unpredicted),
         _list("kept between forward and backward", [f"{name}: {policy}" for name, policy in contents.policies]),
         _list("what could be done", contents.advice),
+        _list("chains are cut before", contents.cuts),
         _rejections(contents.rejections),
         _paragraph("hooks on these modules do not run", ", ".join(contents.flat)),
         _list("called as a whole, since a trace cannot follow them", map(": ".join, contents.leaves)),

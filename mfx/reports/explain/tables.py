@@ -11,7 +11,7 @@ from mfx.reports.explain.data import ExplainedChain
 from mfx.reports.explain.estimate import Estimate
 from mfx.reports.table import Table
 from mfx.text import amount, count, listed, ratio, size
-from mfx_passes import Rejection
+from mfx_passes import Cut, Rejection
 
 _CHAINS = ("chain", "steps", "kind", "gamma", "arithmetic", "weights of the branches", "state")
 _MEMORY = ("alive between forward and backward", "plain", "mfx", "", "recomputed")
@@ -31,8 +31,7 @@ class RejectedGroup:
     @property
     def places(self) -> list[str]:
         """Node, path and source of each, as a line of text."""
-        found = [(r.node.name, ", ".join(filter(None, (r.path, short_place(r.source))))) for r in self.rejections]
-        return [f"{name} ({place})" if place else name for name, place in found]
+        return places(self.rejections)
 
 
 @dataclass(frozen=True)
@@ -49,6 +48,7 @@ class Contents:
         policies: name of each chain with known shapes, and what it keeps of its stream.
         advice: advice, one line each.
         rejections: residual adds that stay as they are, by reason.
+        cuts: residual adds that cannot go on with the chain before them, and why.
         flat: paths of modules whose hooks do not run.
         leaves: modules that are called as a whole because a trace cannot follow them, and why.
         conditions: lines that decide on the values of tensors.
@@ -63,6 +63,7 @@ class Contents:
     policies: Rows
     advice: tuple[str, ...]
     rejections: list[RejectedGroup]
+    cuts: tuple[str, ...]
     flat: tuple[str, ...]
     leaves: Rows
     conditions: tuple[str, ...]
@@ -168,6 +169,12 @@ def groups(rejections: Iterable[Rejection]) -> list[RejectedGroup]:
     for rejection in rejections:
         found[rejection.reason, rejection.remedy].append(rejection)
     return [RejectedGroup(*why, tuple(alike)) for why, alike in found.items()]
+
+
+def places(notes: Iterable[Rejection | Cut]) -> list[str]:
+    """Return node, path and source of each, as a line of text."""
+    found = [(note.node.name, ", ".join(filter(None, (note.path, short_place(note.source))))) for note in notes]
+    return [f"{name} ({place})" if place else name for name, place in found]
 
 
 def leaves(reasons: Mapping[str, str]) -> Rows:

@@ -9,12 +9,12 @@ from mfx.reports.explain.tables import Contents, RejectedGroup
 from mfx.reports.table import WIDTH
 from mfx.text import listed, shorten
 
-_SHOWN = 3  # rejections per reason
+_SHOWN = 3  # rejections per reason, and cuts
 
 
 def text(contents: Contents) -> str:
     """Return all of an explanation, section by section."""
-    sections = (_chains, _memory, _policies, _advice, _rejections, _flat, _leaves, _conditions)
+    sections = (_chains, _memory, _policies, _advice, _cuts, _rejections, _flat, _leaves, _conditions)
     lines = _wrapped(contents.headline)
     for section in sections:
         if found := section(contents):
@@ -50,6 +50,13 @@ def _advice(contents: Contents) -> list[str]:
     for advice in contents.advice:
         lines += _wrapped(f"  {advice}")
     return lines
+
+
+def _cuts(contents: Contents) -> list[str]:
+    lines = ["chains are cut before:"] if contents.cuts else []
+    for cut in contents.cuts[:_SHOWN]:
+        lines += _wrapped(f"  {cut}")
+    return lines + ([f"  and {len(contents.cuts) - _SHOWN} more"] if len(contents.cuts) > _SHOWN else [])
 
 
 def _rejections(contents: Contents) -> list[str]:

@@ -33,7 +33,7 @@ class Mutations:
     def __init__(self, index: GraphIndex, sums: Collection[Node] = (), *, forward_only: bool = False) -> None:
         self.forward_only = forward_only
         self._index = index
-        self._sums = sums
+        self.sums = sums
         self._at: dict[Node, Mutation] = {}
         self._touching: defaultdict[Node, list[Mutation]] = defaultdict(list)
         for node in index.nodes:
@@ -69,7 +69,7 @@ class Mutations:
 
     def _shares_memory_with(self, node: Node) -> Node | None:
         """Return the operand whose memory the value of a node may lie in, None if it has its own."""
-        if node in self._sums:
+        if node in self.sums:
             return None
         if vocabulary.may_alias(node, self._index.modules):
             return vocabulary.preserved(node)

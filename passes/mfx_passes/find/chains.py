@@ -1,4 +1,4 @@
-"""Find the chains of a graph: assemble updates, make steps of them, cut chains where needed, nest, name, select."""
+"""Find the chains of a graph: assemble updates, make steps of them, nest, name, select."""
 
 from __future__ import annotations
 
@@ -15,16 +15,14 @@ from mfx_passes import paths
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.errors import MfxError
-from mfx_passes.find.check import refused
-from mfx_passes.find.cut import cut_chain
+from mfx_passes.find.check import changed_later
 from mfx_passes.find.nesting import Nesting
 from mfx_passes.find.prepare import Prepared, prepare
 from mfx_passes.find.relayout import remove_unused
-from mfx_passes.find.scaled import without_scaled
-from mfx_passes.find.schedule import schedule
-from mfx_passes.find.streams import Row, in_order, together
-from mfx_passes.find.updates import assemble, own
-from mfx_passes.ir import Chain, Findings, Grounds, Refusal, Rejection, Selection, Step, Update, is_momentum_call
+from mfx_passes.find.steps import find_steps
+from mfx_passes.find.streams import Row
+from mfx_passes.find.updates import assemble
+from mfx_passes.ir import Chain, Cut, Findings, Grounds, Refusal, Rejection, Selection, Step, Update, is_momentum_call
 
 
 def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selection = Selection()) -> Findings:  # noqa: B008
@@ -47,87 +45,48 @@ def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selec
 def chains_of(prepared: Prepared, selection: Selection) -> Findings:
     """Return the chains of a prepared graph; see `find_chains`. Detours that are in no chain are taken out."""
     index, graph = prepared.index, prepared.index.graph
-    sums = {node for add in prepared.adds for node in add.sums}
-    mutations = Mutations(index, sums, forward_only=selection.forward_only)
+    every_sum = {node for add in prepared.adds for node in add.sums}
+    mutations = Mutations(index, every_sum, forward_only=selection.forward_only)
+    grounds = selection.grounds
+    while True:
+        chains, rejections, cuts = _search(prepared, mutations, selection, grounds)
+        updates = [update for chain in chains for update in chain.updates]
+        sums = {node for update in updates for node in update.add.sums}
+        # A sum in place that is left as it is changes a value that a branch may read.
+        late = {u.add.node.name: why for u in updates if (why := changed_later(u, index, mutations, sums))}
+        if not late:
+            break
+        grounds = {**grounds, **late}
+    reread = remove_unused(prepared.detours, chains, graph)
+    rejections.sort(key=lambda rejection: index.position[rejection.node])
+    ends = {update.add.node for update in updates}
+    return Findings(chains, rejections, [cut for cut in cuts if {cut.node, cut.last} & ends], reread, graph)
+
+
+def _search(
+    prepared: Prepared, mutations: Mutations, selection: Selection, grounds: Mapping[str, Grounds]
+) -> tuple[list[Chain], list[Rejection], list[Cut]]:
+    index = prepared.index
     rejections: list[Rejection] = list(prepared.rejections)
     rows: list[Row] = []
     for candidate in prepared.candidates:
         assembled, rearranged = assemble(candidate, index)
         rows += assembled
         rejections += rearranged
-    finder = _Finder(index, mutations, selection, rejections)
-    found = finder.find(rows)
-    _name_updates([update for steps in found for step in steps for update in step.updates], index, selection.within)
-    chains = [Chain(steps) for steps in _long_enough(found, selection.min_steps, rejections)]
+    found = find_steps(rows, index, mutations, selection, grounds)
+    rejections += found.rejections
+    _name_updates([update for steps in found.lists for step in steps for update in step.updates], index, selection)
+    chains = [Chain(steps) for steps in _long_enough(found.lists, selection.min_steps, rejections)]
     chains = _nest(chains, rejections)
     _name(chains)
-    _check_patterns(chains, selection, graph)
-    chains = _select(chains, selection, rejections)
-    reread = remove_unused(prepared.detours, chains, graph)
-    rejections.sort(key=lambda rejection: index.position[rejection.node])
-    return Findings(chains, rejections, reread, graph)
+    _check_patterns(chains, selection, index.graph)
+    return _select(chains, selection, rejections), rejections, found.cuts
 
 
-class _Finder:
-    """Makes chains of rows of updates, and notes why other updates are in none."""
-
-    def __init__(
-        self, index: GraphIndex, mutations: Mutations, selection: Selection, rejections: list[Rejection]
-    ) -> None:
-        self._index, self._mutations, self._selection, self._rejections = index, mutations, selection, rejections
-
-    def find(self, rows: list[Row]) -> list[list[Step]]:
-        """Return the steps of chains; rows that lie partly inside each other's updates are streams of one chain."""
-        found: list[list[Step]] = []
-        least = self._selection.min_steps
-        short = [[row] for row in rows if len(row) < least]
-        for group in [*together([row for row in rows if len(row) >= least], self._index), *short]:
-            lists = schedule(group, self._index)
-            if (pieces := self._without_refused(group)) is not None:
-                found += self.find(pieces) if len(group) > 1 else self._cut(_alone(pieces))
-                continue
-            kept = self._cut(lists)
-            if self._length(kept) < max(map(len, group)):  # apart, the longest row is a chain
-                for update in in_order(group):
-                    own(update, self._index)
-                kept = self._cut(_alone(group))
-            found += kept
-        return found
-
-    def _length(self, lists: Iterable[list[Step]]) -> int:
-        """Return the number of updates in lists of steps that are long enough for a chain."""
-        return sum(len(step.updates) for steps in lists if len(steps) >= self._selection.min_steps for step in steps)
-
-    def _without_refused(self, rows: list[Row]) -> list[Row] | None:
-        """Return the pieces of rows between refused updates; None if none is refused."""
-        known = self._selection.grounds
-        grounds: dict[Update, Grounds] = {}
-        for update in in_order(rows):
-            if why := known.get(update.add.node.name) or refused(update, self._index, self._mutations):
-                grounds[update] = why
-        self._rejections += [Rejection(update.add.node, *why) for update, why in grounds.items()]
-        pieces = [list(piece) for row in rows for is_out, piece in groupby(row, grounds.__contains__) if not is_out]
-        return pieces if grounds else None
-
-    def _cut(self, lists: Iterable[list[Step]]) -> list[list[Step]]:
-        kept: list[list[Step]] = []
-        for steps in lists:
-            for part in cut_chain(steps, self._index, self._mutations):
-                with_plain, rejections = without_scaled(part, self._index, self._selection)
-                self._rejections += rejections
-                kept += with_plain
-        return kept
-
-
-def _alone(rows: Iterable[Row]) -> list[list[Step]]:
-    """Return rows as steps of one update each."""
-    return [[Step.of([update]) for update in row] for row in rows]
-
-
-def _name_updates(updates: Iterable[Update], index: GraphIndex, within: str) -> None:
+def _name_updates(updates: Iterable[Update], index: GraphIndex, selection: Selection) -> None:
     counts: Counter[str] = Counter()
     for update in sorted(updates, key=lambda update: index.position[update.add.node]):
-        update.path = paths.join(within, update.path)
+        update.path = paths.join(selection.within, update.path)
         counts[update.path] += 1
         update.name = f"{update.path}:{counts[update.path]}"
 

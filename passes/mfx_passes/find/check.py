@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import reduce
 from typing import Any
 
@@ -35,11 +35,23 @@ def _is_read_by(update: Update, mutation: Mutation) -> bool:
     return update.skip not in mutation.family and readers <= update.nodes
 
 
-def changed_later(update: Update, index: GraphIndex, mutations: Mutations) -> Grounds | None:
-    """Refuse a branch that reads a value that is changed later: recomputation comes after the whole forward pass."""
+def changed_later(
+    update: Update, index: GraphIndex, mutations: Mutations, sums: Collection[Node] | None = None
+) -> Grounds | None:
+    """Refuse a branch that reads a value that is changed later: recomputation comes after the whole forward pass.
+
+    Residual sums are no changes, for a rewritten one is out of place.
+
+    Args:
+        update: the update.
+        index: the graph.
+        mutations: the in-place operations.
+        sums: the sums that are rewritten; None: all residual sums, as if they were.
+    """
+    sums = mutations.sums if sums is None else sums
     start = index.position[update.skip]
     for mutation in mutations.touching([update.skip, *update.reads]):
-        inside = mutation.node in update.nodes or mutation.node in update.add.sums
+        inside = mutation.node in update.nodes or mutation.node in sums
         if not inside and index.position[mutation.node] > start:
             return Refusal.CHANGED_LATER, {"node": mutation.node.name}
     return None

@@ -9,17 +9,20 @@ from torch.fx import Node
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.analysis.sizes import is_state_size
-from mfx_passes.ir import Step
+from mfx_passes.ir import Cut, Step
 
 
-def cut_chain(row: Iterable[Step], index: GraphIndex, mutations: Mutations) -> list[list[Step]]:
+def cut_chain(row: Iterable[Step], index: GraphIndex, mutations: Mutations) -> tuple[list[list[Step]], list[Cut]]:
     """Cut a row where a step needs what is only there after the row has run."""
     rows: list[OpenChain] = []
+    cuts: list[Cut] = []
     for step in row:
-        if not (rows and rows[-1].accepts(step)):
+        obstacle = rows[-1].obstacle(step) if rows else ""
+        if obstacle is not None:
+            cuts += [Cut(step.updates[0].add.node, done.steps[-1].updates[-1].add.node, obstacle) for done in rows[-1:]]
             rows.append(OpenChain(index, mutations))
         rows[-1].append(step)
-    return [done.steps for done in rows]
+    return [done.steps for done in rows], cuts
 
 
 class OpenChain:
@@ -44,13 +47,11 @@ class OpenChain:
         self._present.update(step.outs)
         self._own |= step.nodes
 
-    def accepts(self, step: Step) -> bool:
-        """True if all that the step captures is there before the row begins, and the start of a stream that begins.
+    def obstacle(self, step: Step) -> str | None:
+        """Return why a step cannot be the next one; None if all it captures, or starts from, is there before the row.
 
         Sizes need not be: all states share theirs, and what an earlier branch computed of others is handed on.
         """
-        if not self.steps:
-            return True
         self._look_beside(step)
         sizes, position = self._index.sizes, self._index.position
         for node in {*step.skips, *step.reads} - self._present:
@@ -61,10 +62,10 @@ class OpenChain:
             ):
                 continue
             if node in self._own or node in self._fed:
-                return False
+                return f"it needs {node.name}, which is there only after the chain has run"
             if self._limit is not None and position[node] > position[self._limit]:
-                return False
-        return True
+                return f"it needs {node.name}, which comes after {self._limit.name} has changed a value in place"
+        return None
 
     def _look_beside(self, step: Step) -> None:
         """Follow the uses of the row's values outside, up to the end of the next step."""

@@ -14,12 +14,17 @@ from mfx_passes.ir import Update
 Row = list[Update]
 
 
-def together(rows: Sequence[Row], index: GraphIndex) -> list[list[Row]]:
+def together(rows: Sequence[Row], index: GraphIndex, least: int) -> list[list[Row]]:
     """Return rows in groups: the streams of a chain each, unless that has to be cut.
 
     Two rows are in one group if each reads the other, if one reads the other and the model runs them in turns, or if
     one lies partly in an update of the other. Rows that lie in an update as a whole are nested in it, and in groups
     among themselves.
+
+    Args:
+        rows: of updates.
+        index: the graph.
+        least: the least number of updates of a row that only reads others; a shorter one has no depth of its own.
     """
     import networkx as nx  # takes half a second
 
@@ -27,7 +32,8 @@ def together(rows: Sequence[Row], index: GraphIndex) -> list[list[Row]]:
     graph = nx.Graph()
     graph.add_nodes_from(range(len(rows)))
     for i, others in enumerate(reads):
-        in_turns = {j for j in others if i in reads[j] or rows[i][0].add.node < rows[j][-1].add.node}
+        is_long = len(rows[i]) >= least
+        in_turns = {j for j in others if i in reads[j] or (is_long and rows[i][0].add.node < rows[j][-1].add.node)}
         graph.add_edges_from((i, j) for j in in_turns | overlaps.partly[i] if overlaps.are_beside(i, j))
     return [[rows[i] for i in sorted(group)] for group in nx.connected_components(graph)]
 

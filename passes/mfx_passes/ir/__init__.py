@@ -3,7 +3,7 @@
 The ground floor: it imports nothing of `mfx_passes` but `paths`.
 """
 
-from mfx_passes.ir.findings import Facts, Findings, Grounds, Rejection, Selection
+from mfx_passes.ir.findings import Cut, Facts, Findings, Grounds, Rejection, Selection
 from mfx_passes.ir.nodes import enclosing_path, is_momentum_call, momentum_chain, source_line, tag_momentum_call
 from mfx_passes.ir.refusals import Refusal
 from mfx_passes.ir.steps import (
@@ -23,6 +23,7 @@ __all__ = [
     "Chain",
     "ChainGraphs",
     "Container",
+    "Cut",
     "Facts",
     "Findings",
     "Grounds",

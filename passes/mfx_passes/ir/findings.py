@@ -16,28 +16,19 @@ Grounds = tuple[Refusal, Facts]
 
 
 @dataclass(frozen=True, eq=False)
-class Rejection:
-    """A residual add that stays as it was.
+class Note:
+    """A residual add about which there is something to say.
 
     Args:
         node: the node of the sum, in the graph as captured.
-        refusal: the reason.
-        facts: values for the fields of the refusal's text.
     """
 
     node: Node
-    refusal: Refusal
-    facts: Facts = field(default_factory=dict)
 
     @property
     def reason(self) -> str:
-        """The refusal's text, with the facts."""
-        return self.refusal.reason.format_map(self.facts)
-
-    @property
-    def remedy(self) -> str:
-        """The remedy, ``""`` if none is known."""
-        return self.refusal.remedy
+        """What there is to say."""
+        raise NotImplementedError
 
     @property
     def path(self) -> str:
@@ -54,6 +45,47 @@ class Rejection:
         return f"{self.node.name}{f' ({where})' if where else ''}: {self.reason}"
 
 
+@dataclass(frozen=True, eq=False)
+class Rejection(Note):
+    """A residual add that stays as it was.
+
+    Args:
+        refusal: the reason.
+        facts: values for the fields of the refusal's text.
+    """
+
+    refusal: Refusal
+    facts: Facts = field(default_factory=dict)
+
+    @property
+    def reason(self) -> str:
+        """The refusal's text, with the facts."""
+        return self.refusal.reason.format_map(self.facts)
+
+    @property
+    def remedy(self) -> str:
+        """The remedy, ``""`` if none is known."""
+        return self.refusal.remedy
+
+
+@dataclass(frozen=True, eq=False)
+class Cut(Note):
+    """A residual add that cannot go on with a chain, and begins another one or is in none.
+
+    Args:
+        last: the sum that ends the chain.
+        why: the reason.
+    """
+
+    last: Node
+    why: str
+
+    @property
+    def reason(self) -> str:
+        """The reason, with the sum that ends the chain."""
+        return f"not in one chain with {self.last.name}: {self.why}"
+
+
 @dataclass(frozen=True)
 class Findings:
     """Chains, outermost first, and the residual adds that are in none.
@@ -61,12 +93,14 @@ class Findings:
     Args:
         chains: a chain inside of another's branch comes after that.
         rejections: the residual adds that stay as they were.
+        cuts: the residual adds before which a chain was cut.
         reread: from states to the nodes that are read in their place since `relayout`; the values are the same.
         graph: the graph that all these nodes are in: the one that was searched, or a copy of it with the same names.
     """
 
     chains: list[Chain] = field(default_factory=list)
     rejections: list[Rejection] = field(default_factory=list)
+    cuts: list[Cut] = field(default_factory=list)
     reread: dict[Node, Node] = field(default_factory=dict)
     graph: Graph = field(default_factory=Graph)
 
