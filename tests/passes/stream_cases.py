@@ -59,10 +59,9 @@ class JointAttention(Streams):
     def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
         for f, g in ((self.fs[0], self.fs[1]), (self.fs[2], self.fs[3])):
             y = f(torch.cat([x, c], 1))
-            dx, dc = y[:, : x.shape[1]], y[:, x.shape[1] :]
-            x = x + dx
+            x = x + y[:, : x.shape[1]]
             x = x + g(x).tanh()
-            c = c + dc
+            c = c + y[:, x.shape[1] :]  # a size of a later state is no read of it
             c = c + g(c).sin()
         return x, c
 
@@ -193,7 +192,7 @@ class StaleRead(Streams):
 
 
 class InnerChains(Streams):
-    """A chain of one stream in the branch of a joint step, and joint steps in the branches of a chain."""
+    """A chain of one stream in the branch of a joint step."""
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         a, b, f, g = *self.readers[:2], *self.fs[:2]
@@ -276,4 +275,53 @@ class InPlaceStreams(Streams):
         steps = [("x", "x", one(self.fs[0])), ("c", "c", one(self.fs[1]))]
         for a, b in (self.readers[:2], self.readers[2:]):
             steps += [("xc", "xc", lambda x, c, a=a, b=b: (a(x, c), b(c, x)))]
+        return recurrence(steps, gamma, x=x, c=c)
+
+
+class JointInside(Streams):
+    """A chain of two streams in each branch of a chain of one."""
+
+    inputs = ((2, 8, D),)
+
+    def forward(self, h: Tensor) -> Tensor:
+        for f, a, b in zip(self.fs[:2], self.readers[:2], self.readers[2:], strict=True):
+            x, c = f(h).sin().split([3, 5], 1)
+            for _ in range(2):
+                x = x + a(x, c)
+                c = c + b(c, x)
+            h = h + torch.cat([x, c], 1).tanh()
+        return h
+
+    def by_hand(self, gamma: float, h: Tensor) -> Tensor:
+        def inside(h: Tensor, f: nn.Module, a: nn.Module, b: nn.Module) -> Tensor:
+            x, c = f(h).sin().split([3, 5], 1)
+            steps = [("xc", "x", one(a)), ("cx", "c", one(b))]
+            return torch.cat(recurrence(steps * 2, gamma, x=x, c=c), 1).tanh()
+
+        blocks = zip(self.fs[:2], self.readers[:2], self.readers[2:], strict=True)
+        steps = [("h", "h", one(lambda h, parts=parts: inside(h, *parts))) for parts in blocks]
+        return recurrence(steps, gamma, h=h)[0]
+
+
+class PostNormStreams(Streams):
+    """Both streams are normalized after every sum, and each reads the other as it was (as in LXMERT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(nn.LayerNorm(D) for _ in range(2))
+
+    def forward(self, x: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+        m, n = self.norms
+        for a, b, f, g in (*self.readers[:2], *self.fs[:2]), (*self.readers[2:], *self.fs[2:]):
+            x, c = m(x + a(x, c)), n(c + b(c, x))
+            x = m(x + f(x))
+            c = n(c + g(c))
+        return x, c
+
+    def by_hand(self, gamma: float, x: Tensor, c: Tensor) -> list[Tensor]:
+        m, n = self.norms
+        steps = []
+        for a, b, f, g in (*self.readers[:2], *self.fs[:2]), (*self.readers[2:], *self.fs[2:]):
+            steps += [("xc", "xc", lambda x, c, a=a, b=b: (m(x + a(x, c)) - x, n(c + b(c, x)) - c))]
+            steps += [("x", "x", one(lambda x, f=f: m(x + f(x)) - x)), ("c", "c", one(lambda c, g=g: n(c + g(c)) - c))]
         return recurrence(steps, gamma, x=x, c=c)

@@ -17,7 +17,10 @@ from tests.passes.stream_cases import (
     Coupling,
     DoubleAndSingle,
     InnerChains,
+    InPlaceStreams,
     JointAttention,
+    JointInside,
+    PostNormStreams,
     SelfAndCross,
     StaleRead,
     TappedStreams,
@@ -26,8 +29,8 @@ from tests.passes.stream_cases import (
 )
 
 KINDS = [
-    CoAttention, Coupling, DoubleAndSingle, InnerChains, JointAttention, SelfAndCross, StaleRead, TappedStreams,
-    ThreeStreams, Towers,
+    CoAttention, Coupling, DoubleAndSingle, InnerChains, InPlaceStreams, JointAttention, JointInside, PostNormStreams,
+    SelfAndCross, StaleRead, TappedStreams, ThreeStreams, Towers,
 ]  # fmt: skip
 WIDTH = 8
 
@@ -210,6 +213,16 @@ def test_the_record_tells_streams_apart() -> None:
 def _load(net: nn.Module, state: dict[str, Any]) -> None:
     net.load_state_dict(state)
     net(*inputs())  # which finds the chains, if none was called before
+
+
+def test_a_cut_is_explained() -> None:
+    explained = mfx.explain(make(StaleRead))
+    (cut,) = explained.cuts
+    assert "add_3 reads add, which is gone after add_2" in cut.reason
+    assert "chains are cut before:" in str(explained)
+    assert "add_3" in explained._repr_html_()
+    assert explained.to_dict()["cuts"][0]["node"] == "add_3"
+    assert all(update.stream in ("x", "c", "add_1", "add_2") for chain in explained.chains for update in chain.updates)
 
 
 def test_reports_show_streams_side_by_side(tmp_path: Any) -> None:

@@ -64,6 +64,10 @@ def streams_of(xs: Iterable[Any], writes: Iterable[Sequence[int]]) -> list[Strea
 def walks_back(arithmetic: type[State], gamma: Gamma, streams: Sequence[Stream]) -> bool:
     """True if a chain keeps states rather than its steps' inputs, at γ ≠ 0: what takes less over all its streams.
 
+    Where each stream by itself decides alike, shapes do not matter. Where they differ, because one has another dtype or
+    more updates, the bytes of all of them decide, elements times updates: so in such a chain alone, another size of one
+    stream may be another arithmetic.
+
     Args:
         arithmetic: the chain's.
         gamma: γ.

@@ -49,12 +49,12 @@ class StepLine:
     """A step of a chain.
 
     Args:
-        text: its formula.
+        texts: its formulas, one for each stream that it moves on.
         tooltip: the classes of the modules that the formula names.
         inner: the chains inside its branch.
     """
 
-    text: str
+    texts: tuple[str, ...]
     tooltip: str
     inner: tuple[ChainBox, ...] = ()
 
@@ -226,7 +226,8 @@ def _row(step: StepGraphs, model: Model, streams: Sequence[str]) -> StepLine:
 def _merged(rows: Sequence[StepLine]) -> StepLine:
     """Merge rows that differ in indices only."""
     inner = tuple(_merged_chains(boxes) for boxes in zip(*(row.inner for row in rows), strict=True))
-    return StepLine(_merged_text([row.text for row in rows]), rows[0].tooltip, inner)
+    texts = tuple(map(_merged_text, zip(*(row.texts for row in rows), strict=True)))
+    return StepLine(texts, rows[0].tooltip, inner)
 
 
 def _merged_chains(boxes: Sequence[ChainBox]) -> ChainBox:

@@ -55,11 +55,13 @@ _LAYOUT_OPS = frozenset(
 )
 
 
-def formula(step: StepGraphs, path: str, modules: Mapping[str, nn.Module], streams: Sequence[str] = ("x",)) -> str:
-    """Return a step's new states, side by side, as expressions, with modules by their path below the step's own.
+def formula(
+    step: StepGraphs, path: str, modules: Mapping[str, nn.Module], streams: Sequence[str] = ("x",)
+) -> tuple[str, ...]:
+    """Return the new state of each stream that a step moves on, as an expression.
 
-    Operations that only move values are left out; "…" stands for other values that the step reads. A formula that is
-    too long for a line becomes a list of names.
+    Modules have their path below the step's own. Operations that only move values are left out; "…" stands for other
+    values that the step reads. A formula that is too long for a line becomes a list of names.
 
     Args:
         step: the step's graphs.
@@ -82,7 +84,7 @@ def formula(step: StepGraphs, path: str, modules: Mapping[str, nn.Module], strea
             value = f"f({given}) with {' · '.join(shown[:_NAMES])}{' …' if len(shown) > _NAMES else ''}"
         value = f"{x} + {value}" if kind == "residual" else value
         values.append(value if len(streams) == 1 else f"{x} ← {value}")
-    return "   ".join(values)
+    return tuple(values)
 
 
 def classes(step: StepGraphs, path: str, modules: Mapping[str, nn.Module]) -> str:

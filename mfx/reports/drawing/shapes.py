@@ -118,8 +118,9 @@ def _fold(fold: Fold) -> Shape:
 
 
 def _row(row: StepLine) -> Shape:
-    text = shorten(row.text, _CHARACTERS)
-    elements = [f"<g><title>{escape(row.text)} ({escape(shorten(row.tooltip, 1000))})</title>{line(0, 14.5, text)}</g>"]
+    text = "   ".join(shorten(formula, _CHARACTERS // len(row.texts)) for formula in row.texts)
+    whole = "   ".join(row.texts)
+    elements = [f"<g><title>{escape(whole)} ({escape(shorten(row.tooltip, 1000))})</title>{line(0, 14.5, text)}</g>"]
     y, width = _LINE, text_width(text, FONT)
     for box in row.inner:
         drawn = _chain(box)

@@ -47,13 +47,13 @@ def chains_of(prepared: Prepared, selection: Selection) -> Findings:
     index, graph = prepared.index, prepared.index.graph
     every_sum = {node for add in prepared.adds for node in add.sums}
     mutations = Mutations(index, every_sum, forward_only=selection.forward_only)
-    grounds = selection.grounds
+    in_place, grounds = mutations.at(every_sum), selection.grounds
     while True:
         chains, rejections, cuts = _search(prepared, mutations, selection, grounds)
         updates = [update for chain in chains for update in chain.updates]
         sums = {node for update in updates for node in update.add.sums}
-        # A sum in place that is left as it is changes a value that a branch may read.
-        late = {u.add.node.name: why for u in updates if (why := changed_later(u, index, mutations, sums))}
+        left = [mutation for mutation in in_place if mutation.node not in sums]  # change what a branch may read
+        late = {u.add.node.name: why for u in updates if left and (why := changed_later(u, index, mutations, sums))}
         if not late:
             break
         grounds = {**grounds, **late}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch.fx import Node
@@ -17,39 +17,35 @@ Row = list[Update]
 def together(rows: Sequence[Row], index: GraphIndex, least: int) -> list[list[Row]]:
     """Return rows in groups: the streams of a chain each, unless that has to be cut.
 
-    Two rows are in one group if each reads the other, if one reads the other and the model runs them in turns, or if
-    one lies partly in an update of the other. Rows that lie in an update as a whole are nested in it, and in groups
+    Two rows that the model runs in turns are in one group if one lies partly in an update of the other, if each reads
+    the other, or if a long one reads the other. Rows that lie in an update as a whole are nested in it, and in groups
     among themselves.
 
     Args:
         rows: of updates.
         index: the graph.
-        least: the least number of updates of a row that only reads others; a shorter one has no depth of its own.
+        least: the least number of updates of a long row; a shorter one that only reads has no depth of its own.
     """
     import networkx as nx  # takes half a second
 
-    overlaps, reads = _overlaps(rows), _reads(rows, index)
+    overlaps = _overlaps(rows)
     graph = nx.Graph()
     graph.add_nodes_from(range(len(rows)))
-    for i, others in enumerate(reads):
-        is_long = len(rows[i]) >= least
-        in_turns = {j for j in others if i in reads[j] or (is_long and rows[i][0].add.node < rows[j][-1].add.node)}
-        graph.add_edges_from((i, j) for j in in_turns | overlaps.partly[i] if overlaps.are_beside(i, j))
+    for i, j in _in_turns(rows):
+        readers = [a for a, b in ((i, j), (j, i)) if index.is_ancestor(rows[b][0].add.node, rows[a][-1].add.node)]
+        is_read = len(readers) == 2 or any(len(rows[a]) >= least for a in readers)
+        if overlaps.are_beside(i, j) and (is_read or overlaps.are_crossing(i, j)):
+            graph.add_edge(i, j)
     return [[rows[i] for i in sorted(group)] for group in nx.connected_components(graph)]
 
 
-def _reads(rows: Sequence[Row], index: GraphIndex) -> list[set[int]]:
-    """Return for each row the others whose first update its last one is computed from."""
-    firsts = {index.bits([row[0].add.node]): i for i, row in enumerate(rows)}
-    every, found = sum(firsts), []
-    for i, row in enumerate(rows):
-        left, read = index.ancestors(row[-1].add.node) & every, set()
-        while left:
-            lowest = left & -left
-            read.add(firsts[lowest])
-            left ^= lowest
-        found.append(read - {i})
-    return found
+def _in_turns(rows: Sequence[Row]) -> Iterator[tuple[int, int]]:
+    """Yield the numbers of rows of which each begins before the other ends."""
+    running: list[int] = []
+    for i in sorted(range(len(rows)), key=lambda i: rows[i][0].add.node):
+        running = [j for j in running if rows[i][0].add.node < rows[j][-1].add.node]
+        yield from ((j, i) for j in running)
+        running.append(i)
 
 
 @dataclass
@@ -67,6 +63,10 @@ class _Overlaps:
     def are_beside(self, i: int, j: int) -> bool:
         """True if none of two rows is inside of the other, and both are in the same updates."""
         return self.inside[i] == self.inside[j]  # a row is not inside of itself
+
+    def are_crossing(self, i: int, j: int) -> bool:
+        """True if a part of one row, not all of it, is in the updates of the other."""
+        return i in self.partly[j] or j in self.partly[i]
 
 
 def _overlaps(rows: Sequence[Row]) -> _Overlaps:

@@ -125,23 +125,22 @@ def _owned(
     It owns, of the nodes computed from ``skip``: those that ``out`` needs; those without readers, which are there for
     their effect (checks, prints, ``copy_`` into a part of a tensor), with the nodes these need. Then what these read
     that is computed from other streams. Then sizes of all these. Then nodes that all these alone read (a position bias
-    made of parameters, a key projected from an encoder's output).
+    made of parameters, a key projected from an encoder's output); but not sizes of other states, which are no reads.
     """
     interval = [node for node in index.between(skip, out) if node.op not in ("placeholder", "get_attr", "output")]
-    ends = set(states) - {out}
     fed = {skip}
     for node in interval:
-        if node not in ends and any(source in fed for source in node.all_input_nodes):
+        if (node not in states or node is out) and any(source in fed for source in node.all_input_nodes):
             fed.add(node)
     needed = {out, *(node for node in fed if not node.users)}
     for node in reversed(interval):
-        if node in needed and node not in ends:
+        if node in needed and (node not in states or node is out):
             needed.update(node.all_input_nodes)
     owned = {node for node in interval if node in fed and node in needed}
     todo = list(owned) if feeding else []
     while todo:
         for source in todo.pop().all_input_nodes:
-            is_given = source in owned or source in ends or source in index.sizes
+            is_given = source in owned or source in states or source in index.sizes
             if not is_given and index.ancestors(source) & feeding:
                 owned.add(source)
                 todo.append(source)
@@ -150,6 +149,8 @@ def _owned(
         if node in index.sizes and owned.issuperset(node.all_input_nodes):
             owned.add(node)
     for node in reversed(interval):
-        if node.users and node not in ends and owned.issuperset(node.users):
-            owned.add(node)
+        if node.users and node not in states and owned.issuperset(node.users):
+            is_other_size = node in index.sizes and any(source in states for source in node.all_input_nodes)
+            if not is_other_size or skip in node.all_input_nodes:
+                owned.add(node)
     return owned, computed

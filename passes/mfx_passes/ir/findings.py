@@ -17,7 +17,7 @@ Grounds = tuple[Refusal, Facts]
 
 @dataclass(frozen=True, eq=False)
 class Note:
-    """A residual add about which there is something to say.
+    """A remark about a residual add.
 
     Args:
         node: the node of the sum, in the graph as captured.
@@ -27,7 +27,7 @@ class Note:
 
     @property
     def reason(self) -> str:
-        """What there is to say."""
+        """The text."""
         raise NotImplementedError
 
     @property
@@ -50,6 +50,7 @@ class Rejection(Note):
     """A residual add that stays as it was.
 
     Args:
+        node: the node of the sum, in the graph as captured.
         refusal: the reason.
         facts: values for the fields of the refusal's text.
     """
@@ -73,6 +74,7 @@ class Cut(Note):
     """A residual add that cannot go on with a chain, and begins another one or is in none.
 
     Args:
+        node: the node of the sum, in the graph as captured.
         last: the sum that ends the chain.
         why: the reason.
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from torch.fx import Graph, Node
@@ -163,16 +163,22 @@ class Chain:
         steps: at least one, in the order they run.
         name: the longest common module path of the steps; with #2 and so on if that is another chain's name.
         containers: the modules that its steps make up, those around others first.
+
+    Attributes:
+        streams: names of the streams: ``x`` for one alone, else those of their first states in the model.
     """
 
     steps: list[Step]
     name: str = ""
     containers: tuple[Container, ...] = ()
+    streams: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         numbers: dict[Node, int] = {}  # streams by their present states
         for update in self.updates:
             update.stream = numbers[update.out] = numbers.pop(update.skip, len(numbers))
+        starts = self.starts
+        self.streams = ("x",) if len(starts) == 1 else tuple(node.name for node in starts)
 
     @property
     def updates(self) -> list[Update]:

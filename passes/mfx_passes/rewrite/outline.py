@@ -31,8 +31,7 @@ def outline(chain: Chain, reached: Reached) -> tuple[ChainGraphs, list[Node], li
         _outline_step(step, now, read, position, side, reached)
         for step, now, read, side in zip(chain.steps, states, inputs, sides, strict=False)
     )
-    streams = ("x",) if len(chain.starts) == 1 else tuple(node.name for node in chain.starts)
-    return ChainGraphs(chain.name, steps, _taps(chain), streams, chain.containers), captures, sides
+    return ChainGraphs(chain.name, steps, _taps(chain), chain.streams, chain.containers), captures, sides
 
 
 def _inputs(step: Step, states: Sequence[Node]) -> tuple[list[Node], list[Node]]:

@@ -99,7 +99,7 @@ def test_equal_steps_are_folded_and_show_their_formula() -> None:
     assert chain.facts == "10 steps · γ = 0.5 · exact arithmetic"
     (fold,) = chain.folds
     assert fold.count == 5
-    assert [row.text for row in fold.rows] == ["x + dropout(mix(norm1(x)))", "x + mlp(norm2(x))"]
+    assert [text for row in fold.rows for text in row.texts] == ["x + dropout(mix(norm1(x)))", "x + mlp(norm2(x))"]
     assert fold.place == "blocks[0] … blocks[4]"
 
 
@@ -110,14 +110,16 @@ def test_steps_that_differ_are_not_folded() -> None:
     chain = picture(mfx.momentumize(model)).boxes[2]
     assert isinstance(chain, ChainBox)
     assert [(fold.count, len(fold.rows)) for fold in chain.folds] == [(1, 1)] * 4 + [(2, 2)]
-    assert chain.folds[3].rows[0].text == "x + mlp(norm2(x))"
+    assert chain.folds[3].rows[0].texts == ("x + mlp(norm2(x))",)
     assert chain.folds[3].rows[0].tooltip == "norm2: Identity, mlp: Tanh"
 
 
 def test_a_step_of_kind_map_shows_the_whole_map() -> None:
     chain = picture(mfx.momentumize(ConvNet(depth=3))).boxes[2]
     assert isinstance(chain, ChainBox)
-    assert [(fold.count, [row.text for row in fold.rows]) for fold in chain.folds] == [(3, ["ConvBlock(x)"])]
+    assert [(fold.count, [text for row in fold.rows for text in row.texts]) for fold in chain.folds] == [
+        (3, ["ConvBlock(x)"])
+    ]
 
 
 def test_chains_inside_of_branches_are_drawn_inside_and_folded_with_them() -> None:
@@ -128,7 +130,7 @@ def test_chains_inside_of_branches_are_drawn_inside_and_folded_with_them() -> No
     (row,) = fold.rows
     (inner,) = row.inner
     assert (fold.count, inner.name, [f.count for f in inner.folds]) == (4, "blocks[i].inner", [3])
-    assert row.text == f"x + blocks[i].inner({HOSTILE}(fc(x)))"
+    assert row.texts == (f"x + blocks[i].inner({HOSTILE}(fc(x)))",)
     stem, output = names(found).index("stem"), names(found).index("output")
     assert (stem, output - 1) in found.edges, "a value that is read late"
     assert (2, output) in found.edges, "an output from the middle"
@@ -137,7 +139,7 @@ def test_chains_inside_of_branches_are_drawn_inside_and_folded_with_them() -> No
 def test_a_capture_of_the_steps_is_an_edge() -> None:
     found = picture(mfx.momentumize(Masked()), torch.randn(2, 8), torch.ones(2, 8))
     (chain,) = [box for box in found.boxes if isinstance(box, ChainBox)]
-    assert [row.text for fold in chain.folds for row in fold.rows] == ["x + fcs[i](x)·…"]
+    assert [text for fold in chain.folds for row in fold.rows for text in row.texts] == ["x + fcs[i](x)·…"]
     assert (names(found).index("mask"), found.boxes.index(chain)) in found.edges
     assert "state 2×8 float32" in chain.facts
 
