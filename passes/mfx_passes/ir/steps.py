@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch.fx import Graph, Node
@@ -171,14 +171,13 @@ class Chain:
     steps: list[Step]
     name: str = ""
     containers: tuple[Container, ...] = ()
-    streams: tuple[str, ...] = field(init=False)
 
     def __post_init__(self) -> None:
         numbers: dict[Node, int] = {}  # streams by their present states
         for update in self.updates:
             update.stream = numbers[update.out] = numbers.pop(update.skip, len(numbers))
         starts = self.starts
-        self.streams = ("x",) if len(starts) == 1 else tuple(node.name for node in starts)
+        self.streams: tuple[str, ...] = ("x",) if len(starts) == 1 else tuple(node.name for node in starts)
 
     @property
     def updates(self) -> list[Update]:
