@@ -71,7 +71,8 @@ def momentumize(
         capture: ``"symbolic"``: by symbolic tracing; ``"dynamo"``: by TorchDynamo, which captures the first call and
             later ones that differ in what the graph depends on; ``"auto"``: symbolic tracing if it works, else Dynamo.
         example_inputs: arguments of a call to capture at once instead of at the first call: one input, a tuple of
-            inputs, or a mapping from argument names to inputs. Nothing is computed with them.
+            inputs, or a mapping from argument names to inputs; or a list of tuples and mappings, one per call.
+            Nothing is computed with them.
         verify: ``"warn"``, ``"raise"`` or ``"off"``: the reaction when the backward pass in exact arithmetic does not
             arrive where the forward pass began, because a step did not compute the same values twice.
 

@@ -11,8 +11,8 @@ import mfx
 from tests.pages import CHAPTERS, PAGES, README, ROOT, anchors, blocks, name_of
 
 SAID = {  # among what the blocks of a page print
-    "README.md": ("ResNet: 4 chains of 29 steps",),
-    "examples/guide/any_model.md": ("ResNet: 4 chains of 8 steps", "self.momentum_layer1("),
+    "README.md": ("ResNet: 29 of 33 residual steps in 4 chains",),
+    "examples/guide/any_model.md": ("ResNet: 2 of 8 residual steps in 1 chain", "self.momentum_layer1("),
 }
 
 

@@ -102,7 +102,10 @@ def _options(parsed: Namespace) -> dict[str, Any]:
 def _explain(parsed: Namespace) -> None:
     net, args, kwargs = _subject(parsed).rewritten()
     explanation = mfx.explain(net, *args, **kwargs)
-    print(json.dumps(explanation.to_dict(), indent=2) if parsed.json else explanation)
+    if parsed.json:
+        print(json.dumps(explanation.to_dict(), indent=2))
+    else:
+        print(explanation.details() if parsed.verbose else explanation)
 
 
 def _profile(parsed: Namespace) -> None:

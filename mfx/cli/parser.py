@@ -51,6 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     explain = command("explain", "list chains, what they keep, and the residual adds left alone, with reasons")
     explain.add_argument("--json", action="store_true", help="print JSON")
+    explain.add_argument("-v", "--verbose", action="store_true", help="also sums that only look like residual steps")
 
     profile = command("profile", "measure memory, time and FLOPs of a training step, beside other ways to train")
     profile.add_argument("--json", action="store_true", help="print JSON")

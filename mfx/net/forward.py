@@ -33,7 +33,7 @@ from mfx.options.options import Options
 from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.memory_plans import NetPlans, call_key
 from mfx.program.rewritten import RewrittenGraph, named_by_mode
-from mfx.text import listed, without_chains
+from mfx.text import count, listed, without_chains
 from mfx_passes import MfxError
 
 
@@ -67,7 +67,7 @@ class NetForward(Overlay):
         self.lock = threading.RLock()
         self.call_sites: list[CallSite] = []
         self._said = False
-        self._shown = Shown(net, self.print_readable)
+        self._shown = Shown(net, {"print_readable": self.print_readable, "extra_repr": self.extra_repr})
 
     def _make_table(self, options: Options) -> GraphTable:
         return GraphTable(self.net, options, self.warn)
@@ -245,7 +245,7 @@ class NetForward(Overlay):
             MfxError: an option names a chain that the model does not have.
         """
         if self.options.example_inputs is not None:
-            graph = self.table.graph_for(*self.options.example_call)
+            graph, *_ = [self.table.graph_for(*call) for call in self.options.example_calls]
         elif self.options.capture != "dynamo":
             graph = self.table.graph_for_defaults()
         else:
@@ -262,6 +262,13 @@ class NetForward(Overlay):
         """Return the active rewritten graph as Python code; see `torch.fx.GraphModule.print_readable`."""
         graph = self.active or self.prepare()
         return graph.graph_module(self.net).print_readable(*args, **kwargs)
+
+    def extra_repr(self) -> str:
+        """Return a line for ``print(net)``: that it is momentumized, and how; after that of the class."""
+        lengths = {} if self.active is None else self.active.chain_lengths
+        found = f", {count(sum(lengths.values()), 'step')} in {count(len(lengths), 'chain')}" if lengths else ""
+        own = type(self.net).extra_repr(self.net)
+        return "\n".join(filter(None, (own, f"momentumized by mfx: gamma={self.options.gamma!r}{found}")))
 
     def graphs(self) -> dict[str, fx.GraphModule]:
         """Return the rewritten graphs, named after the training mode they are for; ``train#2`` for other arguments.

@@ -22,8 +22,13 @@ from mfx.net.routes import DynamoRoute, SymbolicRoute
 from mfx.options.options import Options
 from mfx.program.record import Record
 from mfx.program.rewritten import RewrittenGraph
+from mfx.progress import waiting_for
 from mfx_passes import MfxError
 
+_CHECKPOINTING = (
+    "gradient checkpointing is switched on in this {}, and mfx leaves it out of its chains: their steps run again in "
+    "the backward pass anyway, once. Leave it switched off: gradient_checkpointing_disable()."
+)
 _KINDS = 8  # of calls without a graph, or without chains, that are told apart
 
 
@@ -98,7 +103,7 @@ class GraphTable:
         has_shapes = compat.runs_for_real() or torch.compiler.is_exporting()
         if graph is None and (reason := self.failed(args, kwargs)) is not None:
             raise CaptureError(reason)
-        with aside(self.net):
+        with waiting_for(f"capturing a call of {type(self.net).__name__}"), aside(self.net):
             graph = graph or self._capture(args, kwargs, path)
             return self._fit(graph, args, kwargs) if has_shapes and not graph.shapes_known else graph
 
@@ -165,7 +170,7 @@ class GraphTable:
             CaptureError: the model cannot be traced without a call.
             MfxError: the graph would be of another function than the others.
         """
-        with aside(self.net):
+        with waiting_for(f"tracing {type(self.net).__name__}"), aside(self.net):
             graph = self._symbolic.for_defaults(self.options)
             return graph if graph in self.graphs else self._admit(graph, self._symbolic)
 
@@ -221,6 +226,8 @@ class GraphTable:
     def _admit(self, graph: RewrittenGraph, route: SymbolicRoute | DynamoRoute) -> RewrittenGraph:
         """Check a new graph, and keep it; the modules that it calls as a whole are left as they are."""
         self.check(graph)
+        if graph.calls and _checkpoints(self.net):
+            self._warn(_CHECKPOINTING.format(type(self.net).__name__))
         if torch.compiler.is_exporting():
             return graph  # its constants may be tensors without values: it is for this once
         if graph.shapes_known and not self.options.within:  # options name chains of the net as a whole
@@ -249,6 +256,11 @@ class GraphTable:
     def __getstate__(self) -> dict[str, Any]:
         # Graphs that Dynamo captured are not copied.
         return {**self.__dict__, "_known": self.record, "_without_chains": {}}
+
+
+def _checkpoints(net: nn.Module) -> bool:
+    """True if a model of Hugging Face was told to checkpoint its layers."""
+    return any(getattr(module, "gradient_checkpointing", False) is True for module in net.modules())
 
 
 def _is_layer(module: nn.Module) -> bool:

@@ -73,8 +73,8 @@ class Options:
                 "only is empty, so nothing would be rewritten; give it chain names or module paths, or None for all."
             )
         gamma = dict(self.gamma) if isinstance(self.gamma, Mapping) else self.gamma
-        inputs = self.example_inputs
-        inputs = dict(inputs) if isinstance(inputs, Mapping) else tuple(inputs) if isinstance(inputs, list) else inputs
+        inputs = [*self.example_inputs] if isinstance(self.example_inputs, list) else self.example_inputs
+        inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
         # Copies: the caller may change theirs later.
         self.__dict__.update(gamma=gamma, only=only, skip=skip, example_inputs=inputs)
 
@@ -90,12 +90,14 @@ class Options:
         return Selection(self.min_steps, only, skip or (), within=self.within, marked=bool(self.layers))
 
     @property
-    def example_call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Example inputs as positional and named arguments: a mapping names them, a tuple or list lists them."""
+    def example_calls(self) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+        """Example inputs as positional and named arguments of one call, or of several.
+
+        A mapping names them, a tuple or list lists them; a list of nothing but tuples and mappings is of several calls.
+        """
         inputs = self.example_inputs
-        if isinstance(inputs, Mapping):
-            return (), {str(name): value for name, value in inputs.items()}
-        return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+        is_several = isinstance(inputs, list) and inputs and all(isinstance(i, tuple | Mapping) for i in inputs)
+        return [_call(one) for one in inputs] if is_several else [_call(inputs)]
 
     @property
     def plans(self) -> bool:
@@ -148,6 +150,12 @@ class Options:
         named = {chain: value for chain in chains if (value := look_up(gamma, chain)) is not None}
         now = {**named, **gamma}  # new keys go before old ones
         return replace(self, gamma={**now, **{name: value for name, value in before.items() if name not in now}})
+
+
+def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if isinstance(inputs, Mapping):
+        return (), {str(name): value for name, value in inputs.items()}
+    return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
 
 
 def check_names(option: str, value: Any, chains: Collection[str]) -> None:

@@ -53,4 +53,9 @@ class Table:
             element("thead", row("th", self.head)),
             element("tbody", *(row("td", texts) for texts in self.rows)),
         )
-        return element("div", element("table", head, body), class_="wide")
+        reachable = {
+            "tabindex": "0",
+            "role": "region",
+            "aria_label": ", ".join(filter(None, self.head)),
+        }  # to scroll it
+        return element("div", element("table", head, body), class_="wide", **reachable)

@@ -14,7 +14,7 @@ def test_it_shows_a_graph_before_and_after(tmp_path, capsys):
     titles = [line for line in by_hand.splitlines() if line.startswith("Handwritten: ")]
     assert titles == [
         "Handwritten: what was found",
-        "Handwritten: 1 chain of 4 steps, 1 residual add left as they are",
+        "Handwritten: 4 of 5 residual steps in 1 chain: ",
         "Handwritten: the graph before",
         "Handwritten: the graph after: one call per chain",
         "Handwritten: what reads the states besides the next step",

@@ -77,6 +77,7 @@ def test_gamma_zero_is_the_model(tmp_path):
 def test_accumulation_and_the_models_own_checkpointing(tmp_path):
     family = FAMILY["gpt2"]
     net, kept = mfx.momentumize(family.make()), mfx.momentumize(family.make(), memory_budget=1.0)
-    trained(net, family, tmp_path, gradient_accumulation_steps=2, gradient_checkpointing=True)
+    with pytest.warns(UserWarning, match="gradient checkpointing is switched on in this"):
+        trained(net, family, tmp_path, gradient_accumulation_steps=2, gradient_checkpointing=True)
     trained(kept, family, tmp_path, gradient_accumulation_steps=2)
     assert_same_weights(net, kept)

@@ -24,6 +24,9 @@ OPTIONAL_OUTPUTS = {
 PRETRAINED = "to go on from trained weights, start at gamma=0 and raise it in training (mfx.GammaScheduler)"
 
 
+TOO_SHORT = "too short for gamma > 0 to save memory: gamma=0 keeps the same inputs, and the function"
+
+
 def advise_on_weights(weights: Sequence[float], gamma: float) -> str:
     """Return advice if most branches of a chain count for less than half of what they did, else ``""``.
 

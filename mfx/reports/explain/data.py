@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import fx
 
-from mfx.reports.explain.advice import advise_on_weights
+from mfx.reports.explain.advice import PRETRAINED, TOO_SHORT, advise_on_weights
 from mfx.reports.explain.storage import ExplainedStorage
+from mfx.text import listed
 
 
 @dataclass(frozen=True)
@@ -101,6 +104,7 @@ class ExplainedChain:
         storage: the part of the stream kept for the backward pass, and the reason; None if shapes are not known.
         memory: memory with mfx and without; None if nothing could be predicted.
         streams: names of the streams.
+        depth: number of chains around it: those that it lies in a branch of.
     """
 
     name: str
@@ -111,6 +115,7 @@ class ExplainedChain:
     storage: ExplainedStorage | None = None
     memory: ChainMemory | None = None
     streams: tuple[str, ...] = ("x",)
+    depth: int = 0
 
     @property
     def updates(self) -> tuple[ExplainedUpdate, ...]:
@@ -138,5 +143,19 @@ class ExplainedChain:
             "storage": None if self.storage is None else self.storage.to_dict(),
             "memory": None if self.memory is None else asdict(self.memory),
             "streams": list(self.streams),
+            "depth": self.depth,
             "steps": [step.to_dict() for step in self.steps],
         }
+
+
+def advise_on_gammas(chains: Sequence[ExplainedChain]) -> list[str]:
+    """Return advice on γ, the same for several chains once."""
+    about: dict[str, list[str]] = defaultdict(list)
+    for chain in chains:
+        if chain.gamma and chain.storage is not None and chain.storage.policy == "inputs":
+            about[TOO_SHORT].append(chain.name)
+    for chain in chains:
+        if chain.advice:
+            about[chain.advice].append(chain.name)
+    has_small = any(chain.advice for chain in chains)
+    return [*(f"{listed(names)}: {advice}" for advice, names in about.items()), *([PRETRAINED] if has_small else [])]

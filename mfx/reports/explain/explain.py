@@ -8,17 +8,19 @@ from typing import Any
 
 from torch import nn
 
-from mfx.compat import compiled_model
+from mfx.compat import compiled_model, hook_tables
 from mfx.net.views import View, views_of, written
 from mfx.program.chain_call import Momentum
 from mfx.reports.explain.advice import OPTIONAL_OUTPUTS
 from mfx.reports.explain.data import ChainMemory, ExplainedChain, ExplainedStep, ExplainedUpdate
 from mfx.reports.explain.estimate import Estimate, estimate
 from mfx.reports.explain.explanation import Explanation
+from mfx.reports.explain.residual_steps import is_residual_step
 from mfx.reports.explain.storage import explain_storage
 from mfx.text import described
 from mfx_passes import MfxError, StepGraphs
 from mfx_passes.ir import source_line
+from mfx_passes.paths import join
 
 _NOT_REHEARSED = "compiled graphs are not rehearsed; mfx.explain the model that was compiled"
 _NOT_ONE_GRAPH = "the model cannot be captured as one graph, so its modules are rewritten each on its own"
@@ -44,16 +46,19 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     views = views_of(model, args, kwargs, "mfx.explain(model, *inputs)")
     predicted, unpredicted = _predict(model, views, args, kwargs) if args or kwargs else (None, "")
     chains = {
-        (view.path, name, len(call.graphs.steps)): _explain_chain(view, call, predicted)
+        (view.path, name, len(call.graphs.steps)): (around, _explain_chain(view, call, predicted, len(around) - 1))
         for view in views
-        for name, call in view.calls.items()
+        for name, around in _nesting(view.calls).items()
+        for call in (view.calls[name],)
     }  # a chain that several compiled graphs have counts once, and so does a rejection
-    rejections = {(view.path, str(refused)): refused for view in views for refused in view.findings().rejections}
+    rejections = {
+        (view.path, str(refused)): (refused, view.module) for view in views for refused in view.findings().rejections
+    }
     cuts = {(view.path, str(cut)): cut for view in views for cut in view.findings().cuts}
     return Explanation(
         type(written(model)).__name__,
-        tuple(sorted(chains.values(), key=lambda chain: chain.name)),
-        tuple(rejections.values()),
+        tuple(chain for _, chain in sorted(chains.values(), key=lambda found: found[0])),
+        tuple(refused for refused, _ in rejections.values()),
         tuple(cuts.values()),
         views[0].graphs() if views else {},
         tuple(path for view in views if view.is_whole for path in view.flat),
@@ -61,7 +66,31 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         unpredicted,
         {path: why for view in views for path, why in view.leaves.items()},
         tuple(dict.fromkeys(condition for view in views for condition in view.conditions)),
+        tuple(refused for refused, module in rejections.values() if is_residual_step(refused, module)),
+        tuple(join(view.path, path) for view in views for path in _with_hooks(view)),
     )
+
+
+def _nesting(calls: Mapping[str, Momentum]) -> dict[str, tuple[str, ...]]:
+    """Return of each momentum call the names of the chains around it, outermost first, and its own."""
+    outer = {
+        str(node.target): name
+        for name, call in calls.items()
+        for step in call.graphs.steps
+        for node in step.branch.nodes
+        if node.op == "call_module" and node.target in calls
+    }
+
+    def around(name: str) -> tuple[str, ...]:
+        return (*(around(outer[name]) if name in outer else ()), calls[name].chain)
+
+    return {name: around(name) for name in calls}
+
+
+def _with_hooks(view: View) -> list[str]:
+    """Return the paths of modules whose hooks do not run, if they have any."""
+    walked = dict(view.module.named_modules())
+    return [path for path in view.flat if path and path in walked and any(hook_tables(walked[path]))]
 
 
 def _predict(
@@ -78,7 +107,7 @@ def _predict(
         return None, f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no message'])[0]}"
 
 
-def _explain_chain(view: View, call: Momentum, found: Estimate | None) -> ExplainedChain:
+def _explain_chain(view: View, call: Momentum, found: Estimate | None, depth: int) -> ExplainedChain:
     graphs, gamma = call.graphs, call.gamma.value
     streams = view.streams.get(call.chain, call.streams)
     residual_start = call.settings.velocity == "residual"
@@ -88,7 +117,7 @@ def _explain_chain(view: View, call: Momentum, found: Estimate | None) -> Explai
     storage = explain_storage(call, streams) if streams else None
     memory = None if found is None else _memory(call.chain, found)
     arithmetic = call.settings.arithmetic.name
-    return ExplainedChain(call.chain, steps, gamma, arithmetic, weights, storage, memory, graphs.streams)
+    return ExplainedChain(call.chain, steps, gamma, arithmetic, weights, storage, memory, graphs.streams, depth)
 
 
 def _memory(chain: str, found: Estimate) -> ChainMemory:

@@ -8,15 +8,14 @@ from typing import Any
 
 from torch import fx
 
-from mfx.reports.explain.advice import PRETRAINED, advise_on_output
-from mfx.reports.explain.data import ExplainedChain
+from mfx.reports.explain.advice import advise_on_output
+from mfx.reports.explain.data import ExplainedChain, advise_on_gammas
 from mfx.reports.explain.estimate import Estimate
 from mfx.reports.explain.notebook import page
 from mfx.reports.explain.tables import (
     Contents,
     chain_table,
     groups,
-    headline,
     leaves,
     memory_table,
     places,
@@ -24,6 +23,7 @@ from mfx.reports.explain.tables import (
     short_place,
     sources,
     step_table,
+    verdict,
 )
 from mfx.reports.explain.terminal import text
 from mfx_passes import Cut, Rejection
@@ -33,7 +33,7 @@ from mfx_passes import Cut, Rejection
 class Explanation:
     """The chains of a model, the residual adds that are in none, and what a training step takes.
 
-    ``str()`` is at most 100 columns wide; notebooks show tables.
+    ``str()`` begins with the verdict and is at most 100 columns wide; notebooks show tables.
 
     Attributes:
         model: name of the model's class.
@@ -47,6 +47,8 @@ class Explanation:
         leaves: modules that are called as a whole because a trace cannot follow them, and why.
         conditions: lines that decide on the values of tensors, with the value that the graph shown here is for: each
             call takes the path of its own values, and each path has a graph.
+        left_steps: those of the ``rejections`` that are residual steps of the model; the others only look like one.
+        unheard: modules among ``flat`` that have hooks.
     """
 
     model: str
@@ -59,20 +61,28 @@ class Explanation:
     unpredicted: str = ""
     leaves: Mapping[str, str] = field(default_factory=dict)
     conditions: tuple[str, ...] = ()
+    left_steps: tuple[Rejection, ...] = ()
+    unheard: tuple[str, ...] = ()
+
+    @property
+    def verdict(self) -> str:
+        """The number of residual steps that become momentum steps, and the bytes that a training step keeps."""
+        return verdict(self.model, self.chains, self.left_steps, self.estimate)
 
     @property
     def advice(self) -> tuple[str, ...]:
         """Advice about chains and outputs; a rejection has its own remedy."""
-        advice = [f"{chain.name}: {chain.advice}" for chain in self.chains if chain.advice]
-        advice += [PRETRAINED] if advice else []
-        return (*advice, *(() if self.estimate is None else advise_on_output(self.estimate.held)))
+        return (
+            *advise_on_gammas(self.chains),
+            *(() if self.estimate is None else advise_on_output(self.estimate.held)),
+        )
 
     @property
     def contents(self) -> Contents:
         """The explanation as tables and lines of text."""
         chains = self.chains
         return Contents(
-            headline=headline(self.model, chains, self.rejections),
+            verdict=self.verdict,
             chains=chain_table(chains),
             sources=[(chain.name, sources(chain)) for chain in chains],
             steps=[(chain.name, step_table(chain)) for chain in chains],
@@ -80,15 +90,20 @@ class Explanation:
             unpredicted=self.unpredicted,
             policies=policies(chains),
             advice=self.advice,
-            rejections=groups(self.rejections),
+            rejections=groups(self.left_steps),
             cuts=tuple(f"{name}: {cut.reason}" for cut, name in zip(self.cuts, places(self.cuts), strict=True)),
-            flat=tuple(filter(None, self.flat)),
+            others=groups(found for found in self.rejections if found not in self.left_steps),
+            unheard=self.unheard,
             leaves=leaves(self.leaves),
             conditions=tuple(map(short_place, self.conditions)),
         )
 
     def __str__(self) -> str:
         return text(self.contents)
+
+    def details(self) -> str:
+        """Return all of ``str()``, and the sums that stay as they are and only look like residual steps."""
+        return text(self.contents, verbose=True)
 
     def _repr_html_(self) -> str:
         return page(self.contents)
@@ -97,11 +112,11 @@ class Explanation:
         """Return everything but the graphs as plain data, for ``json.dumps``.
 
         Returns:
-            ``model``; ``chains``, each with ``name``, ``gamma``, ``arithmetic``, ``weights``, ``advice``, ``storage``
-            (the attributes of `ExplainedStorage`, and ``kept``), ``memory`` (``plain`` and ``kept`` in bytes,
+            ``model``; ``verdict``; ``chains``, each with ``name``, ``gamma``, ``arithmetic``, ``weights``, ``advice``,
+            ``storage`` (the attributes of `ExplainedStorage`, and ``kept``), ``memory`` (``plain`` and ``kept`` bytes,
             ``recomputed`` in FLOP) and ``steps`` (``path``, ``kind``, ``branch``, ``captures``, ``sides``, ``source``);
-            ``rejections``, each with ``node``, ``path``, ``source``, ``reason`` and ``remedy``; ``cuts``, each with
-            ``node``, ``path``, ``source`` and ``reason``; ``flat``;
+            ``rejections``, each with ``node``, ``path``, ``source``, ``reason``, ``remedy`` and ``is_step``; ``cuts``,
+            each with ``node``, ``path``, ``source`` and ``reason``; ``flat``;
             ``leaves``: reasons by path; ``conditions``;
             ``totals``: ``plain`` and ``momentum``, each with ``kept`` and ``peak`` in
             bytes and ``flops``; ``held``: bytes by key of the output; ``advice``; ``unpredicted``. ``storage``,
@@ -109,8 +124,12 @@ class Explanation:
         """
         return {
             "model": self.model,
+            "verdict": self.verdict,
             "chains": [chain.to_dict() for chain in self.chains],
-            "rejections": [{**_noted(rejection), "remedy": rejection.remedy} for rejection in self.rejections],
+            "rejections": [
+                {**_noted(rejection), "remedy": rejection.remedy, "is_step": rejection in self.left_steps}
+                for rejection in self.rejections
+            ],
             "cuts": [_noted(cut) for cut in self.cuts],
             "flat": list(self.flat),
             "leaves": dict(self.leaves),

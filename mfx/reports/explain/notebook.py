@@ -25,15 +25,16 @@ def page(contents: Contents) -> Markup:
     return element(
         "div",
         element("style", Markup(_STYLE)),
-        element("strong", contents.headline),
-        _table(contents.chains),
+        element("strong", contents.verdict),
         _table(contents.memory, "number"),
+        _table(contents.chains),
         _paragraph("memory could not be predicted", contents.unpredicted),
         _list("kept between forward and backward", [f"{name}: {policy}" for name, policy in contents.policies]),
         _list("what could be done", contents.advice),
         _list("chains are cut before", contents.cuts),
-        _rejections(contents.rejections),
-        _paragraph("hooks on these modules do not run", ", ".join(contents.flat)),
+        _rejections("left as they are", contents.rejections),
+        _rejections("only look like residual steps", contents.others),
+        _paragraph("hooks on these modules do not run", ", ".join(contents.unheard)),
         _list("called as a whole, since a trace cannot follow them", map(": ".join, contents.leaves)),
         _list("decided in each call anew, by the values of tensors", contents.conditions),
         *(element("details", element("summary", f"steps of {name}"), _table(steps)) for name, steps in contents.steps),
@@ -54,9 +55,9 @@ def _list(title: str, items: Iterable[str]) -> Markup | None:
     return joined(element("p", f"{title}:"), element("ul", *found)) if found else None
 
 
-def _rejections(groups: Iterable[RejectedGroup]) -> Markup | None:
+def _rejections(title: str, groups: Iterable[RejectedGroup]) -> Markup | None:
     found = [_group(group) for group in groups]
-    return joined(element("p", "left as they are:"), *found) if found else None
+    return joined(element("p", f"{title}:"), *found) if found else None
 
 
 def _group(group: RejectedGroup) -> Markup:

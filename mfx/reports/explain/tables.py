@@ -39,7 +39,7 @@ class Contents:
     """The contents of an explanation, for a terminal or a notebook to lay out.
 
     Attributes:
-        headline: a summary in one line.
+        verdict: a summary in one line.
         chains: one row per chain.
         sources: name of each chain, and the places of its steps.
         steps: name of each chain, and a table with one row per step.
@@ -47,14 +47,15 @@ class Contents:
         unpredicted: reason why memory could not be predicted although there were inputs.
         policies: name of each chain with known shapes, and what it keeps of its stream.
         advice: advice, one line each.
-        rejections: residual adds that stay as they are, by reason.
+        rejections: residual steps that stay as they are, by reason.
         cuts: residual adds that cannot go on with the chain before them, and why.
-        flat: paths of modules whose hooks do not run.
+        others: sums that stay as they are and only look like residual steps, by reason.
+        unheard: paths of modules whose hooks do not run.
         leaves: modules that are called as a whole because a trace cannot follow them, and why.
         conditions: lines that decide on the values of tensors.
     """
 
-    headline: str
+    verdict: str
     chains: Table
     sources: Rows
     steps: list[tuple[str, Table]]
@@ -64,25 +65,28 @@ class Contents:
     advice: tuple[str, ...]
     rejections: list[RejectedGroup]
     cuts: tuple[str, ...]
-    flat: tuple[str, ...]
+    others: list[RejectedGroup]
+    unheard: tuple[str, ...]
     leaves: Rows
     conditions: tuple[str, ...]
 
 
-def headline(model: str, chains: Sequence[ExplainedChain], rejections: Sequence[Rejection]) -> str:
-    """Return a summary in one line."""
+def verdict(model: str, chains: Sequence[ExplainedChain], left: Sequence[Rejection], estimate: Estimate | None) -> str:
+    """Return a summary in one line: residual steps rewritten and in all, and what a training step keeps."""
     steps = sum(len(chain.steps) for chain in chains)
-    return (
-        f"{model}: {count(len(chains), 'chain')} of {count(steps, 'step')}, "
-        f"{count(len(rejections), 'residual add')} left as they are"
-    )
+    if not chains:
+        return f"{model}: no chain of residual steps, {count(len(left), 'residual step')} left alone"
+    found = f"{model}: {steps} of {count(steps + len(left), 'residual step')} in {count(len(chains), 'chain')}"
+    if estimate is None:
+        return found
+    return f"{found}: {size(estimate.momentum.kept)} kept instead of {size(estimate.plain.kept)}"
 
 
 def chain_table(chains: Iterable[ExplainedChain]) -> Table:
     """Return a table with one row per chain."""
     rows = [
         (
-            chain.name,
+            indented(chain),
             _steps(chain),
             chain.kind,
             f"{chain.gamma:g}",
@@ -95,6 +99,11 @@ def chain_table(chains: Iterable[ExplainedChain]) -> Table:
     return Table(_CHAINS, rows)
 
 
+def indented(chain: ExplainedChain) -> str:
+    """Return a chain's name, indented if it lies in others."""
+    return f"{'  ' * (chain.depth - 1)}└ {chain.name}" if chain.depth else chain.name
+
+
 def _steps(chain: ExplainedChain) -> str:
     """Return the number of steps; with several streams, of updates of each, too."""
     if len(chain.streams) == 1:
@@ -103,16 +112,19 @@ def _steps(chain: ExplainedChain) -> str:
     return f"{len(chain.steps)}: {', '.join(f'{counts[name]} of {name}' for name in chain.streams)}"
 
 
-def memory_table(chains: Iterable[ExplainedChain], estimate: Estimate | None) -> Table:
-    """Return what a training step takes: by chain, then all of it, then the peak."""
+def memory_table(chains: Sequence[ExplainedChain], estimate: Estimate | None) -> Table:
+    """Return what a training step takes: by chain, which adds up with what lies around to all of it, then the peak."""
     if estimate is None:
         return Table(_MEMORY, ())
     plain, momentum = estimate.plain, estimate.momentum
     rows = [
-        _bytes(chain.name, chain.memory.plain, chain.memory.kept, amount(chain.memory.recomputed, "FLOP"))
+        _bytes(indented(chain), chain.memory.plain, chain.memory.kept, amount(chain.memory.recomputed, "FLOP"))
         for chain in chains
         if chain.memory is not None
     ]
+    outermost = [chain.memory for chain in chains if chain.memory is not None and not chain.depth]
+    around = plain.kept - sum(m.plain for m in outermost), momentum.kept - sum(m.kept for m in outermost)
+    rows += [_bytes("around the chains", *around, "")] if rows else []
     extra = momentum.flops - plain.flops
     share = f" (+{extra / plain.flops:.0%})" if plain.flops else ""
     rows.append(_bytes("all of the model", plain.kept, momentum.kept, f"{amount(extra, 'FLOP')}{share}"))

@@ -7,19 +7,24 @@ from dataclasses import replace
 
 from mfx.reports.explain.tables import Contents, RejectedGroup
 from mfx.reports.table import WIDTH
-from mfx.text import listed, shorten
+from mfx.text import count, listed, shorten
 
 _SHOWN = 3  # rejections per reason, and cuts
 
 
-def text(contents: Contents) -> str:
-    """Return all of an explanation, section by section."""
-    sections = (_chains, _memory, _policies, _advice, _cuts, _rejections, _flat, _leaves, _conditions)
-    lines = _wrapped(contents.headline)
+def text(contents: Contents, *, verbose: bool = False) -> str:
+    """Return an explanation, section by section: the verdict, memory, chains, what is left alone, what could be done.
+
+    Args:
+        contents: the explanation.
+        verbose: also list the sums that only look like residual steps.
+    """
+    sections = (_memory, _chains, _policies, _advice, _cuts, _rejections, _unheard, _leaves, _conditions)
+    lines = _wrapped(contents.verdict)
     for section in sections:
         if found := section(contents):
             lines += ["", *found]
-    return "\n".join(lines)
+    return "\n".join([*lines, *_others(contents, verbose)])
 
 
 def _chains(contents: Contents) -> list[str]:
@@ -64,6 +69,16 @@ def _rejections(contents: Contents) -> list[str]:
     return ["left as they are:", *(line for group in found for line in _group(group))] if found else []
 
 
+def _others(contents: Contents, verbose: bool) -> list[str]:
+    number = sum(len(group.places) for group in contents.others)
+    if not number:
+        return []
+    about = f"{count(number, 'more sum')} only look{'s' * (number == 1)} like a residual step"
+    if not verbose:
+        return ["", f"{about}: mfx explain -v, or .details() of this explanation"]
+    return ["", f"{about}:", *(line for group in contents.others for line in _group(group))]
+
+
 def _group(group: RejectedGroup) -> list[str]:
     lines = _wrapped(f"  {len(group.places)} x {group.reason}")
     lines += [shorten(f"      {place}", WIDTH) for place in group.places[:_SHOWN]]
@@ -71,10 +86,10 @@ def _group(group: RejectedGroup) -> list[str]:
     return [*lines, *(_wrapped(f"      to do: {group.remedy}") if group.remedy else [])]
 
 
-def _flat(contents: Contents) -> list[str]:
-    if not contents.flat:
+def _unheard(contents: Contents) -> list[str]:
+    if not contents.unheard:
         return []
-    shown = listed([shorten(path, 60) for path in contents.flat])
+    shown = listed([shorten(path, 60) for path in contents.unheard])
     return _wrapped(f"hooks on these modules do not run, since sums in them are part of a chain: {shown}")
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mfx.reports.explain.data import ExplainedChain
 from mfx.reports.explain.explanation import Explanation
-from mfx.reports.explain.tables import RejectedGroup, groups, state, weights
+from mfx.reports.explain.tables import RejectedGroup, indented, state, weights
 from mfx.reports.markup import Markup, element, joined
 from mfx.reports.page.memory_lines import legend, lines
 from mfx.reports.profile.result import Profile, measures, notes_of
@@ -20,17 +20,17 @@ _UNFOLDED = 40  # lines of code that are shown without unfolding
 
 def summary(found: Explanation, profile: Profile | None) -> Markup:
     """Return the chains, refusals and effects as a few numbers: measured ones, else predicted ones."""
-    chains, left = len(found.chains), len(found.rejections)
+    chains, left = len(found.chains), len(found.left_steps)
     cards = [
         _card(str(chains), count(chains, "momentum chain").partition(" ")[2]),
         _card(str(sum(len(chain.steps) for chain in found.chains)), "residual steps turned into momentum steps"),
-        _card(str(left), f"{count(left, 'residual add').partition(' ')[2]} left alone"),
+        _card(str(left), f"{count(left, 'residual step').partition(' ')[2]} left alone"),
     ]
     cards += [
         _card(ratio(value, first), f"{what}, relative to plain training")
         for what, value, first in _effects(found, profile)
     ]
-    return element("div", *cards, class_="cards")
+    return joined(element("p", found.verdict, class_="verdict"), element("div", *cards, class_="cards"))
 
 
 def _effects(found: Explanation, profile: Profile | None) -> list[tuple[str, float, float]]:
@@ -93,10 +93,13 @@ def chains(found: Explanation) -> Markup:
 
 
 def rejections(found: Explanation) -> Markup:
-    """Return the residual adds that stay as they are, by reason."""
-    blocks = [_group(group) for group in groups(found.rejections)]
+    """Return the sums that stay as they are, by reason: residual steps, then what only looks like one."""
+    blocks = [_group(group) for group in found.contents.rejections]
+    others = [_group(group) for group in found.contents.others]
     return joined(
-        element("h2", "Left as they are"), *(blocks or [element("p", "No residual add was left alone.", class_="dim")])
+        element("h2", "Left as they are"),
+        *(blocks or [element("p", "No residual step was left alone.", class_="dim")]),
+        *([element("p", "Sums that only look like residual steps:", class_="dim"), *others] if others else []),
     )
 
 
@@ -119,7 +122,7 @@ def _chain(chain: ExplainedChain) -> tuple[str, ...]:
     kept = memory.kept if memory is not None else None if storage is None else storage.kept
     policy = "" if storage is None else f" ({storage.policy})"
     return (
-        chain.name or "the model itself",
+        indented(chain) or "the model itself",
         state(chain) or _NOTHING,
         chain.arithmetic,
         str(len(chain.steps)),

@@ -15,6 +15,7 @@ code, pre { font-family: ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu 
   font-size: .85rem; }
 pre { background: var(--panel); border: 1px solid var(--rule); border-radius: 6px; padding: .7rem; margin: .4rem 0;
   overflow: auto; max-height: 30rem; }
+.verdict { font-size: 1.1rem; font-weight: 600; margin: .8rem 0; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(9.5rem, 1fr)); gap: .7rem;
   margin: 1rem 0; padding: 0; }
 .card { background: var(--panel); border: 1px solid var(--rule); border-radius: 6px; padding: .6rem .8rem; }

@@ -34,7 +34,7 @@ class Refusal(Enum):
         "a single residual step; chains have at least {min_steps}",
         "it is a single residual step",
         "nothing to gain",
-        "nothing is lost: one step has nothing to walk back over",
+        "min_steps=1 rewrites it, too: it keeps its input, and its branch runs twice",
     )
     SHORT = (
         "a chain of {steps} steps; chains have at least {min_steps}",

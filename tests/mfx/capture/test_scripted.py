@@ -126,7 +126,7 @@ def test_at_gamma_zero_it_is_the_model(kind):
     model.load_state_dict(before)
     net = mfx.momentumize(model, gamma=0.0, verify="raise")
     assert all(map(torch.equal, two_steps(net), expected))
-    assert "1 chain of 9 steps" in str(mfx.explain(net))
+    assert "9 of 9 residual steps in 1 chain" in str(mfx.explain(net))
 
 
 @pytest.mark.parametrize("options", [{}, {"memory_budget": 0.5}], ids=str)

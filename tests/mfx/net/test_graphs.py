@@ -205,3 +205,14 @@ def test_recomputing_is_false_outside():
         net(inputs()).sum().backward()
     assert calls == [False]
     assert mfx.recomputing() is False
+
+
+def test_a_net_is_seen_in_print():
+    model = Stack()
+    before = repr(model)
+    net = mfx.momentumize(model, gamma=0.5)
+    line = "  momentumized by mfx: gamma=0.5, 6 steps in 1 chain\n"
+    assert repr(net) == before.replace("(\n", f"(\n{line}", 1)
+    assert repr(model) == before
+    assert repr(copy.deepcopy(net)) == repr(pickle.loads(pickle.dumps(net))) == repr(net)
+    assert "gamma=0.25" in repr(mfx.momentumize(net, gamma=0.25))

@@ -34,9 +34,15 @@ def test_what_the_caller_changes_later_changes_nothing():
 @pytest.mark.parametrize("inputs", [{"x": 1}, [1]], ids=["by name", "by position"])
 def test_example_inputs_are_those_of_the_time(inputs):
     options = Options(example_inputs=inputs)
-    before = options.example_call
+    before = options.example_calls
     inputs.clear()
-    assert options.example_call == before == (((), {"x": 1}) if before[1] else ((1,), {}))
+    assert options.example_calls == before == [((), {"x": 1}) if before[0][1] else ((1,), {})]
+
+
+def test_example_inputs_of_several_calls():
+    assert Options(example_inputs=[(1,), {"x": 2}]).example_calls == [((1,), {}), ((), {"x": 2})]
+    assert Options(example_inputs=[1, (2,)]).example_calls == [((1, (2,)), {})]
+    assert Options(example_inputs=((1,), (2,))).example_calls == [(((1,), (2,)), {})]
 
 
 def test_chains_of_their_own():
@@ -68,4 +74,4 @@ def test_each_argument_reaches_its_option(monkeypatch):
     monkeypatch.setattr("mfx.api.build_net", lambda model, options: options)
     options = mfx.momentumize(nn.Identity(), **given)
     assert {name: getattr(options, name) for name in given} == given
-    assert options.example_call == ((), {"x": 1})
+    assert options.example_calls == [((), {"x": 1})]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from tests.promises.machine.participant import Error, Participant
 
 _OVERLAY = frozenset(
-    {"forward", "print_readable", "graph", "code", "mfx_mark"}
+    {"forward", "print_readable", "extra_repr", "graph", "code", "mfx_mark"}
 )  # what a net has in its __dict__ beside its own
 _TABLES = frozenset({"_parameters", "_buffers", "_modules"})
 _HOOKS = frozenset(

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 import mfx
 from mfx.reports.explain.explain import branch_weights
+from mfx.text import size
 from tests.mfx.models import ConvNet, Masked, Stack, images, inputs
 
 
@@ -193,3 +194,81 @@ def test_a_graph_module_can_be_explained():
     net = mfx.momentumize(module, gamma=0.5)
     (chain,) = mfx.explain(net).chains
     assert (len(chain.steps), chain.gamma) == (6, 0.5)
+
+
+class Timed(nn.Module):
+    """Two steps, and what nobody calls one: an activation with a cube, an embedding of time that is added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.time, self.head = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x, t):
+        time = torch.tanh(t)
+        x = self.first(x) * time
+        x = x + self.second(x)
+        x = x + self.head(torch.tanh(x))
+        x = self.first(x)
+        x = torch.tanh(x + 0.044 * x**3)
+        return self.first(x) + self.time(time)
+
+
+def test_the_verdict_counts_residual_steps_and_not_what_only_looks_like_one():
+    explanation = mfx.explain(Timed(), inputs(), inputs())
+    assert len(explanation.rejections) == 2
+    assert explanation.left_steps == ()
+    kept = [f"{size(use.kept)}" for use in (explanation.estimate.momentum, explanation.estimate.plain)]
+    assert explanation.verdict == f"Timed: 2 of 2 residual steps in 1 chain: {kept[0]} kept instead of {kept[1]}"
+    assert str(explanation).startswith(f"{explanation.verdict}\n")
+    assert "2 more sums only look like a residual step: mfx explain -v" in str(explanation)
+    assert "x**3" not in str(explanation)
+    assert explanation.rejections[0].node.name in explanation.details()
+    assert [found["is_step"] for found in explanation.to_dict()["rejections"]] == [False, False]
+
+
+def test_shortcuts_and_lone_steps_are_residual_steps():
+    explanation = mfx.explain(Mixed())
+    assert explanation.left_steps == explanation.rejections
+    assert explanation.verdict.startswith(f"Mixed: {len(explanation.chains[0].steps)} of ")
+    assert "nothing is lost" not in str(explanation)
+    assert mfx.explain(nn.Linear(2, 2)).verdict == "Linear: no chain of residual steps, 0 residual steps left alone"
+
+
+class Nested(nn.Module):
+    """Each level is a step of the one around it."""
+
+    def __init__(self, levels: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.inner = Nested(levels - 1) if levels > 1 else nn.Linear(8, 8)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = x + layer(torch.tanh(x))
+        return x + self.inner(torch.sin(x))
+
+
+def test_nested_chains_are_indented_and_bytes_add_up():
+    explanation = mfx.explain(Nested(3), torch.randn(4, 8))
+    assert [chain.depth for chain in explanation.chains] == [0, 1, 2]
+    names = [row[0] for row in explanation.contents.memory.rows]
+    assert [len(name) - len(name.lstrip(" ")) for name in names[:3]] == [0, 0, 2]
+    assert [name.lstrip(" ")[:1] == "└" for name in names] == [False, True, True, False, False, False]
+    outermost, total = explanation.chains[0].memory, explanation.estimate
+    around = dict(zip(names, explanation.contents.memory.rows, strict=True))["around the chains"]
+    assert around[1] == size(total.plain.kept - outermost.plain)
+    assert around[2] == size(total.momentum.kept - outermost.kept)
+
+
+def test_hooks_are_spoken_of_only_where_there_are_some():
+    model = Stack()
+    assert "hooks" not in str(mfx.explain(model, inputs()))
+    model.blocks[1].register_forward_hook(lambda *_: None)
+    explanation = mfx.explain(model, inputs())
+    assert explanation.unheard == ("blocks.1",)
+    assert "hooks on these modules do not run, since sums in them are part of a chain: blocks.1" in str(explanation)
+
+
+def test_what_a_momentum_cannot_save_is_said_once():
+    explanation = mfx.explain(Nested(2), torch.randn(4, 8))
+    assert str(explanation).replace("\n", " ").count("too short for gamma > 0") == 1
