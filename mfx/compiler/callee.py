@@ -7,13 +7,15 @@ from typing import Any, Protocol
 
 from torch import nn
 
+from mfx.modules.state_lock import StateLock
+
 
 class Callee(Protocol):
     """A net's forward, as seen by code that torch.compile compiles."""
 
     net: nn.Module
     key: str
-    lock: Any
+    lock: StateLock
     call_sites: list[Any]
     bypassed: int
 

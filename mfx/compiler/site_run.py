@@ -49,7 +49,7 @@ class SiteRun:
         site.forward.refuse_copies()
         args, kwargs = site.call.arguments(self._inputs)
         versions = [tensor._version for tensor in self._inputs]
-        with site.call.as_called(), self._held_by_net():
+        with site.call.as_called(), site.forward.lock.writing(), self._held_by_net():
             returned = site.forward.run(args, kwargs, site.call.compiler)
             found, results = describe_outputs(net, returned, [*self._inputs, *self._held])
             self._buffers = [slots[0].get() for slots in self._slots if not slots[0].is_parameter]
@@ -80,7 +80,7 @@ class SiteRun:
         wanted = [given[position] for position in self._site.output_spec.used]
         pairs = [(self._edges[at], g) for at, g in zip(self._site.output_spec.differentiable, gradients, strict=True)]
         known = [(edge, gradient) for edge, gradient in pairs if edge is not None]
-        with compat.above_autograd(), self._held_by_net():
+        with compat.above_autograd():
             found = torch.autograd.grad(
                 [edge for edge, _ in known], wanted, [g for _, g in known], retain_graph=keep, allow_unused=True
             )
@@ -88,17 +88,16 @@ class SiteRun:
 
     @contextmanager
     def _held_by_net(self) -> Iterator[None]:
-        """Put the stand-ins in the place of the net's parameters and buffers."""
+        """Put the stand-ins in the place of the net's parameters and buffers; a recomputation does so itself."""
         stand_ins = [(slot, tensor) for slots, tensor in zip(self._slots, self._held, strict=True) for slot in slots]
-        with self._site.forward.lock:  # another thread's stand-ins are not the net's own, to be put back
-            before = [slot.get() for slot, _ in stand_ins]
-            try:
-                for slot, tensor in stand_ins:
-                    slot.put(tensor)
-                yield
-            finally:
-                for (slot, _), tensor in zip(stand_ins, before, strict=True):
-                    slot.put(tensor)
+        before = [slot.get() for slot, _ in stand_ins]
+        try:
+            for slot, tensor in stand_ins:
+                slot.put(tensor)
+            yield
+        finally:
+            for (slot, _), tensor in zip(stand_ins, before, strict=True):
+                slot.put(tensor)
 
 
 def _slots(net: nn.Module) -> list[list[TensorSlot]]:

@@ -77,7 +77,8 @@ def run_chain(
     plan = _plan(settings, xs, steps)
     v0 = [None] * len(xs) if v0 is None else v0
     call = ChainCall(name, steps, captures, root, settings, plan, v0, taps, containers, cache, costs)
-    with inside_chain(recorded := _decide_recorded(call, xs), keeps=call.keeps_all):
+    recorded = _decide_recorded(call, xs)
+    with inside_chain(recorded, keeps=call.keeps_all), settings.lock.reading():
         if settings.gamma.is_zero:
             return _run_original(call, xs)
         return _run_recorded(call, xs) if recorded else _run_plain(call, xs)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from mfx.engine.arithmetic import BLOCK_KERNELS, Kernels, State
 from mfx.engine.memory.plan import ChainPlan, StepCost
+from mfx.modules.state_lock import StateLock
 from mfx.options.gamma import Gamma
 from mfx_passes.ir import Container
 
@@ -63,6 +64,7 @@ class ChainSettings:
             forward pass began. On a CPU at once; elsewhere "raise" at the end of the backward pass, "warn" later.
         plan: what the steps keep for the backward pass; None: as little as possible. The function is the same.
         kernels: the implementation of the elementwise work of exact arithmetic. The values are the same.
+        lock: the lock of the modules that the steps read.
     """
 
     gamma: Gamma
@@ -71,6 +73,7 @@ class ChainSettings:
     verify: str = "warn"
     plan: ChainPlan | None = None
     kernels: Kernels = BLOCK_KERNELS
+    lock: StateLock = field(default_factory=StateLock, compare=False)
 
 
 @dataclass(frozen=True)

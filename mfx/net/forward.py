@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
@@ -19,6 +18,7 @@ from mfx.capture.captured import CaptureError, signature_of
 from mfx.capture.decisions import Decision
 from mfx.compiler.call_site import CallSite, register
 from mfx.modules.overlay import Mark, Overlay, remove_overlay, submodule_overlays
+from mfx.modules.state_lock import StateLock
 from mfx.net.copies import called, is_shared, own_overlay
 from mfx.net.decided_call import NoGraphError, run_decided
 from mfx.net.graph_table import GraphTable
@@ -50,13 +50,14 @@ class NetForward(Overlay):
         bypassed: while not 0, the net computes what its class says.
         root: the forward of the whole net.
         key: what compiled code calls it by.
-        lock: held while the net has other tensors than its own.
+        lock: held while modules of the net have other state than the user's.
         call_sites: the ways in which compiled code calls it.
         warn: warns, once per message.
     """
 
-    def __init__(self, net: nn.Module, options: Options) -> None:
+    def __init__(self, net: nn.Module, options: Options, lock: StateLock | None = None) -> None:
         self.net = net
+        self.lock = StateLock() if lock is None else lock
         self.mark = Mark()
         self.root: NetForward = self
         self.warn = WarnOnce()
@@ -64,13 +65,12 @@ class NetForward(Overlay):
         self.plans = NetPlans(options.budget) if options.plans else None
         self.bypassed = 0
         self.key = register(self)
-        self.lock = threading.RLock()
         self.call_sites: list[CallSite] = []
         self._said = False
         self._shown = Shown(net, {"print_readable": self.print_readable, "extra_repr": self.extra_repr})
 
     def _make_table(self, options: Options) -> GraphTable:
-        return GraphTable(self.net, options, self.warn)
+        return GraphTable(self.net, options, self.warn, self.lock)
 
     @property
     def __signature__(self) -> inspect.Signature:
@@ -290,11 +290,10 @@ class NetForward(Overlay):
 
     def __getstate__(self) -> dict[str, Any]:
         # What Dynamo saw is not copied; and a copy made inside of mfx.original is not part of that context.
-        state = {name: value for name, value in self.__dict__.items() if name != "lock"}
-        return {**state, "bypassed": 0, "call_sites": []}
+        return {**self.__dict__, "bypassed": 0, "call_sites": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, key=register(self), lock=threading.RLock())
+        self.__dict__.update(state, key=register(self))
 
 
 def forward_of(net: nn.Module) -> NetForward | None:

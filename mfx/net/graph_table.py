@@ -15,6 +15,7 @@ from mfx.capture.decisions import Decision
 from mfx.capture.guards import ModuleGuard, TensorGuard
 from mfx.modules.aside import aside
 from mfx.modules.overlay import drop_overlays, submodule_overlays
+from mfx.modules.state_lock import StateLock
 from mfx.net.agreement import check_agreement, check_per_module
 from mfx.net.call_kinds import exact_kind_of, kind_of
 from mfx.net.loaded import Loaded
@@ -39,19 +40,20 @@ class GraphTable:
         net: the net.
         options: how chains are rewritten.
         warn: warns, once per message.
+        lock: the net's.
 
     Attributes:
         loaded: the chains that the net's weights were saved with, if they were loaded with a record of them.
         decides: True if a graph has had conditions on values; a flag, for Dynamo to guard on no more than that.
     """
 
-    def __init__(self, net: nn.Module, options: Options, warn: Callable[[str], None]) -> None:
+    def __init__(self, net: nn.Module, options: Options, warn: Callable[[str], None], lock: StateLock) -> None:
         self.net = net
         self.options = options
         self.loaded: Loaded | None = None
         self.decides = False
         self._known: Record | None = None
-        self._warn = warn
+        self._warn, self._lock = warn, lock
         self._without_chains: dict[Hashable, tuple[RewrittenGraph, list[ModuleGuard | TensorGuard]]] = {}
         self._failures: dict[tuple[str, ...], str] = {}
         self._symbolic = SymbolicRoute(net)
@@ -160,6 +162,7 @@ class GraphTable:
         except MfxError:
             fitting.shapes_known = False  # the next such call is refused, too
             raise
+        fitting.use_lock(self._lock)
         self._symbolic.replace(graph, fitting)
         return fitting
 
@@ -234,6 +237,7 @@ class GraphTable:
             self.options.check_chains(graph.chain_lengths)
         self.decides = self.decides or bool(graph.decisions)
         drop_overlays(self.net, graph.called_modules, graph.captured.leaves)
+        graph.use_lock(self._lock)
         route.keep(graph)
         return graph
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from mfx.capture.captured import signature_of
+from mfx.modules.state_lock import StateLock
 from mfx.modules.tree_copy import tree_copy
 from mfx.net.graph_table import GraphTable
 from mfx.options.options import Options
@@ -31,6 +32,6 @@ def _has_chains(net: nn.Module, options: Options, training: bool) -> bool:
     for module in model.modules():
         module.training = training
     try:
-        return bool(GraphTable(model, options, lambda message: None).graph_for_defaults().calls)
+        return bool(GraphTable(model, options, lambda message: None, StateLock()).graph_for_defaults().calls)
     except MfxError:
         return True  # a call may show one, or the error

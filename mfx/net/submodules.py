@@ -50,7 +50,7 @@ class SubmoduleForward(NetForward):
         options = replace(outer.options, within=path, example_inputs=None)
         if not isinstance(options.velocity, str):
             options = replace(options, velocity="zero")  # see SubmoduleTable.check
-        super().__init__(net, options)
+        super().__init__(net, options, outer.lock)
         self.outer = outer
         self.path = path
         self.root = outer.root
@@ -152,7 +152,7 @@ class SubmoduleTable(GraphTable):
     """
 
     def __init__(self, forward: SubmoduleForward, options: Options) -> None:
-        super().__init__(forward.net, options, forward.warn)
+        super().__init__(forward.net, options, forward.warn, forward.lock)
         self._forward = forward
 
     def check(self, graph: RewrittenGraph) -> None:

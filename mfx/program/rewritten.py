@@ -18,6 +18,7 @@ from mfx.capture.guards import ModuleGuard, TensorGuard, guards_of
 from mfx.capture.named_steps import check_steps
 from mfx.engine import ARITHMETICS, ChainPlan, ChainSettings
 from mfx.modules.overlay import MARK
+from mfx.modules.state_lock import StateLock
 from mfx.options.options import Options
 from mfx.program.assembly import Assembly
 from mfx.program.chain_call import Momentum
@@ -209,6 +210,11 @@ class RewrittenGraph:
         """Find chains in the captured graph anew."""
         graph, _ = self.captured.copy()  # which has the values' shapes, as the graph had that was rewritten
         return find_chains(graph, self.captured.modules_of(net), _selection(options, self.captured, self.refused))
+
+    def use_lock(self, lock: StateLock) -> None:
+        """Let the chains hold the lock of a net when they run."""
+        for call in self.calls.values():
+            call.settings = replace(call.settings, lock=lock)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_functions": {}}

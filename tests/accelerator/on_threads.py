@@ -1,6 +1,7 @@
 """Autograd has a thread for each device: nodes of one branch that lie on two ask at the same time."""
 
 import sys
+import threading
 import time
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 
 import mfx
 from tests.accelerator import device as fake
-from tests.accelerator.nets import WIDTH, batch, momentumized, stack, trained
+from tests.accelerator.nets import DEPTH, WIDTH, batch, momentumized, stack, trained
 
 
 class Offloaded(nn.Module):
@@ -45,3 +46,52 @@ def test_two_threads_rebuild_one_after_the_other(arithmetic, gamma, switching):
             error = (a - b).abs().max() / b.abs().max()
             assert error <= (1e-6 if arithmetic == "exact" else 1e-4)  # three gradients are added as they arrive
     assert len(fake.THREADS) > 1
+
+
+class Differentiating(nn.Module):
+    """A branch with state of its own that runs a backward pass in the forward pass, once ``go`` allows it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.calls, self.go = nn.Linear(WIDTH, WIDTH), 0, lambda: None
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.go()
+        y = torch.tanh(self.fc(x) + self.calls / 10)
+        (y,) = torch.autograd.grad(y.square(), y, torch.ones_like(y), create_graph=True)
+        return y
+
+
+def differentiating(gamma: float) -> mfx.MomentumNet:
+    torch.manual_seed(0)
+    net = mfx.MomentumNet([Differentiating() for _ in range(DEPTH)], gamma, use_backprop=False)
+    return fake.to_device(net)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+def test_a_forward_that_runs_autograd_beside_a_backward_pass(gamma):
+    found, expected = (_two_passes(differentiating(gamma), at_once) for at_once in (True, False))
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def _two_passes(net: mfx.MomentumNet, at_once: bool) -> list[Tensor]:
+    """Return outputs and gradients; if at once, the device's thread waits for the second forward when that needs it."""
+    outputs = [net(fake.to_device(batch()))]
+    thread = threading.Thread(target=lambda: outputs[0].sum().backward(), daemon=True)
+
+    def go() -> None:
+        if not mfx.recomputing() and not thread.ident:
+            thread.start()
+            time.sleep(0.3)  # the device's thread has come to the first recomputation
+
+    if at_once:
+        net.functions[DEPTH // 2].go = go
+    outputs.append(net(fake.to_device(batch() * 2)))
+    if not at_once:
+        thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    outputs[1].sum().backward()
+    return [*map(fake.on_host, outputs), *(fake.on_host(p.grad) for p in net.parameters())]

@@ -24,6 +24,23 @@ UNIT = tl.constexpr(2.0**-40)
 _GAMMA = ["n", "d", "Mn", "Md", "Ln", "Ld", "rest_bits", "rest_one_bits"]
 
 
+@triton.jit
+def _elements(size, BLOCK: tl.constexpr):
+    """The numbers of this program's elements, which may lie beyond 2³¹, and a mask of those that there are."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    return i, i < size
+
+
+@triton.jit
+def _scalar(bits, dtype: tl.constexpr):
+    """A number of that dtype from its bits: Triton passes Python's floats as float32."""
+    if dtype == tl.float64:
+        number = bits.to(tl.int64).to(tl.float64, bitcast=True)
+    else:
+        number = bits.to(tl.int32).to(tl.float32, bitcast=True)
+    return number
+
+
 # --- integers ---------------------------------------------------------------------------------------------------------
 
 
@@ -63,15 +80,10 @@ def _increment(y, x, rest_bits, rest_one_bits, MAP: tl.constexpr):
     y = y.to(tl.float64)
     if MAP:
         F = _nearest(y * ONE) - x
-        product = F.to(tl.float64) * _float64(rest_bits)
+        product = F.to(tl.float64) * _scalar(rest_bits, tl.float64)
     else:
-        product = y * _float64(rest_one_bits)
+        product = y * _scalar(rest_one_bits, tl.float64)
     return _nearest(product)
-
-
-@triton.jit
-def _float64(bits):
-    return bits.to(tl.int64).to(tl.float64, bitcast=True)
 
 
 # --- the top of the store, in as few bytes as it needs ----------------------------------------------------------------
@@ -140,8 +152,7 @@ def _narrow(value, dtype: tl.constexpr):
 @triton.jit
 def enter(x_in, v_in, X, V, OUT, FLAGS, size, BLOCK: tl.constexpr):
     """X, V ← the integers nearest to 2⁴⁰·x, 2⁴⁰·v; write the value of X to OUT."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < size
+    i, mask = _elements(size, BLOCK)
     x = tl.load(x_in + i, mask=mask, other=0)
     bad = _is_bad(x)
     dead, largest = bad, _finite_size(x, bad)
@@ -160,8 +171,7 @@ def enter(x_in, v_in, X, V, OUT, FLAGS, size, BLOCK: tl.constexpr):
 @triton.jit
 def stream(X, OUT, size, BLOCK: tl.constexpr):
     """Write the value of X to OUT."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < size
+    i, mask = _elements(size, BLOCK)
     tl.store(OUT + i, _value(tl.load(X + i, mask=mask, other=0), OUT.dtype.element_ty), mask=mask)
 
 
@@ -174,8 +184,7 @@ def advance(
 
     Without V it is (1−γ)·f. Without T the store is empty; to SPILL, its low 16 bits go to LIMB first.
     """
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < size
+    i, mask = _elements(size, BLOCK)
     x = tl.load(X + i, mask=mask, other=0)
     y = tl.load(Y + i, mask=mask, other=0)
     bad = _is_bad(y)
@@ -214,8 +223,7 @@ def retreat(
 
     Without Y, V stays. Without T, nothing is divided.
     """
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < size
+    i, mask = _elements(size, BLOCK)
     x = tl.load(X + i, mask=mask, other=0)
     v = tl.load(V + i, mask=mask, other=0)
     marked = x == MARK
@@ -238,13 +246,11 @@ def retreat(
 
 
 @triton.jit
-def _scalar(bits, dtype: tl.constexpr):
-    """A number of that dtype from its bits: Triton passes Python's floats as float32."""
-    if dtype == tl.float64:
-        number = bits.to(tl.int64).to(tl.float64, bitcast=True)
-    else:
-        number = bits.to(tl.int32).to(tl.float32, bitcast=True)
-    return number
+def _f(Y, x, i, mask, MAP: tl.constexpr):
+    f = tl.load(Y + i, mask=mask, other=0).to(x.dtype)
+    if MAP:
+        f = f - x
+    return f
 
 
 @triton.jit(do_not_specialize=["gamma_bits", "rest_bits"])
@@ -252,13 +258,10 @@ def float_advance(
     X, V, Y, X_to, V_to, OUT, gamma_bits, rest_bits, size, MAP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """V ← γ·v + (1−γ)·f, x ← x + v; write x to OUT in the stream's dtype."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < size
+    i, mask = _elements(size, BLOCK)
     wide: tl.constexpr = X_to.dtype.element_ty
     x = tl.load(X + i, mask=mask, other=0)
-    f = tl.load(Y + i, mask=mask, other=0).to(wide)
-    if MAP:
-        f = f - x
+    f = _f(Y, x, i, mask, MAP)
     if V is None:
         v = f * _scalar(rest_bits, wide)
     else:
@@ -275,16 +278,12 @@ def float_retreat(
     X, V, Y, X_to, V_to, OUT, gamma_bits, rest_bits, size, MAP: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """V ← (v − (1−γ)·f) / γ; then, with X_to, x ← x − v, and write it to OUT. Without Y, v stays."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < size
+    i, mask = _elements(size, BLOCK)
     wide: tl.constexpr = V.dtype.element_ty
     x = tl.load(X + i, mask=mask, other=0)
     v = tl.load(V + i, mask=mask, other=0)
     if Y is not None:
-        f = tl.load(Y + i, mask=mask, other=0).to(wide)
-        if MAP:
-            f = f - x
-        v = tl.fma(f, -_scalar(rest_bits, wide), v)
+        v = tl.fma(_f(Y, x, i, mask, MAP), -_scalar(rest_bits, wide), v)
         if wide == tl.float64:
             v = v / _scalar(gamma_bits, wide)
         else:
@@ -308,8 +307,7 @@ def gradients(
 
     Where the value is h(x) = x + f(x), with GX_to, the gradient of x is gx less that of y.
     """
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = i < size
+    i, mask = _elements(size, BLOCK)
     if GX is None:
         g = tl.load(GV + i, mask=mask, other=0) * _scalar(ratio_bits, WIDE)
     else:

@@ -26,10 +26,11 @@ from mfx.compat import (
 )
 from mfx.engine.recompute.contents import is_same_sign
 from mfx.engine.recompute.copies import copies_of
-from mfx.engine.recompute.layout import Flags, StateLayout
+from mfx.engine.recompute.layout import Flags, PutBack, StateLayout
 from mfx.engine.recompute.random_clock import Draw, RandomClock
 from mfx.engine.steps import ChainCache
 from mfx.modules.buffers import storage_of
+from mfx.modules.state_lock import StateLock
 from mfx_passes.errors import MfxError
 
 _State = tuple[int, bool] | None  # of a tensor: its version, and whether it requires a gradient
@@ -110,8 +111,9 @@ class StepEnvironment:
         cache: ChainCache,
         clock: RandomClock,
         cast: Autocast,
+        lock: StateLock,
     ) -> None:
-        self._path = path
+        self._path, self._lock = path, lock
         self._autocast = cast
         self._cached_weights = cached_weights()
         memory: _Memory | None = cache.get(key)
@@ -216,7 +218,7 @@ class StepEnvironment:
             contexts.append(context)
         # The branch writes into the values, and may be recomputed once more.
         values = copies_of(self._values) if self._values else self._values
-        put_back = self._layout.put_back(self.tensors, values)
+        put_back = PutBack(self._layout, self.tensors, values, self._lock)
         return _all_of([*contexts, put_back]) if contexts else put_back  # the usual case
 
     def _contexts(self) -> list[AbstractContextManager[object]]:

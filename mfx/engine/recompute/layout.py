@@ -15,6 +15,7 @@ from mfx.engine.recompute.contents import sign_of
 from mfx.engine.recompute.state import State
 from mfx.engine.recompute.tables import TensorSlot, set_contents, set_types, unless_sharded
 from mfx.modules.random_state import generators_of
+from mfx.modules.state_lock import Section, StateLock
 from mfx_passes.errors import MfxError
 
 Flags = tuple[bool, ...]
@@ -115,15 +116,6 @@ class StateLayout(State):
 
     # --- and held -----------------------------------------------------------------------------------------------------
 
-    def put_back(self, tensors: Sequence[Any], values: Mapping[int, Tensor]) -> PutBack:
-        """Return a context in which everything is as it was when this was made; it leaves all as it was found.
-
-        Args:
-            tensors: what ``tensors`` returned then.
-            values: the values to put in the place of tensors, by identity.
-        """
-        return PutBack(self, tensors, values)
-
     def is_put_back(self, tensors: Sequence[Any]) -> bool:
         """True if all tables hold what they held when this was made, and these tensors."""
         return self.holds() and all(map(is_, self.tensors(), tensors))
@@ -134,7 +126,7 @@ class StateLayout(State):
         return [(table, dict(table)) for table in chain(self._named, self._empty, alone)]
 
     def write(self, tensors: Sequence[Any], values: Mapping[int, Tensor]) -> None:
-        """Put everything back, as ``put_back`` says."""
+        """Put everything back, as `PutBack` says."""
         held, present = iter(self._held), iter(tensors)
         for table, name in self._paths:
             table[name] = next(held)
@@ -172,24 +164,29 @@ class StateLayout(State):
 
 
 class PutBack:
-    """A context in which all that a layout knows of is as it was; where nothing differs it only looks.
+    """A context in which all is as it was when a layout was made; it leaves all as it found it.
 
-    Other threads see it, too. There is no lock: a forward pass that holds one, and runs a backward pass of its own, may
-    wait for a device's thread that waits for it.
-    See `StateLayout.put_back`.
+    Args:
+        layout: the layout.
+        tensors: what its ``tensors`` returned then.
+        values: the values to put in the place of tensors, by identity.
+        lock: of the modules; it is held, unless nothing differs.
     """
 
-    __slots__ = ("_found", "_layout", "_tensors", "_types", "_values")
+    __slots__ = ("_found", "_layout", "_lock", "_section", "_tensors", "_types", "_values")
 
-    def __init__(self, layout: StateLayout, tensors: Sequence[Any], values: Mapping[int, Tensor]) -> None:
-        self._layout, self._tensors, self._values = layout, tensors, values
-        self._found: list[tuple[Table, dict[Any, Any]]] | None = None
+    def __init__(
+        self, layout: StateLayout, tensors: Sequence[Any], values: Mapping[int, Tensor], lock: StateLock
+    ) -> None:
+        self._layout, self._tensors, self._values, self._lock = layout, tensors, values, lock
+        self._section: Section | None = None
 
     def __enter__(self) -> None:
         layout = self._layout
-        self._types = list(map(type, layout.modules))
-        if self._values or layout.has_mutable or not layout.is_put_back(self._tensors):
-            self._found = layout.written()
+        if self._values or layout.has_mutable or self._lock.writers or not layout.is_put_back(self._tensors):
+            section = self._lock.writing()
+            section.__enter__()
+            self._section, self._found, self._types = section, layout.written(), list(map(type, layout.modules))
             try:
                 layout.write(self._tensors, self._values)
             except BaseException:
@@ -198,9 +195,10 @@ class PutBack:
 
     def __exit__(self, *raised: object) -> None:
         layout = self._layout
-        if self._found is not None:
+        if self._section is not None:
             for table, contents in self._found:
                 set_contents(table, contents)
             set_types(layout.modules, self._types)
+            self._section.__exit__()
         elif not layout.is_put_back(self._tensors):
             layout.write(self._tensors, {})

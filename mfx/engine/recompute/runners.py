@@ -118,7 +118,8 @@ class _Recomputing:
     def _frame(self, index: int, step: StepFunction) -> Frame:
         key = ("buffers", index, self._original)
         call, clock, cast = self._call, self._clock, self._autocast
-        env = StepEnvironment(call.root, step.targets, step.path, key, call.cache, clock, cast)
+        lock = call.settings.lock
+        env = StepEnvironment(call.root, step.targets, step.path, key, call.cache, clock, cast, lock)
         if env.hooked:
             message = (
                 f"chain {call.name}, step {step.path}: the backward pass runs this step a second time, and with it the "
