@@ -7,6 +7,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from mfx.compat import is_fake
+
 # In elements of eight bytes: of the five tensors in hand most then fit into a second-level cache, and the calls
 # themselves take little of the time. torch gives a thread no less than half of it.
 _BLOCK = 2**16
@@ -20,6 +22,11 @@ def can_be_split(t: Tensor) -> bool:
 def is_plain(t: Tensor) -> bool:
     """True if ``t`` is a tensor in memory, not a subclass that stands for several tensors or for none."""
     return type(t) in (Tensor, torch.nn.Parameter)
+
+
+def is_single(t: Tensor) -> bool:
+    """True if ``t`` is such a tensor, or one without values that stands for it."""
+    return is_plain(t) or is_fake(t)
 
 
 def blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:

@@ -9,10 +9,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from mfx.compat import is_fake
 from mfx.compat.triton import compiles_for, has_triton
 from mfx.engine.arithmetic.base import State
-from mfx.engine.arithmetic.blocks import is_plain
+from mfx.engine.arithmetic.blocks import is_single
 from mfx_passes.errors import MfxError
 
 _CHOICES = ("auto", "torch", "triton")
@@ -35,7 +34,7 @@ def choose(arithmetic: type[State], x: Tensor) -> type[State]:
         raise MfxError(f"MFX_KERNELS is {choice!r}; it may be one of {', '.join(map(repr, _CHOICES))}, or not set")
     if choice == "torch" or (choice == "auto" and x.device.type == "cpu"):
         return arithmetic
-    if not (is_plain(x) or is_fake(x)):  # a tensor in several parts, or without memory
+    if not is_single(x):
         return arithmetic
     reason = _refusal(x.device)
     if reason is not None:

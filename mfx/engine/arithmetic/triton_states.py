@@ -16,7 +16,7 @@ from typing_extensions import Self, override
 from mfx.compat import is_batched
 from mfx.engine.arithmetic import triton_kernels
 from mfx.engine.arithmetic.base import State
-from mfx.engine.arithmetic.blocks import is_plain
+from mfx.engine.arithmetic.blocks import is_plain, is_single
 from mfx.engine.arithmetic.digit_store import DigitStore, grow, narrowest
 from mfx.engine.arithmetic.exact import ExactState
 from mfx.engine.arithmetic.floating import FloatState
@@ -34,8 +34,8 @@ OPTIONS = {"num_warps": 8, "enable_fp_fusion": False}
 def _gradients(update: UpdateGradients, gx: Tensor | None, gv: Tensor | None) -> Gradients:
     """As ``gradients_of``, which it calls where the pass is differentiated or vectorized."""
     given = [g for g in (gx, gv) if g is not None]
-    has_memory = all(is_plain(g) and not is_batched(g) for g in given)
-    if torch.is_grad_enabled() or not has_memory or not update.gamma.complement:
+    are_single = all(is_single(g) and not is_batched(g) for g in given)
+    if torch.is_grad_enabled() or not are_single or not update.gamma.complement:
         return gradients_of(update, gx, gv)
     x_dtype, v_dtype, y_dtype = update.dtypes
     like = torch.empty_like(given[-1], dtype=update.wide)
@@ -220,7 +220,7 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
 
 def _alike(t: Tensor, first: Tensor) -> Tensor:
     """Return a plain tensor of these values that is laid out in memory as ``first``, which has no holes."""
-    if is_plain(t) and not t.is_neg() and _strides(t) == _strides(first):
+    if is_single(t) and not t.is_neg() and _strides(t) == _strides(first):
         return t
     return torch.empty_like(first, dtype=t.dtype).copy_(t)
 

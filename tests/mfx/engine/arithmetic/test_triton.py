@@ -78,7 +78,7 @@ def elsewhere(monkeypatch, try_on):
     from mfx.engine.arithmetic import triton_states
 
     monkeypatch.setattr(choice, "compiles_for", lambda device: True)
-    monkeypatch.setattr(choice, "is_plain", lambda x: True)
+    monkeypatch.setattr(choice, "is_single", lambda x: True)
     monkeypatch.setattr(triton_states, "try_on", try_on)
     return triton_states
 
@@ -113,7 +113,7 @@ def test_where_triton_does_not_compile(monkeypatch, fresh, kernels):
     monkeypatch.setenv("MFX_KERNELS", kernels)
     x = Elsewhere()
     x.device = torch.device("mps")
-    monkeypatch.setattr(choice, "is_plain", lambda x: True)
+    monkeypatch.setattr(choice, "is_single", lambda x: True)
     if kernels == "auto":
         assert choose(ExactState, x) is ExactState
     else:
@@ -204,6 +204,7 @@ def test_kernels_compile_without_spills(monkeypatch, tmp_path, dtype, kind, arch
         aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if types[name].startswith("*")}
         source = ASTSource(kernel, types, {(names.index(name),): value for name, value in values.items()}, aligned)
         compiled = compile_kernel(source, target=target, options=triton_states.OPTIONS)
+        assert_counts_in_64_bits(compiled.asm["ttir"])
         if is_cuda:
             assert_not_spilled(compiled.asm["ptx"], number)
             # Two operations of torch round twice: a product and a sum may not become one, but where torch fuses them.
@@ -211,6 +212,17 @@ def test_kernels_compile_without_spills(monkeypatch, tmp_path, dtype, kind, arch
             assert not fuses or kernel.fn.__name__ in ("float_advance", "float_retreat", "gradients")
         else:
             assert compiled.asm["hsaco"]
+
+
+def assert_counts_in_64_bits(ttir):
+    """The numbers of elements, from that of the program on, and their distances in memory: beyond 2³¹ elements, too."""
+    (program,) = re.findall(r"(%\S+) = tt\.get_program_id x", ttir)
+    uses = [line for line in ttir.splitlines() if re.search(rf"= .*{program}\b", line)]
+    assert uses
+    assert all(re.search(r"arith\.extsi .* : i32 to i64", use) for use in uses)
+    offsets = re.findall(r"tt\.addptr .* : tensor<.*>, tensor<\d+xi(\d+)>", ttir)
+    assert set(offsets) == {"64"}
+    assert re.search(r"arith\.cmpi slt, .* : tensor<\d+xi64>", ttir)  # with the number of elements that there are
 
 
 def assert_not_spilled(ptx, arch):
