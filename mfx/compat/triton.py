@@ -25,8 +25,8 @@ def is_interpreted() -> bool:
 def compiles_for(device: torch.device) -> bool:
     """True if Triton compiles for this device, float64 included.
 
-    Tests compile the kernels for NVIDIA's and AMD's devices without one. For Intel's (XPU) nothing has been compiled: that
-    part of Triton is a package of its own, which only torch's builds for such devices bring.
+    Tests compile the kernels for NVIDIA's and AMD's devices without one. For Intel's (XPU) nothing has been compiled:
+    that part of Triton is a package of its own, which only torch's builds for such devices bring.
     """
     if not has_triton():
         return False

@@ -15,7 +15,9 @@ from typing import Any
 from mfx.compat import around_engine
 from mfx.modules.recomputing import RUNNING
 
-_CHANGED = threading.Condition()  # some section has ended, or was lent
+_LOCK = threading.RLock()
+_CHANGED = threading.Condition(_LOCK)  # some section has ended, or was lent
+_WAITING: list[Section] = []
 
 
 class _Own(threading.local):
@@ -62,19 +64,20 @@ class Section:
     def __enter__(self) -> None:
         self._thread, self._is_recomputation = threading.get_ident(), RUNNING.again
         sections = self._lock.sections
-        with _CHANGED:
-            while any(map(self._waits_for, sections)):
-                _CHANGED.wait()
+        with _LOCK:
+            if sections:
+                _wait_while(lambda: any(map(self._waits_for, sections)), self)
             sections.append(self)
             self._lock.writers += self._writes
         _OWN.sections.append(self)
 
     def __exit__(self, *raised: object) -> None:
         _OWN.sections.pop()
-        with _CHANGED:
+        with _LOCK:
             self._lock.sections.remove(self)
             self._lock.writers -= self._writes
-            _CHANGED.notify_all()
+            if _WAITING:
+                _CHANGED.notify_all()
 
     def _meets(self, other: Section) -> bool:
         return other._thread != self._thread and (other._writes or self._writes)
@@ -98,14 +101,22 @@ def _lent(engine: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     try:
         return engine(*args, **kwargs)
     finally:
-        with _CHANGED:
-            while any(map(Section._is_interrupted, lent)):
-                _CHANGED.wait()
+        with _LOCK:
+            _wait_while(lambda: any(map(Section._is_interrupted, lent)), lent[0])
             _set_lent(lent, False)
 
 
 def _set_lent(sections: list[Section], lent: bool) -> None:
-    with _CHANGED:  # reentrant
+    with _LOCK:
         for section in sections:
             section._is_lent = lent
         _CHANGED.notify_all()
+
+
+def _wait_while(condition: Callable[[], bool], section: Section) -> None:
+    _WAITING.append(section)
+    try:
+        while condition():
+            _CHANGED.wait()
+    finally:
+        _WAITING.remove(section)

@@ -91,7 +91,7 @@ def _two_passes(net: mfx.MomentumNet, at_once: bool) -> list[Tensor]:
     outputs.append(net(fake.to_device(batch() * 2)))
     if not at_once:
         thread.start()
-    thread.join(60)
+    thread.join(300)
     assert not thread.is_alive()
     outputs[1].sum().backward()
     return [*map(fake.on_host, outputs), *(fake.on_host(p.grad) for p in net.parameters())]

@@ -51,7 +51,7 @@ def trained(net: nn.Module, at_once: bool) -> list[Tensor]:
     outputs.append(net(xs[1]))
     if not at_once:
         thread.start()
-    thread.join(60)
+    thread.join(300)
     assert not thread.is_alive()
     outputs[1].sum().backward()
     return [*outputs, *(x.grad for x in xs), *(p.grad for p in net.parameters())]
@@ -85,7 +85,7 @@ def test_backward_passes_at_once_leave_the_buffers_of_the_model():
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(60)
+        thread.join(300)
         assert not thread.is_alive()
     for name, buffer in net.named_buffers():
         assert buffer is buffers[name]

@@ -26,7 +26,8 @@ from mfx.compat import (
 )
 from mfx.engine.recompute.contents import is_same_sign
 from mfx.engine.recompute.copies import copies_of
-from mfx.engine.recompute.layout import Flags, PutBack, StateLayout
+from mfx.engine.recompute.layout import Flags, StateLayout
+from mfx.engine.recompute.put_back import PutBack
 from mfx.engine.recompute.random_clock import Draw, RandomClock
 from mfx.engine.steps import ChainCache
 from mfx.modules.buffers import storage_of
@@ -302,8 +303,8 @@ _NO_STORAGE = torch.UntypedStorage(0)
 def _storages(tensors: Sequence[Tensor | None]) -> list[torch.UntypedStorage]:
     """Return the storages of tensors, kept alive so that no other can be taken for one of them."""
     try:
-        return list(map(Tensor.untyped_storage, tensors))  # type: ignore[arg-type]
-    except (TypeError, RuntimeError, NotImplementedError):
+        return [_NO_STORAGE if tensor is None else tensor.untyped_storage() for tensor in tensors]
+    except (RuntimeError, NotImplementedError):
         return [_storage(tensor) for tensor in tensors]
 
 
@@ -319,8 +320,8 @@ _STATE = attrgetter("_version", "requires_grad")
 
 def _states(tensors: Sequence[Tensor | None]) -> list[_State]:
     try:
-        return list(map(_STATE, tensors))
-    except (AttributeError, RuntimeError):
+        return [None if tensor is None else _STATE(tensor) for tensor in tensors]
+    except RuntimeError:
         return [_state(tensor) for tensor in tensors]
 
 

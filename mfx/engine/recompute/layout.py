@@ -15,7 +15,6 @@ from mfx.engine.recompute.contents import sign_of
 from mfx.engine.recompute.state import State
 from mfx.engine.recompute.tables import TensorSlot, set_contents, set_types, unless_sharded
 from mfx.modules.random_state import generators_of
-from mfx.modules.state_lock import Section, StateLock
 from mfx_passes.errors import MfxError
 
 Flags = tuple[bool, ...]
@@ -120,13 +119,18 @@ class StateLayout(State):
         """True if all tables hold what they held when this was made, and these tensors."""
         return self.holds() and all(map(is_, self.tensors(), tensors))
 
+    def holding(self, values: Mapping[int, Tensor]) -> list[tuple[Table, dict[Any, Any]]]:
+        """Return the tables that hold a tensor of these identities, each with what it holds now."""
+        tables = chain(self._tensor_tables, (table for table, _ in self._leaves))
+        return [(table, dict(table)) for table in tables if not values.keys().isdisjoint(map(id, table.values()))]
+
     def written(self) -> list[tuple[Table, dict[Any, Any]]]:
         """Return the tables that ``write`` may write into, each with what it holds now."""
         alone = (table for table, _ in (*self._paths, *self._leaves))
         return [(table, dict(table)) for table in chain(self._named, self._empty, alone)]
 
     def write(self, tensors: Sequence[Any], values: Mapping[int, Tensor]) -> None:
-        """Put everything back, as `PutBack` says."""
+        """Put everything back, as `mfx.engine.recompute.put_back.PutBack` says."""
         held, present = iter(self._held), iter(tensors)
         for table, name in self._paths:
             table[name] = next(held)
@@ -161,44 +165,3 @@ class StateLayout(State):
         if (copied := held.empty()) is not None:
             copies[id(value)] = copied
         return copies.setdefault(id(value), held.filled(copied, partial(self._copied, copies=copies)))
-
-
-class PutBack:
-    """A context in which all is as it was when a layout was made; it leaves all as it found it.
-
-    Args:
-        layout: the layout.
-        tensors: what its ``tensors`` returned then.
-        values: the values to put in the place of tensors, by identity.
-        lock: of the modules; it is held, unless nothing differs.
-    """
-
-    __slots__ = ("_found", "_layout", "_lock", "_section", "_tensors", "_types", "_values")
-
-    def __init__(
-        self, layout: StateLayout, tensors: Sequence[Any], values: Mapping[int, Tensor], lock: StateLock
-    ) -> None:
-        self._layout, self._tensors, self._values, self._lock = layout, tensors, values, lock
-        self._section: Section | None = None
-
-    def __enter__(self) -> None:
-        layout = self._layout
-        if self._values or layout.has_mutable or self._lock.writers or not layout.is_put_back(self._tensors):
-            section = self._lock.writing()
-            section.__enter__()
-            self._section, self._found, self._types = section, layout.written(), list(map(type, layout.modules))
-            try:
-                layout.write(self._tensors, self._values)
-            except BaseException:
-                self.__exit__()
-                raise
-
-    def __exit__(self, *raised: object) -> None:
-        layout = self._layout
-        if self._section is not None:
-            for table, contents in self._found:
-                set_contents(table, contents)
-            set_types(layout.modules, self._types)
-            self._section.__exit__()
-        elif not layout.is_put_back(self._tensors):
-            layout.write(self._tensors, {})
