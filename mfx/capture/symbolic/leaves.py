@@ -15,8 +15,8 @@ class Leaves:
     same: `grew` tells that the model has to be traced again.
 
     Args:
-        allowed: False if no module is to become a leaf, but for those that timm declares to be untraceable: nothing is
-            known about what the others return.
+        allowed: False if no module is to become a leaf, but for layers that timm declares to be untraceable: nothing
+            is known about what the others return. Where it declares a block, sizes may tell its way, and show its sums.
 
     Attributes:
         reasons: why a trace cannot follow each of them, in plain English: "it sets an attribute of its parent".
@@ -34,7 +34,7 @@ class Leaves:
 
     def may_take(self, module: nn.Module) -> bool:
         """True if this module may become a leaf."""
-        return self._allowed or type(module) in self._declared
+        return self._allowed or (type(module) in self._declared and not _may_hold_steps(module))
 
     def add(self, module: nn.Module, reason: str) -> None:
         """Have a module called as a whole, in the rest of this trace and in those that follow.
@@ -50,3 +50,8 @@ class Leaves:
             raise CaptureError(f"{type(module).__name__} cannot be traced symbolically: {reason}.")
         self.reasons[module] = reason
         self.grew = self.grew or type(module) not in self._declared  # those leave nothing behind where they fail
+
+
+def _may_hold_steps(module: nn.Module) -> bool:
+    """True if a module is more than a layer: it is made of modules that are made of modules."""
+    return any(any(child.children()) for child in module.children())

@@ -46,12 +46,12 @@ class Span:
     Args:
         way: the state before it was rearranged, and step by step until the first sum reads it.
         ends: the rearranged states, one after each sum.
-        out: the last state, put back.
+        out: the last state, put back; None if it is not, after the only sum.
     """
 
     way: tuple[Node, ...]
     ends: tuple[Node, ...]
-    out: Node
+    out: Node | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +104,7 @@ def _spans(candidate: Candidate, index: GraphIndex) -> Iterator[Span]:
         if span and count < len(links):
             yield span
         i += count
-        bases = [span.out if span else _end(links[i - 1])]
+        bases = [span.out if span and span.out else _end(links[i - 1])]
 
 
 def _span(i: int, base: Node, links: Sequence[Link], index: GraphIndex) -> Span | None:
@@ -118,8 +118,9 @@ def _span(i: int, base: Node, links: Sequence[Link], index: GraphIndex) -> Span 
         if (out := restored(ends[-1], moved, link, index)) is not None:
             return Span(path[path.index(base) :: -1], tuple(ends), out)
         if following is None or _moved(_between(link, following), index):
-            return None
-    return None
+            break
+    # A single sum that no other one follows in its layout is put back, too, to be a step of the chain before it.
+    return Span(path[path.index(base) :: -1], tuple(ends), None) if i > 0 and len(ends) == 1 else None
 
 
 def _end(link: Link) -> Node:
@@ -137,7 +138,7 @@ def _moved(path: Sequence[Node], index: GraphIndex) -> list[tuple[object, ...] |
 
 def _insert_all(span: Span, index: GraphIndex) -> Iterator[Detour]:
     way: Sequence[Node] = span.way
-    for state in span.ends[:-1]:
+    for state in span.ends[:-1] if span.out else span.ends:
         detour, way = _insert(state, way, index)
         yield detour
 

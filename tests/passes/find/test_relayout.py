@@ -60,6 +60,32 @@ def test_a_chain_that_stays_in_its_windows_is_left_there() -> None:
     assert code_of(case.graph) == before
 
 
+@pytest.mark.parametrize("blocks", [1, 3])
+def test_a_single_sum_in_another_layout_is_put_back(blocks: int) -> None:
+    """TinyViT: between convolutions, one sum of tokens and one of images."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fs = nn.ModuleList(nn.Linear(D, D) for _ in range(2 * blocks))
+            self.convs = nn.ModuleList(nn.Conv2d(D, D, 1) for _ in range(blocks))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for i, conv in enumerate(self.convs):
+                x = conv(x.permute(0, 3, 1, 2))
+                y = x.flatten(2).transpose(1, 2)
+                y = y + self.fs[2 * i](y)
+                x = y.reshape(2, 4, 6, D)
+                x = x + self.fs[2 * i + 1](x)
+            return x
+
+    model, x = Model(), torch.randn(2, 4, 6, D)
+    result = rewrite_model(model, x)
+    assert [len(graphs.steps) for graphs in result.chains] == [2] * blocks
+    assert torch.equal(result.run(x, gamma=0.0), model(x))
+    assert not torch.equal(result.run(x, gamma=0.5), model(x))
+
+
 def test_modules_inside_are_folded_all_the_same() -> None:
     class Block(nn.Module):
         def __init__(self) -> None:
