@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         (library, entry.name)
         for library in options.library
         for entry in entries(library)
-        if not options.models or entry.name in options.models
+        if entry.is_installed and (not options.models or entry.name in options.models)
     ]
     rows = kept.rows_of(kept.read(options.to))
     if options.resume:

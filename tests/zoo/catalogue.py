@@ -6,7 +6,7 @@ from importlib import import_module
 
 from tests.zoo.entry import Entry
 
-LIBRARIES = ("torchvision", "timm", "vit_pytorch", "huggingface")
+LIBRARIES = ("torchvision", "timm", "vit_pytorch", "huggingface", "others")
 """One module beside this one for each, with ``ENTRIES``."""
 
 

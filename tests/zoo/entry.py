@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import metadata
+from importlib.util import find_spec
 from typing import Any, TypeAlias
 
 from torch import nn
@@ -24,6 +26,7 @@ class Entry:
         note: what differs from the library's defaults, for the table: "64 px", "4 layers of width 32".
         compiles_alike: whether the model computes the same, bit for bit, while Dynamo captures it. Where a library asks
             `torch.compiler.is_compiling()` and then computes the same function in another way, only rounding differs.
+        package: it is imported from, if that is not called as the library.
     """
 
     library: str
@@ -32,3 +35,16 @@ class Entry:
     call: Callable[[], Call]
     note: str = ""
     compiles_alike: bool = True
+    package: str = ""
+
+    @property
+    def is_installed(self) -> bool:
+        """True if its package can be imported."""
+        return find_spec(self.package or self.library) is not None
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """Those of torch and of its package, by the names that they are installed by."""
+        names = metadata.packages_distributions()
+        found = {name for package in ("torch", self.package or self.library) for name in names.get(package, ())}
+        return {name: metadata.version(name) for name in sorted(found)}

@@ -13,7 +13,7 @@ def entry(family: Family) -> Entry:
     def call() -> Call:
         return (), family.draw()
 
-    return Entry("huggingface", family.name, family.build, call, NOTE, family.compiles_alike)
+    return Entry("huggingface", family.name, family.build, call, NOTE, family.compiles_alike, "transformers")
 
 
 _FURTHER = (*huggingface_text.FAMILIES, *huggingface_vision.FAMILIES, *huggingface_others.FAMILIES)

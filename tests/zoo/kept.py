@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections.abc import Iterable, Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +13,12 @@ from tests.zoo.row import Row
 from tests.zoo.table import markdown
 
 FOLDER = Path(__file__).parents[2] / "examples" / "benchmarks" / "zoo"
-PACKAGES = {"torchvision": "torchvision", "timm": "timm", "vit_pytorch": "vit-pytorch", "huggingface": "transformers"}
 
 
 def read(folder: Path = FOLDER) -> dict[str, Any]:
     """Return what was kept; without rows, if nothing was."""
     file = folder / "zoo.json"
-    return json.loads(file.read_text()) if file.exists() else {"versions": {}, "pending": [], "rows": []}
+    return json.loads(file.read_text()) if file.exists() else {"pending": [], "rows": []}
 
 
 def rows_of(data: Mapping[str, Any]) -> list[Row]:
@@ -33,7 +30,6 @@ def write(rows: Iterable[Row], folder: Path = FOLDER) -> None:
     """Keep these rows, in the order of the libraries."""
     ordered = sorted(rows, key=lambda row: _order(row.key))
     data = {
-        "versions": versions({row.library for row in ordered}),
         "pending": sorted(catalogue.keys() - {row.key for row in ordered}, key=_order),
         "rows": [row.to_dict() for row in ordered],
     }
@@ -44,7 +40,7 @@ def write(rows: Iterable[Row], folder: Path = FOLDER) -> None:
 
 def page(data: Mapping[str, Any]) -> str:
     """The same as Markdown."""
-    return markdown(data["versions"], rows_of(data), [tuple(key) for key in data["pending"]])
+    return markdown(rows_of(data), [tuple(key) for key in data["pending"]])
 
 
 def _order(key: tuple[str, str]) -> tuple[int, str]:
@@ -54,9 +50,3 @@ def _order(key: tuple[str, str]) -> tuple[int, str]:
 def with_row(rows: Sequence[Row], new: Row) -> list[Row]:
     """The rows with one more, or another in the place of the same model's."""
     return [*(row for row in rows if row.key != new.key), new]
-
-
-def versions(libraries: Iterable[str]) -> dict[str, str]:
-    """Of what was measured with."""
-    packages = ["torch", *(PACKAGES[library] for library in LIBRARIES if library in libraries)]
-    return {"python": platform.python_version(), **{package: metadata.version(package) for package in packages}}

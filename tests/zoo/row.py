@@ -37,6 +37,9 @@ class Row:
         kept, peak: bytes of activations after the forward pass and at worst, with mfx relative to without.
         failure: what went wrong, if anything did.
         seconds: of a processor that all of this took.
+        captured: seconds of a processor that a training step takes longer if it captures; 0 if that was not measured.
+        day: of the judgement, "2026-11-30".
+        versions: of the packages that were judged, by name.
     """
 
     library: str
@@ -57,6 +60,9 @@ class Row:
     peak: float = 0.0
     failure: str = ""
     seconds: float = 0.0
+    captured: float = 0.0
+    day: str = ""
+    versions: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def key(self) -> tuple[str, str]:

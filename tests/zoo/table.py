@@ -17,11 +17,10 @@ Cell: TypeAlias = Callable[[Row], Any]
 UNSEEN = "it lies in code that runs as written (control flow on values or sizes, random decisions, nested tensors)"
 
 
-def markdown(versions: Mapping[str, str], rows: Sequence[Row], pending: Sequence[tuple[str, str]] = ()) -> str:
+def markdown(rows: Sequence[Row], pending: Sequence[tuple[str, str]] = ()) -> str:
     """The whole page: summary, what the numbers mean, every model, and why sums stay as they were.
 
     Args:
-        versions: of what the rows were measured with.
         rows: in the order of the libraries.
         pending: library and name of models that have no row yet.
     """
@@ -29,7 +28,8 @@ def markdown(versions: Mapping[str, str], rows: Sequence[Row], pending: Sequence
     parts = [
         "# The zoo\n\nModels that other people wrote, as `mfx.momentumize(model)` finds them: no names, no options.\n",
         summary(rows),
-        explained(versions),
+        judged(rows),
+        EXPLAINED,
         *(_models(library, list(group), letters) for library, group in groupby(rows, attrgetter("library"))),
         _reasons(letters, rows),
         _failures(rows),
@@ -77,13 +77,24 @@ def share(rows: Iterable[Row]) -> float:
     return 1 - sum(row.missed for row in rows) / sum(row.chained for row in rows)
 
 
-def explained(versions: Mapping[str, str]) -> str:
-    """Return the text that says how it was measured, and what the columns mean."""
-    used = ", ".join(f"{package} {version}" for package, version in versions.items())
-    return f"""
-Measured by `python -m tests.zoo` with {used}; one thread of a CPU, float32 where nothing else is said,
-training mode, random weights, batches of two, models at their own depth and width unless the note says otherwise. Every
-model is judged in a process of its own.
+def judged(rows: Sequence[Row]) -> str:
+    """A line per day of judgement: how many models, and the versions of their packages."""
+    groups: dict[str, list[Row]] = {}
+    for row in sorted(rows, key=attrgetter("day")):
+        groups.setdefault(row.day, []).append(row)
+    lines = [[day, len(group), _versions(group)] for day, group in groups.items()]
+    return "\n" + _table(["judged on", "models", "note"], lines)
+
+
+def _versions(rows: Iterable[Row]) -> str:
+    used = {f"{package} {version}" for row in rows for package, version in row.versions.items()}
+    return ", ".join(sorted(used))
+
+
+EXPLAINED = """
+Measured by `python -m tests.zoo`, each model on the tree of the day that its row names; one thread of a CPU, float32
+where nothing else is said, training mode, random weights, batches of two, models at their own depth and width unless
+the note says otherwise. Every model is judged in a process of its own.
 
 * **identity adds**: sums of two tensors of one shape of which one was computed from the other, counted on the autograd
   graph of a forward pass of the original model (`tests/oracles.py`, which knows nothing of mfx). It does not see sums
@@ -105,6 +116,8 @@ model is judged in a process of its own.
 * **kept**, **peak**: bytes of activations of a training step between forward and backward, and at worst, relative to
   the original model's. Images are small, so that whole libraries can be judged; what is outside of the chains (stem,
   head) then counts for more than at full size.
+* **capture**: how the graph was found, and the seconds of a processor that the first training step takes longer for it,
+  beside other work; rows of earlier days do not have them.
 """
 
 
@@ -124,6 +137,8 @@ def _models(library: str, rows: Sequence[Row], letters: Mapping[str, str]) -> st
         "verdict": attrgetter("verdict"),
         "kept": lambda row: f"{row.kept:.2f}×" if row.peak else "",
         "peak": lambda row: f"{row.peak:.2f}×" if row.peak else "",
+        "seconds": lambda row: row.captured or "",
+        "judged": attrgetter("day"),
     }
     return f"\n## {library}\n\n" + _table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
 
@@ -174,5 +189,7 @@ def _pending(keys: Sequence[tuple[str, str]]) -> str:
 
 
 def _table(heads: Sequence[str], lines: Iterable[Sequence[Any]]) -> str:
-    numbers = ["---" if head in ("", "model", "note", "capture", "verdict") else "--:" for head in heads]
+    numbers = [
+        "---" if head in ("", "model", "note", "capture", "verdict", "judged", "judged on") else "--:" for head in heads
+    ]
     return "".join(f"| {' | '.join(map(str, line))} |\n" for line in (heads, numbers, *lines))

@@ -34,6 +34,7 @@ SMALL = 10_000_000  # parameters of models that may be judged by default
 
 ENTRIES = {f"{entry.library}-{entry.name}": entry for library in LIBRARIES for entry in entries(library)}
 DAILY = [f"{row.library}-{row.model}" for row in ROWS if row.rewritten and row.parameters < SMALL]
+DAILY = [name for name in DAILY if ENTRIES[name].is_installed]
 random.Random(0).shuffle(DAILY)  # else three in a row would be of one library
 
 
@@ -47,10 +48,12 @@ def models():
 @pytest.mark.parametrize("model", list(models()))
 def test_model(model):
     """Right, and what the kept table says of it, but for bytes: other versions of torch may keep others."""
+    if not model.is_installed:
+        pytest.skip(f"{model.package or model.library} is not installed")
     row = judge(model)
     assert row.is_right, f"{row.verdict} {row.failure}"
     expected = next((row for row in ROWS if row.key == (model.library, model.name)), None)
-    if expected is not None and kept.versions({model.library}).items() <= KEPT["versions"].items():
+    if expected is not None and row.versions == expected.versions:
         assert (row.adds, row.chained, row.chains, row.verdict) == (
             expected.adds,
             expected.chained,

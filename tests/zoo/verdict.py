@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import date
 from typing import Any
 from unittest import mock
 
@@ -48,7 +49,8 @@ def judge(entry: Entry) -> Row:
         except Exception as error:
             row.note(failure=_where(error))
     says = dict.fromkeys(_brief(str(w.message)) for w in caught if str(w.message).startswith("mfx: "))
-    return replace(row.row, says=tuple(says), seconds=round(time.process_time() - start, 1))
+    seconds = round(time.process_time() - start, 1)
+    return replace(row.row, says=tuple(says), seconds=seconds, day=date.today().isoformat(), versions=entry.versions)
 
 
 class _Bench:
@@ -68,7 +70,9 @@ class _Bench:
         self.note(adds=len(residual_adds(graph)), chained=len(chained_adds(graph)))
         del graph
         keys = list(model.state_dict())
+        start = time.process_time()
         net = mfx.momentumize(model, verify="raise")
+        self.note(captured=round(time.process_time() - start, 1))
         if net is not model:  # else there is nothing to compare
             self.compare(model, (args, kwargs), net)
         self.describe(net, (args, kwargs), keys)
@@ -77,10 +81,15 @@ class _Bench:
             self.note(kept=round(momentum.kept / plain.kept, 4), peak=round(momentum.peak / plain.peak, 4))
 
     def compare(self, model: nn.Module, call: Call, net: nn.Module) -> None:
+        start = time.process_time()
         plain = train_step(model, *call)
+        once = time.process_time() - start
         assert all(x.isfinite().all() for x in plain.outputs), "the model's own outputs are not finite"
         self.compare_at_zero(model, call, plain)
+        start = time.process_time()
         reversible = train_step(net, *call)
+        longer = max(0.0, time.process_time() - start - once)
+        self.note(captured=round(self.row.captured + longer, 1))
         self.note(exact=differences(reversible, train_step(mfx.momentumize(model, memory_budget=1.0), *call)))
         is_same = all(map(torch.equal, reversible.outputs, plain.outputs))
         assert is_same is not bool(mfx.explain(net).chains), "γ = 0.9 is another function where there are chains"
