@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from mfx.capture.arguments import bind_defaults, check_signature
 from mfx.capture.captured import signature_of
+from mfx.capture.decisions import Guesses
 from mfx.capture.symbolic.trace import capture as capture_symbolically
 from mfx.compat import compiled_model
 from mfx.compiler.compiled_graphs import named_graphs
@@ -95,7 +96,8 @@ def momentumize(
 def trace(model: nn.Module) -> fx.GraphModule:
     """Return a model's forward pass as a graph, traced by mfx's symbolic tracer.
 
-    Arguments without a default value are the graph's inputs; the others are fixed to their default.
+    Arguments without a default value are the graph's inputs; the others are fixed to their default. Conditions on the
+    values of tensors count as False; the graph checks as it runs that they are.
 
     Args:
         model: any module that can be traced, in the training mode that the graph is for.
@@ -108,7 +110,7 @@ def trace(model: nn.Module) -> fx.GraphModule:
     root = net_of(model)
     signature = signature_of(root)
     check_signature(root, signature)
-    captured = capture_symbolically(root, bind_defaults(signature), None, holds_chain)
+    captured = capture_symbolically(root, bind_defaults(signature), None, holds_chain, guesses=Guesses())
     root._modules.update(captured.modules)
     return fx.GraphModule(root, captured.graph, class_name=type(model).__name__)
 

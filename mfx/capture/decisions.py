@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from mfx import compat
+from mfx.modules.recomputing import recomputing
 from mfx_passes import MfxError
 from mfx_passes.rewrite.fold import stays_in_graph
 
@@ -26,8 +27,8 @@ class MispredictedError(MfxError):
 
     def __init__(self, number: int, value: bool, line: str) -> None:
         super().__init__(
-            f"a condition came out as {value} in a graph that is for {not value} ({line}). Call the net itself; if "
-            "this came up in a backward pass, the recomputation did not compute the values of the forward pass."
+            f"a condition came out as {value} in a graph that is for {not value} ({line}). Call the net itself, which "
+            "has a graph for each."
         )
         self.number, self.value = number, value
 
@@ -62,11 +63,17 @@ class Decision:
 def check_decision(condition: Any, value: bool, number: int, line: str) -> None:
     """Check, as a node of a graph, that a condition has the value that the graph was traced for.
 
+    A recomputation, whose values are checked by themselves, does not wait for the device again.
+
     Raises:
         MispredictedError: it has the other one.
     """
-    if compat.is_fake(condition) or isinstance(condition, torch.SymBool | torch.SymInt | torch.SymFloat):
-        return  # it has no value here
+    if (
+        recomputing()
+        or compat.is_fake(condition)
+        or isinstance(condition, torch.SymBool | torch.SymInt | torch.SymFloat)
+    ):
+        return  # it has none that counts
     if bool(condition) is not value:
         raise MispredictedError(number, not value, line)
 

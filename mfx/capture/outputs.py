@@ -1,4 +1,4 @@
-"""Prints and logs of a model as nodes of its graph.
+"""Prints, logs, warnings and looks at the clock of a model, as nodes of its graph.
 
 They say it once in each call: not in a recomputation, nor in a call that is undone, nor on tensors without data.
 """
@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import builtins
 import logging
+import pkgutil
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -68,9 +71,25 @@ def log_values(name: str, level: int, file: str, line: int, function: str, messa
     _say(partial(logger.handle, record))
 
 
-def says_something(graph: fx.Graph) -> bool:
-    """True if a graph prints or logs."""
-    return any(node.target in (print_values, log_values) for node in graph.nodes)
+@stays_in_graph
+def warn_values(message: Any, category: str, file: str, line: int, module: str) -> None:
+    """Warn, as a node of a graph, as code at a line of a module would; ``category`` is the class by its full name."""
+    if _is_silent(message):
+        return
+    registry = vars(sys.modules[module]).setdefault("__warningregistry__", {}) if module in sys.modules else None
+    cls = pkgutil.resolve_name(category)
+    _say(partial(warnings.warn_explicit, str(message), cls, file, line, module, registry))
+
+
+@stays_in_graph
+def read_clock(name: str) -> Any:
+    """Read a clock, a function of `time`, as a node of a graph."""
+    return getattr(time, name)()
+
+
+def says_something(nodes: Iterable[fx.Node]) -> bool:
+    """True if one of these nodes prints, logs or warns."""
+    return any(node.target in (print_values, log_values, warn_values) for node in nodes)
 
 
 def make_text(*pieces: Any) -> str:

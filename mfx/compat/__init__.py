@@ -20,7 +20,7 @@ from mfx.compat.accelerators import (
     set_random_state_of,
     sign_of_device,
 )
-from mfx.compat.aside import aside_from_caller, is_observed, unprofiled, without_global_hooks
+from mfx.compat.aside import aside_from_caller, in_dispatch_mode, is_observed, unprofiled, without_global_hooks
 from mfx.compat.autograd import (
     NO_TASK,
     OPAQUE_TAGS,
@@ -115,6 +115,7 @@ __all__ = [
     "has_modes",
     "has_state_dict_hook",
     "hook_tables",
+    "in_dispatch_mode",
     "in_stream",
     "is_batched",
     "is_capturing",

@@ -39,12 +39,14 @@ def aside_from_caller() -> Iterator[None]:
         yield
 
 
+def in_dispatch_mode() -> bool:
+    """True if a dispatch mode sees each operation."""
+    return bool(_get_current_dispatch_mode_stack())
+
+
 def is_observed() -> bool:
     """True if somebody sees, keeps or counts each operation of a call: by a dispatch mode, or saved-tensor hooks."""
-    return (
-        bool(_get_current_dispatch_mode_stack())
-        or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
-    )
+    return in_dispatch_mode() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 class _Unprofiled(threading.local):

@@ -20,14 +20,19 @@ import torch._dynamo
 import torch.nn.attention
 from torch import Tensor, fx
 from torch._dynamo import pgo
-from torch._dynamo.utils import numpy_method_wrapper, numpy_operator_wrapper, numpy_to_tensor_wrapper
 from torch._functorch import predispatch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
-from torch.utils import _pytree as pytree
 from torch.utils.module_tracker import ModuleTracker
 
 from mfx.compat import aside_from_caller, fake_mode, patching, plain_transformer_layers, unlogged
 from mfx.compat.dynamo_containers import containers_as_in_python
+from mfx.compat.dynamo_differences import (
+    check_draws,
+    check_gradients_returned,
+    check_numpy,
+    checkpoints_are_calls,
+    own_tensors_may_require_gradients,
+)
 from mfx.compat.dynamo_kept_results import kept_results_refused
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
@@ -50,7 +55,6 @@ FUSED_LAYER = torch._transformer_encoder_layer_fwd  # what nn.TransformerEncoder
 # The second is raised where a branch of Python code depends on a number that was read from a tensor.
 DYNAMO_ERRORS = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
 
-_TOLD = "mfx.requires_grad_set"  # in the metadata of nodes
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _ONCE = ("exception", "warning_once", "info_once")
 
@@ -144,16 +148,16 @@ def trace_call(
         "specialize_float": not any_float,
         "automatic_dynamic_shapes": history is not None,
         "skip_nnmodule_hook_guards": False,  # a hook that comes later must be seen
-        "ignore_logging_functions": set(_silent_methods()),
+        "ignore_logging_functions": set(silent_methods()),
         "capture_scalar_outputs": True,
         "capture_dynamic_output_shape_ops": True,
         "allow_rnn": True,  # LSTM, GRU and RNN are one operation each
     }
     with (
         _capture_conditions(),
-        _quiet(),
-        _own_tensors_may_require_gradients(),
-        _checkpoints_are_calls(),
+        quiet(),
+        own_tensors_may_require_gradients(),
+        checkpoints_are_calls(),
         containers_as_in_python(),
         kept_results_refused(),
         remembering({} if history is None else history),
@@ -165,11 +169,11 @@ def trace_call(
             output = fullgraph_capture(function, tuple(args), dict(kwargs))
         if output.backend_input is None:
             raise RuntimeError("the model computes nothing with tensors")
-        _check_gradients_returned(output.backend_input.graph_module.graph)
-        _check_draws(output)
-        _check_numpy(output.backend_input.graph_module.graph)
+        check_gradients_returned(output.backend_input.graph_module.graph)
+        check_draws(output)
+        check_numpy(output.backend_input.graph_module.graph)
         try:
-            guards = output.graph_capture_output.build_guards(function.__func__.__code__, _hooks())
+            guards = output.graph_capture_output.build_guards(function.__func__.__code__, guard_hooks())
         except IndexError as error:  # of Dynamo's own, looking for where a size comes from
             what = "a tensor made in it, nested perhaps, has a size that no argument tells"
             raise torch._dynamo.exc.TorchDynamoException(what) from error
@@ -177,7 +181,7 @@ def trace_call(
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Hide warnings about what Dynamo does itself: it reads ``.grad`` of every tensor that it is given.
 
     Inside of torch.export it also warns of the side effects that it replays. What fails during the capture is an
@@ -190,103 +194,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _own_tensors_may_require_gradients() -> Iterator[None]:
-    """Leave ``tensor.requires_grad = True`` out of the graph where the model has made the tensor itself.
-
-    T5 and Wav2Vec2 set it for their checkpoints. Dynamo breaks the graph there.
-    Only the tensor's own gradient depends on it, and the model would have to ask for that one; code that reads
-    ``requires_grad`` sees True. See `_check_gradients_returned` for what remains.
-    """
-    from torch._dynamo.variables import builtin
-
-    assigning = getattr(builtin, "SetAttrBuiltinVariable", None)
-    if assigning is None:  # before torch 2.13
-        yield
-        return
-    assign = assigning._call_setattr
-
-    def pass_over(self: Any, tx: Any, tensor: Any, name: Any, value: Any) -> Any:
-        if tensor.is_tensor() and tensor.source is None and _says(name, "requires_grad") and _says(value, True):
-            node = tensor.as_proxy().node
-            if not tensor.requires_grad:
-                node.meta["example_value"].requires_grad_()
-                node.meta[_TOLD] = tensor.requires_grad = True
-            return value
-        return assign(self, tx, tensor, name, value)
-
-    with patch.object(assigning, "_call_setattr", pass_over):
-        yield
-
-
-def _check_gradients_returned(graph: fx.Graph) -> None:
-    """Check that what the graph returns requires gradients as in the model, or a caller could tell the difference."""
-    told: set[fx.Node] = set()  # with what is computed from these
-    anyway: set[fx.Node] = set()
-    for node in graph.nodes:
-        if _TOLD in node.meta or not told.isdisjoint(node.all_input_nodes):
-            told.add(node)
-        source = node.op in ("placeholder", "get_attr") or not anyway.isdisjoint(node.all_input_nodes)
-        if source and _requires_grad(node) and _TOLD not in node.meta:
-            anyway.add(node)
-    for node in graph.output_node().all_input_nodes:
-        if node in told and _requires_grad(node) and node not in anyway:
-            raise torch._dynamo.exc.TorchDynamoException(
-                f"{node.name} is returned, and requires a gradient only because its requires_grad is set"
-            )
-
-
-def _check_draws(output: Any) -> None:
-    """Check that random numbers are drawn in every call, and from where the model draws them.
-
-    Dynamo draws from torch's generator what the model draws from numpy's, and would set a generator of the model's own
-    to the state after this one call.
-    """
-    functions = (getattr(node.target, "f", None) for node in output.backend_input.graph_module.graph.nodes)
-    by_numpy = any(getattr(function, "__module__", "") == "torch._numpy.random" for function in functions)
-    instructions = dis.get_instructions(output.graph_capture_output.bytecode)
-    if by_numpy or any(instruction.argval == "setstate" for instruction in instructions):
-        what = "numpy's generator" if by_numpy else "a generator of its own (random.Random)"
-        raise torch._dynamo.exc.TorchDynamoException(f"it draws random numbers from {what}, which TorchDynamo does not")
-
-
-def _check_numpy(graph: fx.Graph) -> None:
-    """Check that numpy computes nothing of tensors' values: Dynamo has torch do it, whose last bits are others."""
-    wrappers = (numpy_to_tensor_wrapper, numpy_method_wrapper, numpy_operator_wrapper)
-    of_call: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.op == "placeholder" or not of_call.isdisjoint(node.all_input_nodes):
-            of_call.add(node)
-        if isinstance(node.target, wrappers) and node in of_call:
-            raise torch._dynamo.exc.TorchDynamoException(
-                f"numpy computes {node.name} of the values of tensors, which TorchDynamo would leave to torch"
-            )
-
-
-def _requires_grad(node: fx.Node) -> bool:
-    values = pytree.tree_leaves(node.meta.get("example_value"))
-    return any(isinstance(value, Tensor) and value.requires_grad for value in values)
-
-
-@contextmanager
-def _checkpoints_are_calls() -> Iterator[None]:
-    """Capture what the model checkpoints itself as plain calls: a graph of its own could not write outside it."""
-    from torch._dynamo.variables.higher_order_ops import CheckpointHigherOrderVariable
-    from torch._higher_order_ops.wrap import TagActivationCheckpoint
-
-    def call(self: Any, tx: Any, args: Any, kwargs: Any) -> Any:
-        _, own = TagActivationCheckpoint.divide_kwargs(kwargs)
-        return args[0].call_function(tx, args[1:], own)
-
-    with patch.object(CheckpointHigherOrderVariable, "_call_function", call):
-        yield
-
-
-def _says(variable: Any, value: Any) -> bool:
-    return variable.is_python_constant() and bool(variable.as_python_constant() == value)
-
-
-def _silent_methods() -> Iterator[Any]:
+def silent_methods() -> Iterator[Any]:
     """Yield the methods of loggers that write nothing or write once: others break a graph, which would lose them."""
     yield from (getattr(logging.Logger, name) for name in _ONCE if hasattr(logging.Logger, name))
     for logger in (logging.root, *logging.root.manager.loggerDict.values()):
@@ -297,7 +205,8 @@ def _silent_methods() -> Iterator[Any]:
                 yield getattr(logger, name)
 
 
-def _hooks() -> Any:
+def guard_hooks() -> Any:
+    """Return what has Dynamo leave out guards on modules without an instance ``forward``: see `_is_about_forward`."""
     from torch._dynamo.hooks import Hooks
 
     return Hooks(guard_filter_fn=lambda guards: [not _is_about_forward(guard) for guard in guards])

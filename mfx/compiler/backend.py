@@ -20,7 +20,8 @@ from mfx.compat import compiling as compat_compiling
 from mfx.compat import dynamo as compat_dynamo
 from mfx.compat.given_up import when_given_up
 from mfx.compiler.call_site import calls_a_net
-from mfx.compiler.compiled_graphs import CompiledGraph, remember
+from mfx.compiler.compiled_graphs import CompiledGraph
+from mfx.compiler.holders import Holders
 from mfx.options.options import Options
 from mfx.program.assembly import Assembly
 from mfx.program.codegen import BackendCompiler, to_function
@@ -32,7 +33,6 @@ from mfx_passes import MfxError
 from mfx_passes.ir import is_momentum_call, momentum_chain
 from mfx_passes.rewrite.portable_graph import copy_graph
 
-_HOLDERS_KEPT = 8
 _NOT_OFFERED = ("capture", "example_inputs", "layers", "within")
 _OPTIONS = tuple(field.name for field in fields(Options) if field.name not in _NOT_OFFERED)
 
@@ -64,7 +64,7 @@ def momentum(
     compiled = compat_compiling.compiled_module()
     model = model_in(sources, None if compiled is None else compiled[0])
     paths = _paths(sources, model)
-    holders = _Holders(paths)
+    holders = Holders(paths)
     holder = holders.of(inputs)
     rewritten, positions = _rewrite(module, paths, model, holder, checked)
     if checked.may_change_function:
@@ -92,56 +92,6 @@ def momentum(
             return function(holder, *taken)
 
     return run
-
-
-class _Holders:
-    """Trees of modules that hold the parameters and buffers of a call under their paths.
-
-    Dynamo runs one graph for all models of a class, so each set of tensors has its own tree; a backward pass reads the
-    tree of its forward pass.
-    """
-
-    def __init__(self, paths: Sequence[str | None]) -> None:
-        self._paths = [(position, path) for position, path in enumerate(paths) if path is not None]
-        self._made: dict[tuple[int, ...], nn.Module] = {}
-        self._graphs: dict[nn.Module, CompiledGraph] = {}
-        self._describe: Callable[[nn.Module], CompiledGraph] | None = None
-
-    def register(self, describe: Callable[[nn.Module], CompiledGraph]) -> None:
-        """Register the graph under the tensors of these trees, and of those that will be made."""
-        self._describe = describe
-        for net in self._made.values():
-            self._remember(net)
-
-    def _remember(self, net: nn.Module) -> None:
-        if self._describe is not None:
-            self._graphs[net] = self._describe(net)
-            remember(self._graphs[net])
-
-    def of(self, values: Sequence[Any]) -> nn.Module:
-        """Return the tree for these inputs of the graph."""
-        key = tuple(id(values[position]) for position, _ in self._paths)
-        if key not in self._made:
-            self._made[key] = self._make(values)
-            self._remember(self._made[key])
-            while len(self._made) > _HOLDERS_KEPT:
-                self._graphs.pop(self._made.pop(next(iter(self._made))), None)
-        return self._made[key]
-
-    def _make(self, values: Sequence[Any]) -> nn.Module:
-        root = nn.Module()
-        for position, path in self._paths:
-            *outer, name = path.split(".")
-            module, tensor = root, values[position]
-            for part in outer:
-                if part not in module._modules:
-                    module.add_module(part, nn.Module())
-                module = getattr(module, part)
-            if isinstance(tensor, nn.Parameter):
-                module.register_parameter(name, tensor)
-            else:
-                module.register_buffer(name, tensor)
-        return root
 
 
 def _as_dict(options: object) -> dict[str, Any]:

@@ -91,6 +91,11 @@ class References:
                 self._queue.append(function)
 
     @property
+    def functions(self) -> Collection[FunctionType]:
+        """The functions that were taken note of."""
+        return self._functions.keys()
+
+    @property
     def classes(self) -> Collection[type]:
         """The classes that were taken note of."""
         return self._classes.keys()

@@ -9,6 +9,7 @@ from torch import nn
 
 from mfx.capture.decisions import diverge
 from mfx.program.chain_call import Momentum
+from mfx.program.record import Record
 from mfx.program.rewritten import RewrittenGraph
 from mfx_passes import MfxError, paths
 
@@ -29,18 +30,82 @@ def check_agreement(net: nn.Module, graph: RewrittenGraph, others: Iterable[Rewr
             )
 
 
-def check_per_module(net: nn.Module, graph: RewrittenGraph, modules: Mapping[str, Sequence[RewrittenGraph]]) -> None:
+def check_same_pieces(
+    net: nn.Module, graphs: Sequence[RewrittenGraph], others: Sequence[RewrittenGraph], *, alike: bool
+) -> None:
+    """Check that two calls that ran in pieces have the same chains.
+
+    Args:
+        net: the net.
+        graphs: the graphs that one call ran, in order.
+        others: those of the other one.
+        alike: True if nothing but the training mode and the values of tensors differs: then no chain may be missing.
+
+    Raises:
+        MfxError: they have others, and one of them has momentum.
+    """
+    here, there = _merged(graphs), _merged(others)
+    moving, others_moving = _moving(graphs), _moving(others)
+    ran = [[list(graph.chains.values()) for graph in some if graph.calls] for some in (graphs, others)]
+    if (alike and (moving or others_moving) and ran[0] != ran[1]) or here.differs(there, moving, others_moving):
+        raise MfxError(
+            f"{type(net).__name__} has other chains in one call than in another ({_lengths(graphs)} and "
+            f"{_lengths(others)}, by number of steps): it is not one graph, and its pieces are not the same in both, "
+            "so the network that is trained would not be the one that is evaluated. Momentumize a part of the model "
+            "that is one graph, or use skip= to leave out what differs."
+        )
+
+
+def check_whole(net: nn.Module, graph: RewrittenGraph, pieces: Sequence[RewrittenGraph]) -> None:
+    """Check that a graph of a net has the chains that a call has which runs in pieces.
+
+    Raises:
+        MfxError: one of them has others.
+    """
+    record = _merged(pieces)
+    if pieces and graph.record.differs(record, graph.moving, _moving(pieces)):
+        raise MfxError(
+            f"{type(net).__name__} has other chains in one call than in another: where it is one graph ({graph.mode} "
+            f"mode), they are {graph.chain_lengths}, by number of steps; where it is not, it runs in pieces, and they "
+            f"are {_lengths(pieces)}. So the network that is trained would not be the one that is evaluated. "
+            "Momentumize the part of the model that both calls have in common, or use skip= to leave out what differs."
+        )
+
+
+def _merged(graphs: Iterable[RewrittenGraph]) -> Record:
+    return Record.merged(graph.record for graph in graphs) or Record({}, None, frozenset())
+
+
+def _moving(graphs: Iterable[RewrittenGraph]) -> set[str]:
+    return set[str]().union(*(graph.moving for graph in graphs))
+
+
+def _lengths(graphs: Iterable[RewrittenGraph]) -> list[dict[str, int]]:
+    return [graph.chain_lengths for graph in graphs if graph.calls]
+
+
+def check_per_module(
+    net: nn.Module,
+    graph: RewrittenGraph,
+    modules: Mapping[str, Sequence[RewrittenGraph]],
+    pieces: Sequence[RewrittenGraph] = (),
+) -> None:
     """Check that a graph of a net has the chains that a call has which runs module by module.
 
     Args:
         net: the net.
         graph: the graph.
         modules: the graphs of the modules that are rewritten each on its own, by path.
+        pieces: the graphs of the stretches between its graph breaks.
 
     Raises:
         MfxError: a chain lies in none of these modules, or has run in pieces, or one of them has other chains.
     """
+    check_whole(net, graph, pieces)
+    in_pieces = [call for piece in pieces for call in piece.calls.values()]
     for call in _with_momentum(graph):
+        if any(_are_one(call, other) for other in in_pieces):
+            continue
         held = {path: [paths.is_inside(p, path) for p in graph.sums[call.chain]] for path in modules}
         has_run_in_pieces = any(modules[path] and any(inside) and not all(inside) for path, inside in held.items())
         if has_run_in_pieces or not any(map(all, held.values())):
@@ -57,6 +122,8 @@ def check_per_module(net: nn.Module, graph: RewrittenGraph, modules: Mapping[str
 def _contradict(one: RewrittenGraph, other: RewrittenGraph) -> bool:
     if one.shapes_known != other.shapes_known:
         return False  # one of them may still lose steps
+    if one.captured.partial or other.captured.partial:
+        return False  # see `check_same_pieces` and `check_whole`
     key, other_key = one.captured.binding.key, other.captured.binding.key
     if diverge(one.decisions, other.decisions):
         return False  # other values may, too

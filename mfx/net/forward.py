@@ -25,6 +25,7 @@ from mfx.net.graph_table import GraphTable
 from mfx.net.loaded import Loaded
 from mfx.net.lost_effects import lost_compilation, lost_hooks, of_lost_compilation, of_lost_hooks
 from mfx.net.never import never_has_chains
+from mfx.net.pieces import NoPiecesError
 from mfx.net.sharded import is_sharded_somewhere, refuse_containers
 from mfx.net.shown import Shown
 from mfx.net.under_way import Way, under_way
@@ -186,26 +187,40 @@ class NetForward(Overlay):
                 remove_overlay(module)
 
     def _run_per_module(self, error: CaptureError, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """Run the forward as it is written, and the submodules it calls each by graphs of its own."""
+        """Run the forward as it is written between its graph breaks, and what it calls there by graphs of its own."""
+        reason = str(error)
         is_known = self.table.failed(args, kwargs) is not None
-        if not is_known:
-            try:
-                self.table.check_per_module()
-            except MfxError as contradiction:
-                raise MfxError(f"{error} So this call is not one graph. {contradiction}") from error
-        result = self.run_class_forward(args, kwargs, Way.PER_MODULE)
+        try:
+            with under_way(self.root, Way.PER_MODULE):
+                result = self.table.pieces.run(args, kwargs, self.options)
+        except NoPiecesError:
+            if not is_known:
+                self._check_per_module(reason)
+            result = self.run_class_forward(args, kwargs, Way.PER_MODULE)
         if is_known:
             return result
-        self.table.remember_failure(args, kwargs, str(error))  # not before: it may have been the call that was wrong
+        self._check_per_module(reason)
+        self.table.remember_failure(args, kwargs, reason)  # not before: it may have been the call that was wrong
         if not self.is_submodule:
-            graphs = [graph for forward in self.submodules() for graph in forward.table.graphs]
-            chains = sorted({chain for graph in graphs for chain in graph.chain_lengths})
-            found = f"these chains were found: {listed(chains)}" if chains else "no chain was found"
-            self.warn(
-                f"{error} So the modules inside of it are rewritten each on its own, and a chain ends where its module "
-                f"does; {found}."
-            )
+            self._tell_pieces(reason)
         return result
+
+    def _check_per_module(self, reason: str) -> None:
+        try:
+            self.table.check_per_module()
+        except MfxError as contradiction:
+            raise MfxError(f"{reason} So this call is not one graph. {contradiction}") from contradiction
+
+    def _tell_pieces(self, reason: str) -> None:
+        graphs = [graph for forward in (self, *self.submodules()) for graph in forward.table.graphs]
+        chains = sorted({chain for graph in graphs for chain in graph.chain_lengths})
+        found = f"these chains were found: {listed(chains)}" if chains else "no chain was found"
+        breaks = self.table.pieces.breaks
+        ends = f" or at one of the lines that end a graph ({listed(list(breaks))})" if breaks else ""
+        self.warn(
+            f"{reason} So the modules inside of it are rewritten each on its own, and a chain ends where its module "
+            f"does{ends}; {found}."
+        )
 
     def refuse_copies(self) -> None:
         """Check that it is known which module was called, where compiled code does not say.

@@ -19,6 +19,7 @@ from mfx.modules.state_lock import StateLock
 from mfx.net.agreement import check_agreement, check_per_module
 from mfx.net.call_kinds import exact_kind_of, kind_of
 from mfx.net.loaded import Loaded
+from mfx.net.pieces import Pieces
 from mfx.net.routes import DynamoRoute, SymbolicRoute
 from mfx.options.options import Options
 from mfx.program.record import Record
@@ -44,6 +45,7 @@ class GraphTable:
 
     Attributes:
         loaded: the chains that the net's weights were saved with, if they were loaded with a record of them.
+        pieces: the pieces of calls that are not one graph.
         decides: True if a graph has had conditions on values; a flag, for Dynamo to guard on no more than that.
     """
 
@@ -58,11 +60,12 @@ class GraphTable:
         self._failures: dict[tuple[str, ...], str] = {}
         self._symbolic = SymbolicRoute(net)
         self._dynamo = DynamoRoute(net)
+        self.pieces = Pieces(net)
 
     @property
     def graphs(self) -> list[RewrittenGraph]:
         """All rewritten graphs that are kept."""
-        return [*self._symbolic.graphs, *self._dynamo.graphs]
+        return [*self._symbolic.graphs, *self._dynamo.graphs, *self.pieces.graphs]
 
     @property
     def record(self) -> Record | None:
@@ -128,6 +131,11 @@ class GraphTable:
         """True if a call was not one graph, and ran module by module."""
         return bool(self._failures)
 
+    @property
+    def breaks(self) -> tuple[str, ...]:
+        """The lines that keep calls from being one graph, with what each costs, else why there was none."""
+        return self.pieces.breaks or tuple(dict.fromkeys(self._failures.values()))
+
     def failed(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str | None:
         """Return the reason why a call of this kind was not one graph; None if there was none."""
         reason = self._failures.get(kind_of(self.net, args, kwargs))
@@ -145,7 +153,8 @@ class GraphTable:
         """
         modules = {forward.path: forward.table.graphs for _, _, forward in submodule_overlays(self.net)}
         for graph in self.graphs if graphs is None else graphs:
-            check_per_module(self.net, graph, modules)
+            if not graph.captured.partial:
+                check_per_module(self.net, graph, modules, self.pieces.graphs)
 
     def _fit(self, graph: RewrittenGraph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
         """Return a graph with the steps that fit the shapes of a call, and keep it in place of the other."""

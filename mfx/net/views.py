@@ -216,6 +216,12 @@ def views_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any],
     return [_of_graph(forward, graph, forward.graphs, streams=streams), *_inside_leaves(forward, graph)]
 
 
+def breaks_of(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the lines of a net that keep a call from being one graph, with what each costs; none for other models."""
+    forward = forward_of(model)
+    return forward.table.breaks if forward is not None and forward.runs_per_module(args, kwargs) else ()
+
+
 def written(model: nn.Module) -> nn.Module:
     """Return a model as it was written, without ``torch.compile`` around it."""
     compiled = compiled_model(model)
@@ -245,7 +251,11 @@ def _of_compiled(model: nn.Module) -> list[View]:
 
 def _of_modules(forward: NetForward) -> list[View]:
     titles = {module: f"{path}, rewritten by itself" for path, module in forward.net.named_modules()}
-    return [
+    pieces = [
+        _of_graph(forward, piece.graph, forward.graphs, title=f"piece {number}", is_whole=False)
+        for number, piece in enumerate(forward.table.pieces.ran, 1)
+    ]
+    return pieces + [
         _of_graph(inner, inner.active, forward.graphs, title=titles[inner.net], is_whole=False)
         for inner in forward.submodules()
         if inner.active is not None

@@ -47,7 +47,7 @@ class BackendCompiler:
         Modules and tensors read by path are inputs of the compiled function, so that blocks of one structure share it,
         and a module that is replaced is another input.
         """
-        if any(map(is_momentum_call, graph.find_nodes(op="call_module"))) or says_something(graph):
+        if any(map(is_momentum_call, graph.find_nodes(op="call_module"))) or says_something(graph.nodes):
             return to_function(graph)  # a chain inside of a branch; its own branches are compiled
         paths, shared = _with_inputs_only(graph)
         source = shared.python_code("self")

@@ -11,6 +11,7 @@ import dis
 from bisect import bisect_left
 from collections.abc import Collection, Sequence
 from functools import lru_cache
+from itertools import pairwise
 from types import CodeType, FrameType
 
 # Instructions that may stand between the items of ``*value, more`` and their unpacking.
@@ -75,6 +76,15 @@ def is_plain_access(frame: FrameType) -> bool:
     """True if the running code says ``value.name``, not ``hasattr(value, name)`` or the like."""
     code = _instructions(frame.f_code)
     return code[_position(frame, code)].opname.startswith(("LOAD_ATTR", "LOAD_METHOD"))
+
+
+def is_compared_with_truth(frame: FrameType) -> bool:
+    """True if the running function has ``value is True``, ``case False:`` or the like, for any value."""
+    code = _instructions(frame.f_code)
+    return any(
+        before.opname == "LOAD_CONST" and isinstance(before.argval, bool) and instruction.opname == "IS_OP"
+        for before, instruction in pairwise(code)
+    )
 
 
 def asks_for_class(frame: FrameType) -> bool:

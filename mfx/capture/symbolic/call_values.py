@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from mfx import compat
 from mfx.capture.captured import CaptureError
+from mfx.capture.outputs import read_clock
 from mfx.capture.symbolic.constants import Constants
 from mfx.capture.symbolic.refusals import OutputError, UntraceableError, outputs_refused
 from mfx.modules.iterators import iterators_left_alone
@@ -97,7 +98,7 @@ class CallValues:
 
     def _value(self, node: fx.Node) -> Any:
         args, kwargs = self._arguments((node.args, node.kwargs))
-        if any(leaf is UNKNOWN for leaf in pytree.tree_leaves((args, kwargs))):
+        if node.target is read_clock or any(leaf is UNKNOWN for leaf in pytree.tree_leaves((args, kwargs))):
             return UNKNOWN
         try:
             match node.op:

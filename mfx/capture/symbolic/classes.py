@@ -75,7 +75,21 @@ def known_class(proxy: fx.Proxy, root: nn.Module, values: CallValues | None) -> 
         return _class_of_attribute(_class(proxy.root.node, root), proxy.attr)
     if values is not None and (value := values.of(proxy.node)) is not UNKNOWN:
         return Tensor if isinstance(value, Tensor) and proxy.node.op != "get_attr" else type(value)
+    if values is not None and (number := class_of_item(proxy.node, values)) is not None:
+        return number
     return _class(proxy.node, root)
+
+
+def class_of_item(node: fx.Node, values: CallValues) -> type | None:
+    """Return the class of the number that a node reads off a tensor; None if it does not, or this is not known."""
+    if node.op != "call_method" or node.target != "item":
+        return None
+    tensor = values.of(node.all_input_nodes[0])
+    if not isinstance(tensor, Tensor):
+        return None
+    if tensor.dtype is torch.bool:
+        return bool
+    return complex if tensor.is_complex() else float if tensor.is_floating_point() else int
 
 
 def _class(node: fx.Node, root: nn.Module) -> type | None:

@@ -1,4 +1,7 @@
-"""Records prints and logs of a model that is traced: text with traced values in it becomes text of the graph."""
+"""Records what a model that is traced says, and its looks at the clock.
+
+Text with traced values in it becomes text of the graph.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,12 @@ import builtins
 import logging
 import re
 import sys
+import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import FrameType
 from typing import Any
 
 import torch
@@ -15,13 +22,16 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from mfx import compat
-from mfx.capture.outputs import log_values, make_text, print_values
+from mfx.capture.outputs import log_values, make_text, print_values, read_clock, warn_values
 from mfx.capture.symbolic.refusals import OutputError, Refusals
+from mfx.modules.references import is_users
 
-OUTPUTS = ("print", "debug", "info", "warning", "error", "critical")  # functions that take texts
+OUTPUTS = ("print", "warn", "debug", "info", "warning", "error", "critical")  # functions that take texts
 
 _PLAIN = (str, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.Size)
 _STREAMS = ("stdout", "stderr")
+_CLOCKS = ("time", "perf_counter", "monotonic", "process_time", "time_ns", "perf_counter_ns", "monotonic_ns")
+_BETWEEN = ("mfx.", "torch.fx", "torch.nn.modules.module")
 _MARK = re.compile("\x00(\\d+)\x00")
 
 
@@ -58,8 +68,32 @@ class Outputs:
     def recorded(self) -> Iterator[None]:
         """Within this context, record what this thread prints and logs."""
         handle = lambda logger, record: self._log(logger, record)  # noqa: E731
-        with compat.patched(builtins, "print", self._print), compat.patched(logging.Logger, "handle", handle):
+        with ExitStack() as stack:
+            stack.enter_context(compat.patched(builtins, "print", self._print))
+            stack.enter_context(compat.patched(logging.Logger, "handle", handle))
+            stack.enter_context(compat.patched(warnings, "warn", partial(self._warn, warnings.warn)))
+            for name in _CLOCKS:
+                stack.enter_context(compat.patched(time, name, partial(self._look_at_clock, name, getattr(time, name))))
             yield
+
+    def _warn(
+        self, warn: Any, message: Any, category: Any = None, stacklevel: int = 1, source: Any = None, **options: Any
+    ) -> None:
+        frame = _caller()
+        if not is_users(frame.f_globals.get("__name__")):
+            warn(message, category, stacklevel + 3, source, **options)
+            return
+        for _ in range(stacklevel - 1):
+            frame = _caller(frame.f_back or frame)
+        cls = type(message) if isinstance(message, Warning) else category or UserWarning
+        name = f"{cls.__module__}:{cls.__qualname__}"
+        where = frame.f_code.co_filename, frame.f_lineno, str(frame.f_globals.get("__name__"))
+        self._record(warn_values, (str(message), name, *where), {})
+
+    def _look_at_clock(self, name: str, read: Any) -> Any:
+        if not is_users(_caller().f_globals.get("__name__")):
+            return read()
+        return self._tracer.create_proxy("call_function", read_clock, (name,), {})
 
     def _print(self, *values: Any, file: Any = None, **options: Any) -> None:
         if file is not None:
@@ -94,3 +128,11 @@ class Outputs:
 
     def _refuse(self, what: str) -> Any:
         self._refusals.refuse(OutputError(what))
+
+
+def _caller(frame: FrameType | None = None) -> FrameType:
+    """Return the innermost frame, from a frame on, that is not of the tracer or of torch's calls of modules."""
+    frame = sys._getframe(1) if frame is None else frame
+    while frame.f_globals.get("__name__", "").startswith(_BETWEEN) and frame.f_back is not None:
+        frame = frame.f_back
+    return frame

@@ -12,9 +12,15 @@ import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
-from mfx.capture.symbolic.bytecode import asserted, is_plain_access, is_text_for, unpacked_indices
+from mfx.capture.symbolic.bytecode import (
+    asserted,
+    is_compared_with_truth,
+    is_plain_access,
+    is_text_for,
+    unpacked_indices,
+)
 from mfx.capture.symbolic.call_values import UNKNOWN
-from mfx.capture.symbolic.classes import ClassOfValue, is_class_check, known_class
+from mfx.capture.symbolic.classes import ClassOfValue, class_of_item, is_class_check, known_class
 from mfx.capture.symbolic.outputs import OUTPUTS
 from mfx.capture.symbolic.refusals import OutputError, Refusals, UntraceableError
 
@@ -149,6 +155,14 @@ class _Proxy(ClassOfValue, fx.Proxy):
 
 class _Attribute(_Proxy, fx.proxy.Attribute):
     """``x.shape`` and the like."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        value = super().__call__(*args, **kwargs)
+        if self.attr != "item" or not is_compared_with_truth(sys._getframe(1)):
+            return value
+        if self.tracer.values is None:
+            self._refuse("a number read off a tensor is compared with True or False itself")
+        return self.tracer.to_bool(value) if class_of_item(value.node, self.tracer.values) is bool else value
 
     def __getattr__(self, name: str) -> Any:
         if self.attr == "shape" and not hasattr(torch.Size, name):  # numpy tries shape.prod

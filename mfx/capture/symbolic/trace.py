@@ -42,6 +42,7 @@ _READS = frozenset(
         torch.Tensor.__index__,
     }
 )
+_MAKES = frozenset({torch.tensor, torch.zeros, torch.ones, torch.full, torch.arange, torch.linspace, torch.eye})
 _ADVICE = "Rewrite that line, momentumize the part of the model that can be traced, or leave this model as it is."
 
 
@@ -158,7 +159,9 @@ def _clear_frames(error: BaseException | None) -> None:
 
 
 class _ValuesRead(TorchFunctionMode):
-    """Refuses what reads values, and notes the tensors that were there before and that a graph's constants are made of.
+    """Refuses what reads values, but of tensors made of plain numbers, and notes what constants of a graph are made of.
+
+    These are tensors that were there before.
 
     Attributes:
         used: these tensors, by identity.
@@ -169,15 +172,18 @@ class _ValuesRead(TorchFunctionMode):
         self._tracer = tracer
         self.used: dict[int, Tensor] = {}
         self._made: dict[int, Tensor] = {}
+        self._of_numbers: dict[int, Tensor] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in _READS and not isinstance(args[0], fx.Proxy):
+        if func in _READS and not isinstance(args[0], fx.Proxy) and id(args[0]) not in self._of_numbers:
             self._tracer.refusals.refuse(
                 UntraceableError("it reads the value of a tensor while it runs; a graph would hold for this value only")
             )
         result = func(*args, **(kwargs or {}))
         if isinstance(result, Tensor):
             self._note(result, *args)
+            if self._is_made_of_numbers(func, pytree.tree_leaves((args, kwargs))):
+                self._of_numbers[id(result)] = result
         elif isinstance(result, tuple | list) and all(isinstance(part, Tensor) for part in result):
             for part in result:
                 self._note(part, *args)
@@ -190,6 +196,15 @@ class _ValuesRead(TorchFunctionMode):
                 self._tracer.refuse_view(value)
                 self.used[id(value)] = value
         self._made[id(result)] = result
+
+    def _is_made_of_numbers(self, func: Any, leaves: list[Any]) -> bool:
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+        known = all(id(tensor) in self._of_numbers for tensor in tensors)
+        return known and (bool(tensors) or func in _MAKES) and all(map(_is_plain, leaves))
+
+
+def _is_plain(leaf: Any) -> bool:
+    return isinstance(leaf, (Tensor, bool, int, float, str, type(None), torch.dtype, torch.device, torch.layout))
 
 
 def _refuse_hooks_of_its_own(model: nn.Module) -> None:

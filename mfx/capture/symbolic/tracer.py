@@ -17,7 +17,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from mfx import compat
 from mfx.capture.captured import CaptureError
 from mfx.capture.decisions import Decision, Guesses, check_decision
-from mfx.capture.outputs import log_values, print_values
+from mfx.capture.outputs import says_something
 from mfx.capture.symbolic.applied_functions import functions_are_nodes
 from mfx.capture.symbolic.bytecode import unpacked_indices
 from mfx.capture.symbolic.call_values import UNKNOWN, CallValues
@@ -31,13 +31,7 @@ from mfx.capture.symbolic.lengths import known_length
 from mfx.capture.symbolic.outputs import Outputs
 from mfx.capture.symbolic.proxies import Value
 from mfx.capture.symbolic.recorded import is_made_of_fields, nodes_after, to_nodes
-from mfx.capture.symbolic.refusals import (
-    DECISION,
-    OutputError,
-    Refusals,
-    UntraceableError,
-    WrongGuessError,
-)
+from mfx.capture.symbolic.refusals import DECISION, OutputError, Refusals, UntraceableError, WrongGuessError
 from mfx.capture.symbolic.user_code import is_own_fault, is_raised_by_user, line_of, said_by, user_stack, users_frame
 from mfx.modules.buffers import storage_of
 from mfx.modules.random_state import undisturbed
@@ -207,8 +201,8 @@ class SymbolicTracer(fx.Tracer):
                 module.__dict__.clear()
                 module.__dict__.update(before)
             made = list(nodes_after(self.graph, last))
-            if any(node.target in (print_values, log_values) for node in made):
-                self.refusals.refuse(OutputError("a module that is called as a whole prints or logs"))
+            if says_something(made):
+                self.refusals.refuse(OutputError("a module that is called as a whole prints, logs or warns"))
             for node in reversed(made):
                 self.graph.erase_node(node)
             del self.calls[calls:]

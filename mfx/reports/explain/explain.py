@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from mfx.compat import compiled_model, hook_tables
-from mfx.net.views import View, views_of, written
+from mfx.net.views import View, breaks_of, views_of, written
 from mfx.program.chain_call import Momentum
 from mfx.reports.explain.advice import OPTIONAL_OUTPUTS
 from mfx.reports.explain.data import ChainMemory, ExplainedChain, ExplainedStep, ExplainedUpdate
@@ -68,6 +68,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         tuple(dict.fromkeys(condition for view in views for condition in view.conditions)),
         tuple(refused for refused, module in rejections.values() if is_residual_step(refused, module)),
         tuple(join(view.path, path) for view in views for path in _with_hooks(view)),
+        breaks_of(model, args, kwargs),
     )
 
 

@@ -49,6 +49,8 @@ class Explanation:
             call takes the path of its own values, and each path has a graph.
         left_steps: those of the ``rejections`` that are residual steps of the model; the others only look like one.
         unheard: modules among ``flat`` that have hooks.
+        breaks: lines that keep a call from being one graph, with what each costs: at γ > 0 momentum starts anew behind
+            such a line.
     """
 
     model: str
@@ -63,6 +65,7 @@ class Explanation:
     conditions: tuple[str, ...] = ()
     left_steps: tuple[Rejection, ...] = ()
     unheard: tuple[str, ...] = ()
+    breaks: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -96,6 +99,7 @@ class Explanation:
             unheard=self.unheard,
             leaves=leaves(self.leaves),
             conditions=tuple(map(short_place, self.conditions)),
+            breaks=tuple(map(short_place, self.breaks)),
         )
 
     def __str__(self) -> str:
@@ -117,7 +121,7 @@ class Explanation:
             ``recomputed`` in FLOP) and ``steps`` (``path``, ``kind``, ``branch``, ``captures``, ``sides``, ``source``);
             ``rejections``, each with ``node``, ``path``, ``source``, ``reason``, ``remedy`` and ``is_step``; ``cuts``,
             each with ``node``, ``path``, ``source`` and ``reason``; ``flat``;
-            ``leaves``: reasons by path; ``conditions``;
+            ``leaves``: reasons by path; ``conditions``; ``breaks``;
             ``totals``: ``plain`` and ``momentum``, each with ``kept`` and ``peak`` in
             bytes and ``flops``; ``held``: bytes by key of the output; ``advice``; ``unpredicted``. ``storage``,
             ``memory`` and ``totals`` are None where unknown.
@@ -134,6 +138,7 @@ class Explanation:
             "flat": list(self.flat),
             "leaves": dict(self.leaves),
             "conditions": list(self.conditions),
+            "breaks": list(self.breaks),
             "totals": self._totals(),
             "held": {} if self.estimate is None else dict(self.estimate.held),
             "advice": list(self.advice),

@@ -37,6 +37,7 @@ def page(contents: Contents) -> Markup:
         _paragraph("hooks on these modules do not run", ", ".join(contents.unheard)),
         _list("called as a whole, since a trace cannot follow them", map(": ".join, contents.leaves)),
         _list("decided in each call anew, by the values of tensors", contents.conditions),
+        _list("not one graph, because of these lines; behind each, momentum starts anew", contents.breaks),
         *(element("details", element("summary", f"steps of {name}"), _table(steps)) for name, steps in contents.steps),
         class_="mfx",
     )

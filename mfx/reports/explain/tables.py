@@ -53,6 +53,7 @@ class Contents:
         unheard: paths of modules whose hooks do not run.
         leaves: modules that are called as a whole because a trace cannot follow them, and why.
         conditions: lines that decide on the values of tensors.
+        breaks: lines that keep a call from being one graph, with what each costs.
     """
 
     verdict: str
@@ -69,6 +70,7 @@ class Contents:
     unheard: tuple[str, ...]
     leaves: Rows
     conditions: tuple[str, ...]
+    breaks: tuple[str, ...]
 
 
 def verdict(model: str, chains: Sequence[ExplainedChain], left: Sequence[Rejection], estimate: Estimate | None) -> str:

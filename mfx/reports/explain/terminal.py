@@ -19,7 +19,7 @@ def text(contents: Contents, *, verbose: bool = False) -> str:
         contents: the explanation.
         verbose: also list the sums that only look like residual steps.
     """
-    sections = (_memory, _chains, _policies, _advice, _cuts, _rejections, _unheard, _leaves, _conditions)
+    sections = (_memory, _chains, _policies, _advice, _cuts, _rejections, _unheard, _leaves, _conditions, _breaks)
     lines = _wrapped(contents.verdict)
     for section in sections:
         if found := section(contents):
@@ -104,6 +104,13 @@ def _conditions(contents: Contents) -> list[str]:
     lines = ["decided in each call anew, by the values of tensors:"] if contents.conditions else []
     for condition in contents.conditions:
         lines += _wrapped(f"  {condition}")
+    return lines
+
+
+def _breaks(contents: Contents) -> list[str]:
+    lines = ["not one graph, because of these lines; behind each, momentum starts anew:"] if contents.breaks else []
+    for line in contents.breaks:
+        lines += _wrapped(f"  {line}")
     return lines
 
 

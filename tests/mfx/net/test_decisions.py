@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import random
+import time
 import warnings
 from functools import partial
 
@@ -336,3 +337,142 @@ def test_explain_says_where_a_model_decides():
     assert "decided in each call anew" in str(found)
     assert "return x / x.max() if x.max() > 20 else x (here False)" in " ".join(str(found).split())
     assert found.estimate is not None
+
+
+def test_before_there_is_an_input_conditions_are_false():
+    torch.manual_seed(0)
+    model = Between(maximum).eval()
+    module = mfx.trace(model)
+    small, large, *_ = inputs()
+    assert torch.equal(module(small), model(small))
+    with pytest.raises(mfx.MfxError, match="a condition came out as True in a graph that is for False"):
+        module(large)
+
+
+# --- other lines that a trace has to follow ---------------------------------------------------------------------------
+
+
+def of_experts(x):
+    for column in range(2):
+        chosen = torch.where(x[:, column] > 0)[0]
+        if chosen.numel():
+            x = x.index_add(0, chosen, 0.5 * x[chosen])
+    return x
+
+
+def with_truth_itself(x):
+    match (x.mean() > 0).item():
+        case True:
+            return x + 1
+        case False:
+            return x - 1
+
+
+def counted(x):
+    count = torch.tensor(0)
+    while count < 3:
+        x, count = x + 1, count + 1
+    return x
+
+
+def asserted(x):
+    assert torch.isfinite(x).all(), "it is not finite"
+    return x
+
+
+def masked(x):
+    mask = x > 20
+    return x.masked_fill(mask, 20.0) if mask.any() else x
+
+
+def none_chosen(x):
+    chosen = torch.nonzero(x[:, 0] > 20).squeeze(1)
+    return x if chosen.numel() == 0 else x.index_add(0, chosen, x[chosen])
+
+
+def while_compiling(x):
+    return 2 * x if torch.compiler.is_compiling() else 3 * x
+
+
+class OwnTensor(torch.Tensor):
+    pass
+
+
+def of_a_subclass(x):
+    return 2 * x if isinstance(x, OwnTensor) else x
+
+
+OTHERS = {
+    look.__name__: look
+    for look in (
+        of_experts,
+        with_truth_itself,
+        counted,
+        asserted,
+        masked,
+        none_chosen,
+        while_compiling,
+        of_a_subclass,
+    )
+}
+
+
+@sampled("look", OTHERS, 3)
+def test_other_lines_keep_both_chains(look):
+    torch.manual_seed(0)
+    model = Between(look)
+    net = mfx.momentumize(model, gamma=0.0)
+    for training in (True, False):
+        model.train(training), net.train(training)
+        for x in inputs():
+            assert_bit_equal(train_step(net, (x,)), train_step(model, (x,)))
+            assert sum(lengths(net)) >= 6
+
+
+class LeavesEarly(Between):
+    """The number of blocks depends on what they have computed."""
+
+    def forward(self, x):
+        for block in (*self.first, *self.second):
+            x = x + block(x)
+            if x.abs().mean() > 20:
+                break
+        return x
+
+
+def test_a_loop_that_is_left_early_has_a_graph_per_length():
+    torch.manual_seed(0)
+    model = LeavesEarly(maximum)
+    net = mfx.momentumize(model, gamma=0.0)
+    for x, expected in zip(inputs(), [[6], [], [], [6]], strict=True):
+        assert_bit_equal(train_step(net, (x,)), train_step(model, (x,)))
+        assert lengths(net) == expected
+
+
+class Warns(Between):
+    """Warns in each call, and looks at the clock."""
+
+    def forward(self, x):
+        start = time.perf_counter()
+        x = self.loop(self.first, x)
+        warnings.warn(f"the mean is {x.mean():.3f}", FutureWarning, stacklevel=1)
+        x = self.loop(self.second, x)
+        print(time.perf_counter() > start)
+        return x
+
+
+def test_warnings_and_clocks_are_those_of_each_call(capsys):
+    torch.manual_seed(0)
+    model = Warns(maximum)
+    net = mfx.momentumize(model, gamma=0.0)
+    for x in inputs():
+        told = []
+        for module in (model, net):
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                train_step(module, (x,))
+            told.append([(str(w.message), w.category, w.filename, w.lineno) for w in caught])
+        assert told[0] == told[1]
+        assert len(told[0]) == 1
+    assert lengths(net) == [6]
+    assert set(capsys.readouterr().out.split()) == {"True"}

@@ -173,11 +173,16 @@ def signs(x):
     return x
 
 
-def test_beyond_eight_paths_chains_in_no_module_are_an_error():
-    _, net = made(signs, gamma=0.9)
-    calls = torch.randn(64, 6, DIM)
-    with pytest.raises(mfx.MfxError, match=r"takes more than 8 paths.*no module that it calls holds the chain"):
-        [net(x) for x in calls]
+def test_beyond_eight_paths_chains_in_no_module_run_in_pieces():
+    torch.manual_seed(0)
+    model = Between(signs).double().eval()
+    net = mfx.momentumize(model, gamma=0.9, arithmetic="float")
+    model.loop = partial(momentum, 0.9)
+    calls = torch.randn(24, 6, DIM, dtype=torch.float64)
+    with pytest.warns(UserWarning, match="takes more than 8 paths"):
+        results = [net(x) for x in calls]
+    torch.testing.assert_close(results, [model(x) for x in calls], rtol=1e-9, atol=1e-9)  # as many roundings
+    assert lengths(net) == [3, 3]
 
 
 class Writes(Between):
