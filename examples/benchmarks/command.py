@@ -61,7 +61,9 @@ def write_results(script: str, options: argparse.Namespace, rows: Sequence[Any] 
     command = " ".join(["python", f"examples/benchmarks/{Path(script).name}", *size])
     named = rows if isinstance(rows, Mapping) else {"rows": rows}
     data = {name: [asdict(row) for row in each] for name, each in named.items()}
-    options.json.write_text(json.dumps({"command": command, "torch": torch.__version__, **data}, indent=1) + "\n")
+    unfinished = options.json.with_name(options.json.name + ".part")  # what is there stays whole, whatever happens
+    unfinished.write_text(json.dumps({"command": command, "torch": torch.__version__, **data}, indent=1) + "\n")
+    unfinished.replace(options.json)
 
 
 def read_rows(results: Mapping[str, Any], row: type[T], name: str = "rows") -> list[T]:

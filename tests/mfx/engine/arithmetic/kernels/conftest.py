@@ -21,17 +21,9 @@ def _as_on_a_device():
     if not INTERPRETED:
         yield
         return
-    import numpy as np
-    from triton.runtime import interpreter
+    from tests.mfx.engine.arithmetic.kernels.rounding import as_on_a_device
 
-    from tests.mfx.engine.arithmetic.kernels.rounding import fma
-
-    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
-        patch.setattr(
-            interpreter.InterpreterBuilder,
-            "create_fma",
-            lambda self, x, y, z: interpreter.TensorHandle(fma(x.data, y.data, z.data), z.dtype.scalar),
-        )
+    with as_on_a_device():
         yield
 
 

@@ -1,6 +1,5 @@
 """States of either arithmetic by torch's operations and by Triton's kernels, and comparisons of the two."""
 
-import hypothesis.strategies as st
 import torch
 
 from mfx.engine.arithmetic import ExactState, FloatState
@@ -18,9 +17,6 @@ SOME_GAMMAS = [
     Gamma(9, 10), Gamma(1, 2), Gamma(99, 100), Gamma(1, 64), Gamma(1, 1024), Gamma(3, 4), Gamma(9999, 10000),
     Gamma(16383, 16384), Gamma(1, 16384), Gamma(1, 3), Gamma(8191, 8192),
 ]  # fmt: skip
-GAMMAS = st.sampled_from(SOME_GAMMAS) | st.integers(2, 2**14).flatmap(
-    lambda d: st.integers(1, d - 1).map(lambda n: Gamma(n, d))
-)
 
 
 def same_bits(a, b):

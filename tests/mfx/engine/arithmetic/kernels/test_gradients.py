@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from mfx.engine.arithmetic.gradients import UpdateGradients, gradients_of
 from mfx.engine.arithmetic.triton_states import TritonExactState, TritonFloatState
 from mfx.options.gamma import Gamma
+from tests.mfx.engine.arithmetic.kernels import cases
 from tests.mfx.engine.arithmetic.kernels.conftest import ON_GPU
-from tests.mfx.engine.arithmetic.kernels.states import DTYPES, GAMMAS, KINDS, SIZES, any_bits, same_bits
+from tests.mfx.engine.arithmetic.kernels.states import DTYPES, KINDS, SIZES
+from tests.mfx.engine.arithmetic.kernels.strategies import GAMMAS
 
 DEVICE = "cuda" if ON_GPU else "cpu"
 compute = TritonExactState.gradients
@@ -37,23 +39,8 @@ def dtypes(draw):
     all_bits=st.booleans(),
     seed=st.integers(0, 2**31),
 )
-def test_as_torch_rounds(types, kind, gamma, later, follows, needs_v, which, size, all_bits, seed):
-    torch.manual_seed(seed)
-    (x, v, y), wide = types
-    v = wide if follows else v  # only the caller's own velocity is of another dtype
-    update = UpdateGradients(kind, gamma, later, follows, (x, v, y), wide, needs_v)
-    make = any_bits if all_bits else lambda size, dtype: torch.randn(size).to(dtype)
-    gx = make(size, x).to(DEVICE) if which != "v" else None
-    gv = make(size, wide).to(DEVICE) if which != "x" else None
-    expected, found = gradients_of(update, gx, gv), None
-    with torch.no_grad():  # as autograd runs it
-        found = compute(update, gx, gv)
-    for a, b in zip(found, expected, strict=True):
-        assert (a is None) == (b is None)
-        assert a is None or same_bits(a, b)
-    # What is one tensor, and the caller's own, stays so: less memory.
-    assert (found[1] is found[2]) == (expected[1] is expected[2])
-    assert (found[0] is gx) == (expected[0] is gx)
+def test_as_torch_rounds(**choice):
+    cases.gradients(DEVICE, **choice)
 
 
 @pytest.mark.parametrize("which", ["expanded", "transposed", "negative"])
