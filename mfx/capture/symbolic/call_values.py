@@ -24,6 +24,7 @@ from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import restored_if_changed, tensors_restored
 
 UNKNOWN = object()
+_RUNS = 3  # on different values, of a module that looks at them: to see if the shapes that it returns depend on these
 _CONSTANT = (type(None), str, torch.dtype, torch.device)  # what a module returns whatever its input is
 
 
@@ -172,8 +173,11 @@ class CallValues:
             return output, _own(state)
         # It looks at data.
         with compat.untraced(), _without_effects(module) as state:
-            made = map_aggregate((args, kwargs), lambda arg: _made_up(arg) if isinstance(arg, Tensor) else arg)
-            output = self._checked_output(module, *made)
+            output, *others = (
+                self._checked_output(module, *map_aggregate((args, kwargs), _made_up)) for _ in range(_RUNS)
+            )
+        if any(_shapes(other) != _shapes(output) for other in others):
+            raise TypeError(f"the shape of what {type(module).__name__} returns depends on values")
         with compat.untraced():
             fake = pytree.tree_map_only(Tensor, self._without_data, output)
         return fake, _own(state)
@@ -229,8 +233,14 @@ def _only_torch_draws(module: nn.Module) -> Iterator[None]:
         raise TypeError(f"{type(module).__name__} draws random numbers that are not torch's ({', '.join(others)})")
 
 
-def _made_up(fake: Tensor) -> Tensor:
+def _shapes(output: Any) -> list[Any]:
+    return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(output)]
+
+
+def _made_up(fake: Any) -> Any:
     """Return a tensor with values that are ordinary for its dtype: small numbers, valid indices."""
+    if not isinstance(fake, Tensor):
+        return fake
     make = torch.randn if fake.is_floating_point() or fake.is_complex() else torch.zeros
     made = make(fake.shape, dtype=fake.dtype, device=fake.device)
     return made.requires_grad_(fake.requires_grad)
