@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from operator import methodcaller
 from types import BuiltinFunctionType, FunctionType, MethodType
 from typing import Any
 
@@ -16,6 +17,9 @@ from mfx_passes import paths
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 _INTERNAL = frozenset({*nn.Module().__dict__, "forward", MARK, "graph", "code", "print_readable"})
 _ABSENT = object()
+
+HOLDS = methodcaller("holds")
+"""True if a guard holds: for ``map``, a Python call per guard fewer than a generator."""
 
 
 @dataclass(frozen=True)

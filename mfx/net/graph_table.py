@@ -12,7 +12,7 @@ from mfx import compat
 from mfx.capture.arguments import refuse_nested
 from mfx.capture.captured import CaptureError, PathsError
 from mfx.capture.decisions import Decision
-from mfx.capture.guards import ModuleGuard, TensorGuard
+from mfx.capture.guards import HOLDS, ModuleGuard, TensorGuard
 from mfx.modules.aside import aside
 from mfx.modules.overlay import drop_overlays, submodule_overlays
 from mfx.modules.state_lock import StateLock
@@ -89,7 +89,7 @@ class GraphTable:
         refuse_nested(self.net, args, kwargs)
         kind = exact_kind_of(self.net, args, kwargs)
         graph, guards = self._without_chains.get(kind, (None, ()))
-        if graph is not None and all(guard.holds() for guard in guards):
+        if graph is not None and all(map(HOLDS, guards)):
             return graph
         graph = self._symbolic.find(args, kwargs, path) or (None if path else self._dynamo.find(args, kwargs))
         if graph is None or not graph.shapes_known:

@@ -16,7 +16,6 @@ from torch import fx, nn
 
 from mfx import compat
 from mfx.capture.captured import Captured
-from mfx.capture.dynamo.graph import tidy
 from mfx.compiler.holders import Holders
 from mfx.modules.overlay import bare_submodules
 from mfx.modules.references import References
@@ -200,6 +199,7 @@ class Pieces:
 
     def _make(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Return what runs in place of a stretch."""
+        from mfx.capture.dynamo.graph import tidy  # imports TorchDynamo
         from mfx.compat.dynamo_pieces import break_of
 
         assert self._options is not None

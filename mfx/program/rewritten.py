@@ -14,7 +14,7 @@ from torch import fx, nn
 from mfx import compat
 from mfx.capture.captured import Captured
 from mfx.capture.decisions import Decision
-from mfx.capture.guards import ModuleGuard, TensorGuard, guards_of
+from mfx.capture.guards import HOLDS, ModuleGuard, TensorGuard, guards_of
 from mfx.capture.named_steps import check_steps
 from mfx.engine import ARITHMETICS, ChainPlan, ChainSettings
 from mfx.modules.overlay import MARK
@@ -178,7 +178,7 @@ class RewrittenGraph:
             return self.in_place()  # the model may set their attributes
         if _defaults() != self.defaults:
             return False
-        return all(guard.holds() for guard in self.guards)
+        return all(map(HOLDS, self.guards))
 
     def in_place(self) -> bool:
         """True if these modules are still in place, in any training mode."""

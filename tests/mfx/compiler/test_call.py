@@ -544,12 +544,12 @@ def test_threads_leave_the_net_its_own_parameters():
     entered, leave = threading.Event(), threading.Event()
 
     def run_second():
-        with second._held_by_net():
+        with net.forward.lock.writing(), second._held_by_net():
             entered.set()
             leave.wait(10)
 
     with ThreadPoolExecutor(1) as pool:
-        with first._held_by_net():
+        with net.forward.lock.writing(), first._held_by_net():
             done = pool.submit(run_second)
             assert not entered.wait(0.2)  # else it would take the first one's stand-ins for the net's own
         assert entered.wait(10)

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import mfx
+from tests.mfx.net.asserting import asserted
 from tests.models.step import assert_bit_equal, train_step
 from tests.sampling import sampled
 
@@ -372,11 +373,6 @@ def counted(x):
     count = torch.tensor(0)
     while count < 3:
         x, count = x + 1, count + 1
-    return x
-
-
-def asserted(x):
-    assert torch.isfinite(x).all(), "it is not finite"
     return x
 
 
