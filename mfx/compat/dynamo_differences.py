@@ -8,6 +8,7 @@ from __future__ import annotations
 import dis
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import CodeType
 from typing import Any
 from unittest.mock import patch
 
@@ -73,11 +74,20 @@ def check_draws(output: Any) -> None:
     to the state after this one call.
     """
     functions = (getattr(node.target, "f", None) for node in output.backend_input.graph_module.graph.nodes)
-    by_numpy = any(getattr(function, "__module__", "") == "torch._numpy.random" for function in functions)
-    instructions = dis.get_instructions(output.graph_capture_output.bytecode)
-    if by_numpy or any(instruction.argval == "setstate" for instruction in instructions):
-        what = "numpy's generator" if by_numpy else "a generator of its own (random.Random)"
-        raise torch._dynamo.exc.TorchDynamoException(f"it draws random numbers from {what}, which TorchDynamo does not")
+    if any(getattr(function, "__module__", "") == "torch._numpy.random" for function in functions):
+        raise _drawn("numpy's generator")
+    check_generators(output.graph_capture_output.bytecode)
+
+
+def check_generators(code: CodeType) -> None:
+    """Check that code that Dynamo wrote does not set a generator of the model's own to what one call left."""
+    if any(instruction.argval == "setstate" for instruction in dis.get_instructions(code)):
+        raise _drawn("a generator of its own (random.Random)")
+
+
+def _drawn(generator: str) -> Exception:
+    what = f"it draws random numbers from {generator}, which TorchDynamo does not"
+    return torch._dynamo.exc.TorchDynamoException(what)
 
 
 def check_numpy(graph: fx.Graph) -> None:

@@ -24,6 +24,7 @@ from torch._dynamo.variables import TensorVariable
 
 from mfx.compat.dynamo import guard_hooks, quiet, silent_methods
 from mfx.compat.dynamo_containers import containers_as_in_python
+from mfx.compat.dynamo_differences import check_generators
 from mfx.compat.dynamo_kept_results import kept_results_refused
 
 _GRAPHS = 64  # of one stretch, with other shapes, attributes or arguments
@@ -67,7 +68,10 @@ def in_pieces(
             return ConvertFrameReturn(_FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP), apply_to_code=False)
         try:
             with surroundings(), _quiet(), containers_as_in_python(), kept_results_refused(), _config():
-                return convert(frame, cache_entry, hooks, frame_state, skip=skip + 1)
+                converted = convert(frame, cache_entry, hooks, frame_state, skip=skip + 1)
+                if converted.guarded_code is not None:
+                    check_generators(converted.guarded_code.code)
+                return converted
         except FailOnRecompileLimitHit as error:
             raise TooManyGraphsError(_place(frame.f_code)) from error
         except BackendCompilerFailed as error:

@@ -45,7 +45,7 @@ class Draws(Constant):  # runs as written
         return x + self.fc(x * torch.tensor([1.0, 2.0, 3.0, 4.0])) * random.random()
 
 
-SHOWN = {"forward", "mfx_mark", "graph", "code", "print_readable"}  # what mfx puts there for people
+SHOWN = {"forward", "mfx_mark", "graph", "code", "print_readable", "extra_repr"}  # what mfx puts there for people
 
 
 def model_of(block):
