@@ -23,7 +23,8 @@ from tqdm import tqdm
 from vit_pytorch import ViT
 
 import mfx
-from mfx_passes import Step, find_chains
+from mfx_passes import find_chains
+from mfx_passes.ir import Update
 
 
 class AfterBranch(PassBase):
@@ -33,14 +34,14 @@ class AfterBranch(PassBase):
         make: gets a step and a number in [0, 1], 0 for the first and 1 for the last, and returns the module m.
     """
 
-    def __init__(self, make: Callable[[Step, float], nn.Module]) -> None:
+    def __init__(self, make: Callable[[Update, float], nn.Module]) -> None:
         super().__init__()
         self._make = make
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Rewrites a graph module in place."""
         found = find_chains(graph_module.graph, dict(graph_module.named_modules()))
-        steps = [step for chain in found.chains for step in chain.steps]
+        steps = [update for chain in found.chains for update in chain.updates]
         for number, step in enumerate(steps):
             name = f"after_branch_{number}"
             graph_module.add_submodule(name, self._make(step, number / max(len(steps) - 1, 1)))
@@ -81,7 +82,7 @@ class Dropped(nn.Module):
         return f * (torch.rand(len(f), 1, 1, device=f.device) < self.keep) / self.keep
 
 
-def with_modules(model: nn.Module, make: Callable[[Step, float], nn.Module]) -> fx.GraphModule:
+def with_modules(model: nn.Module, make: Callable[[Update, float], nn.Module]) -> fx.GraphModule:
     """A graph of a model, on the same parameters, with modules behind its branches."""
     return AfterBranch(make)(mfx.trace(model)).graph_module
 

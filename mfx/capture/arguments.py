@@ -15,13 +15,18 @@ from mfx.capture.captured import CaptureError
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
+def has_nested(args: Any, kwargs: Any) -> bool:
+    """True if a nested tensor is among the arguments."""
+    return any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in pytree.tree_leaves((args, kwargs)))
+
+
 def refuse_nested(model: nn.Module, args: Any, kwargs: Any) -> None:
     """Refuse nested tensors: their rows differ in size, and the states of a chain are tensors of one size.
 
     Raises:
         CaptureError: a nested tensor is among the arguments.
     """
-    if any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in pytree.tree_leaves((args, kwargs))):
+    if has_nested(args, kwargs):
         raise CaptureError(
             f"{type(model).__name__} is given a nested tensor, whose rows differ in size; the states of a chain are of "
             "one size. Give it a padded tensor and a mask, or momentumize parts that take ordinary tensors."

@@ -15,6 +15,7 @@ from typing import Any
 from torch import fx, nn
 
 from mfx import compat
+from mfx.capture.arguments import has_nested
 from mfx.capture.captured import Captured
 from mfx.compiler.holders import Holders
 from mfx.modules.overlay import bare_submodules
@@ -133,7 +134,7 @@ class Pieces:
             MfxError: the call had other chains than another one, or there are too many graphs.
         """
         kind = kind_of(self.net, args, kwargs)
-        if kind in self._without or not self._may_gain(options):
+        if kind in self._without or has_nested(args, kwargs) or not self._may_gain(options):
             raise NoPiecesError
         self._refuse_modes(kind, options)
         from mfx.compat.dynamo_pieces import GivenUpError, TooManyGraphsError  # imports TorchDynamo

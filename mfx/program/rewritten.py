@@ -253,7 +253,9 @@ def rewrite_captured(
         check_steps(captured.graph, lengths, rewritten.findings.rejections)
     flat = tuple(sorted({call.target for call in rewritten.flat}))
     leaves = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
-    guards: list[ModuleGuard | TensorGuard] = [*guards_of(net, leaves, captured.assigned), *captured.guards]
+    guards: list[ModuleGuard | TensorGuard] = [*guards_of(net, leaves, captured.assigned)]
+    if _reads_constants(graph, momenta, captured):
+        guards += captured.guards
     return RewrittenGraph(
         captured,
         graph,
@@ -267,6 +269,15 @@ def rewrite_captured(
         recompute_between=options.plans and options.recompute == "all",
         verify=options.verify,
     )
+
+
+def _reads_constants(graph: fx.Graph, momenta: Mapping[str, Momentum], captured: Captured) -> bool:
+    """True if constants of a trace are left in a rewritten graph: a module that is called as a whole reads its own."""
+    if not captured.guards:
+        return False
+    read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
+    read.update(target for call in momenta.values() for step in call.graphs.steps for target in step.targets)
+    return any(paths.is_inside(target, holder) for target in read for holder in captured.modules)
 
 
 def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:

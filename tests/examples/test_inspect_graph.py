@@ -12,9 +12,9 @@ def test_it_shows_a_graph_before_and_after(tmp_path, capsys):
     assert "momentum_layer1" in nx.read_graphml(graphml)
     assert capsys.readouterr().out == f"{by_hand}\n\n{resnet}\n"
     titles = [line for line in by_hand.splitlines() if line.startswith("Handwritten: ")]
-    assert titles == [
+    assert titles[1].startswith("Handwritten: 4 of 5 residual steps in 1 chain: ")
+    assert [titles[0], *titles[2:]] == [
         "Handwritten: what was found",
-        "Handwritten: 4 of 5 residual steps in 1 chain: ",
         "Handwritten: the graph before",
         "Handwritten: the graph after: one call per chain",
         "Handwritten: what reads the states besides the next step",
@@ -22,7 +22,7 @@ def test_it_shows_a_graph_before_and_after(tmp_path, capsys):
     ]
     before, after, branch = by_hand.split("def forward(self, x):")[1:]
     assert "add = first + tanh" in before
-    assert "self.momentum_root(first" in after
+    assert "self.momentum_root((first,)" in after
     assert "add = first" not in after
     assert "return (tanh,)" in branch
     assert "layer1_0_bn2 += maxpool;  iadd = layer1_0_bn2" in resnet

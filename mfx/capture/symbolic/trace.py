@@ -110,7 +110,7 @@ def capture(
         last.walked,
         binding if values is None else binding.for_inputs(values.inputs, shapes=values.numbers_used),
         modules={last.constants.name: last.constants} if last.constants else {},
-        guards=guards_of_tensors(model, last.used),
+        guards=guards_of_tensors(model, last.used.values()),
         values={} if values is None else values.tensors(graph),
         leaves={path: leaves.reasons[module] for path, module in called.items() if module in leaves},
         effects=effects,
@@ -129,9 +129,8 @@ def _traced(
     while True:
         tracer, failed = make_tracer(), True
         try:
-            with compat.dynamo_rules_kept(), _ValuesRead(tracer) as read:
+            with compat.dynamo_rules_kept(), _ValuesRead(tracer):
                 result = trace(tracer)
-            tracer.used = [*read.used.values()]
             failed = False
             return tracer, result
         except MfxError:
@@ -162,15 +161,11 @@ class _ValuesRead(TorchFunctionMode):
     """Refuses what reads values, but of tensors made of plain numbers, and notes what constants of a graph are made of.
 
     These are tensors that were there before.
-
-    Attributes:
-        used: these tensors, by identity.
     """
 
     def __init__(self, tracer: SymbolicTracer) -> None:
         super().__init__()
         self._tracer = tracer
-        self.used: dict[int, Tensor] = {}
         self._made: dict[int, Tensor] = {}
         self._of_numbers: dict[int, Tensor] = {}
 
@@ -194,7 +189,7 @@ class _ValuesRead(TorchFunctionMode):
         for value in given:
             if id(value) not in self._made:
                 self._tracer.refuse_view(value)
-                self.used[id(value)] = value
+                self._tracer.used[id(value)] = value
         self._made[id(result)] = result
 
     def _is_made_of_numbers(self, func: Any, leaves: list[Any]) -> bool:

@@ -88,7 +88,7 @@ class SymbolicTracer(fx.Tracer):
         self.refusals = Refusals()
         self.outputs = Outputs(self, self.refusals)
         self.leftovers = Leftovers()
-        self.used: list[torch.Tensor] = []
+        self.used: dict[int, torch.Tensor] = {}
         self.at_boundary: Callable[[str], None] = lambda path: None
         self._thread = threading.get_ident()
         self._parameters: dict[str, fx.Proxy] = {}
@@ -179,7 +179,7 @@ class SymbolicTracer(fx.Tracer):
         attributes = {module: dict(module.__dict__) for module in m.modules()}
         last = next(reversed(self.graph.nodes), None)
         calls, walked, stack = len(self.calls), dict(self.walked), self.module_stack.copy()
-        refused, decided = self.refusals.count, len(self.decisions)
+        refused, decided, used = self.refusals.count, len(self.decisions), dict(self.used)
         try:
             with undisturbed(m) as drawn, tensors_restored(m) as replaced:
                 output = self._walk(m, path, args, kwargs)
@@ -197,6 +197,7 @@ class SymbolicTracer(fx.Tracer):
                 raise WrongGuessError(str(error)) from error
             self.refusals.forget_after(refused)
             del self.decisions[decided:]
+            self.used = used
             for module, before in attributes.items():
                 module.__dict__.clear()
                 module.__dict__.update(before)
