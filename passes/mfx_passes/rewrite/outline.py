@@ -31,7 +31,10 @@ def outline(chain: Chain, reached: Reached) -> tuple[ChainGraphs, list[Node], li
         _outline_step(step, now, read, position, side, reached)
         for step, now, read, side in zip(chain.steps, states, inputs, sides, strict=False)
     )
-    return ChainGraphs(chain.name, steps, _taps(chain), chain.streams, chain.containers), captures, sides
+    roots = {target.split(".")[0] for step in steps for target in step.targets}
+    # A module may have several names: called by one, and what is in it read by another.
+    containers = tuple(container for container in chain.containers if container.path.split(".")[0] in roots)
+    return ChainGraphs(chain.name, steps, _taps(chain), chain.streams, containers), captures, sides
 
 
 def _inputs(step: Step, states: Sequence[Node]) -> tuple[list[Node], list[Node]]:

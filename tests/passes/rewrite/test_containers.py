@@ -101,3 +101,21 @@ def test_inner_chains_have_containers_of_their_own():
         "stages.0.inner.blocks.1",
     ]
     assert found["stages"] == (Container("stages.0", 0, 1), Container("stages.1", 1, 2))
+
+
+def test_a_container_under_another_name_than_its_steps_read_is_none():
+    """A call of a chain is handed what its steps read, and nothing else."""
+
+    class Renamed(Net):
+        def __init__(self) -> None:
+            stage = Stage(Block(), Block())
+            super().__init__(stage)
+            self.stages, self.blocks, self.whole = nn.ModuleList(), stage.blocks, stage
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.whole(self.stem(x)))
+
+    model = Renamed()
+    (chain,) = rewrite_model(model).chains
+    roots = {target.split(".")[0] for step in chain.steps for target in step.targets}
+    assert {container.path.split(".")[0] for container in chain.containers} <= roots
