@@ -189,10 +189,25 @@ def test_a_model_without_chains_is_unchanged():
     assert (row.verdict, row.capture, row.adds, row.rewritten) == ("unchanged", "symbolic", 0, 0)
 
 
-def test_what_no_graph_holds_counts_as_missed():
+class Interrupted(Blocks):
+    """A line that ends a graph between the two steps."""
+
+    def forward(self, x):
+        x = x + self.first(x).tanh()
+        assert x.detach().numpy().tolist()
+        return x + self.second(x).tanh()
+
+
+def test_what_runs_in_pieces_counts():
     row = judge(of(Branching))
+    assert (row.capture, row.chained, row.rewritten, row.missed) == ("module by module", 2, 2, 0)
+
+
+def test_a_chain_that_a_line_cuts_counts_as_missed():
+    row = judge(of(Interrupted))
     assert (row.capture, row.chained, row.rewritten, row.missed) == ("module by module", 2, 0, 2)
-    assert table.reasons(row) == {table.UNSEEN: 2}
+    ((reason, count),) = table.reasons(row).items()
+    assert (reason.partition(";")[0], count) == ("a single residual step", 2)
     assert "cannot be captured as one graph" in row.says[0]
 
 
