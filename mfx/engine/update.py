@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from mfx.engine.arithmetic import State
 from mfx.engine.arithmetic.base import wide
-from mfx.engine.arithmetic.signed import UpdateGamma
+from mfx.options.gamma import Gamma
 
 
 class UpdateContext(NamedTuple):
@@ -21,7 +21,7 @@ class UpdateContext(NamedTuple):
         state: the stream's numbers.
         kind: of the step.
         gamma: γ of the step.
-        later_gamma: γ of the next update of the stream.
+        later_gamma: γ of the steps after this one.
         follows: whether there is an update of the stream before this one.
         dummy: the stream's ``velocity_dummy``.
         begin: for the update whose gradient arrives before all others of its stream, what to do then; else None.
@@ -29,8 +29,8 @@ class UpdateContext(NamedTuple):
 
     state: State
     kind: str
-    gamma: UpdateGamma
-    later_gamma: UpdateGamma
+    gamma: Gamma
+    later_gamma: Gamma
     follows: bool
     dummy: Tensor
     begin: Callable[[], None] | None = None
