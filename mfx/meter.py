@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -100,23 +98,6 @@ class ActivationMeter:
             hook.remove()
 
 
-class _Uncounted(threading.local):
-    now = False
-
-
-_uncounted = _Uncounted()
-
-
-@contextmanager
-def uncounted() -> Iterator[None]:
-    """Count no tensor that this thread makes in this context: it stands for one elsewhere, as in host memory."""
-    before, _uncounted.now = _uncounted.now, True
-    try:
-        yield
-    finally:
-        _uncounted.now = before
-
-
 class StorageLedger(TorchDispatchMode):
     """Every storage born under this mode, by the address of its C++ object, with its size.
 
@@ -142,8 +123,6 @@ class StorageLedger(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _uncounted.now:
-            return func(*args, **kwargs)
         # An argument's storage existed before, unless its creation was seen. (torch.tensor() creates one unseen, then
         # lifts it.)
         before = frozenset() if func in _LIFTS else self._keys(tree_iter((args, kwargs)))

@@ -10,7 +10,6 @@ from mfx.compat.accelerators import (
     autocast_kinds,
     current_stream,
     devices_with_generators,
-    event_in,
     has_float64,
     in_stream,
     is_capturing,
@@ -19,17 +18,9 @@ from mfx.compat.accelerators import (
     random_state_of,
     reproducible,
     set_random_state_of,
-    side_stream,
     sign_of_device,
 )
-from mfx.compat.aside import (
-    aside_from_caller,
-    in_dispatch_mode,
-    is_observed,
-    saves_for_others,
-    unprofiled,
-    without_global_hooks,
-)
+from mfx.compat.aside import aside_from_caller, in_dispatch_mode, is_observed, unprofiled, without_global_hooks
 from mfx.compat.autograd import (
     NO_TASK,
     OPAQUE_TAGS,
@@ -115,7 +106,6 @@ __all__ = [
     "dtype_inside",
     "dynamo_rules_kept",
     "enter_sharded",
-    "event_in",
     "fake_mode",
     "fake_mode_of",
     "forward_hook_tables",
@@ -155,13 +145,11 @@ __all__ = [
     "random_state_of",
     "reproducible",
     "runs_for_real",
-    "saves_for_others",
     "scripted_copy",
     "search_autowrapped_in",
     "set_random_state_of",
     "shards_of",
     "share_shards",
-    "side_stream",
     "sign_of_device",
     "sign_of_numpy",
     "sign_of_python",

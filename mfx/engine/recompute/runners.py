@@ -148,8 +148,7 @@ class FromInputs(_Recomputing, Runner):
         if index in self._call.plan.kept:
             return self._run_kept(step, xs)
         frame = self._frame(index, step)
-        what = f"{self._call.name}: the input of step {step.path}"
-        source = StoredInput(frame, xs, self._rebuilt, what, self._call.offload)
+        source = StoredInput(frame, xs, self._rebuilt, f"{self._call.name}: the input of step {step.path}")
         return self._run_frame(frame, step, xs, source.unpacker())
 
     def _make_frame(self, step: StepFunction, *args: Any) -> Frame:
@@ -170,7 +169,7 @@ class FromTape(_Recomputing, Runner):
     def __init__(self, call: ChainCall, device: torch.device) -> None:
         super().__init__(call, device, original=False)
         verify = partial(verify_chain, call.name, call.cache, call.settings.verify) if call.verifies else None
-        self.tape = Tape(call.name, device, verify, partial(warn_once, "walks", cache=call.cache), call.offload)
+        self.tape = Tape(call.name, device, verify, partial(warn_once, "walks", cache=call.cache))
         self.walked = call.plan.walked(len(call.steps))
 
     def run(self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[Gamma]) -> tuple[Any, ...]:  # noqa: D102
