@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -25,14 +24,14 @@ class ActivationMeter:
     that is still referenced. A storage counts once, however many views it has. Not counted are
 
     * what existed before the block (parameters, inputs, buffers), also when seen through a view or changed in place;
-    * the tensors in ``exclude`` and the ``.grad`` that autograd leaves on them, from its first byte on. Only what becomes
-      the ``.grad`` is left out: what is added to it counts like any other tensor;
+    * the tensors in ``exclude`` and the ``.grad`` that autograd leaves on them. Only the accumulated gradient is left
+      out: one that is held back to be accumulated later counts like any other tensor;
     * scratch memory within one operation, and all but the results of an operation that is opaque to torch's dispatcher
       (a custom operator, a compiled graph);
     * tensors without a storage of their own (sparse, MKL-DNN), or with an empty one (meta and fake tensors).
 
-    On a CUDA device the caching allocator's numbers are used, relative to those at the block's start: scratch memory,
-    opaque operations and a gradient until autograd has left it on its tensor count, sizes are rounded up as the allocator does, and the device's peak statistics are reset.
+    On a CUDA device the caching allocator's numbers are used, relative to those at the block's start: scratch memory
+    and opaque operations count, sizes are rounded up as the allocator does, and the device's peak statistics are reset.
 
     Args:
         exclude: tensors that never count, nor does their ``.grad``; usually ``model.parameters()``.
@@ -65,10 +64,9 @@ class ActivationMeter:
         grad_owners = () if count_grads else tuple(t for t in excluded if t.is_leaf and t.requires_grad)
         self._ledger: StorageLedger | _AllocatorLedger
         if where.type == "cpu":
-            self._ledger = StorageLedger(excluded, grad_owners)
+            self._ledger = StorageLedger(excluded, grad_owners, timeline)
         else:
             self._ledger = _AllocatorLedger(where, grad_owners, timeline)
-        self._keeps_timeline = timeline
         self._grad_owners = grad_owners
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
@@ -85,12 +83,10 @@ class ActivationMeter:
     @property
     def timeline(self) -> Sequence[int]:
         """``live`` after each operation, in order; empty unless asked for."""
-        return self._ledger.timeline if self._keeps_timeline else []
+        return self._ledger.timeline
 
     def __enter__(self) -> ActivationMeter:
         self._hooks = [p.register_post_accumulate_grad_hook(self._ledger.leave_out_grad) for p in self._grad_owners]
-        if isinstance(self._ledger, StorageLedger):  # others' hooks may free a gradient as soon as it is there
-            self._hooks += [p.register_hook(partial(self._ledger.leave_out_first_grad, p)) for p in self._grad_owners]
         self._ledger.__enter__()
         return self
 
@@ -108,18 +104,15 @@ class StorageLedger(TorchDispatchMode):
     The reference to the storage's Python object is weak; torch keeps that object alive exactly as long as the storage.
     """
 
-    def __init__(self, excluded: Sequence[torch.Tensor], grad_owners: Sequence[torch.Tensor]) -> None:
+    def __init__(self, excluded: Sequence[torch.Tensor], grad_owners: Sequence[torch.Tensor], timeline: bool) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
+        self.peak = 0
         self.timeline: list[int] = []
+        self._keep_timeline = timeline
         self._excluded = (*excluded, *(p.grad for p in grad_owners))
         self._never: frozenset[int] = frozenset()
-        self._born: dict[int, tuple[weakref.ref[torch.UntypedStorage], int, int]] = {}  # with the operation's number
-
-    @property
-    def peak(self) -> int:
-        """The largest ``live`` after an operation."""
-        return max(self.timeline, default=0)
+        self._born: dict[int, tuple[weakref.ref[torch.UntypedStorage], int]] = {}
 
     def __enter__(self) -> StorageLedger:
         self._never = self._keys(self._excluded)
@@ -138,25 +131,15 @@ class StorageLedger(TorchDispatchMode):
             key = memory_of(storage)
             if key in self._born or (key not in before and key not in self._never):
                 self._enter(key, storage)
-        self.timeline.append(self.live)
+        self.peak = max(self.peak, self.live)
+        if self._keep_timeline:
+            self.timeline.append(self.live)
         return result
 
     def leave_out_grad(self, owner: torch.Tensor) -> None:
-        """Do not count the gradient that autograd has left on a parameter, nor count it for the time before."""
-        self._leave_out(owner.grad)
-
-    def leave_out_first_grad(self, owner: torch.Tensor, grad: torch.Tensor) -> None:
-        """Do the same with a gradient that autograd is about to leave on a parameter which has none."""
-        if owner.grad is None:
-            self._leave_out(grad)
-
-    def _leave_out(self, tensor: torch.Tensor | None) -> None:
-        for storage in self._storages([tensor]):
-            key = memory_of(storage)
-            _, size, birth = self._born.get(key, (None, 0, len(self.timeline)))
-            for number in range(birth, len(self.timeline)):
-                self.timeline[number] -= size
-            self._forget(key)
+        """Stop counting the gradient that autograd has left on a parameter."""
+        for storage in self._storages([owner.grad]):
+            self._forget(memory_of(storage))
 
     def _storages(self, leaves: Iterable[object]) -> Iterator[torch.UntypedStorage]:
         """Return the storages of ``leaves`` that count."""
@@ -168,11 +151,11 @@ class StorageLedger(TorchDispatchMode):
     def _enter(self, key: int, storage: torch.UntypedStorage) -> None:
         self._forget(key)  # its size may have changed
         size = storage.nbytes()
-        self._born[key] = weakref.ref(storage, lambda _: self._forget(key)), size, len(self.timeline)
+        self._born[key] = weakref.ref(storage, lambda _: self._forget(key)), size
         self.live += size
 
     def _forget(self, key: int) -> None:
-        _, size, _ = self._born.pop(key, (None, 0, 0))
+        _, size = self._born.pop(key, (None, 0))
         self.live -= size
 
 

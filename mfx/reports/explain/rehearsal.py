@@ -46,7 +46,7 @@ class Observer(StorageLedger):
     """
 
     def __init__(self, excluded: Sequence[Tensor], counter: FlopCounter) -> None:
-        super().__init__(excluded, ())
+        super().__init__(excluded, (), timeline=False)
         self._counter = counter
         self.recomputed: dict[str, int] = defaultdict(int)
         self._chains: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class Observer(StorageLedger):
 
     def live_in(self, chain: str) -> int:
         """Return the bytes alive that were allocated in the calls of a chain."""
-        return sum(size for key, (_, size, _) in self._born.items() if chain in self._homes[key])
+        return sum(size for key, (_, size) in self._born.items() if chain in self._homes[key])
 
     @contextmanager
     def calling(self, chain: str) -> Iterator[None]:
