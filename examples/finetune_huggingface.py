@@ -106,9 +106,9 @@ def accuracy(model: nn.Module, data: Data) -> float:
     return (model(**data.tokens).logits.argmax(1) == data.labels).float().mean().item()
 
 
-def finetune(variant: str, model: nn.Module, train: Data, test: Data, steps: int, bar: tqdm) -> Row:
+def finetune(variant: str, model: nn.Module, train: Data, test: Data, steps: int, bar: tqdm, *, seed: int = 1) -> Row:
     """Trains a classifier in place, with the same random numbers every time."""
-    torch.manual_seed(1)
+    torch.manual_seed(seed)
     model.train()
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.1, steps)

@@ -11,6 +11,7 @@ from mfx.modules.recomputing import recomputing
 from mfx.momentumnet.momentum_net import MomentumNet
 from mfx.momentumnet.transform import transform_to_momentumnet
 from mfx.net.gammas import set_gamma
+from mfx.options.gamma import BDIA
 from mfx.reports.drawing import Drawing, draw
 from mfx.reports.explain.explain import explain
 from mfx.reports.explain.explanation import Explanation
@@ -22,6 +23,7 @@ from mfx_passes import MfxError
 __version__ = "0.1.0"
 
 __all__ = [
+    "BDIA",
     "ActivationMeter",
     "Drawing",
     "Explanation",

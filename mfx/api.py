@@ -17,7 +17,7 @@ from mfx.compiler.compiled_graphs import named_graphs
 from mfx.modules.tree_copy import M, net_of
 from mfx.net.build import build_net
 from mfx.net.forward import forward_of
-from mfx.options.options import Options
+from mfx.options.options import Given, Options
 from mfx.program.chain_call import holds_chain
 from mfx.program.networkx_view import view_of
 from mfx.text import described
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 def momentumize(
     model: M,
     *,
-    gamma: float | Mapping[str, float] = 0.9,
+    gamma: Given | Mapping[str, Given] = 0.9,
     velocity: str | nn.Module | Mapping[str, nn.Module] = "zero",
     arithmetic: str = "exact",
     memory_budget: float | str = 0.0,
@@ -51,7 +51,9 @@ def momentumize(
     Args:
         model: any module; it stays as it is. A ``GraphModule`` gives a ``GraphModule``; a momentumized net is rewritten
             anew, from the function of its class.
-        gamma: momentum, 0 <= γ < 1, for all chains or by chain name (shell patterns allowed).
+        gamma: momentum, 0 <= γ < 1, for all chains or by chain name (shell patterns allowed). An `mfx.BDIA` has a γ of
+            mean 0 in training and the model itself in evaluation. ``"auto"``: 0.9 for chains of 12 updates or more, 0
+            for shorter ones, decided when a chain is first found.
         velocity: v before the first step: ``"zero"``; ``"residual"``, such that the first step adds f(x) in full; or a
             module (or a mapping from chain names, shell patterns allowed, to modules; zero for the others) that
             computes it from x. These very modules, not copies, live under ``velocity.``, once per chain.

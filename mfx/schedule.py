@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from mfx.net.gammas import set_gamma
+from mfx.net.gammas import set_magnitude
 from mfx.options.gamma import Gamma
 from mfx_passes import MfxError
 
@@ -27,7 +27,7 @@ class GammaScheduler:
     Args:
         net: a momentumized net.
         schedule: γ for step 0, 1, 2 …, a number or a mapping from chain names to numbers; `mfx.schedule.linear` and
-            `mfx.schedule.cosine` make some.
+            `mfx.schedule.cosine` make some. For chains with an `mfx.BDIA` it is the magnitude.
 
     Raises:
         MfxError: the schedule gives an invalid γ, or the net has not been momentumized.
@@ -72,7 +72,7 @@ class GammaScheduler:
         self._set(state_dict["last_step"], state_dict["gamma"])
 
     def _set(self, step: int, gamma: float | Mapping[str, float]) -> None:
-        set_gamma(self.net, gamma)
+        set_magnitude(self.net, gamma)
         self.last_step = step
         self._last = {k: float(v) for k, v in gamma.items()} if isinstance(gamma, Mapping) else float(gamma)
 

@@ -117,7 +117,8 @@ def _options(group: Any) -> None:
         type=_reading(_gamma),
         action="append",
         metavar="[CHAIN=]GAMMA",
-        help="momentum, 0 <= GAMMA < 1, as 0.9 or 1/64; for all chains, or for some by name (default 0.9)",
+        help="momentum, 0 <= GAMMA < 1, as 0.9 or 1/64; +-1/4 for random signs (mfx.BDIA); auto: by the number of "
+        "updates; for all chains, or for some by name (default 0.9)",
     )
     group.add_argument("--arithmetic", choices=("exact", "float"))
     group.add_argument("--memory-budget", type=_budget, metavar="BUDGET", help="0 to 1, or bytes such as 24GiB")
@@ -153,15 +154,19 @@ def _reading(read: Callable[[str], T]) -> Callable[[str], T]:
     return typed
 
 
-def _gamma(text: str) -> tuple[str | None, float]:
+def _gamma(text: str) -> tuple[str | None, float | str | mfx.BDIA]:
     """Read a momentum, with the name or pattern of the chains it is for, or None.
 
-    >>> _gamma("1/64"), _gamma("layer3=0.5")
-    ((None, 0.015625), ('layer3', 0.5))
+    >>> _gamma("1/64"), _gamma("layer3=+-0.5")
+    ((None, 0.015625), ('layer3', BDIA(magnitude=0.5, per='call', dim=0)))
     """
     chain, equals, number = text.rpartition("=")
+    name = chain if equals else None
+    if number == "auto":
+        return name, number
     try:
-        return (chain if equals else None), float(Fraction(number))
+        value = float(Fraction(number.removeprefix("+-")))
+        return name, mfx.BDIA(value) if number.startswith("+-") else value
     except (ValueError, ZeroDivisionError) as error:
         raise ValueError(f"{number!r} is not a number, such as 0.9 or 1/64") from error
 

@@ -47,6 +47,7 @@ from mfx.compat.fsdp import (
     is_sharding_hook,
     leave_sharded,
     may_be_sharded,
+    reads_in_parts,
     shards_of,
     share_shards,
 )
@@ -143,6 +144,7 @@ __all__ = [
     "plain_transformer_layers",
     "put_load_hook_first",
     "random_state_of",
+    "reads_in_parts",
     "reproducible",
     "runs_for_real",
     "scripted_copy",

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 import torch._dynamo
 from torch import fx, nn
+from torch._dynamo.guards import GuardBuilder, install_guard
+from torch._dynamo.source import AttrSource, LocalSource
 from torch.utils import _pytree as pytree
 
 
@@ -61,6 +63,27 @@ def _is_self(name: str, value: Any) -> bool:
         return False
     code = getattr(inspect.unwrap(type(value).forward), "__code__", None)
     return code is not None and code.co_varnames[:1] == (name,)
+
+
+def source_of_compiled() -> Any:
+    """Return Dynamo's source of the module whose forward it is compiling; None if that is a function."""
+    found = compiled_module()
+    return None if found is None else LocalSource(found[0])
+
+
+def guarded_training(source: Any) -> bool:
+    """Return the training flag of a module, and have what is compiled now hold for that flag only.
+
+    Args:
+        source: Dynamo's, of the module.
+    """
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    flag = AttrSource(source, "training")
+    install_guard(flag.make_guard(GuardBuilder.CONSTANT_MATCH))
+    output = InstructionTranslator.current_tx().output
+    name = flag.name() if callable(flag.name) else flag.name
+    return bool(eval(name, {"L": output.local_scope, "G": output.global_scope}))
 
 
 def mode_of_compiled() -> str:

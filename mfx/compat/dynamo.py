@@ -255,8 +255,25 @@ def sources(graph: fx.Graph) -> list[str]:
 
 
 def _source(node: fx.Node) -> str:
-    name = getattr(getattr(node, "_dynamo_source", None), "name", "")
+    return name_of(getattr(node, "_dynamo_source", None))
+
+
+def name_of(source: Any) -> str:
+    """Return a source as an expression that Dynamo writes; "" without one."""
+    name = getattr(source, "name", "")
     return str(name() if callable(name) else name)
+
+
+def module_sources(graph: fx.Graph) -> Iterator[Any]:
+    """Yield the sources of the modules around the parameters and buffers that are inputs of a graph."""
+    seen: set[str] = set()
+    for node in graph.find_nodes(op="placeholder"):
+        source = getattr(node, "_dynamo_source", None)
+        while (source := getattr(source, "base", None)) is not None:
+            name = name_of(source)
+            if name not in seen and not name.endswith(("._modules", "._parameters", "._buffers", ".__dict__")):
+                yield source
+            seen.add(name)
 
 
 def with_plain_sizes(value: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -21,6 +21,28 @@ def is_sharded(tensor: Tensor) -> bool:
 def may_be_sharded() -> bool:
     """True if FSDP2 was imported, so that modules may be sharded."""
     return "torch.distributed.fsdp" in sys.modules
+
+
+def reads_in_parts(found: Sequence[Any], around: Sequence[nn.Module]) -> bool:
+    """True if processes compute with parts of parameters on streams that they all have: tensor parallelism.
+
+    FSDP2's shards are none: they are gathered first. They may be shards of such parts (torch 2.13 to 2.15).
+
+    Args:
+        found: modules and tensors that are read.
+        around: modules whose shards may be those of tensors in these.
+    """
+    modules = [module for value in found if isinstance(value, nn.Module) for module in value.modules()]
+    gathered = {
+        id(param.sharded_param): param.is_dtensor
+        for module in (*modules, *around)
+        if (shards := shards_of(module)) is not None
+        for group in shards._fsdp_param_groups
+        for param in group.fsdp_params
+    }
+    tensors = [value for value in found if isinstance(value, Tensor)]
+    tensors += [param for module in modules for param in module._parameters.values() if param is not None]
+    return any(gathered.values()) or any(is_sharded(tensor) and id(tensor) not in gathered for tensor in tensors)
 
 
 def shards_of(module: nn.Module) -> Any:

@@ -67,6 +67,7 @@ def momentum(
     holders = Holders(paths)
     holder = holders.of(inputs)
     rewritten, positions = _rewrite(module, paths, model, holder, checked)
+    _settle_signs(rewritten, module.graph, model)
     if checked.may_change_function:
         _refuse_fused_layers(rewritten)
         _refuse_cut_chains(module, rewritten)
@@ -155,6 +156,37 @@ def _rewrite(
     names = tuple(node.name for node in module.graph.find_nodes(op="placeholder"))
     captured = Captured(copy_graph(module.graph), [], {}, ByName(names, {}), modules, values, partial=partial)
     return rewrite_captured(holder, captured, options, {}), positions
+
+
+def _settle_signs(rewritten: RewrittenGraph, graph: fx.Graph, model: str) -> None:
+    """Set γ of chains with signs to 0 if their steps are in evaluation now, and have Dynamo guard on that.
+
+    Dynamo itself guards on a training flag only where a model reads it.
+
+    Raises:
+        MfxError: the module that owns the steps is not known.
+    """
+    for call in rewritten.calls.values():
+        if not call.gamma.has_signs:
+            continue
+        owner = tuple(filter(None, call.owner.split(".")))
+        source = next((s for s in compat_dynamo.module_sources(graph) if _path_of(s, model) == owner), None)
+        if source is None and not owner:
+            source = compat_compiling.source_of_compiled()
+        if source is None:
+            raise MfxError(
+                f"chain {call.chain}: gamma=mfx.BDIA(...) needs the training flag of the module that owns its steps, "
+                "and torch.compile has not read any parameter in it by which it would be known. Compile the module "
+                "itself, not a function, or use mfx.momentumize."
+            )
+        if not compat_compiling.guarded_training(source):
+            call.gamma = call.gamma.in_evaluation
+
+
+def _path_of(source: Any, model: str) -> tuple[str, ...] | None:
+    """Return the path from the model to a module's source; None if it is not inside."""
+    name = compat_dynamo.name_of(source)
+    return module_path(name, model) if name.startswith(model) else None
 
 
 def _copy(module: fx.GraphModule) -> fx.GraphModule:

@@ -14,8 +14,10 @@ from mfx.compat import has_float64, under_transform
 from mfx.engine.arithmetic import FloatState, State
 from mfx.engine.arithmetic.base import wide
 from mfx.engine.arithmetic.choice import choose
+from mfx.engine.arithmetic.signed import UpdateGamma, add_scaled, complement_of, value_of
 from mfx.engine.containers import gathering
 from mfx.engine.flags import notice_overflow, read_pending, warn_once
+from mfx.engine.gammas import gammas_of, next_gammas
 from mfx.engine.memory.plan import ChainPlan, StepCost
 from mfx.engine.memory.storage import streams_of, walks_back
 from mfx.engine.recompute.layout import StateLayout
@@ -172,17 +174,19 @@ def _run_original(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
 
 def _run_plain(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     """Run the recurrence by ordinary operations: without a backward pass, or inside transforms."""
+    all_gammas = gammas_of(call, xs)
     runner = gathering(Ordinary(call, original=False), call, original=False)
     states = [x.to(wide(x.dtype)) for x in xs]
     vs = [None if v is None else _as(state.dtype, v) for v, state in zip(call.v0, states, strict=True)]
     streams = _Streams(xs, call.taps)
-    for index, (step, gammas) in enumerate(zip(call.steps, _gammas(call), strict=True)):
+    for index, (step, gammas) in enumerate(zip(call.steps, all_gammas, strict=True)):
         ys, side = step.split(runner.run(index, step, streams.read(step), gammas))
         for stream, kind, gamma, y in zip(step.writes, step.kinds, gammas, ys, strict=True):
             _check_fits(call, step, xs[stream], y)
             state, v = states[stream], vs[stream]
             f = y - state if kind == "map" else _as(state.dtype, y)
-            v = f * gamma.complement if v is None else torch.add(v * gamma.value, f, alpha=gamma.complement)
+            complement = gamma.factor(complement_of, state)
+            v = f * complement if v is None else add_scaled(v * gamma.factor(value_of, state), f, complement)
             states[stream], vs[stream] = state + v, v
         streams.add(step, [_as(xs[stream].dtype, states[stream]) for stream in step.writes], side)
     return streams.finish()
@@ -191,6 +195,7 @@ def _run_plain(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
 def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     """Run the recurrence in the chain's arithmetic, under autograd."""
     settings, gamma = call.settings, call.settings.gamma
+    all_gammas = gammas_of(call, xs)  # before the runner looks at the random generators
     walks = _walks_back(settings, xs, call.steps)
     # Where inputs are kept in any case, the plain recurrence in a wide dtype. It does not depend on the plan, nor on
     # whether the chain is inside another one: the function is the same.
@@ -212,7 +217,8 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     ends = {stream: index for index in walked for stream in call.steps[index].writes}
     moved: set[int] = set()
     firsts: dict[int, Tensor] = {}  # by stream; all gradients of the chain come by one of them
-    for index, (step, gammas) in enumerate(zip(call.steps, _gammas(call), strict=True)):
+    nexts = next_gammas(call, all_gammas)
+    for index, (step, gammas) in enumerate(zip(call.steps, all_gammas, strict=True)):
         if arithmetic.verifiable and index == walked.start > 0:
             for stream in moved:
                 states[stream].remember_start()
@@ -220,12 +226,12 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
         # With these, gradients arrive elsewhere too, when the last update may have been freed.
         on_tape = bool(call.taps or side) or streams.has_sides
         after = []
-        for stream, kind, own, y in zip(step.writes, step.kinds, gammas, ys, strict=True):
+        for stream, kind, own, following, y in zip(step.writes, step.kinds, gammas, nexts[index], ys, strict=True):
             x, state = streams.xs[stream], states[stream]
             _check_fits(call, step, x, y)
             is_end = ends.get(stream) == index and not on_tape
             begin = partial(tape.begin, stream) if tape is not None and is_end else None
-            context = UpdateContext(state, kind, own, gamma, stream in moved, dummies[stream], begin)
+            context = UpdateContext(state, kind, own, following, stream in moved, dummies[stream], begin)
             x, vs[stream] = Update.apply(x, vs[stream], y, context)
             if x.requires_grad:
                 firsts.setdefault(stream, x)
@@ -244,7 +250,7 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
 
 
 def _run_branch(
-    call: ChainCall, runner: Runner, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[Gamma]
+    call: ChainCall, runner: Runner, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]
 ) -> tuple[Any, ...]:
     versions = [x._version for x in xs]
     outputs = runner.run(index, step, xs, gammas)
@@ -282,17 +288,6 @@ def _check_devices(call: ChainCall, arithmetic: type[State], xs: Sequence[Tensor
             f"chain {call.name}: its streams are on {listed(sorted({str(x.device) for x in xs}))}, and are walked back "
             "together. Have them on one device, or leave the chain out with skip="
         )
-
-
-def _gammas(call: ChainCall) -> list[list[Gamma]]:
-    """Return γ of each update of each step."""
-    gamma, moved = call.settings.gamma, set[int]()
-    gammas = []
-    for step in call.steps:
-        first = call.settings.velocity == "residual"
-        gammas.append([_ZERO if first and stream not in moved else gamma for stream in step.writes])
-        moved.update(step.writes)
-    return gammas
 
 
 def _as(dtype: torch.dtype, t: Tensor) -> Tensor:

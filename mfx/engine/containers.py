@@ -17,10 +17,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from mfx import compat
+from mfx.engine.arithmetic.signed import UpdateGamma
 from mfx.engine.recompute.runners import Runner
 from mfx.engine.recompute.saved import tensors_in
 from mfx.engine.steps import ChainCall, StepFunction
-from mfx.options.gamma import Gamma
 
 
 @dataclass
@@ -52,7 +52,9 @@ class Gathering(Runner):
         self.values = runner.values
         self._open: list[_Run] = []
 
-    def run(self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[Gamma]) -> tuple[Any, ...]:  # noqa: D102
+    def run(  # noqa: D102
+        self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]
+    ) -> tuple[Any, ...]:
         around = [(c, attrgetter(c.path)(self._call.root)) for c in self._call.containers if c.first <= index < c.stop]
         around = [(container, module) for container, module in around if compat.shards_of(module) is not None]
         for container, module in around:

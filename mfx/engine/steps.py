@@ -12,7 +12,7 @@ from torch import Tensor
 from mfx.engine.arithmetic import BLOCK_KERNELS, Kernels, State
 from mfx.engine.memory.plan import ChainPlan, StepCost
 from mfx.modules.state_lock import StateLock
-from mfx.options.gamma import Gamma
+from mfx.options.gamma import Gamma, check_velocity_with
 from mfx_passes.ir import Container
 
 ChainCache = dict[Any, Any]
@@ -56,7 +56,8 @@ class ChainSettings:
     """The settings by which a chain runs, made once and handed on as one object.
 
     Attributes:
-        gamma: γ. At 0 the steps' ``original`` functions run, and of each only the input is kept.
+        gamma: γ. At 0 the steps' ``original`` functions run, and of each only the input is kept. With signs, every call
+            draws them.
         arithmetic: the class of the chain's state.
         velocity: v before the first step: "zero"; "residual": such that v after the first step is f(x); "module": an
             argument of the call.
@@ -74,6 +75,9 @@ class ChainSettings:
     plan: ChainPlan | None = None
     kernels: Kernels = BLOCK_KERNELS
     lock: StateLock = field(default_factory=StateLock, compare=False)
+
+    def __post_init__(self) -> None:
+        check_velocity_with(self.gamma, is_default=self.velocity == "zero")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from mfx.engine.arithmetic import State
 from mfx.engine.arithmetic.base import wide
-from mfx.options.gamma import Gamma
+from mfx.engine.arithmetic.signed import UpdateGamma
 
 
 class UpdateContext(NamedTuple):
@@ -21,7 +21,7 @@ class UpdateContext(NamedTuple):
         state: the stream's numbers.
         kind: of the step.
         gamma: γ of the step.
-        later_gamma: γ of the steps after this one.
+        later_gamma: γ of the next update of the stream.
         follows: whether there is an update of the stream before this one.
         dummy: the stream's ``velocity_dummy``.
         begin: for the update whose gradient arrives before all others of its stream, what to do then; else None.
@@ -29,8 +29,8 @@ class UpdateContext(NamedTuple):
 
     state: State
     kind: str
-    gamma: Gamma
-    later_gamma: Gamma
+    gamma: UpdateGamma
+    later_gamma: UpdateGamma
     follows: bool
     dummy: Tensor
     begin: Callable[[], None] | None = None

@@ -9,7 +9,7 @@ from torch import nn
 
 from mfx.meter import ActivationMeter
 from mfx.net.forward import forward_of
-from mfx.net.gammas import gammas_of, set_gamma
+from mfx.net.gammas import gammas_of, set_magnitude
 from mfx.schedule import GammaScheduler, Schedule
 from mfx_passes import MfxError
 from mfx_passes.paths import is_inside, join
@@ -105,7 +105,7 @@ class TrainedNets:
             )
         for net, saved in zip(self._nets.values(), gammas, strict=True):
             if saved:
-                set_gamma(net, saved)
+                set_magnitude(net, saved)
 
 
 def _values(net: nn.Module) -> dict[str, float]:

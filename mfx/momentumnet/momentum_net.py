@@ -11,7 +11,7 @@ from torch.fx import Node, Proxy
 
 from mfx.engine import ARITHMETICS, ChainPlan, ChainSettings, Stream
 from mfx.net.state_dict import note_gamma
-from mfx.options.gamma import Gamma
+from mfx.options.gamma import BDIA, Gamma
 from mfx.options.options import Options
 from mfx.program.chain_call import Momentum
 from mfx.text import described
@@ -37,7 +37,7 @@ class MomentumNet(nn.Module):
         functions: modules, at least one, that are called as ``f(x, *args, **kwargs)`` and return a tensor with the
             shape, dtype and device of x. One module may be there several times.
         gamma: momentum, 0 <= γ <= 1. At 1 the velocity stays what it was before the first step, and the values of
-            the functions have no weight.
+            the functions have no weight. Or an `mfx.BDIA`.
         init_speed: True for the velocity ``init_function(x)`` before the first step; else it is 0.
         init_function: a module. Without ``init_speed`` it is kept, with its parameters, but not called.
         use_backprop: True for ordinary backpropagation, which keeps all activations; False to rebuild them in the
@@ -56,7 +56,7 @@ class MomentumNet(nn.Module):
     def __init__(
         self,
         functions: Iterable[nn.Module],
-        gamma: float = 0.9,
+        gamma: float | BDIA = 0.9,
         init_speed: bool = False,
         init_function: nn.Module | None = None,
         use_backprop: bool = True,
@@ -90,6 +90,7 @@ class MomentumNet(nn.Module):
                 plan=ChainPlan.keep_all(len(modules)) if use_backprop else None,
             ),
         )
+        self.chain.owner = "network"
         note_gamma(self)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -136,12 +137,12 @@ class MomentumNet(nn.Module):
         return {self.chain.chain: (Stream(tuple(x.shape), x.dtype, len(self.functions)),)}
 
     @property
-    def gamma(self) -> float:
+    def gamma(self) -> float | BDIA:
         """The momentum, which may be set; see `mfx.set_gamma`."""
-        return self.chain.gamma.value
+        return self.chain.gamma.given
 
     @gamma.setter
-    def gamma(self, value: float) -> None:
+    def gamma(self, value: float | BDIA) -> None:
         self.chain.gamma = Gamma.of(value, or_one=True)
 
     @property

@@ -16,6 +16,7 @@ from mfx.momentumnet.package_names import rename_loaded
 from mfx.net.build import build_net
 from mfx.net.forward import forward_of
 from mfx.net.gammas import gammas_of
+from mfx.options.gamma import BDIA
 from mfx.options.options import Layer, Options
 from mfx.text import described
 from mfx_passes import MfxError
@@ -24,7 +25,7 @@ from mfx_passes import MfxError
 def transform_to_momentumnet(
     model: M,
     sub_layers: str | Iterable[str] | None = None,
-    gamma: float = 0.9,
+    gamma: float | BDIA = 0.9,
     use_backprop: bool = False,
     is_residual: bool = False,
     keep_first_layer: bool = True,
@@ -43,7 +44,7 @@ def transform_to_momentumnet(
             function returned: its layers stay momentum nets, at their γ.
         sub_layers: paths of ``Sequential`` or ``ModuleList`` layers, such as ``"encoder.layers"``, whose modules are
             called one after the other, each on the state that the one before gave and on any further arguments.
-        gamma: momentum, 0 <= γ < 1.
+        gamma: momentum, 0 <= γ < 1, or an `mfx.BDIA`.
         use_backprop: True for ordinary backpropagation, which keeps all activations. The function is the same.
         is_residual: True if a module is the branch f of a step x + f(x), not the whole step. A sum that the model
             writes around f is part of the step; without one, f is added to x nevertheless.
@@ -118,5 +119,4 @@ def _with_earlier(model: nn.Module, options: Options) -> Options:
                 "were transformed with others. Transform all layers in the same way."
             )
     gamma: Any = options.gamma
-    gammas = {chain: old.value for chain, old in gammas_of(model).items()}
-    return replace(options, layers=(*before.layers, *options.layers), gamma={**gammas, "*": gamma})
+    return replace(options, layers=(*before.layers, *options.layers), gamma={**gammas_of(model), "*": gamma})

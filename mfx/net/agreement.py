@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
+from typing import Any
 
 from torch import nn
 
@@ -45,9 +46,9 @@ def check_same_pieces(
         MfxError: they have others, and one of them has momentum.
     """
     here, there = _merged(graphs), _merged(others)
-    moving, others_moving = _moving(graphs), _moving(others)
-    ran = [[list(graph.chains.values()) for graph in some if graph.calls] for some in (graphs, others)]
-    if (alike and (moving or others_moving) and ran[0] != ran[1]) or here.differs(there, moving, others_moving):
+    moving, others_moving = _moving(graphs, others), _moving(others, graphs)
+    ran = [_ran(some, moving | others_moving) for some in (graphs, others)]
+    if (alike and ran[0] != ran[1]) or here.differs(there, moving, others_moving):
         raise MfxError(
             f"{type(net).__name__} has other chains in one call than in another ({_lengths(graphs)} and "
             f"{_lengths(others)}, by number of steps): it is not one graph, and its pieces are not the same in both, "
@@ -63,7 +64,7 @@ def check_whole(net: nn.Module, graph: RewrittenGraph, pieces: Sequence[Rewritte
         MfxError: one of them has others.
     """
     record = _merged(pieces)
-    if pieces and graph.record.differs(record, graph.moving, _moving(pieces)):
+    if pieces and graph.record.differs(record, _moving([graph], pieces), _moving(pieces, [graph])):
         raise MfxError(
             f"{type(net).__name__} has other chains in one call than in another: where it is one graph ({graph.mode} "
             f"mode), they are {graph.chain_lengths}, by number of steps; where it is not, it runs in pieces, and they "
@@ -76,8 +77,20 @@ def _merged(graphs: Iterable[RewrittenGraph]) -> Record:
     return Record.merged(graph.record for graph in graphs) or Record({}, None, frozenset())
 
 
-def _moving(graphs: Iterable[RewrittenGraph]) -> set[str]:
-    return set[str]().union(*(graph.moving for graph in graphs))
+def _ran(graphs: Iterable[RewrittenGraph], names: set[str]) -> list[list[Any]]:
+    """Return the steps of the chains with these names that graphs have, in the order of the graphs."""
+    chains = [[steps for name, steps in graph.chains.items() if name in names] for graph in graphs]
+    return [steps for steps in chains if steps]
+
+
+def _moving(graphs: Iterable[RewrittenGraph], others: Sequence[RewrittenGraph]) -> set[str]:
+    """Return the chains of graphs that others have to have: in evaluation, not those whose γ has signs."""
+    return {
+        chain
+        for graph in graphs
+        for chain in graph.moving
+        if chain in graph.steady or any(other.training and chain not in other.evaluated for other in others)
+    }
 
 
 def _lengths(graphs: Iterable[RewrittenGraph]) -> list[dict[str, int]]:
@@ -89,6 +102,8 @@ def check_per_module(
     graph: RewrittenGraph,
     modules: Mapping[str, Sequence[RewrittenGraph]],
     pieces: Sequence[RewrittenGraph] = (),
+    *,
+    training: bool = True,
 ) -> None:
     """Check that a graph of a net has the chains that a call has which runs module by module.
 
@@ -97,13 +112,14 @@ def check_per_module(
         graph: the graph.
         modules: the graphs of the modules that are rewritten each on its own, by path.
         pieces: the graphs of the stretches between its graph breaks.
+        training: False if such calls are in evaluation alone, where γ that has signs is 0.
 
     Raises:
         MfxError: a chain lies in none of these modules, or has run in pieces, or one of them has other chains.
     """
     check_whole(net, graph, pieces)
     in_pieces = [call for piece in pieces for call in piece.calls.values()]
-    for call in _with_momentum(graph):
+    for call in _with_momentum(graph, graph.moving if training else graph.steady):
         if any(_are_one(call, other) for other in in_pieces):
             continue
         held = {path: [paths.is_inside(p, path) for p in graph.sums[call.chain]] for path in modules}
@@ -130,7 +146,7 @@ def _contradict(one: RewrittenGraph, other: RewrittenGraph) -> bool:
     if one.within == other.within:
         if key is not None and other_key is not None and key != other_key:
             return False  # other arguments may lead to other chains
-        return one.record.differs(other.record, one.moving, other.moving)
+        return one.record.differs(other.record, _moving([one], [other]), _moving([other], [one]))
     return _misses(one, other) or _misses(other, one)
 
 
@@ -141,7 +157,7 @@ def _misses(graph: RewrittenGraph, other: RewrittenGraph) -> bool:
         all(paths.is_inside(path, graph.within) for path in other.sums[call.chain])
         and any(graph.computes(step.path) for step in call.graphs.steps)
         and not any(_are_one(call, o) for o in own)
-        for call in _with_momentum(other)
+        for call in _with_momentum(other, _moving([other], [graph]))
     )
 
 
@@ -156,5 +172,5 @@ def _are_one(call: Momentum, other: Momentum) -> bool:
     )
 
 
-def _with_momentum(graph: RewrittenGraph) -> Iterator[Momentum]:
-    return (call for call in graph.calls.values() if not call.gamma.is_zero)
+def _with_momentum(graph: RewrittenGraph, moving: set[str]) -> Iterator[Momentum]:
+    return (call for call in graph.calls.values() if call.chain in moving)

@@ -283,7 +283,7 @@ class NetForward(Overlay):
         lengths = {} if self.active is None else self.active.chain_lengths
         found = f", {count(sum(lengths.values()), 'step')} in {count(len(lengths), 'chain')}" if lengths else ""
         own = type(self.net).extra_repr(self.net)
-        return "\n".join(filter(None, (own, f"momentumized by mfx: gamma={self.options.gamma!r}{found}")))
+        return "\n".join(filter(None, (own, f"momentumized by mfx: gamma={self.options.given_gamma!r}{found}")))
 
     def graphs(self) -> dict[str, fx.GraphModule]:
         """Return the rewritten graphs, named after the training mode they are for; ``train#2`` for other arguments.

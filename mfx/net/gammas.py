@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from itertools import chain
+from typing import Any
 
 from torch import fx, nn
 
 from mfx.engine import read_all
 from mfx.net.forward import NetForward, forward_of
-from mfx.options.gamma import Gamma
-from mfx.options.options import check_gamma, check_names, look_up
+from mfx.options.gamma import BDIA, Gamma
+from mfx.options.options import AUTO, Given, check_gamma, check_names, gamma_from, look_up
 from mfx.program.chain_call import Momentum
 from mfx.program.record import Record, steps_of
 from mfx.text import described
 from mfx_passes import MfxError
 
 
-def set_gamma(net: nn.Module, gamma: float | Mapping[str, float]) -> None:
+def set_gamma(net: nn.Module, gamma: Given | Mapping[str, Given]) -> None:
     """Set the momentum of a net's chains from the next call on, without capturing or compiling anything anew.
 
     Every graph of the net follows, also those that will be captured later. A call that is under way keeps its γ until
@@ -25,12 +26,32 @@ def set_gamma(net: nn.Module, gamma: float | Mapping[str, float]) -> None:
 
     Args:
         net: a momentumized net, or a module that contains some: then all of them.
-        gamma: 0 <= γ < 1, for all chains or by chain name (shell patterns allowed; a name goes before a pattern).
-            Chains that a mapping says nothing about keep theirs. 1 is for `mfx.MomentumNet` alone.
+        gamma: 0 <= γ < 1, an `mfx.BDIA` or "auto", for all chains or by chain name (shell patterns allowed; a name goes
+            before a pattern). Chains that a mapping says nothing about keep theirs. 1 is for `mfx.MomentumNet` alone.
 
     Raises:
         MfxError: a γ is out of range, no chain has such a name, or there is no momentumized net. Nothing is changed.
     """
+    _set(net, gamma, keeps_signs=False)
+
+
+def set_magnitude(net: nn.Module, gamma: float | Mapping[str, float]) -> None:
+    """Set the momentum of a net's chains as `set_gamma` does; where γ has signs, the number is its magnitude.
+
+    Args:
+        net: as there.
+        gamma: 0 <= γ < 1, for all chains or by chain name.
+
+    Raises:
+        MfxError: as there, or ``gamma`` is not a number or a mapping to numbers.
+    """
+    for value in gamma.values() if isinstance(gamma, Mapping) else (gamma,):
+        if isinstance(value, str | BDIA):
+            raise MfxError(f"{value!r}: gamma of a step is a number; for chains with an mfx.BDIA it is the magnitude.")
+    _set(net, gamma, keeps_signs=True)
+
+
+def _set(net: nn.Module, gamma: Any, *, keeps_signs: bool) -> None:
     if not isinstance(net, nn.Module):
         raise MfxError(f"set_gamma takes a momentumized net, not {described(net)}.")
     forwards = [forward for module in net.modules() if (forward := forward_of(module))]
@@ -47,12 +68,16 @@ def set_gamma(net: nn.Module, gamma: float | Mapping[str, float]) -> None:
         check_names("gamma", gamma, names)
     all_calls = [*calls, *chain.from_iterable(map(_calls, forwards))]
     before = [forward.options for forward in forwards], [call.gamma for call in all_calls]
-    for forward in forwards:
-        forward.table.options = forward.options.with_gamma(gamma, _chains(forward))
-    for call in all_calls:
-        value = look_up(gamma, call.chain) if isinstance(gamma, Mapping) else gamma
-        call.gamma = call.gamma if value is None else Gamma.of(value, or_one=only_of_functions)
     try:
+        for forward in forwards:
+            options = forward.options
+            change = options.with_magnitude if keeps_signs else options.with_gamma
+            forward.table.options = change(gamma, _chains(forward))
+        for call in all_calls:
+            value = look_up(gamma, call.chain) if isinstance(gamma, Mapping) else gamma
+            if value is not None:
+                now = Gamma.of(1.0, or_one=True) if value == 1 else gamma_from(value, sum(call.graphs.updates))
+                call.gamma = call.gamma.with_magnitude(now) if keeps_signs else now
         for forward in forwards:  # graphs that differ in their chains were the same function at gamma = 0
             for graph in forward.table.graphs:
                 forward.table.check(graph)
@@ -72,7 +97,7 @@ def gammas_of(module: nn.Module) -> dict[str, Gamma]:
     if calls := [call for part in (forward, *forward.submodules()) for call in _calls(part)]:
         return {call.chain: call.gamma for call in calls}
     record = record_of(module)
-    return {name: forward.options.gamma_of(name) for name in record.known} if record else {}
+    return {name: forward.options.gamma_of(name, n) for name, n in updates_of(record).items()}
 
 
 def record_of(module: nn.Module) -> Record | None:
@@ -85,14 +110,29 @@ def record_of(module: nn.Module) -> Record | None:
     return Record(chains, chains, None) if chains else None
 
 
-def gammas_to_be(module: nn.Module, chains: Iterable[str]) -> dict[str, Gamma]:
-    """Return γ of each chain of a net; before the first capture, γ that chains of these names would get."""
+def updates_of(record: Record | None) -> dict[str, int]:
+    """Return the number of updates of each chain of a record, by name."""
+    return {} if record is None else {name: len(variants[0]) for name, variants in record.known.items()}
+
+
+def gammas_to_be(module: nn.Module, chains: Mapping[str, int | None]) -> dict[str, Gamma]:
+    """Return γ of each chain of a net; before the first capture, γ that chains of these names would get.
+
+    Args:
+        module: the net.
+        chains: the number of updates of each, by name; None if it is not known, nor γ then, where that is "auto".
+    """
     forward, known_gammas = forward_of(module), gammas_of(module)
     if forward is None or known_gammas:
         return known_gammas
     options = forward.options
-    known = options.gamma if isinstance(options.gamma, Mapping) else None
-    return {name: options.gamma_of(name) for name in chains if known is None or look_up(known, name) is not None}
+    known = options.gamma if isinstance(options.gamma, Mapping) else {"*": options.gamma}
+    wanted = {name: look_up(known, name) for name in chains}
+    return {
+        name: options.gamma_of(name, chains[name] or 0)
+        for name, value in wanted.items()
+        if value is not None and (value != AUTO or chains[name] is not None)
+    }
 
 
 def _calls(forward: NetForward) -> list[Momentum]:

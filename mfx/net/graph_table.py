@@ -152,9 +152,10 @@ class GraphTable:
             MfxError: one has others.
         """
         modules = {forward.path: forward.table.graphs for _, _, forward in submodule_overlays(self.net)}
+        trained = self.net.training if graphs is None else any(kind[0] == str(True) for kind in self._failures)
         for graph in self.graphs if graphs is None else graphs:
             if not graph.captured.partial:
-                check_per_module(self.net, graph, modules, self.pieces.graphs)
+                check_per_module(self.net, graph, modules, self.pieces.graphs, training=trained)
 
     def _fit(self, graph: RewrittenGraph, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph:
         """Return a graph with the steps that fit the shapes of a call, and keep it in place of the other."""
@@ -245,6 +246,7 @@ class GraphTable:
         if graph.shapes_known and not self.options.within:  # options name chains of the net as a whole
             self.options.check_chains(graph.chain_lengths)
         self.decides = self.decides or bool(graph.decisions)
+        self.options.decide(graph.updates)
         drop_overlays(self.net, graph.called_modules, graph.captured.leaves)
         graph.use_lock(self._lock)
         route.keep(graph)

@@ -37,7 +37,7 @@ class Loaded:
         Raises:
             MfxError: it has other chains.
         """
-        if self.moving and graph.moving and graph.record.differs(self.record, graph.moving, self.moving):
+        if self.moving and graph.steady and graph.record.differs(self.record, graph.steady, self.moving):
             raise MfxError(f"{self.difference(net, graph.record)} {advice(net, graph, options, self.record)}")
 
     def difference(self, net: nn.Module, record: Record) -> str:

@@ -96,7 +96,7 @@ class Pieces:
         self.net = net
         self.ran: Sequence[Piece] = ()
         self._options: Options | None = None
-        self._function: Callable[..., Any] | None = None
+        self._functions: dict[tuple[bool, ...], Callable[..., Any]] = {}
         self._made: list[Piece] = []
         self._calls: dict[tuple[str, ...], Sequence[Piece]] = {}
         self._without: dict[tuple[str, ...], str] = {}
@@ -142,7 +142,7 @@ class Pieces:
         self._options = options
         try:
             with self._noting() as ran:
-                result = self._compiled()(self.net, *args, **kwargs)
+                result = self._compiled(options)(self.net, *args, **kwargs)
         except GivenUpError as error:
             self._check(kind, ())
             self._without[kind] = str(error)
@@ -188,15 +188,20 @@ class Pieces:
         finally:
             self._running.pieces = before
 
-    def _compiled(self) -> Callable[..., Any]:
+    def _compiled(self, options: Options) -> Callable[..., Any]:
+        """Return the forward in pieces; where γ has signs, one for each of the modes that the modules have been in.
+
+        TorchDynamo tells modes apart only where a model reads them.
+        """
         from mfx.compat.dynamo_pieces import in_pieces
 
-        if self._function is None:
+        modes = tuple(module.training for module in self.net.modules()) if options.draws_signs else ()
+        if modes not in self._functions:
             forward: Any = type(self.net).forward
-            self._function = in_pieces(
+            self._functions[modes] = in_pieces(
                 forward, self._make, lambda: _bare(self.net), lambda line: self._skipped.setdefault(line)
             )
-        return self._function
+        return self._functions[modes]
 
     def _make(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Return what runs in place of a stretch."""
@@ -214,12 +219,14 @@ class Pieces:
         captured = Captured(copy_graph(copy.graph), [], {}, StretchBinding(), modules, values, partial=True)
         rewritten = rewrite_captured(self.net, captured, self._options, {})
         rewritten.shapes_known = True
+        self._options.decide(rewritten.updates)
         piece, holders = Piece(rewritten, break_of(module)), Holders(paths)
         self._made.append(piece)
         function = Assembly(
             rewritten.graph,
             rewritten.calls,
             to_function,
+            flags=self.net,
             recompute_between=rewritten.recompute_between,
             verify=rewritten.verify,
         )

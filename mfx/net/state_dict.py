@@ -11,13 +11,14 @@ from torch import nn
 from mfx import compat
 from mfx.engine import read_all
 from mfx.net.forward import forward_of
-from mfx.net.gammas import gammas_of, gammas_to_be, record_of, set_gamma
+from mfx.net.gammas import gammas_of, gammas_to_be, record_of, set_gamma, updates_of
 from mfx.net.loaded import Loaded
-from mfx.options.gamma import Gamma
+from mfx.options.gamma import Drawn, Gamma
 from mfx.program.record import Record
 from mfx_passes import MfxError
 
-_GAMMA = "mfx.gamma"
+_GAMMA = "mfx.gamma"  # in evaluation
+_SIGNED = "mfx.bdia"  # of chains whose γ has signs: n, d, and how these are drawn
 _CHAINS = "mfx.chains"
 _PER_MODULE = "mfx.in_parts"  # all that older checkpoints say about chains
 _ZERO = Gamma(0, 1)  # of a chain that was not rewritten
@@ -39,8 +40,10 @@ def _note(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: dict[
     record = record_of(net)
     if record is None and (loaded := _loaded(net)):
         record = loaded.record  # weights on their way from one file to another
-    if gammas := gammas_to_be(net, record.known if record else ()):
-        metadata[_GAMMA] = {chain: (gamma.numerator, gamma.denominator) for chain, gamma in gammas.items()}
+    if gammas := gammas_to_be(net, {**updates_of(record)}):
+        metadata[_GAMMA] = {chain: _fraction(gamma.in_evaluation) for chain, gamma in gammas.items()}
+        if signed := {c: (*_fraction(gamma), *gamma.drawn) for c, gamma in gammas.items() if gamma.drawn}:
+            metadata[_SIGNED] = signed
         metadata[_PER_MODULE] = _is_per_module(net)
         if record is not None:
             metadata[_CHAINS] = record.to_metadata()
@@ -57,7 +60,8 @@ def _compare(net: nn.Module, state: Mapping[str, Any], prefix: str, metadata: Ma
         if moving and here.differs(record, here.known, moving):
             difference = f" Besides, {loaded.difference(net, here)}"
         saved = {here.name_of(chain, record): gamma for chain, gamma in saved.items()}
-    now = gammas_to_be(net, saved)
+    now = gammas_to_be(net, {chain: updates_of(record).get(chain) for chain in saved})
+    now = {chain: gamma.in_evaluation for chain, gamma in now.items()}  # as which the weights are compared
     if loaded is not None and moving and any(gamma != _ZERO for gamma in now.values()):
         saved = {chain: gamma for chain, gamma in saved.items() if chain in now}  # the others: see `Loaded`
         now = {chain: gamma for chain, gamma in now.items() if chain in saved}
@@ -88,8 +92,14 @@ def adopt_gammas(module: nn.Module, state: Any, prefix: str, *_: Any) -> None:
     """
     metadata = getattr(state, "_metadata", {})
     for path, net in module.named_modules():
-        if saved := metadata.get(f"{prefix}{path}".rstrip("."), {}).get(_GAMMA):
-            set_gamma(net, {chain: Gamma(*fraction).value for chain, fraction in saved.items()})
+        saved = metadata.get(f"{prefix}{path}".rstrip("."), {})
+        if gammas := saved.get(_GAMMA):
+            signed = {c: Gamma(n, d, Drawn(*drawn)) for c, (n, d, *drawn) in saved.get(_SIGNED, {}).items()}
+            set_gamma(net, {**{chain: Gamma(*fraction).value for chain, fraction in gammas.items()}, **signed})
+
+
+def _fraction(gamma: Gamma) -> tuple[int, int]:
+    return gamma.numerator, gamma.denominator
 
 
 def _loaded(net: nn.Module) -> Loaded | None:
@@ -107,7 +117,7 @@ def _load(net: nn.Module, loaded: Loaded | None) -> None:
     if forward is not None:
         forward.load(loaded)
     elif loaded is not None and here is not None:
-        moving = {chain for chain, gamma in gammas_of(net).items() if gamma != _ZERO}
+        moving = {chain for chain, gamma in gammas_of(net).items() if gamma.in_evaluation != _ZERO}
         if moving and loaded.moving and here.differs(loaded.record, moving, loaded.moving):
             raise MfxError(f"{loaded.difference(net, here)} Make this net as the other one was made.")
 

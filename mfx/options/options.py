@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from torch import nn
 
-from mfx.options.gamma import Gamma
+from mfx.options.gamma import BDIA, Gamma, check_velocity_with
 from mfx.options.memory_budget import MemoryBudget
 from mfx_passes import MfxError, Selection
 
 T = TypeVar("T")
+Given: TypeAlias = float | str | BDIA | Gamma  # γ of a chain as it may be asked for
+AUTO = "auto"
+_DEEP = 12  # updates from which on "auto" is 0.9
 
 
 @dataclass(frozen=True)
@@ -32,12 +35,14 @@ class Options:
     Args:
         layers: layers that `mfx.transform_to_momentumnet` turns into chains; no other chain is looked for then.
         within: path of the submodule that the options are for, "" for the net itself.
+        decided: γ that "auto" means for the chains found so far, by ``within`` and name; shared with options made of
+            these.
 
     Raises:
         MfxError: an option has a value it cannot have, or one that this version does not offer.
     """
 
-    gamma: float | Mapping[str, float] = 0.9
+    gamma: Given | Mapping[str, Given] = 0.9
     velocity: str | nn.Module | Mapping[str, nn.Module] = "zero"
     arithmetic: str = "exact"
     memory_budget: float | str = 0.0
@@ -50,10 +55,11 @@ class Options:
     verify: str = "warn"
     layers: tuple[Layer, ...] = ()
     within: str = ""
+    decided: dict[tuple[str, str], float] = field(default_factory=dict, compare=False, repr=False)
 
     def __post_init__(self) -> None:
         check_gamma(self.gamma)
-        _check_velocity(self.velocity)
+        _check_velocity(self.velocity, self.gamma)
         _check_choice("arithmetic", self.arithmetic, ("exact", "float"))
         _check_choice("verify", self.verify, ("warn", "raise", "off"))
         _check_choice("capture", self.capture, ("auto", "symbolic", "dynamo"))
@@ -107,23 +113,50 @@ class Options:
     @property
     def may_change_function(self) -> bool:
         """True if γ is not 0 for every chain."""
-        values = self.gamma.values() if isinstance(self.gamma, Mapping) else (self.gamma,)
-        return not all(Gamma.of(value).is_zero for value in values)
+        return not all(value != AUTO and Gamma.of(value).is_zero for value in _values(self.gamma))
 
-    def gamma_of(self, chain: str) -> Gamma:
+    @property
+    def draws_signs(self) -> bool:
+        """True if γ of some chain has signs that calls draw, of whatever magnitude."""
+        return any(value != AUTO and Gamma.of(value).drawn is not None for value in _values(self.gamma))
+
+    @property
+    def given_gamma(self) -> Any:
+        """γ as a user writes it."""
+
+        def given(value: Given) -> Given:
+            return value.given if isinstance(value, Gamma) else value
+
+        if isinstance(self.gamma, Mapping):
+            return {name: given(value) for name, value in self.gamma.items()}
+        return given(self.gamma)
+
+    def gamma_of(self, chain: str, updates: int) -> Gamma:
         """Return the momentum of a chain.
+
+        Args:
+            chain: its name.
+            updates: the number of its updates, by which ``"auto"`` is decided when the chain is first found.
 
         Raises:
             MfxError: gamma is a mapping without a key for the chain.
         """
-        if not isinstance(self.gamma, Mapping):
-            return Gamma.of(self.gamma)
-        value = look_up(self.gamma, chain)
+        value = look_up(self.gamma, chain) if isinstance(self.gamma, Mapping) else self.gamma
         if value is None:
             raise MfxError(
                 f"gamma is a mapping without a value for the chain {chain!r}; add it, or the key '*' for all others."
             )
-        return Gamma.of(value)
+        known = self.decided.get((self.within, chain)) if value == AUTO else None
+        return gamma_from(value if known is None else known, updates)
+
+    def decide(self, updates: Mapping[str, int]) -> None:
+        """Decide γ of chains where it is "auto", for good.
+
+        Args:
+            updates: the number of updates of each chain, by name.
+        """
+        for chain, count in updates.items():
+            self.decided.setdefault((self.within, chain), gamma_from(AUTO, count).value)
 
     def velocity_of(self, chain: str) -> str | nn.Module:
         """Return the initial velocity of a chain: ``"zero"``, ``"residual"`` or a module; zero if no key fits."""
@@ -141,7 +174,21 @@ class Options:
         for option in ("gamma", "velocity") if chains else ():
             check_names(option, getattr(self, option), chains)
 
-    def with_gamma(self, gamma: float | Mapping[str, float], chains: Collection[str]) -> Options:
+    def with_magnitude(self, gamma: float | Mapping[str, float], chains: Collection[str]) -> Options:
+        """Return what `with_gamma` returns, but chains whose γ has signs keep these: the number is the magnitude."""
+        before = self.gamma if isinstance(self.gamma, Mapping) else {"*": self.gamma}
+
+        def signed(name: str, value: float) -> Given:
+            old = look_up(before, name)
+            return value if old is None or isinstance(old, str) else Gamma.of(old).with_magnitude(value)
+
+        if isinstance(gamma, Mapping):
+            named = {chain: value for chain in chains if (value := look_up(gamma, chain)) is not None}
+            return self.with_gamma({name: signed(name, value) for name, value in {**named, **gamma}.items()}, chains)
+        now = {name: signed(name, gamma) for name in before}
+        return replace(self, gamma=now if isinstance(self.gamma, Mapping) else now["*"])
+
+    def with_gamma(self, gamma: Given | Mapping[str, Given], chains: Collection[str]) -> Options:
         """Return the same options at another momentum; those of ``chains`` that a mapping leaves out keep theirs."""
         if not isinstance(gamma, Mapping):
             return replace(self, gamma=gamma)
@@ -156,6 +203,14 @@ def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(inputs, Mapping):
         return (), {str(name): value for name, value in inputs.items()}
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
+def gamma_from(value: Given, updates: int) -> Gamma:
+    """Return γ of a chain of so many updates as it was asked for."""
+    if value == AUTO:
+        return Gamma.of(0.9 if updates >= _DEEP else 0.0)
+    assert not isinstance(value, str), "options are checked"
+    return Gamma.of(value)
 
 
 def check_names(option: str, value: Any, chains: Collection[str]) -> None:
@@ -185,19 +240,26 @@ def check_gamma(gamma: Any, *, or_one: bool = False) -> None:
 
     Args:
         gamma: the momentum, or the mapping.
-        or_one: allow γ = 1.
+        or_one: allow γ = 1, and not "auto".
 
     Raises:
         MfxError: it is neither, or a γ is out of range.
     """
-    values = gamma.values() if isinstance(gamma, Mapping) else (gamma,)
     if isinstance(gamma, Mapping) and not (gamma and all(isinstance(name, str) for name in gamma)):
         raise MfxError(f"gamma={gamma!r}: a mapping goes from chain names (shell patterns) to numbers.")
-    for value in values:
-        Gamma.of(value, or_one=or_one)
+    for value in _values(gamma):
+        if or_one or not (isinstance(value, str) and value == AUTO):
+            Gamma.of(value, or_one=or_one)
 
 
-def _check_velocity(velocity: Any) -> None:
+def _values(gamma: Any) -> Collection[Any]:
+    return gamma.values() if isinstance(gamma, Mapping) else (gamma,)
+
+
+def _check_velocity(velocity: Any, gamma: Any) -> None:
+    for value in _values(gamma):
+        if isinstance(value, BDIA):
+            check_velocity_with(Gamma.of(value), is_default=isinstance(velocity, Mapping) or velocity == "zero")
     if isinstance(velocity, nn.Module) or (isinstance(velocity, str) and velocity in ("zero", "residual")):
         return
     if isinstance(velocity, Mapping) and all(

@@ -10,6 +10,7 @@ from torch import nn
 from torch.fx import Graph
 
 from mfx.program.between_chains import BetweenChains
+from mfx.program.chain_call import Momentum
 from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.scope import Scope
 from mfx.program.segments import split_between_calls
@@ -22,6 +23,8 @@ class Assembly:
         graph: the rewritten graph.
         calls: its momentum calls by name.
         compiler: turns graphs into functions: those of the steps, and the segments between the chains.
+        flags: the module whose training flags, and those of modules in it, say whether signs of γ are drawn; None: the
+            holder of each call.
         recompute_between: True if the segments are recomputed in the backward pass, as the steps are.
         verify: see `BetweenChains`.
     """
@@ -29,9 +32,10 @@ class Assembly:
     def __init__(
         self,
         graph: Graph,
-        calls: Mapping[str, nn.Module],
+        calls: Mapping[str, Momentum],
         compiler: GraphCompiler,
         *,
+        flags: nn.Module | None = None,
         recompute_between: bool = False,
         verify: str = "warn",
     ) -> None:
@@ -42,6 +46,8 @@ class Assembly:
             graph, self._segments = split_between_calls(graph, compiler)
         self._function = to_function(graph)
         called = {str(node.target) for node in graph.find_nodes(op="call_module")}.intersection(calls)
+        self._momenta, self._flags = calls, flags
+        self._compiler = None if compiler is to_function else compiler
         self._calls = {**calls, **{name: _unobserved(calls[name], compiler) for name in called}}
 
     def __call__(self, holder: Any, *inputs: Any) -> Any:
@@ -52,9 +58,15 @@ class Assembly:
             *inputs: the inputs of the graph.
         """
         segments = {name: partial(segment, holder) for name, segment in self._segments.items()}
-        return self._function(Scope({**self._calls, **segments}, holder), *inputs)
+        flags = holder if self._flags is None else self._flags
+        signed = {
+            name: partial(call.forward, settings=call.settings_on(flags), compiler=self._compiler)
+            for name, call in self._momenta.items()
+            if call.gamma.has_signs
+        }
+        return self._function(Scope({**self._calls, **signed, **segments}, holder), *inputs)
 
 
-def _unobserved(call: nn.Module, compiler: GraphCompiler) -> Callable[..., Any]:
+def _unobserved(call: Momentum, compiler: GraphCompiler) -> Callable[..., Any]:
     """Return the forward of a momentum call: hooks on all modules are about those of the user's model."""
     return call.forward if compiler is to_function else partial(call.forward, compiler=compiler)

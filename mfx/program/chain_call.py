@@ -17,7 +17,7 @@ from mfx.program.codegen import BackendCompiler, GraphCompiler, to_function
 from mfx.program.memory_plans import ChainShare, NetPlans, share_of
 from mfx.program.scope import Scope
 from mfx.text import described
-from mfx_passes import ChainGraphs, MfxError
+from mfx_passes import ChainGraphs, MfxError, paths
 
 
 class Momentum(nn.Module):
@@ -30,6 +30,12 @@ class Momentum(nn.Module):
         settings: settings of the chain. They may be replaced at any time; calls that are under way keep theirs.
         plans: plans under a memory budget for a chain that is called alone; None without one. Inside a net, the plans
             of the net hold.
+
+    Attributes:
+        owner: path of the innermost module that owns all steps.
+
+    Raises:
+        MfxError: γ has signs of a magnitude at which the steps are not stable.
     """
 
     def __init__(self, graphs: ChainGraphs, settings: ChainSettings, plans: NetPlans | None = None) -> None:
@@ -37,6 +43,8 @@ class Momentum(nn.Module):
         self.graphs = graphs
         self.settings = settings
         self.plans = plans
+        self.owner = paths.common(path for step in graphs.steps for path in step.paths or (step.path,))
+        self._check_stability(settings.gamma)
         self.streams: tuple[Stream, ...] = ()  # of the last call
         self.compiler: GraphCompiler = to_function
         self._steps: dict[GraphCompiler, tuple[StepFunction, ...]] = {}
@@ -54,7 +62,35 @@ class Momentum(nn.Module):
 
     @gamma.setter
     def gamma(self, gamma: Gamma) -> None:
+        self._check_stability(gamma)
         self.settings = replace(self.settings, gamma=gamma)
+
+    def settings_on(self, root: Any) -> ChainSettings:
+        """Return the settings for a call now: where γ has signs, and the owner of the steps is in evaluation, at γ = 0.
+
+        Args:
+            root: the object under whose attributes the owner is; its own flag counts where that has none.
+        """
+        if not self.gamma.has_signs or is_training(root, self.owner):
+            return self.settings
+        return replace(self.settings, gamma=self.gamma.in_evaluation)
+
+    def _check_stability(self, gamma: Gamma) -> None:
+        """Check that steps h(x) do not grow without bounds at random signs of γ.
+
+        Of h(x) = s·x, f = (s − 1)·x; at s = 0 a step with the worse sign has eigenvalues of modulus a + √(a² + a).
+        That is below 1 if a < 1/3.
+
+        Raises:
+            MfxError: they may.
+        """
+        mapped = [step.path for step in self.graphs.steps if "map" in step.kinds]
+        if mapped and gamma.has_signs and 3 * gamma.numerator >= gamma.denominator:
+            raise MfxError(
+                f"chain {self.chain}: gamma=mfx.BDIA({gamma.value:g}), but it has steps h(x), where a normalisation or "
+                f"an activation follows the sum (the first is {mapped[0] or 'in the root'}). With these, random signs "
+                "are stable for magnitudes below 1/3 only. Use one, such as 0.25."
+            )
 
     def forward(
         self,
@@ -90,7 +126,7 @@ class Momentum(nn.Module):
         velocities = self._velocities(xs, v0)
         if compat.runs_for_real():
             self.streams = tuple(streams_of(xs, self._writes))
-        settings = self.settings if settings is None else settings
+        settings = self.settings_on(_Roots(roots, self)) if settings is None else settings
         with self._share(xs, settings) as share:
             return self._run(xs, captures, roots, velocities, settings, compiler, share)
 
@@ -113,7 +149,7 @@ class Momentum(nn.Module):
             self._steps_by(compiler or self.compiler),
             xs,
             tuple(captures),
-            Scope({name: _with_present_settings(root, compiler) for name, root in roots.items()}),
+            Scope({name: _with_present_settings(root, roots, compiler) for name, root in roots.items()}),
             settings,
             v0=v0,
             taps=self.graphs.taps,
@@ -187,19 +223,35 @@ class Momentum(nn.Module):
 
     def extra_repr(self) -> str:
         """Return the settings that ``print(net)`` shows."""
-        return (
-            f"{self.chain}: {len(self.graphs.steps)} steps, gamma={self.gamma.value:g}, {self.settings.arithmetic.name}"
-        )
+        return f"{self.chain}: {len(self.graphs.steps)} steps, gamma={self.gamma:g}, {self.settings.arithmetic.name}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "compiler": to_function, "_steps": {}, "_cache": {}}
 
 
-def _with_present_settings(root: Any, compiler: GraphCompiler | None) -> Any:
+def _with_present_settings(root: Any, roots: Mapping[str, Any], compiler: GraphCompiler | None) -> Any:
     """Fix the settings of a chain inside a branch, so that the recomputation runs with those of the forward pass."""
     if not isinstance(root, Momentum):
         return root
-    return partial(root.forward, settings=root.settings, compiler=compiler)
+    return partial(root.forward, settings=root.settings_on(_Roots(roots, root)), compiler=compiler)
+
+
+class _Roots(Scope):
+    """The roots of a chain that is called alone; they are in training if any module among them is."""
+
+    def __init__(self, roots: Mapping[str, Any], chain: Momentum) -> None:
+        modules = [root for root in roots.values() if isinstance(root, nn.Module) and not isinstance(root, Momentum)]
+        super().__init__({**roots, "training": any(module.training for module in modules or [chain])})
+
+
+def is_training(root: Any, path: str) -> bool:
+    """Return the training flag of the module at a path under ``root``, or of the last one on the way to it."""
+    module = root
+    for name in filter(None, path.split(".")):
+        if not isinstance(inner := getattr(module, name, None), nn.Module):
+            break
+        module = inner
+    return bool(module.training)
 
 
 def holds_chain(module: nn.Module) -> bool:

@@ -19,9 +19,10 @@ from mfx.capture.named_steps import check_steps
 from mfx.engine import ARITHMETICS, ChainPlan, ChainSettings
 from mfx.modules.overlay import MARK
 from mfx.modules.state_lock import StateLock
+from mfx.options.gamma import Gamma
 from mfx.options.options import Options
 from mfx.program.assembly import Assembly
-from mfx.program.chain_call import Momentum
+from mfx.program.chain_call import Momentum, is_training
 from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.memory_plans import NetPlans
 from mfx.program.record import Chains, Record, steps_of, unwrapped
@@ -56,6 +57,7 @@ class RewrittenGraph:
         verify: the reaction if that recomputation was not reproducible.
         traced: the chains before they were checked against shapes; None if there was no such time.
         defaults: torch's default dtype and device in the trace: constants that the model made then are of these.
+        evaluated: names of the chains whose steps were in evaluation in the capture.
         last_use: grows with every call whose conditions were those of the graph; 0 if none was.
     """
 
@@ -74,6 +76,7 @@ class RewrittenGraph:
     traced: Chains | None = None
     defaults: tuple[torch.dtype, torch.device] = field(default_factory=_defaults)
     last_use: int = 0
+    evaluated: frozenset[str] = frozenset()
     _functions: dict[GraphCompiler, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     @property
@@ -102,6 +105,11 @@ class RewrittenGraph:
         return {call.chain: len(call.graphs.steps) for call in self.calls.values()}
 
     @property
+    def updates(self) -> dict[str, int]:
+        """The number of updates of each chain, by name."""
+        return {call.chain: sum(call.graphs.updates) for call in self.calls.values()}
+
+    @property
     def chains(self) -> Chains:
         """Path and kind of the steps of each chain, by name."""
         return {call.chain: [steps_of(call.graphs.steps)] for call in self.calls.values()}
@@ -113,8 +121,18 @@ class RewrittenGraph:
 
     @property
     def moving(self) -> set[str]:
-        """Names of the chains with γ > 0."""
-        return {call.chain for call in self.calls.values() if not call.gamma.is_zero}
+        """Names of the chains with γ ≠ 0 in the modes that their modules had in the capture."""
+        return {chain for chain, gamma in self._gammas.items() if not gamma.is_zero}
+
+    @property
+    def steady(self) -> set[str]:
+        """Those of the moving chains that move in evaluation, too, for their γ has no signs."""
+        return {chain for chain, gamma in self._gammas.items() if not gamma.in_evaluation.is_zero}
+
+    @property
+    def _gammas(self) -> dict[str, Gamma]:
+        calls = {call.chain: call.gamma for call in self.calls.values()}
+        return {c: gamma.in_evaluation if c in self.evaluated else gamma for c, gamma in calls.items()}
 
     @property
     def chain_targets(self) -> tuple[str, ...]:
@@ -268,6 +286,7 @@ def rewrite_captured(
         options.within,
         recompute_between=options.plans and options.recompute == "all",
         verify=options.verify,
+        evaluated=frozenset(c.chain for c in momenta.values() if not is_training(net, c.owner)),
     )
 
 
@@ -284,7 +303,7 @@ def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:
     """Return the module that runs a chain by the options."""
     velocity = options.velocity_of(graphs.name)
     settings = ChainSettings(
-        gamma=options.gamma_of(graphs.name),
+        gamma=options.gamma_of(graphs.name, sum(graphs.updates)),
         arithmetic=ARITHMETICS[options.arithmetic],
         velocity=velocity if isinstance(velocity, str) else "module",
         verify=options.verify,

@@ -247,3 +247,20 @@ def shard_what_dynamo_captures(when, root_only):
 @pytest.mark.parametrize("root_only", [False, True])
 def test_modules_that_a_graph_does_not_call_are_refused(world, when, root_only):
     world.run(shard_what_dynamo_captures, when, root_only)
+
+
+def draw_signs():
+    """Each process has samples of its own, and signs for them."""
+    kept, net = (
+        shard(mfx.momentumize(make_model(), gamma=mfx.BDIA(0.25, "sample"), memory_budget=budget), BRANCHES[0])
+        for budget in (1.0, 0.0)
+    )
+    for each in (kept, net):
+        torch.manual_seed(torch.distributed.get_rank())
+        loss_of(each, batch(torch.distributed.get_rank())).backward()
+    expected = gradients(kept)
+    assert all(torch.equal(grad, expected[name]) for name, grad in gradients(net).items())
+
+
+def test_random_signs(world):
+    world.run(draw_signs)

@@ -72,3 +72,23 @@ def run_on_a_split_stream(how, placement):
 @pytest.mark.parametrize("how", HOW, ids=str)
 def test_split_stream(world, how, placement):
     world.run(run_on_a_split_stream, how, placement)
+
+
+def draw_signs(place):
+    """Each process would draw signs of its own for a stream that all of them compute together."""
+    net = mfx.momentumize(make_model(), gamma=mfx.BDIA(0.25))
+    x, mesh = batch(0), init_device_mesh("cpu", (SIZE,))
+    if place == "parameters":
+        split(net)
+    else:
+        distribute_module(net, mesh)
+        x = distribute_tensor(x, mesh, [Replicate()])
+    with pytest.raises(mfx.MfxError, match="tensor parallelism"):
+        net(x)
+    net.eval()
+    net(x)  # at gamma = 0
+
+
+@pytest.mark.parametrize("place", ["parameters", "streams"])
+def test_random_signs_are_refused(world, place):
+    world.run(draw_signs, place)

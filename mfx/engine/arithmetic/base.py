@@ -12,6 +12,7 @@ from typing_extensions import Self
 
 from mfx.engine.arithmetic.gradients import gradients_of
 from mfx.engine.arithmetic.kernels import BLOCK_KERNELS, Kernels
+from mfx.engine.arithmetic.signed import UpdateGamma
 from mfx.options.gamma import Gamma
 
 
@@ -73,7 +74,7 @@ class State(ABC):
         """Return x in the stream's dtype, the input of the next branch. It must not be written into."""
 
     @abstractmethod
-    def advance(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
+    def advance(self, y: Tensor, kind: str, gamma: UpdateGamma) -> Tensor:
         """V ← γ·v + (1−γ)·f, x ← x + v, where f is ``y``, or ``y`` − x for ``kind`` "map". Return the stream."""
 
     @abstractmethod
@@ -81,7 +82,7 @@ class State(ABC):
         """X ← x − v. Return the stream."""
 
     @abstractmethod
-    def retreat_v(self, y: Tensor, kind: str, gamma: Gamma) -> None:
+    def retreat_v(self, y: Tensor, kind: str, gamma: UpdateGamma) -> None:
         """V ← (v − (1−γ)·f) / γ, after ``retreat_x``."""
 
     @abstractmethod

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -33,13 +34,14 @@ def blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """Return corresponding blocks of the tensors, one-dimensional views, or the tensors themselves.
 
     Args:
-        tensors: of the same shape. Those to be written must be laid out in memory as the first one, which has no holes.
+        tensors: of the same shape, or without dimensions: those are in every block. Those to be written must be laid
+            out in memory as the first one, which has no holes.
     """
     first = tensors[0]
     size = max(_BLOCK, _BLOCK // 2 * torch.get_num_threads())
     if first.numel() <= size or not can_be_split(first):
         return (tensors,)
-    return zip(*(flat(t, first).split(size) for t in tensors), strict=True)
+    return zip(*(flat(t, first).split(size) if t.dim() else repeat(t) for t in tensors), strict=False)
 
 
 def flat(t: Tensor, first: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from mfx.engine.arithmetic.digit_store import LIMB, TOP_LIMIT, DigitStore, bytes
 from mfx.engine.arithmetic.integers import ONE, nearest
 from mfx.engine.arithmetic.kernels import BLOCK_KERNELS, Kernels, increment, read
 from mfx.engine.arithmetic.range_check import RangeCheck
+from mfx.engine.arithmetic.signed import UpdateGamma
 from mfx.options.gamma import Gamma
 
 
@@ -87,7 +88,7 @@ class ExactState(State):
         return self.range_check.poison(out)
 
     @override
-    def advance(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
+    def advance(self, y: Tensor, kind: str, gamma: UpdateGamma) -> Tensor:
         y = self.range_check.admit(y)
         self._own_x()
         if self.V is None or gamma.is_zero:
@@ -96,7 +97,7 @@ class ExactState(State):
             out = self._add_to_velocity(y, kind, gamma)
         self.owns_v = True
         self.steps += 1
-        self.range_check.check(self.X, kind)
+        self.range_check.check(self.X, self._velocity(), kind, gamma)
         return self.range_check.poison(out)
 
     @override
@@ -107,14 +108,14 @@ class ExactState(State):
         return self.range_check.poison(out)
 
     @override
-    def retreat_v(self, y: Tensor, kind: str, gamma: Gamma) -> None:
+    def retreat_v(self, y: Tensor, kind: str, gamma: UpdateGamma) -> None:
         # Where the forward pass found nothing bad there is nothing to clean.
         y = y if self.range_check.poisoned is None else self.range_check.clean(y)
         V = self._own_v()
         self.steps -= 1
         if gamma.is_zero or (self.steps == 0 and self.start_v_sum is None):
-            for x, v, f in blocks(self.X, V, y):
-                v.sub_(increment(f, x, kind, gamma))
+            for x, v, f, *signs in blocks(self.X, V, y, *gamma.signs_like(self.X)):
+                v.sub_(increment(f, x, kind, gamma, *signs))
             return
         self.kernels.retreat_v(self.X, V, self.store.before_divide(), y, kind, gamma)
         self.store.after_divide()
@@ -155,15 +156,15 @@ class ExactState(State):
         top = torch.zeros_like(V) if self.store.top is None else self.store.top.sum()
         return torch.stack([V, top, *(limb.sum() for limb in self.store.limbs)])
 
-    def _take_as_velocity(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
+    def _take_as_velocity(self, y: Tensor, kind: str, gamma: UpdateGamma) -> Tensor:
         V, out = torch.empty_like(self.X), self._new_stream()
-        for x, v, f, part in blocks(self.X, V, y, out):
-            v.copy_(increment(f, x, kind, gamma))
+        for x, v, f, part, *signs in blocks(self.X, V, y, out, *gamma.signs_like(self.X)):
+            v.copy_(increment(f, x, kind, gamma, *signs))
             read(x.add_(v), part)
         self.V = V
         return out
 
-    def _add_to_velocity(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
+    def _add_to_velocity(self, y: Tensor, kind: str, gamma: UpdateGamma) -> Tensor:
         V, out = self._own_v(), self._new_stream()
         top = self.store.before_multiply(gamma.numerator, gamma.denominator, V)
         self.kernels.advance(self.X, V, top, y, out, kind, gamma)

@@ -15,6 +15,7 @@ from typing_extensions import Self, override
 
 from mfx.engine.arithmetic.base import Frozen, State, wide
 from mfx.engine.arithmetic.kernels import BLOCK_KERNELS, Kernels
+from mfx.engine.arithmetic.signed import UpdateGamma, add_scaled, complement_of, value_of
 from mfx.options.gamma import Gamma
 
 # The relative error in a rebuilt state that the anchors hold it to: for float32, 25 steps at γ = 0.9. What it comes to
@@ -44,6 +45,7 @@ def predict(gamma: Gamma, dtype: torch.dtype, steps: int) -> Prediction:
 
     A step back divides the errors in v by γ and takes v, with its errors, from x. So after K steps back the rounding of
     m steps ago is γ^(−m) times as large in v, and Σ γ^(−i), i < m, times in x; roundings are independent of each other.
+    Where γ has signs, γ is the magnitude here: these are bounds then, for errors of both signs add up to no more.
     The assumptions: |v| is at most about |x|/16, and a branch does not enlarge the error in x.
     """
     every = FloatState.anchor_every(gamma, dtype) or 1
@@ -111,13 +113,15 @@ class FloatState(State):
         return self.x if self.x.dtype is self.dtype else self.x.to(self.dtype)
 
     @override
-    def advance(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
+    def advance(self, y: Tensor, kind: str, gamma: UpdateGamma) -> Tensor:
         f = torch.sub(y, self.x) if kind == "map" else y
+        complement = gamma.factor(complement_of, self.x)
         if self.v is None:
-            self.v = f.to(self.x.dtype) * gamma.complement
+            self.v = f.to(self.x.dtype) * complement
         else:
-            v = self.v.mul_(gamma.value) if self.owns_v else self.v * gamma.value
-            self.v = v.add_(f, alpha=gamma.complement)
+            value = gamma.factor(value_of, self.x)
+            v = self.v.mul_(value) if self.owns_v else self.v * value
+            self.v = add_scaled(v, f, complement, in_place=True)
         self.owns_v = True
         self.x = self.x + self.v
         return self.stream()
@@ -128,11 +132,11 @@ class FloatState(State):
         return self.stream()
 
     @override
-    def retreat_v(self, y: Tensor, kind: str, gamma: Gamma) -> None:
+    def retreat_v(self, y: Tensor, kind: str, gamma: UpdateGamma) -> None:
         f = torch.sub(y, self.x) if kind == "map" else y
         v = self._velocity()
-        v = v.sub_(f, alpha=gamma.complement) if self.owns_v else v.sub(f, alpha=gamma.complement)
-        self.v, self.owns_v = v.div_(gamma.value), True
+        v = add_scaled(v, f, -gamma.factor(complement_of, v), in_place=self.owns_v)
+        self.v, self.owns_v = v.div_(gamma.factor(value_of, v)), True
 
     @override
     def freeze(self) -> Frozen:

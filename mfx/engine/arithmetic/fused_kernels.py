@@ -15,6 +15,7 @@ from mfx.compat import has_modes
 from mfx.engine.arithmetic.blocks import flat, is_plain
 from mfx.engine.arithmetic.integers import ONE
 from mfx.engine.arithmetic.kernels import BLOCK_KERNELS, Kernels
+from mfx.engine.arithmetic.signed import Signed, UpdateGamma
 from mfx.options.gamma import Gamma
 
 _WORTH = 2**14  # elements; for fewer of them a CPU saves less than compiling takes
@@ -35,8 +36,8 @@ class FusedKernels(Kernels):
         self._compiled: dict[tuple[Any, ...], Callable[..., Any]] = {}
 
     @override
-    def advance(self, x: Tensor, v: Tensor, top: Tensor, y: Tensor, out: Tensor, kind: str, gamma: Gamma) -> None:
-        if not _is_worth_it(x, v, top, y, out):
+    def advance(self, x: Tensor, v: Tensor, top: Tensor, y: Tensor, out: Tensor, kind: str, gamma: UpdateGamma) -> None:
+        if isinstance(gamma, Signed) or not _is_worth_it(x, v, top, y, out):
             return BLOCK_KERNELS.advance(x, v, top, y, out, kind, gamma)
         return self._run(_advance, kind, x, v, top, y, out, numbers=_numbers(gamma, x.device))
 
@@ -47,8 +48,8 @@ class FusedKernels(Kernels):
         return self._run(_retreat_x, "", x, v, out)
 
     @override
-    def retreat_v(self, x: Tensor, v: Tensor, top: Tensor, y: Tensor, kind: str, gamma: Gamma) -> None:
-        if not _is_worth_it(x, v, top, y):
+    def retreat_v(self, x: Tensor, v: Tensor, top: Tensor, y: Tensor, kind: str, gamma: UpdateGamma) -> None:
+        if isinstance(gamma, Signed) or not _is_worth_it(x, v, top, y):
             return BLOCK_KERNELS.retreat_v(x, v, top, y, kind, gamma)
         return self._run(_retreat_v, kind, x, v, top, y, numbers=_numbers(gamma, x.device))
 

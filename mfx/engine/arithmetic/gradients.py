@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mfx.engine.arithmetic.signed import UpdateGamma, add_scaled, value_of
 from mfx.options.gamma import Gamma
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
@@ -22,7 +23,7 @@ class UpdateGradients(NamedTuple):
     Attributes:
         kind: of the step.
         gamma: γ of the step.
-        later_gamma: γ of the steps after this one.
+        later_gamma: γ of the next update of the stream.
         follows: whether there is a step before this one.
         dtypes: of x, v and y.
         wide: the dtype in which gradients are added.
@@ -30,8 +31,8 @@ class UpdateGradients(NamedTuple):
     """
 
     kind: str
-    gamma: Gamma
-    later_gamma: Gamma
+    gamma: UpdateGamma
+    later_gamma: UpdateGamma
     follows: bool
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
     wide: torch.dtype
@@ -46,21 +47,21 @@ def gradients_of(update: UpdateGradients, gx: Tensor | None, gv: Tensor | None) 
         assert gx is not None, "one of the outputs has a gradient"
         g = _as(update.wide, gx)
     else:
-        ratio = ratio_of(update.later_gamma)
-        g = gv * ratio if gx is None else torch.add(gx, gv, alpha=ratio)
-    share = g * carried(gamma)
-    gy = share if gamma.complement else torch.zeros_like(g)
+        ratio = update.later_gamma.factor(ratio_of, gv)
+        g = gv * ratio if gx is None else add_scaled(gx, gv, ratio)
+    share = g * gamma.factor(carried, g)
+    gy = torch.zeros_like(g) if gamma.is_one else share
     gy = gy if gy.dtype is y_dtype else gy.to(y_dtype)
     if update.kind == "map":
         gx = -gy if gx is None else gx - gy
     gx = gx if gx is None or gx.dtype is x_dtype else gx.to(x_dtype)
     if not update.needs_v:
         return gx, None, gy
-    return gx, _as(v_dtype, share if update.follows else g * gamma.value), gy
+    return gx, _as(v_dtype, share if update.follows else g * gamma.factor(value_of, g)), gy
 
 
 def ratio_of(later_gamma: Gamma) -> float:
-    """Return the share of ∂/∂v' in g, by what later steps with this γ carried of it."""
+    """Return the share of ∂/∂v' in g, by what a later update with this γ carried of it."""
     return later_gamma.value / (later_gamma.complement or 1.0)
 
 

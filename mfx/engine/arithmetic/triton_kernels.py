@@ -4,8 +4,10 @@ The integers are those of torch's operations (``digit_store``, ``kernels``), bit
 mask: X = −2⁶³ marks an element that reads as NaN from then on, and two numbers of each chain, ``FLAGS``, say what
 happened: the bits of the largest finite magnitude that was too large, as float64, and 1 if any element is marked.
 
-γ's numbers are arguments like the tensors, so a schedule of γ compiles nothing. A tensor that a step does not have is
-None. All others are laid out in memory alike, without holes.
+γ's numbers are arguments like the tensors, so a schedule of γ compiles nothing. Where γ has signs, ``SIGNS`` are the
+draws, one or one for each row of a dimension of so many ``rows``, ``stride`` elements apart; 0 is −, for which numbers
+called ``minus`` are. A tensor that a step does not have is None. All others are laid out in memory alike, without
+holes.
 """
 # mypy: ignore-errors
 
@@ -21,18 +23,18 @@ MARK = tl.constexpr(-(2**63))
 ONE = tl.constexpr(2.0**40)
 UNIT = tl.constexpr(2.0**-40)
 
-_GAMMA = ["n", "d", "Mn", "Md", "Ln", "Ld", "rest_bits", "rest_one_bits"]
+_GAMMA = ["n", "d", "Mn", "Md", "Ln", "Ld", "rest_bits", "minus_bits", "stride", "rows"]
 
 
 @triton.jit
-def _elements(size, BLOCK: tl.constexpr):
+def elements(size, BLOCK: tl.constexpr):
     """The numbers of this program's elements, which may lie beyond 2³¹, and a mask of those that there are."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     return i, i < size
 
 
 @triton.jit
-def _scalar(bits, dtype: tl.constexpr):
+def scalar(bits, dtype: tl.constexpr):
     """A number of that dtype from its bits: Triton passes Python's floats as float32."""
     if dtype == tl.float64:
         number = bits.to(tl.int64).to(tl.float64, bitcast=True)
@@ -75,15 +77,32 @@ def _nearest(t):
 
 
 @triton.jit
-def _increment(y, x, rest_bits, rest_one_bits, MAP: tl.constexpr):
-    """(1−γ)·f as integers, as ``kernels.increment``."""
+def _increment(y, x, rest, MAP: tl.constexpr):
+    """(1−γ)·f as integers, as ``kernels.increment``; ``rest`` is 1 − γ."""
     y = y.to(tl.float64)
     if MAP:
         F = _nearest(y * ONE) - x
-        product = F.to(tl.float64) * _scalar(rest_bits, tl.float64)
+        product = F.to(tl.float64) * rest
     else:
-        product = y * _scalar(rest_one_bits, tl.float64)
+        product = y * (rest * ONE)
     return _nearest(product)
+
+
+@triton.jit
+def is_minus(SIGNS, i, stride, rows, mask):
+    """True where γ is negative. In memory without holes, the coordinate of element i in a dimension is this."""
+    return tl.load(SIGNS + (i // stride) % rows, mask=mask, other=1) == 0
+
+
+@triton.jit
+def _rest(SIGNS, i, stride, rows, mask, rest_bits, minus_bits):
+    """1 − γ, one number or one for each element."""
+    if SIGNS is None:
+        rest = scalar(rest_bits, tl.float64)
+    else:
+        minus = is_minus(SIGNS, i, stride, rows, mask)
+        rest = tl.where(minus, scalar(minus_bits, tl.float64), scalar(rest_bits, tl.float64))
+    return rest
 
 
 # --- the top of the store, in as few bytes as it needs ----------------------------------------------------------------
@@ -113,6 +132,12 @@ def _is_bad(y):
 
 
 @triton.jit
+def _is_out(x):
+    """|x| ≥ 2⁶²: the two highest bits differ, or it is −2⁶² itself."""
+    return ((x ^ (x << 1)) < 0) | (x == -4611686018427387904)
+
+
+@triton.jit
 def _finite_size(y, bad):
     size = tl.abs(y.to(tl.float64))
     return tl.where(bad & (size < float("inf")), size, 0.0)
@@ -129,21 +154,21 @@ def _note(FLAGS, size):
 def _value(x, dtype: tl.constexpr):
     """The value of integers, NaN where marked."""
     value = tl.where(x == MARK, float("nan"), x.to(tl.float64) * UNIT)
-    return _narrow(value, dtype)
+    return narrow(value, dtype)
 
 
 @triton.jit
-def _narrow(value, dtype: tl.constexpr):
+def narrow(value, dtype: tl.constexpr):
     """A float rounded to ``dtype``; from float64 to narrow ones by way of float32, as torch does."""
     if value.dtype == tl.float64 and dtype != tl.float64:
         value = value.to(tl.float32)
     if INTERPRETED and dtype == tl.bfloat16:  # the interpreter cuts off (Triton 3.8)
         bits = value.to(tl.int32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        narrow = tl.where(value != value, 0x7FC0, rounded).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        result = tl.where(value != value, 0x7FC0, rounded).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
-        narrow = value.to(dtype)
-    return narrow
+        result = value.to(dtype)
+    return result
 
 
 # --- exact arithmetic -------------------------------------------------------------------------------------------------
@@ -152,7 +177,7 @@ def _narrow(value, dtype: tl.constexpr):
 @triton.jit
 def enter(x_in, v_in, X, V, OUT, FLAGS, size, BLOCK: tl.constexpr):
     """X, V ← the integers nearest to 2⁴⁰·x, 2⁴⁰·v; write the value of X to OUT."""
-    i, mask = _elements(size, BLOCK)
+    i, mask = elements(size, BLOCK)
     x = tl.load(x_in + i, mask=mask, other=0)
     bad = _is_bad(x)
     dead, largest = bad, _finite_size(x, bad)
@@ -171,25 +196,26 @@ def enter(x_in, v_in, X, V, OUT, FLAGS, size, BLOCK: tl.constexpr):
 @triton.jit
 def stream(X, OUT, size, BLOCK: tl.constexpr):
     """Write the value of X to OUT."""
-    i, mask = _elements(size, BLOCK)
+    i, mask = elements(size, BLOCK)
     tl.store(OUT + i, _value(tl.load(X + i, mask=mask, other=0), OUT.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=_GAMMA)
 def advance(
-    X, V, T, Y, X_to, V_to, T_to, LIMB, OUT, FLAGS, n, d, Mn, Md, Ln, Ld, rest_bits, rest_one_bits, size,
-    MAP: tl.constexpr, SPILL: tl.constexpr, BLOCK: tl.constexpr,
+    X, V, T, Y, X_to, V_to, T_to, LIMB, OUT, FLAGS, SIGNS, stride, rows,
+    n, d, Mn, Md, Ln, Ld, rest_bits, minus_bits, size, MAP: tl.constexpr, SPILL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """V ← γ·V + (1−γ)·f, X ← X + V; write the value of X to OUT.
 
     Without V it is (1−γ)·f. Without T the store is empty; to SPILL, its low 16 bits go to LIMB first.
     """
-    i, mask = _elements(size, BLOCK)
+    i, mask = elements(size, BLOCK)
     x = tl.load(X + i, mask=mask, other=0)
     y = tl.load(Y + i, mask=mask, other=0)
     bad = _is_bad(y)
     marked = x == MARK
-    v = _increment(tl.where(bad, 0.0, y), tl.where(marked, 0, x), rest_bits, rest_one_bits, MAP)
+    rest = _rest(SIGNS, i, stride, rows, mask, rest_bits, minus_bits)
+    v = _increment(tl.where(bad, 0.0, y), tl.where(marked, 0, x), rest, MAP)
     if V is not None:
         before = tl.load(V + i, mask=mask, other=0)
         if T is None:
@@ -202,12 +228,18 @@ def advance(
             top = top >> 16
         scaled, top = _multiply(before, top, n, d, Mn, Ln, Md, Ld)
         tl.store(T_to + i, top.to(T_to.dtype.element_ty), mask=mask)
+        if SIGNS is not None:
+            scaled = tl.where(is_minus(SIGNS, i, stride, rows, mask), -scaled, scaled)
         v = scaled + v
     x = x + v
-    # |x| ≥ 2⁶²: the two highest bits differ, or it is −2⁶² itself.
-    left = (((x ^ (x << 1)) < 0) | (x == -4611686018427387904)) & (marked == 0)
+    left = _is_out(x) & (marked == 0)
+    far = tl.where(left, tl.abs(x.to(tl.float64)) * UNIT, 0.0)
+    if SIGNS is not None:  # v is no average
+        left_v = _is_out(v) & (marked == 0)
+        far = tl.maximum(far, tl.where(left_v, tl.abs(v.to(tl.float64)) * UNIT, 0.0))
+        left = left | left_v
     if tl.max((bad | left).to(tl.int32), 0) != 0:  # as good as never, and for a block as a whole
-        _note(FLAGS, tl.maximum(_finite_size(y, bad), tl.where(left, tl.abs(x.to(tl.float64)) * UNIT, 0.0)))
+        _note(FLAGS, tl.maximum(_finite_size(y, bad), far))
     x = tl.where(bad | left | marked, MARK, x)
     tl.store(X_to + i, x, mask=mask)
     tl.store(V_to + i, v, mask=mask)
@@ -216,21 +248,23 @@ def advance(
 
 @triton.jit(do_not_specialize=_GAMMA)
 def retreat(
-    X, V, T, Y, X_to, V_to, T_to, LIMB, OUT, n, d, Mn, Md, Ln, Ld, rest_bits, rest_one_bits, size,
-    MAP: tl.constexpr, BLOCK: tl.constexpr,
+    X, V, T, Y, X_to, V_to, T_to, LIMB, OUT, SIGNS, stride, rows,
+    n, d, Mn, Md, Ln, Ld, rest_bits, minus_bits, size, MAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """V ← (V − (1−γ)·f) / γ, refilled from LIMB; then, with OUT, X ← X − V, and write its value to OUT.
 
     Without Y, V stays. Without T, nothing is divided.
     """
-    i, mask = _elements(size, BLOCK)
+    i, mask = elements(size, BLOCK)
     x = tl.load(X + i, mask=mask, other=0)
     v = tl.load(V + i, mask=mask, other=0)
     marked = x == MARK
     if Y is not None:
         y = tl.where(marked, 0.0, tl.load(Y + i, mask=mask, other=0))
-        v = v - _increment(y, tl.where(marked, 0, x), rest_bits, rest_one_bits, MAP)
+        v = v - _increment(y, tl.where(marked, 0, x), _rest(SIGNS, i, stride, rows, mask, rest_bits, minus_bits), MAP)
         if T is not None:
+            if SIGNS is not None:
+                v = tl.where(is_minus(SIGNS, i, stride, rows, mask), -v, v)
             v, top = _multiply(v, _load_top(T, i, mask), d, n, Md, Ld, Mn, Ln)
             if LIMB is not None:
                 top = (top << 16) + (tl.load(LIMB + i, mask=mask, other=0).to(tl.int64) & 0xFFFF)
@@ -240,91 +274,3 @@ def retreat(
         x = tl.where(marked, MARK, x - v)
         tl.store(X_to + i, x, mask=mask)
         tl.store(OUT + i, _value(x, OUT.dtype.element_ty), mask=mask)
-
-
-# --- float arithmetic -------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def _f(Y, x, i, mask, MAP: tl.constexpr):
-    f = tl.load(Y + i, mask=mask, other=0).to(x.dtype)
-    if MAP:
-        f = f - x
-    return f
-
-
-@triton.jit(do_not_specialize=["gamma_bits", "rest_bits"])
-def float_advance(
-    X, V, Y, X_to, V_to, OUT, gamma_bits, rest_bits, size, MAP: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """V ← γ·v + (1−γ)·f, x ← x + v; write x to OUT in the stream's dtype."""
-    i, mask = _elements(size, BLOCK)
-    wide: tl.constexpr = X_to.dtype.element_ty
-    x = tl.load(X + i, mask=mask, other=0)
-    f = _f(Y, x, i, mask, MAP)
-    if V is None:
-        v = f * _scalar(rest_bits, wide)
-    else:
-        v = tl.fma(f, _scalar(rest_bits, wide), tl.load(V + i, mask=mask, other=0) * _scalar(gamma_bits, wide))
-    x = x + v
-    tl.store(V_to + i, v, mask=mask)
-    tl.store(X_to + i, x, mask=mask)
-    if OUT is not None:
-        tl.store(OUT + i, _narrow(x, OUT.dtype.element_ty), mask=mask)
-
-
-@triton.jit(do_not_specialize=["gamma_bits", "rest_bits"])
-def float_retreat(
-    X, V, Y, X_to, V_to, OUT, gamma_bits, rest_bits, size, MAP: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """V ← (v − (1−γ)·f) / γ; then, with X_to, x ← x − v, and write it to OUT. Without Y, v stays."""
-    i, mask = _elements(size, BLOCK)
-    wide: tl.constexpr = V.dtype.element_ty
-    x = tl.load(X + i, mask=mask, other=0)
-    v = tl.load(V + i, mask=mask, other=0)
-    if Y is not None:
-        v = tl.fma(_f(Y, x, i, mask, MAP), -_scalar(rest_bits, wide), v)
-        if wide == tl.float64:
-            v = v / _scalar(gamma_bits, wide)
-        else:
-            v = tl.div_rn(v, _scalar(gamma_bits, wide))
-        tl.store(V_to + i, v, mask=mask)
-    if X_to is not None:
-        x = x - v
-        tl.store(X_to + i, x, mask=mask)
-        if OUT is not None:
-            tl.store(OUT + i, _narrow(x, OUT.dtype.element_ty), mask=mask)
-
-
-# --- gradients --------------------------------------------------------------------------------------------------------
-
-
-@triton.jit(do_not_specialize=["ratio_bits", "y_bits", "v_bits"])
-def gradients(
-    GX, GV, GX_to, GV_to, GY_to, ratio_bits, y_bits, v_bits, size, WIDE: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """The backward pass of an update, rounded as torch rounds: g = gx + ratio·gv, and shares of it for y and v.
-
-    Where the value is h(x) = x + f(x), with GX_to, the gradient of x is gx less that of y.
-    """
-    i, mask = _elements(size, BLOCK)
-    if GX is None:
-        g = tl.load(GV + i, mask=mask, other=0) * _scalar(ratio_bits, WIDE)
-    else:
-        g = tl.load(GX + i, mask=mask, other=0).to(WIDE)
-        if GV is not None:
-            g = tl.fma(tl.load(GV + i, mask=mask, other=0), _scalar(ratio_bits, WIDE), g)
-    gy = g * _scalar(y_bits, WIDE)
-    if GV_to is not None:
-        gv = g * _scalar(v_bits, WIDE)
-        tl.store(GV_to + i, _narrow(gv, GV_to.dtype.element_ty), mask=mask)
-    if GY_to is not None:
-        gy_rounded = _narrow(gy, GY_to.dtype.element_ty)
-        tl.store(GY_to + i, gy_rounded, mask=mask)
-        gy = gy_rounded.to(WIDE)
-    if GX_to is not None:
-        if GX is None:
-            gx = -gy
-        else:
-            gx = tl.load(GX + i, mask=mask, other=0).to(WIDE) - gy
-        tl.store(GX_to + i, _narrow(gx, GX_to.dtype.element_ty), mask=mask)

@@ -14,16 +14,16 @@ from torch import Tensor
 from typing_extensions import Self, override
 
 from mfx.compat import is_batched
-from mfx.engine.arithmetic import triton_kernels
+from mfx.engine.arithmetic import triton_float_kernels, triton_kernels
 from mfx.engine.arithmetic.base import State
 from mfx.engine.arithmetic.blocks import is_plain, is_single
 from mfx.engine.arithmetic.digit_store import DigitStore, grow, narrowest
 from mfx.engine.arithmetic.exact import ExactState
 from mfx.engine.arithmetic.floating import FloatState
 from mfx.engine.arithmetic.gradients import Gradients, UpdateGradients, carried, gradients_of, ratio_of
-from mfx.engine.arithmetic.integers import ONE
 from mfx.engine.arithmetic.kernels import BLOCK_KERNELS, Kernels
 from mfx.engine.arithmetic.range_check import RangeCheck
+from mfx.engine.arithmetic.signed import UpdateGamma, value_of
 from mfx.options.gamma import Gamma
 
 _BLOCK = 512  # elements, two a thread: vectors of 16 bytes of states, and no registers are spilled
@@ -35,7 +35,7 @@ def _gradients(update: UpdateGradients, gx: Tensor | None, gv: Tensor | None) ->
     """As ``gradients_of``, which it calls where the pass is differentiated or vectorized."""
     given = [g for g in (gx, gv) if g is not None]
     are_single = all(is_single(g) and not is_batched(g) for g in given)
-    if torch.is_grad_enabled() or not are_single or not update.gamma.complement:
+    if torch.is_grad_enabled() or not are_single or update.gamma.is_one:
         return gradients_of(update, gx, gv)
     x_dtype, v_dtype, y_dtype = update.dtypes
     like = torch.empty_like(given[-1], dtype=update.wide)
@@ -43,11 +43,25 @@ def _gradients(update: UpdateGradients, gx: Tensor | None, gv: Tensor | None) ->
     gy = like if y_dtype is update.wide else torch.empty_like(like, dtype=y_dtype)
     gv_to = gy if shares else torch.empty_like(like, dtype=v_dtype) if update.needs_v else None
     gx_to = torch.empty_like(like, dtype=x_dtype) if update.kind == "map" else None
-    share = carried(update.gamma)
-    factors = ratio_of(update.later_gamma), share, share if update.follows else update.gamma.value
+    later, own = update.later_gamma, update.gamma
+    factors = (later, ratio_of), (own, carried), (own, carried if update.follows else value_of)
     tensors = *(None if g is None else _alike(g, like) for g in (gx, gv)), gx_to, gv_to, None if shares else gy
-    bits = [_bits(update.wide, factor) for factor in factors]
-    _launch(triton_kernels.gradients, like, *tensors, *bits, WIDE=_TRITON[update.wide])
+    bits = [_bits(update.wide, of(size)) for gamma, of in factors for size in (gamma.magnitude, -gamma.magnitude)]
+    signs, stride, rows = own.rows_in(like)
+    later_signs, *where = later.rows_in(like)
+    if signs is None:  # of the first step, say
+        stride, rows = where
+    _launch(
+        triton_float_kernels.gradients,
+        like,
+        *tensors,
+        later_signs,
+        signs,
+        stride,
+        rows,
+        *bits,
+        WIDE=_TRITON[update.wide],
+    )
     if gx_to is None and gx is not None:
         gx_to = gx if gx.dtype is x_dtype else gx.to(x_dtype)
     return gx_to, gv_to, gy
@@ -86,7 +100,7 @@ class TritonExactState(ExactState):
         return out
 
     @override
-    def advance(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
+    def advance(self, y: Tensor, kind: str, gamma: UpdateGamma) -> Tensor:
         self._stream = limb = top = top_to = None
         X, V, out, spills = self.X, self.V, self._new_stream(), False
         X_to = X if self.owns_x else torch.empty_like(X)
@@ -103,8 +117,8 @@ class TritonExactState(ExactState):
                 top_to = top
             if spills and store.keep_limbs:
                 store.limbs.append(limb := torch.empty_like(X, dtype=torch.int16))
-        tensors = X, V, top, _alike(y, X), X_to, V_to, top_to, limb, out, self.flags
-        _launch(triton_kernels.advance, X, *tensors, *_numbers(gamma), MAP=kind == "map", SPILL=spills)
+        tensors = X, V, top, _alike(y, X), X_to, V_to, top_to, limb, out, self.flags, *gamma.rows_in(X)
+        _launch(triton_kernels.advance, X, *tensors, *_numbers(gamma.magnitude), MAP=kind == "map", SPILL=spills)
         self._own(X_to, V_to, top_to)
         self.steps += 1
         return out
@@ -116,13 +130,13 @@ class TritonExactState(ExactState):
             out = self._new_stream()
             X, V = self.X, self._velocity()
             X_to = X if self.owns_x else torch.empty_like(X)
-            tensors = X, V, None, None, X_to, None, None, None, out
+            tensors = X, V, None, None, X_to, None, None, None, out, *_ANY.rows_in(X)
             _launch(triton_kernels.retreat, X, *tensors, *_numbers(_ANY), MAP=False)
             self.X, self.owns_x = X_to, True
         return out
 
     @override
-    def retreat_v(self, y: Tensor, kind: str, gamma: Gamma) -> None:
+    def retreat_v(self, y: Tensor, kind: str, gamma: UpdateGamma) -> None:
         self.steps -= 1
         X, V, top, limb, top_to = self.X, self._velocity(), None, None, None
         if not (gamma.is_zero or (self.steps == 0 and self.start_v_sum is None)):
@@ -137,8 +151,8 @@ class TritonExactState(ExactState):
         out = self._new_stream() if self.steps > self.start_steps else None
         X_to = X if self.owns_x or out is None else torch.empty_like(X)
         V_to = V if self.owns_v else torch.empty_like(V)
-        tensors = X, V, top, _alike(y, X), X_to, V_to, top_to, limb, out
-        _launch(triton_kernels.retreat, X, *tensors, *_numbers(gamma), MAP=kind == "map")
+        tensors = X, V, top, _alike(y, X), X_to, V_to, top_to, limb, out, *gamma.rows_in(X)
+        _launch(triton_kernels.retreat, X, *tensors, *_numbers(gamma.magnitude), MAP=kind == "map")
         self._own(X_to, V_to, top_to)
         self._stream = out
 
@@ -164,13 +178,19 @@ class TritonFloatState(FloatState):
     _ahead: Tensor | None = None  # the next that ``retreat_x`` returns, if it is there already
 
     @override
-    def advance(self, y: Tensor, kind: str, gamma: Gamma) -> Tensor:
+    def advance(self, y: Tensor, kind: str, gamma: UpdateGamma) -> Tensor:
         x_to = torch.empty_like(self.x)
         v = None if self.v is None else _alike(self.v, x_to)
         v_to = v if v is not None and self.owns_v else torch.empty_like(x_to)
         out = self._narrow(x_to)
-        tensors = _alike(self.x, x_to), v, _alike(y, x_to), x_to, v_to, out
-        _launch(triton_kernels.float_advance, x_to, *tensors, *_scalars(x_to.dtype, gamma), MAP=kind == "map")
+        tensors = _alike(self.x, x_to), v, _alike(y, x_to), x_to, v_to, out, *gamma.rows_in(x_to)
+        _launch(
+            triton_float_kernels.float_advance,
+            x_to,
+            *tensors,
+            *_scalars(x_to.dtype, gamma.magnitude),
+            MAP=kind == "map",
+        )
         self.x, self.v, self.owns_v = x_to, v_to, True
         self._steps += 1
         return x_to if out is None else out
@@ -181,17 +201,17 @@ class TritonFloatState(FloatState):
         return self._retreat(None, "residual", _ANY, goes_on=True) if ahead is None else ahead
 
     @override
-    def retreat_v(self, y: Tensor, kind: str, gamma: Gamma) -> None:
+    def retreat_v(self, y: Tensor, kind: str, gamma: UpdateGamma) -> None:
         self._steps -= 1
         self._ahead = self._retreat(y, kind, gamma, goes_on=self._steps > 0)
 
-    def _retreat(self, y: Tensor | None, kind: str, gamma: Gamma, *, goes_on: bool) -> Tensor:
+    def _retreat(self, y: Tensor | None, kind: str, gamma: UpdateGamma, *, goes_on: bool) -> Tensor:
         v = self._velocity()
         x_to = torch.empty_like(v) if goes_on else None
         v_to = v if y is None or self.owns_v else torch.empty_like(v)
         out = None if x_to is None else self._narrow(x_to)
-        tensors = _alike(self.x, v), v, None if y is None else _alike(y, v), x_to, v_to, out
-        _launch(triton_kernels.float_retreat, v, *tensors, *_scalars(v.dtype, gamma), MAP=kind == "map")
+        tensors = _alike(self.x, v), v, None if y is None else _alike(y, v), x_to, v_to, out, *gamma.rows_in(v)
+        _launch(triton_float_kernels.float_retreat, v, *tensors, *_scalars(v.dtype, gamma.magnitude), MAP=kind == "map")
         if y is not None:
             self.v, self.owns_v = v_to, True
         if x_to is not None:
@@ -234,8 +254,7 @@ def _numbers(gamma: Gamma) -> tuple[int, ...]:
     """Return the arguments of the kernels of exact arithmetic that depend on γ."""
     n, d = gamma.numerator or 1, gamma.denominator
     (Mn, Ln), (Md, Ld) = _magic(n), _magic(d)
-    complement = gamma.complement
-    return n, d, Mn, Md, Ln, Ld, _bits(torch.float64, complement), _bits(torch.float64, complement * ONE)
+    return n, d, Mn, Md, Ln, Ld, *(_bits(torch.float64, size.complement) for size in (gamma, -gamma))
 
 
 def _magic(d: int) -> tuple[int, int]:
@@ -245,8 +264,8 @@ def _magic(d: int) -> tuple[int, int]:
 
 
 @lru_cache(maxsize=64)
-def _scalars(dtype: torch.dtype, gamma: Gamma) -> tuple[int, int]:
-    return _bits(dtype, gamma.value), _bits(dtype, gamma.complement)
+def _scalars(dtype: torch.dtype, gamma: Gamma) -> tuple[int, ...]:
+    return tuple(_bits(dtype, number) for size in (gamma, -gamma) for number in (size.value, size.complement))
 
 
 def _bits(dtype: torch.dtype, value: float) -> int:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from mfx.compat import is_capturing
+from mfx.engine.arithmetic.signed import UpdateGamma
 from mfx.engine.flags import verify_chain, verify_step, warn_once
 from mfx.engine.memory.measure import StepMeasure
 from mfx.engine.recompute.checked_frame import CheckedFrame
@@ -24,7 +25,6 @@ from mfx.engine.recompute.tape import StoredInput, Tape, TapedStep
 from mfx.engine.scope import inside_kept_step, measured_by
 from mfx.engine.steps import ChainCall, StepFunction
 from mfx.modules.random_state import global_generators
-from mfx.options.gamma import Gamma
 from mfx.text import listed
 from mfx_passes.errors import MfxError
 
@@ -40,7 +40,9 @@ class Runner(Protocol):
 
     values: list[Any]
 
-    def run(self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[Gamma]) -> tuple[Any, ...]:
+    def run(
+        self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]
+    ) -> tuple[Any, ...]:
         """Return the step's outputs; its side outputs become captures that later steps may read."""
         ...
 
@@ -51,7 +53,9 @@ class Ordinary(Runner):
     def __init__(self, call: ChainCall, *, original: bool) -> None:
         self._root, self.values, self._original = call.root, list(call.captures), original
 
-    def run(self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[Gamma]) -> tuple[Any, ...]:  # noqa: D102
+    def run(  # noqa: D102
+        self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]
+    ) -> tuple[Any, ...]:
         function = step.original if self._original else step.branch
         outputs = function(self._root, *xs, *(self.values[i] for i in step.captures))
         self.values.extend(step.split(outputs)[1])
@@ -144,7 +148,9 @@ class FromInputs(_Recomputing, Runner):
         self._rebuilt = Rebuilt(device)
         self._verifies = call.verifies
 
-    def run(self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[Gamma]) -> tuple[Any, ...]:  # noqa: D102
+    def run(  # noqa: D102
+        self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]
+    ) -> tuple[Any, ...]:
         if index in self._call.plan.kept:
             return self._run_kept(step, xs)
         frame = self._frame(index, step)
@@ -172,7 +178,9 @@ class FromTape(_Recomputing, Runner):
         self.tape = Tape(call.name, device, verify, partial(warn_once, "walks", cache=call.cache))
         self.walked = call.plan.walked(len(call.steps))
 
-    def run(self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[Gamma]) -> tuple[Any, ...]:  # noqa: D102
+    def run(  # noqa: D102
+        self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]
+    ) -> tuple[Any, ...]:
         if index in self._call.plan.kept:
             outputs = self._run_kept(step, xs)
             if index in self.walked:
@@ -183,5 +191,5 @@ class FromTape(_Recomputing, Runner):
         return self._run_frame(frame, step, xs, self.tape.add(_taped(frame, step, gammas)))
 
 
-def _taped(frame: Frame | KeptStep, step: StepFunction, gammas: Sequence[Gamma]) -> TapedStep:
+def _taped(frame: Frame | KeptStep, step: StepFunction, gammas: Sequence[UpdateGamma]) -> TapedStep:
     return TapedStep(frame, step.reads, tuple(zip(step.writes, step.kinds, gammas, strict=True)))

@@ -15,9 +15,9 @@ from torch import Tensor
 from mfx.compat import NO_TASK, current_task, keeps_graph, when_task_ends
 from mfx.engine.arithmetic import State
 from mfx.engine.arithmetic.base import Frozen
+from mfx.engine.arithmetic.signed import UpdateGamma
 from mfx.engine.recompute.frame import Frame, Handle, KeptStep, Rebuilt
 from mfx.engine.recompute.saved import SavedTensors, freed
-from mfx.options.gamma import Gamma
 
 _MANY = 4  # walks of one graph: more than second derivatives take
 
@@ -101,7 +101,7 @@ class TapedStep(NamedTuple):
 
     frame: Frame | KeptStep
     reads: tuple[int, ...]
-    updates: tuple[tuple[int, str, Gamma], ...]  # stream, kind, γ
+    updates: tuple[tuple[int, str, UpdateGamma], ...]  # stream, kind, γ
 
 
 class Tape:

@@ -203,7 +203,7 @@ def _chain_box(call: Momentum, model: Model) -> ChainBox:
         last = start + period * count
         merged = tuple(_merged(rows[offset:last:period]) for offset in range(start, start + period))
         folds.append(Fold(count, merged, _place(steps[start:last])))
-    facts = [f"{len(steps)} step{'s' * (len(steps) != 1)}", f"γ = {call.gamma.value:g}"]
+    facts = [f"{len(steps)} step{'s' * (len(steps) != 1)}", f"γ = {call.gamma:g}"]
     facts.append(f"{call.settings.arithmetic.name} arithmetic" if not call.gamma.is_zero else "the original function")
     if call.settings.velocity != "zero":
         facts.append(f"v₀: {call.settings.velocity}")

@@ -98,13 +98,14 @@ class ExplainedChain:
     Attributes:
         name: longest common module path of its steps.
         steps: first to last.
-        gamma: the momentum as it is represented.
+        gamma: the momentum as it is represented, the magnitude if it has random signs.
         arithmetic: ``"exact"`` or ``"float"``.
         weights: how much the branch of each update counts in the end, relative to the model at γ = 0.
         storage: the part of the stream kept for the backward pass, and the reason; None if shapes are not known.
         memory: memory with mfx and without; None if nothing could be predicted.
         streams: names of the streams.
         depth: number of chains around it: those that it lies in a branch of.
+        spread: where γ has random signs, the standard deviations of the weights, whose means are 1; else empty.
     """
 
     name: str
@@ -116,6 +117,12 @@ class ExplainedChain:
     memory: ChainMemory | None = None
     streams: tuple[str, ...] = ("x",)
     depth: int = 0
+    spread: tuple[float, ...] = ()
+
+    @property
+    def shown_gamma(self) -> str:
+        """γ as reports show it: ±0.25 with random signs."""
+        return f"{'±' if self.spread else ''}{self.gamma:g}"
 
     @property
     def updates(self) -> tuple[ExplainedUpdate, ...]:
@@ -139,6 +146,7 @@ class ExplainedChain:
             "gamma": self.gamma,
             "arithmetic": self.arithmetic,
             "weights": list(self.weights),
+            "spread": list(self.spread),
             "advice": self.advice,
             "storage": None if self.storage is None else self.storage.to_dict(),
             "memory": None if self.memory is None else asdict(self.memory),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ from mfx.reports.explain.explanation import Explanation
 from mfx.reports.explain.residual_steps import is_residual_step
 from mfx.reports.explain.storage import explain_storage
 from mfx.text import described
-from mfx_passes import MfxError, StepGraphs
+from mfx_passes import ChainGraphs, MfxError, StepGraphs
 from mfx_passes.ir import source_line
 from mfx_passes.paths import join
 
@@ -109,16 +110,23 @@ def _predict(
 
 
 def _explain_chain(view: View, call: Momentum, found: Estimate | None, depth: int) -> ExplainedChain:
-    graphs, gamma = call.graphs, call.gamma.value
+    graphs, gamma, has_signs = call.graphs, call.gamma.value, call.gamma.has_signs
     streams = view.streams.get(call.chain, call.streams)
     residual_start = call.settings.velocity == "residual"
-    ahead = [iter(branch_weights(count, gamma, residual_start=residual_start)) for count in graphs.updates]
-    weights = tuple(next(ahead[stream]) for step in graphs.steps for stream in step.writes)
+    mean = 0.0 if has_signs else gamma
+    weights = _by_update(graphs, [branch_weights(n, mean, residual_start=residual_start) for n in graphs.updates])
+    spread = _by_update(graphs, [weights_spread(n, gamma) for n in graphs.updates]) if has_signs else ()
     steps = tuple(_explain_step(step, graphs.streams) for step in graphs.steps)
     storage = explain_storage(call, streams) if streams else None
     memory = None if found is None else _memory(call.chain, found)
     arithmetic = call.settings.arithmetic.name
-    return ExplainedChain(call.chain, steps, gamma, arithmetic, weights, storage, memory, graphs.streams, depth)
+    return ExplainedChain(call.chain, steps, gamma, arithmetic, weights, storage, memory, graphs.streams, depth, spread)
+
+
+def _by_update(graphs: ChainGraphs, values: Sequence[Sequence[float]]) -> tuple[float, ...]:
+    """Return the values of the streams' updates in the order of the chain's."""
+    ahead = list(map(iter, values))
+    return tuple(next(ahead[stream]) for step in graphs.steps for stream in step.writes)
 
 
 def _memory(chain: str, found: Estimate) -> ChainMemory:
@@ -154,3 +162,19 @@ def branch_weights(steps: int, gamma: float, *, residual_start: bool = False) ->
     if residual_start:
         weights[0] = weights[0] / (1 - gamma)
     return tuple(weights)
+
+
+def weights_spread(steps: int, magnitude: float) -> tuple[float, ...]:
+    """Return the standard deviation of each branch's weight in a chain of T steps, where γ is ±a at random.
+
+    Branch t counts for w = (1 − γ_t)·S, S = 1 + γ_{t+1}·(1 + γ_{t+2}·(1 + …)). Signs are independent, of mean 0, so w
+    has mean 1, E(1 − γ_t)² = 1 + a² (1 at the first step, where γ is 0), and E S² = 1 + a² + … + a^(2k) with k steps
+    to come.
+
+    Args:
+        steps: T.
+        magnitude: a.
+    """
+    square = magnitude**2
+    second = (sum(square**i for i in range(steps - t)) * (1 + square * (t > 0)) for t in range(steps))
+    return tuple(math.sqrt(max(0.0, moment - 1)) for moment in second)

@@ -91,9 +91,9 @@ def chain_table(chains: Iterable[ExplainedChain]) -> Table:
             indented(chain),
             _steps(chain),
             chain.kind,
-            f"{chain.gamma:g}",
+            chain.shown_gamma,
             chain.arithmetic,
-            weights(chain.weights),
+            weights(chain.weights, chain.spread),
             state(chain),
         )
         for chain in chains
@@ -155,11 +155,11 @@ def sources(chain: ExplainedChain) -> str:
 
 def step_table(chain: ExplainedChain) -> Table:
     """Return a table with one row per step of a chain; the updates of several streams stand side by side."""
-    weights = iter(chain.weights)
+    weights = iter(_numbers(chain.weights, chain.spread, digits=3))
     rows = [
         (
             step.path if len(chain.streams) == 1 else f"{step.path} ({', '.join(u.stream for u in step.updates)})",
-            ", ".join(f"{next(weights):.3f}" for _ in step.updates),
+            ", ".join(next(weights) for _ in step.updates),
             ", ".join(step.captures),
             short_place(step.source),
         )
@@ -203,15 +203,15 @@ def _bytes(name: str, plain: int, kept: int, recomputed: str) -> tuple[str, ...]
     return name, size(plain), size(kept), ratio(kept, plain), recomputed
 
 
-def weights(values: Sequence[float]) -> str:
-    """Return weights as text, only the first and last ones if there are many."""
-    if len(values) <= 4:
-        return _numbers(values)
-    return f"{_numbers(values[:2])} ... {_numbers(values[-2:])}"
+def weights(values: Sequence[float], spread: Sequence[float] = ()) -> str:
+    """Return weights, and their spread if they have one, as text, only the first and last ones if there are many."""
+    numbers = _numbers(values, spread, digits=2)
+    return " ".join(numbers if len(numbers) <= 4 else [*numbers[:2], "...", *numbers[-2:]])
 
 
-def _numbers(weights: Iterable[float]) -> str:
-    return " ".join(f"{weight:.2f}" for weight in weights)
+def _numbers(values: Sequence[float], spread: Sequence[float], *, digits: int) -> list[str]:
+    deviations = [f"±{deviation:.{digits}f}" for deviation in spread] or [""] * len(values)
+    return [f"{value:.{digits}f}{deviation}" for value, deviation in zip(values, deviations, strict=True)]
 
 
 def state(chain: ExplainedChain) -> str:

@@ -127,7 +127,7 @@ def _described(net: nn.Module) -> str:
     if not calls:
         return "no chain of residual adds was found, so this is the model as it is"
     steps = sum(len(call.graphs.steps) for call in calls)
-    gammas = ", ".join(sorted({f"{call.gamma.value:g}" for call in calls}))
+    gammas = ", ".join(sorted({f"{call.gamma:g}" for call in calls}))
     arithmetics = ", ".join(sorted({call.settings.arithmetic.name for call in calls}))
     return f"{count(len(calls), 'chain')} of {count(steps, 'step')}; gamma {gammas}, {arithmetics} arithmetic"
 

@@ -87,6 +87,25 @@ def test_with_momentum_each_piece_is_a_recurrence(look):
     torch.testing.assert_close(net(x), oracle(x), rtol=1e-9, atol=1e-9)
 
 
+def test_signs_of_gamma_are_drawn_where_the_owner_of_the_steps_is_in_training():
+    x = inputs()[0]
+    model, net = made(gamma=mfx.BDIA(0.25), verify="raise")
+    _, kept = made(gamma=mfx.BDIA(0.25), memory_budget=1.0)
+    for _ in range(2):
+        first = train_step(net, (x,))
+        assert_bit_equal(first, train_step(kept, (x,)))
+        assert not torch.equal(*first.outputs, *train_step(model, (x,)).outputs)
+        model.eval(), net.eval()
+        assert torch.equal(net(x), model(x))
+        net.second.training = True  # of the list alone, which owns the steps
+        assert not torch.equal(net(x), model(x))
+        mfx.set_gamma(net, 0.5)
+        assert not torch.equal(net.eval()(x), model(x))
+        mfx.set_gamma(net, mfx.BDIA(0.25))
+        assert torch.equal(net(x), model(x))
+        model.train(), net.train()
+
+
 def test_calls_that_are_alike_make_no_further_graphs():
     _, net = made()
     x = inputs()[0]
@@ -139,6 +158,14 @@ class CutInTraining(Between):
         return self.loop(self.second, x)
 
 
+class CutInEvaluation(CutInTraining):
+    def forward(self, x):
+        x = self.loop(self.first, x)
+        if not self.training:
+            x = sizes(x)
+        return self.loop(self.second, x)
+
+
 def test_training_and_evaluation_have_the_same_chains_or_there_is_an_error():
     for first in (True, False):
         torch.manual_seed(0)
@@ -148,20 +175,50 @@ def test_training_and_evaluation_have_the_same_chains_or_there_is_an_error():
             net.train(not first)(inputs()[0])
 
 
-def test_a_call_without_a_piece_that_others_have_is_an_error():
-    class Early(Between):
-        def forward(self, x):
-            x = self.loop(self.first, x)
-            if int((x > 100).sum().item()) > 3:
-                return x
-            return self.loop(self.second, sizes(x))
+@pytest.mark.parametrize("make", [CutInTraining, CutInEvaluation])
+def test_evaluation_with_other_pieces_is_the_model_itself_where_gamma_has_signs(make):
+    for first in (True, False):
+        torch.manual_seed(0)
+        model = make(sizes)
+        net = mfx.momentumize(model, gamma=mfx.BDIA(0.25))
+        for training in (first, not first):
+            model.train(training), net.train(training)
+            assert torch.equal(net(inputs()[0]), model(inputs()[0])) is not training
 
+
+class Early(Between):
+    """A value decides on whether there is a second piece."""
+
+    def forward(self, x):
+        x = self.loop(self.first, x)
+        if int((x > 100).sum().item()) > 3:
+            return x
+        return self.loop(self.second, sizes(x))
+
+
+def test_a_call_without_a_piece_that_others_have_is_an_error():
     torch.manual_seed(0)
     net = mfx.momentumize(Early(sizes), gamma=0.9)
     small, large, *_ = inputs()
     net(small)
     with pytest.raises(mfx.MfxError, match="its pieces are not the same in both"):
         net(1000 * large)
+
+
+def test_in_evaluation_pieces_may_be_missing_where_gamma_has_signs():
+    torch.manual_seed(0)
+    model = Early(sizes)
+    for blocks in (model.first, model.second):  # that do not read the training mode
+        for index in range(len(blocks)):
+            blocks[index] = nn.Linear(DIM, DIM)
+    net = mfx.momentumize(model, gamma=mfx.BDIA(0.25))
+    small, large, *_ = inputs()
+    assert not torch.equal(net(small), model(small))
+    model.eval(), net.eval()
+    for x in (small, 1000 * large):
+        assert torch.equal(net(x), model(x))
+    with pytest.raises(mfx.MfxError, match="its pieces are not the same in both"):
+        net.train()(1000 * large)
 
 
 def test_under_a_dispatch_mode_nothing_runs_as_it_is_written():

@@ -13,6 +13,7 @@ from torch import nn
 import mfx
 from mfx.engine.arithmetic import ExactState, range_check
 from mfx.engine.arithmetic.range_check import LIMIT, RangeCheck
+from mfx.engine.arithmetic.signed import Signed
 from mfx.options.gamma import Gamma
 from tests.mfx.models import Stack, inputs, recurrence
 
@@ -213,8 +214,9 @@ def test_the_largest_value_is_found_without_looking(never_reads_the_device, dtyp
     guard.admit(torch.tensor([1.0, math.nan, math.inf, -8.0], dtype=dtype))
     assert guard.overflowed.item() == 0  # neither infinity nor NaN is an overflow
     assert guard.poisoned.tolist() == [False, True, True, False]
-    guard.check(torch.tensor([0, 0, 0, -(5_000_000 << 40)]), "residual")
-    guard.check(torch.tensor([0, 0, 0, 0]), "residual")
+    none = torch.tensor([0, 0, 0, 0])
+    guard.check(torch.tensor([0, 0, 0, -(5_000_000 << 40)]), none, "residual", Gamma(9, 10))
+    guard.check(none, none, "residual", Gamma(9, 10))
     assert guard.overflowed.item() == 5e6
     assert guard.poisoned.tolist() == [False, True, True, True]
     if dtype != torch.float16:
@@ -245,7 +247,9 @@ def test_nothing_waits_for_the_device():
     guard = RangeCheck()
     y = torch.empty(3, 8, device="meta")
     guard.admit(y)
-    guard.check(torch.empty(3, 8, dtype=torch.int64, device="meta"), "residual")
+    X = V = torch.empty(3, 8, dtype=torch.int64, device="meta")
+    guard.check(X, V, "residual", Gamma(9, 10))
+    guard.check(X, V, "map", Signed(Gamma(1, 4), torch.empty((), dtype=torch.int64, device="meta"), 0))
     guard.poison(guard.clean(y))
     assert guard.overflowed.device.type == "meta"
     with pytest.raises((RuntimeError, NotImplementedError)):
