@@ -21,6 +21,11 @@ def to_nodes(args: Any) -> Any:
     return map_aggregate(args, lambda arg: arg.node if isinstance(arg, fx.Proxy) else arg)
 
 
+def last_node(graph: fx.Graph) -> fx.Node | None:
+    """Return the last node of a graph, None if it has none."""
+    return next(iter(reversed(graph.nodes)), None)  # up to torch 2.12 what ``reversed`` returns is not an iterator
+
+
 def nodes_after(graph: fx.Graph, last: fx.Node | None) -> Iterator[fx.Node]:
     """Yield the nodes of a graph behind the last one that was there; all if there was none."""
     node = next(iter(graph.nodes), None) if last is None else last.next

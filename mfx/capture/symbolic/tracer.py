@@ -30,7 +30,7 @@ from mfx.capture.symbolic.leftovers import Leftovers
 from mfx.capture.symbolic.lengths import known_length
 from mfx.capture.symbolic.outputs import Outputs
 from mfx.capture.symbolic.proxies import Value
-from mfx.capture.symbolic.recorded import is_made_of_fields, nodes_after, to_nodes
+from mfx.capture.symbolic.recorded import is_made_of_fields, last_node, nodes_after, to_nodes
 from mfx.capture.symbolic.refusals import DECISION, OutputError, Refusals, UntraceableError, WrongGuessError
 from mfx.capture.symbolic.user_code import is_own_fault, is_raised_by_user, line_of, said_by, user_stack, users_frame
 from mfx.modules.buffers import storage_of
@@ -165,7 +165,7 @@ class SymbolicTracer(fx.Tracer):
 
     def _walk(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.walked[path] = m
-        last = next(reversed(self.graph.nodes), None)
+        last = last_node(self.graph)
         self.at_boundary(self.path_inside)
         # Hooks are run when the module is called, not when it is traced: a proxy means nothing to them.
         output = super().call_module(m, m.forward, args, kwargs)
@@ -177,7 +177,7 @@ class SymbolicTracer(fx.Tracer):
     def _walk_if_possible(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Walk through a module; where that fails, it becomes a leaf and nothing is recorded."""
         attributes = {module: dict(module.__dict__) for module in m.modules()}
-        last = next(reversed(self.graph.nodes), None)
+        last = last_node(self.graph)
         calls, walked, stack = len(self.calls), dict(self.walked), self.module_stack.copy()
         refused, decided, used = self.refusals.count, len(self.decisions), dict(self.used)
         try:

@@ -36,7 +36,8 @@ class SavedTensors:
         self._what = what
         with torch.enable_grad():
             anchor = torch.empty(0, requires_grad=True)
-            self._node: Any = _Saver.apply(anchor, *(t.detach() for t in tensors)).grad_fn
+            # Kept, for up to torch 2.12 a node frees what it saved when its outputs are gone.
+            self._output: Tensor = _Saver.apply(anchor, *(t.detach() for t in tensors))
 
     def get(self) -> tuple[Tensor, ...]:
         """Return the tensors, detached.
@@ -44,7 +45,7 @@ class SavedTensors:
         Raises:
             MfxError: a tensor was modified in place since.
         """
-        return tuple(t.detach() for t in saved_by(self._node, self._what))
+        return tuple(t.detach() for t in saved_by(self._output.grad_fn, self._what))
 
 
 def saved_by(node: Any, what: str) -> tuple[Tensor, ...]:
