@@ -1,6 +1,7 @@
 """Memory that does not grow with depth, at 4/3 of the FLOPs; or anything between that and ordinary backpropagation."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torchvision.models import resnet50
 
 import mfx
 from mfx.net.forward import forward_of
+from tests.sampling import grid
 
 WIDTH, BATCH = 32, 64
 UNIT = 4 * WIDTH * BATCH  # bytes of the stream in float32
@@ -110,3 +112,72 @@ def test_chains_that_keep_their_inputs_take_at_gamma_what_they_take_at_zero():
     # Three operations forward instead of one; backward three for the update, and one more gradient to add.
     steps = sum(len(call.graphs.steps) for call in calls)
     assert counts[1] <= counts[0] + 8 * steps
+
+
+WAYS = {
+    "gamma 0": {"gamma": 0.0},
+    "exact": {"gamma": 0.9},
+    "float": {"gamma": 0.9, "arithmetic": "float"},
+    "random signs": {"gamma": mfx.BDIA(0.25)},
+    "inputs kept": {"gamma": 0.9, "only": [["0", "1", "2"]]},
+    "half kept": {"gamma": 0.9, "memory_budget": 0.5},
+    "all kept": {"gamma": 0.9, "memory_budget": 1.0},
+    "all recomputed": {"gamma": 0.0, "recompute": "all"},
+    "unverified": {"gamma": 0.0, "verify": "off"},
+}
+
+
+class Failing(nn.Module):
+    """The identity, that fails on demand: on the way there or on the way back."""
+
+    where = "nowhere"
+
+    def forward(self, x):
+        if self.where == "forward":
+            raise ArithmeticError("fails")
+        if self.where == "backward" and x.requires_grad:
+            x.register_hook(self.fail)
+        return x
+
+    @staticmethod
+    def fail(grad):
+        raise ArithmeticError("fails")
+
+
+class Nested(nn.Module):
+    """x + g(x), where g holds a chain of steps itself."""
+
+    def __init__(self, *inner):
+        super().__init__()
+        self.into, self.inner, self.out = nn.Linear(WIDTH, WIDTH), nn.Sequential(*inner), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return x + self.out(self.inner(self.into(x).tanh()))
+
+
+@grid(
+    18,
+    way=WAYS,
+    first={"later": False, "first call": True},
+    nested={"flat": False, "nested": True},
+    where=["forward", "backward"],
+)
+def test_an_error_leaves_nothing_alive(way, first, nested, where):
+    blocks = [Block() for _ in range(6)]
+    for block in blocks:
+        block.f.append(nn.Dropout(0.3))
+    blocks[3].f.insert(2, Failing())
+    model = nn.Sequential(*(Nested(*blocks[i : i + 3]) for i in (0, 3)), Nested()) if nested else nn.Sequential(*blocks)
+    net = mfx.momentumize(model, **way)
+    failing = next(module for module in net.modules() if isinstance(module, Failing))
+    x = torch.randn(BATCH, WIDTH)
+    if not first:
+        net(x).sum().backward()
+        net.zero_grad()
+    failing.where = where
+    with mfx.ActivationMeter(exclude=[x, *net.parameters()]) as meter:
+        with pytest.raises(ArithmeticError, match="fails"):
+            net(x).sum().backward()
+        gc.collect()
+        assert meter.peak > UNIT
+        assert meter.live == 0

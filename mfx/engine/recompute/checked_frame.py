@@ -46,9 +46,11 @@ class CheckedFrame(Frame):
         given = (*xs, *self.tensors, *tensors_in(values))
         self._given = frozenset(id(_whole(tensor)) for tensor in given if tensor is not None)
         self._enough, self._device = min(x.numel() for x in xs), xs[0].device
-        outputs = super().run(xs, values, unpack)
-        watched, self._constants = self._constants, {}
-        last, self._last = self._last, None
+        try:
+            outputs = super().run(xs, values, unpack)
+        finally:  # what autograd has recorded refers to this frame, and would never be freed
+            watched, self._constants = self._constants, {}
+            last, self._last = self._last, None
         if last is not None and _is_as_saved(*last[1]) and not self._env.has_hooks:
             self._witness = last[0]
             watched[last[0]] = last[1]
