@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import graph as autograd_graph
+from torch.utils.hooks import RemovableHandle
 
 NO_TASK = -1
 
@@ -82,3 +83,26 @@ def leaves_of(tensors: Sequence[Tensor]) -> set[int]:
                 nodes.add(following)
                 waiting.append(following)
     return leaves
+
+
+def accumulates() -> bool:
+    """True if autograd is accumulating a gradient on a leaf in this thread (torch 2.11 to 2.15)."""
+    return hasattr(torch._C._current_autograd_node(), "variable")
+
+
+def shapes_accumulated_next() -> set[torch.Size]:
+    """Return the shapes of the leaves to which the node that autograd runs hands gradients (torch 2.11 to 2.15)."""
+    node = torch._C._current_autograd_node()
+    following = () if node is None else node.next_functions
+    return {leaf.shape for after, _ in following if (leaf := getattr(after, "variable", None)) is not None}
+
+
+def put_accumulate_hook_first(leaf: Tensor, hook: Callable[[Tensor], None]) -> RemovableHandle:
+    """Register a hook that runs before a leaf's other hooks on its accumulated gradient (torch 2.11 to 2.15)."""
+    handle: RemovableHandle = leaf.register_post_accumulate_grad_hook(hook)
+    hooks: dict[int, Any] = leaf._post_accumulate_grad_hooks
+    others = [(number, other) for number, other in hooks.items() if number != handle.id]
+    for number, other in others:  # autograd reads the plain dictionary under an ordered one
+        del hooks[number]
+        hooks[number] = other
+    return handle

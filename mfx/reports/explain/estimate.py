@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from mfx import compat
 from mfx.engine.memory.flops import FlopCounter
+from mfx.ledger import gradients_left_out
 from mfx.modules.aside import aside
 from mfx.modules.kept_results import results_not_kept
 from mfx.net.views import Inputs, View
@@ -31,7 +32,7 @@ class Usage:
     Attributes:
         kept: bytes alive between forward and backward, the output among them, as `mfx.ActivationMeter` counts:
             every storage once, without parameters, buffers and inputs.
-        peak: the most bytes alive at once, parameters' gradients not among them; with large states handled in one
+        peak: the most bytes alive at once, by the same count; with large states handled in one
             piece, as on a GPU. A CPU takes them block by block, so that exact arithmetic may take less there.
         flops: floating-point operations of matrix products, convolutions and attention.
         chains: bytes of ``kept`` that were allocated in each chain, by name.
@@ -125,17 +126,13 @@ class _Rehearsal:
     def training_step(self) -> tuple[Usage, tuple[str, ...]]:
         """Rehearse a training step; return its usage and the keys of the output."""
         observer = self._observer
-        hooks = [tensor.register_post_accumulate_grad_hook(observer.leave_out_grad) for tensor in self._trained]
-        try:
-            with compat.fake_mode(self._mode), torch.enable_grad(), self._counter, observer:
-                output = self._run()
-                kept, chains = observer.live, [call.chain for call in self._calls.values()]
-                in_chains = {chain: observer.live_in(chain) for chain in chains}
-                with observer.in_call(True):
-                    _backpropagate(output)
-        finally:
-            for hook in hooks:
-                hook.remove()
+        without_grads = gradients_left_out(observer, self._trained)
+        with compat.fake_mode(self._mode), torch.enable_grad(), without_grads, self._counter, observer:
+            output = self._run()
+            kept, chains = observer.live, [call.chain for call in self._calls.values()]
+            in_chains = {chain: observer.live_in(chain) for chain in chains}
+            with observer.in_call(True):
+                _backpropagate(output)
         recomputed = {chain: observer.recomputed[chain] for chain in chains}
         keys = tuple(map(str, output)) if isinstance(output, Mapping) else ()
         return Usage(kept, observer.peak, self._counter.flops, in_chains, recomputed), keys

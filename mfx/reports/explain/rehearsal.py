@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from mfx.engine import ChainPlan
 from mfx.engine.memory.flops import FlopCounter
-from mfx.meter import StorageLedger, storages
+from mfx.ledger import Life, StorageLedger, storages
 from mfx.modules.recomputing import recomputing
 from mfx.options.gamma import Gamma
 from mfx.program.chain_call import Momentum
@@ -46,7 +46,7 @@ class Observer(StorageLedger):
     """
 
     def __init__(self, excluded: Sequence[Tensor], counter: FlopCounter) -> None:
-        super().__init__(excluded, (), timeline=False)
+        super().__init__(excluded)
         self._counter = counter
         self.recomputed: dict[str, int] = defaultdict(int)
         self._chains: tuple[str, ...] = ()
@@ -55,7 +55,7 @@ class Observer(StorageLedger):
 
     def live_in(self, chain: str) -> int:
         """Return the bytes alive that were allocated in the calls of a chain."""
-        return sum(size for key, (_, size) in self._born.items() if chain in self._homes[key])
+        return sum(life.size for key, life in self._born.items() if chain in self._homes[key])
 
     @contextmanager
     def calling(self, chain: str) -> Iterator[None]:
@@ -111,10 +111,10 @@ class Observer(StorageLedger):
         return storages(leaves)
 
     @override
-    def _enter(self, key: int, storage: torch.UntypedStorage) -> None:
+    def _enter(self, key: int, storage: torch.UntypedStorage) -> Life:
         if key not in self._born:
             self._homes[key] = self._chains
-        super()._enter(key, storage)
+        return super()._enter(key, storage)
 
 
 class Rehearsed(Momentum):
