@@ -35,6 +35,7 @@ def momentumize(
     arithmetic: str = "exact",
     memory_budget: float | str = 0.0,
     recompute: str | None = None,
+    offload: str | None = None,
     min_steps: int = 2,
     only: str | Sequence[str | Sequence[str]] | None = None,
     skip: str | Sequence[str] | None = None,
@@ -67,6 +68,9 @@ def momentumize(
             measures what the steps cost.
         recompute: ``"all"``: what lies between the chains (stem, projections, head) is recomputed in the backward pass
             as well, in pieces, within the same budget; None: autograd keeps what it keeps.
+        offload: ``"cpu"``: what the chains keep between forward and backward (steps' inputs at γ = 0, end states and
+            anchors) lies in host memory, and is fetched one step ahead; None: on the chains' device. Small tensors and
+            those that others hold stay. The function is the same.
         min_steps: chains with fewer steps stay as they were.
         only: chain names or module paths (shell patterns) to rewrite, all others stay as they were. A list of them in
             the list names steps that are in no chain with others.
@@ -90,7 +94,18 @@ def momentumize(
     if not isinstance(model, nn.Module):
         raise MfxError(f"momentumize takes a torch.nn.Module, not {described(model)}.")
     options = Options(
-        gamma, velocity, arithmetic, memory_budget, recompute, min_steps, only, skip, capture, example_inputs, verify
+        gamma,
+        velocity,
+        arithmetic,
+        memory_budget,
+        recompute,
+        offload,
+        min_steps,
+        only,
+        skip,
+        capture,
+        example_inputs,
+        verify,
     )
     return build_net(model, options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,6 +40,23 @@ def gradients_left_out(ledger: Ledger, owners: Iterable[torch.Tensor]) -> Iterat
                 stack.callback(accumulator.register_prehook(ledger.notice_grads).remove)
                 stack.callback(id, accumulator)  # its tensor refers to it weakly
         yield
+
+
+class _Uncounted(threading.local):
+    now = False
+
+
+_uncounted = _Uncounted()
+
+
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Count no tensor that this thread makes in this context: it stands for one elsewhere, as in host memory."""
+    before, _uncounted.now = _uncounted.now, True
+    try:
+        yield
+    finally:
+        _uncounted.now = before
 
 
 @dataclass(eq=False)
@@ -108,6 +126,8 @@ class StorageLedger(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _uncounted.now:
+            return func(*args, **kwargs)
         # An argument's storage existed before, unless its creation was seen. (torch.tensor() creates one unseen, then
         # lifts it.)
         before = frozenset() if func in _LIFTS else self._keys(tree_iter((args, kwargs)))

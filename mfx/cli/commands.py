@@ -22,7 +22,7 @@ from mfx.net.forward import forward_of
 from mfx.net.views import views_of
 from mfx.reports.page import check_file, page_of, write
 
-_OPTIONS = ("arithmetic", "memory_budget", "recompute", "velocity", "min_steps", "only", "skip", "capture")
+_OPTIONS = ("arithmetic", "memory_budget", "recompute", "offload", "velocity", "min_steps", "only", "skip", "capture")
 
 
 class UsageError(Exception):

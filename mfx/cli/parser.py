@@ -123,6 +123,7 @@ def _options(group: Any) -> None:
     group.add_argument("--arithmetic", choices=("exact", "float"))
     group.add_argument("--memory-budget", type=_budget, metavar="BUDGET", help="0 to 1, or bytes such as 24GiB")
     group.add_argument("--recompute", metavar="WHAT", help="all: the budget governs what lies between chains, too")
+    group.add_argument("--offload", choices=("cpu",), help="where what chains keep lies, if not on their device")
     group.add_argument("--velocity", choices=("zero", "residual"))
     group.add_argument("--min-steps", type=int, metavar="N")
     group.add_argument("--only", action="append", metavar="NAME", help="rewrite these chains or modules only")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 from typing import Any
 
 import torch
@@ -120,6 +121,25 @@ def make_ready(tensor: Tensor, made_in: Any) -> None:
     if here != made_in:
         here.wait_stream(made_in)
         tensor.record_stream(here)
+
+
+def side_stream(device: torch.device) -> Any:
+    """Return the stream of this process for copies beside the computation; None for a device without streams."""
+    if current_stream(device) is None:
+        return None
+    return _side_stream(device)
+
+
+@cache
+def _side_stream(device: torch.device) -> Any:
+    return _module(device).Stream(device)
+
+
+def event_in(stream: Any, device: torch.device) -> Any:
+    """Return an event that is over when all is done that was queued in a stream of a device."""
+    event = _module(device).Event()
+    event.record(stream)
+    return event
 
 
 # --- copies to the host -----------------------------------------------------------------------------------------------

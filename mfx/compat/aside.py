@@ -49,6 +49,11 @@ def is_observed() -> bool:
     return in_dispatch_mode() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
+def saves_for_others() -> bool:
+    """True if saved-tensor hooks are active: what autograd saves now is theirs to keep or to recompute."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 class _Unprofiled(threading.local):
     depth = 0
 

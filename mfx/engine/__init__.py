@@ -1,9 +1,9 @@
 """One chain of residual steps: forward with momentum, backward by rebuilding its activations.
 
 `run_chain` runs the steps (``chain``), in an arithmetic of its own (``arithmetic``), under autograd (``update``), so
-that the backward pass recomputes what it needs (``recompute``), as a memory plan says (``memory``). The engine handles
-steps as functions; it does not handle graphs. It may import `mfx.modules`, `mfx.options`, `mfx.meter`, `mfx.compat` and
-`mfx_passes`.
+that the backward pass recomputes what it needs (``recompute``), as a memory plan says (``memory``), from what lies on
+the device or in host memory (``offload``). The engine handles steps as functions; it does not handle graphs. It may
+import `mfx.modules`, `mfx.options`, `mfx.ledger`, `mfx.compat` and `mfx_passes`.
 """
 
 from mfx.engine.arithmetic import ARITHMETICS, BLOCK_KERNELS, FusedKernels, Kernels

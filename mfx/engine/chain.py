@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -20,6 +22,7 @@ from mfx.engine.flags import notice_overflow, read_pending, warn_once
 from mfx.engine.gammas import gammas_of, next_gammas
 from mfx.engine.memory.plan import ChainPlan, StepCost
 from mfx.engine.memory.storage import streams_of, walks_back
+from mfx.engine.offload import Offload
 from mfx.engine.recompute.layout import StateLayout
 from mfx.engine.recompute.runners import FromInputs, FromTape, Ordinary, Runner
 from mfx.engine.recompute.saved import tensors_in
@@ -79,8 +82,9 @@ def run_chain(
     plan = _plan(settings, xs, steps)
     v0 = [None] * len(xs) if v0 is None else v0
     call = ChainCall(name, steps, captures, root, settings, plan, v0, taps, containers, cache, costs)
-    recorded = _decide_recorded(call, xs)
-    with inside_chain(recorded, keeps=call.keeps_all), settings.lock.reading():
+    if (recorded := _decide_recorded(call, xs)) and settings.offload:
+        call = replace(call, offload=Offload.of(name, xs[0].device, (*xs, *tensors_in(tuple(captures)))))
+    with inside_chain(recorded, keeps=call.keeps_all), settings.lock.reading(), call.offload or nullcontext():
         if settings.gamma.is_zero:
             return _run_original(call, xs)
         return _run_recorded(call, xs) if recorded else _run_plain(call, xs)

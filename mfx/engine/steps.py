@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mfx.engine.arithmetic import BLOCK_KERNELS, Kernels, State
 from mfx.engine.memory.plan import ChainPlan, StepCost
+from mfx.engine.offload import Offload
 from mfx.modules.state_lock import StateLock
 from mfx.options.gamma import Gamma, check_velocity_with
 from mfx_passes.ir import Container
@@ -66,6 +67,7 @@ class ChainSettings:
         plan: what the steps keep for the backward pass; None: as little as possible. The function is the same.
         kernels: the implementation of the elementwise work of exact arithmetic. The values are the same.
         lock: the lock of the modules that the steps read.
+        offload: keep what is kept between forward and backward in host memory. The function is the same.
     """
 
     gamma: Gamma
@@ -75,6 +77,7 @@ class ChainSettings:
     plan: ChainPlan | None = None
     kernels: Kernels = BLOCK_KERNELS
     lock: StateLock = field(default_factory=StateLock, compare=False)
+    offload: bool = False
 
     def __post_init__(self) -> None:
         check_velocity_with(self.gamma, is_default=self.velocity == "zero")
@@ -86,6 +89,7 @@ class ChainCall:
 
     Attributes:
         plan: the decided plan: that of the settings, or of the step around the call.
+        offload: moves what the call keeps to host memory; None: it stays where it is.
     """
 
     name: str
@@ -99,6 +103,7 @@ class ChainCall:
     containers: Sequence[Container]
     cache: ChainCache
     costs: list[StepCost] | None
+    offload: Offload | None = None
 
     @property
     def updates(self) -> list[int]:

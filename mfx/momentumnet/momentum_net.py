@@ -45,6 +45,7 @@ class MomentumNet(nn.Module):
         is_residual: False if a function gives the next state h(x) of a residual network instead of f(x) = h(x) − x.
         arithmetic: ``"exact"`` or ``"float"``; see `mfx.momentumize`.
         verify: ``"warn"``, ``"raise"`` or ``"off"``; see `mfx.momentumize`.
+        offload: None or ``"cpu"``; see `mfx.momentumize`.
 
     Attributes:
         chain: the module that runs the steps, as in a momentumized net.
@@ -64,6 +65,7 @@ class MomentumNet(nn.Module):
         *,
         arithmetic: str = "exact",
         verify: str = "warn",
+        offload: str | None = None,
     ) -> None:
         super().__init__()
         modules = _checked(functions)
@@ -71,7 +73,7 @@ class MomentumNet(nn.Module):
         if init_speed and not isinstance(init_function, nn.Module):
             raise MfxError(f"init_speed=True needs a module as init_function, not {described(init_function)}.")
         budget = 1.0 if use_backprop else 0.0
-        options = Options(arithmetic=arithmetic, memory_budget=budget, verify=verify)
+        options = Options(arithmetic=arithmetic, memory_budget=budget, verify=verify, offload=offload)
         self.network = nn.Module()
         for name, module in modules.items():
             self.network.add_module(name, module)
@@ -87,6 +89,7 @@ class MomentumNet(nn.Module):
                 arithmetic=ARITHMETICS[options.arithmetic],
                 velocity="module" if init_speed else "zero",
                 verify=options.verify,
+                offload=options.offload is not None,
                 plan=ChainPlan.keep_all(len(modules)) if use_backprop else None,
             ),
         )

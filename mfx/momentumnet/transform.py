@@ -32,6 +32,7 @@ def transform_to_momentumnet(
     *,
     arithmetic: str = "exact",
     verify: str = "warn",
+    offload: str | None = None,
 ) -> M:
     """Return the same model with whole layers turned into momentum nets, as the momentumnet package does.
 
@@ -51,6 +52,7 @@ def transform_to_momentumnet(
         keep_first_layer: with ``sub_layers``, leave the first module of each layer as it is; it may change the shape.
         arithmetic: ``"exact"`` or ``"float"``; see `mfx.momentumize`.
         verify: ``"warn"``, ``"raise"`` or ``"off"``; see `mfx.momentumize`.
+        offload: None or ``"cpu"``; see `mfx.momentumize`.
 
     Returns:
         A model of the same class that shares all parameters and buffers with ``model``, with the same ``state_dict``
@@ -64,7 +66,7 @@ def transform_to_momentumnet(
         raise MfxError(f"transform_to_momentumnet takes a torch.nn.Module, not {described(model)}.")
     check_flags(use_backprop=use_backprop, is_residual=is_residual, keep_first_layer=keep_first_layer)
     budget = 1.0 if use_backprop else 0.0
-    options = Options(gamma=gamma, memory_budget=budget, arithmetic=arithmetic, verify=verify)
+    options = Options(gamma=gamma, memory_budget=budget, arithmetic=arithmetic, verify=verify, offload=offload)
     if sub_layers is None:
         if is_residual:
             raise MfxError(
@@ -112,11 +114,11 @@ def _with_earlier(model: nn.Module, options: Options) -> Options:
     again = [layer.path for layer in options.layers if layer.path in {old.path for old in before.layers}]
     if again:
         raise MfxError(f"{', '.join(again)}: transformed before. Use mfx.set_gamma to set another gamma.")
-    for name in ("memory_budget", "arithmetic", "verify"):
+    for name in ("memory_budget", "arithmetic", "verify", "offload"):
         if getattr(before, name) != getattr(options, name):
             raise MfxError(
-                "a net has one use_backprop, arithmetic and verify for all its layers, and earlier layers of this one "
-                "were transformed with others. Transform all layers in the same way."
+                "a net has one use_backprop, arithmetic, verify and offload for all its layers, and earlier layers of "
+                "this one were transformed with others. Transform all layers in the same way."
             )
     gamma: Any = options.gamma
     return replace(options, layers=(*before.layers, *options.layers), gamma={**gammas_of(model), "*": gamma})

@@ -47,6 +47,7 @@ class Options:
     arithmetic: str = "exact"
     memory_budget: float | str = 0.0
     recompute: str | None = None
+    offload: str | None = None
     min_steps: int = 2
     only: str | Sequence[str | Sequence[str]] | None = None
     skip: str | Sequence[str] | None = None
@@ -68,6 +69,11 @@ class Options:
             raise MfxError(
                 f"recompute={self.recompute!r}: must be None (only the steps of the chains run again) or 'all' (what "
                 "lies between the chains, too)."
+            )
+        if self.offload is not None and self.offload != "cpu":
+            raise MfxError(
+                f"offload={self.offload!r}: must be None (what chains keep stays on their device) or 'cpu' (it lies in "
+                "host memory)."
             )
         if not isinstance(self.min_steps, int) or isinstance(self.min_steps, bool) or self.min_steps < 1:
             raise MfxError(

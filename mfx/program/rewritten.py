@@ -307,6 +307,7 @@ def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:
         arithmetic=ARITHMETICS[options.arithmetic],
         velocity=velocity if isinstance(velocity, str) else "module",
         verify=options.verify,
+        offload=options.offload is not None,
         plan=ChainPlan.keep_all(len(graphs.steps)) if options.budget.share == 1.0 else None,
     )
     return Momentum(graphs, settings, NetPlans(options.budget) if options.plans else None)

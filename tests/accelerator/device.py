@@ -10,6 +10,7 @@ Every tensor has a twin on the CPU, kept as long as the process, and operators r
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 from collections import Counter
@@ -26,6 +27,7 @@ LAUNCHES: Counter[str] = Counter()
 SYNCHRONISATIONS: list[str] = []
 FROM_HOST: list[str] = []
 THREADS: set[int] = set()
+_NUMBERS = itertools.count(100)  # of streams that are made, not asked for by number
 _TWINS: dict[int, tuple[Tensor, Any]] = {}
 
 
@@ -88,6 +90,7 @@ class Event:
 
     def record(self, stream: Any = None) -> None:
         self._number = len(backend.queue)
+        self.stream = None if stream is None else stream.stream_id
 
     def query(self) -> bool:
         if backend.capturing:
@@ -101,11 +104,17 @@ class Event:
 class Stream(torch.Stream):
     """A stream, by number; 0 is the default one."""
 
-    def __new__(cls, number: int) -> Stream:
-        return super().__new__(cls, stream_id=number, device_index=0, device_type=20)
+    def __new__(cls, number: int | torch.device) -> Stream:
+        made = number if isinstance(number, int) else next(_NUMBERS)
+        return super().__new__(cls, stream_id=made, device_index=0, device_type=20)
 
     def wait_stream(self, other: torch.Stream) -> None:
         backend.waits.append((self.stream_id, other.stream_id))
+
+    def wait_event(self, event: Event) -> None:  # as a real one does: it does not arrive for the host
+        assert event.stream is not None
+        backend.waits.append((self.stream_id, event.stream))
+        backend.arrive()
 
 
 class _Local(threading.local):

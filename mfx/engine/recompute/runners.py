@@ -154,7 +154,8 @@ class FromInputs(_Recomputing, Runner):
         if index in self._call.plan.kept:
             return self._run_kept(step, xs)
         frame = self._frame(index, step)
-        source = StoredInput(frame, xs, self._rebuilt, f"{self._call.name}: the input of step {step.path}")
+        what = f"{self._call.name}: the input of step {step.path}"
+        source = StoredInput(frame, xs, self._rebuilt, what, self._call.offload)
         return self._run_frame(frame, step, xs, source.unpacker())
 
     def _make_frame(self, step: StepFunction, *args: Any) -> Frame:
@@ -175,7 +176,7 @@ class FromTape(_Recomputing, Runner):
     def __init__(self, call: ChainCall, device: torch.device) -> None:
         super().__init__(call, device, original=False)
         verify = partial(verify_chain, call.name, call.cache, call.settings.verify) if call.verifies else None
-        self.tape = Tape(call.name, device, verify, partial(warn_once, "walks", cache=call.cache))
+        self.tape = Tape(call.name, device, verify, partial(warn_once, "walks", cache=call.cache), call.offload)
         self.walked = call.plan.walked(len(call.steps))
 
     def run(  # noqa: D102

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_iter, tree_unflatten
 
+from mfx.engine.offload import Offload
 from mfx_passes.errors import MfxError
 
 
@@ -30,11 +32,16 @@ class SavedTensors:
 
     A chain inside another chain's branch, or inside ``torch.utils.checkpoint``, must not keep alive what the outer one
     frees. Saved tensors are subject to the hooks of the outer one, which recompute them when they are needed.
+
+    Args:
+        tensors: the tensors.
+        what: says what they are, for messages.
+        offload: moves them to host memory, if there is nobody around who keeps or recomputes them.
     """
 
-    def __init__(self, tensors: Iterable[Tensor], what: str) -> None:
+    def __init__(self, tensors: Iterable[Tensor], what: str, offload: Offload | None = None) -> None:
         self._what = what
-        with torch.enable_grad():
+        with torch.enable_grad(), nullcontext() if offload is None else offload.group():
             anchor = torch.empty(0, requires_grad=True)
             # Kept, for up to torch 2.12 a node frees what it saved when its outputs are gone.
             self._output: Tensor = _Saver.apply(anchor, *(t.detach() for t in tensors))

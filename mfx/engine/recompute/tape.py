@@ -16,6 +16,7 @@ from mfx.compat import NO_TASK, current_task, keeps_graph, when_task_ends
 from mfx.engine.arithmetic import State
 from mfx.engine.arithmetic.base import Frozen
 from mfx.engine.arithmetic.signed import UpdateGamma
+from mfx.engine.offload import Offload
 from mfx.engine.recompute.frame import Frame, Handle, KeptStep, Rebuilt
 from mfx.engine.recompute.saved import SavedTensors, freed
 
@@ -25,9 +26,11 @@ _MANY = 4  # walks of one graph: more than second derivatives take
 class StoredInput:
     """The kept states that one step reads, as in an ordinary checkpoint."""
 
-    def __init__(self, frame: Frame, xs: Sequence[Tensor], rebuilt: Rebuilt, what: str) -> None:
+    def __init__(
+        self, frame: Frame, xs: Sequence[Tensor], rebuilt: Rebuilt, what: str, offload: Offload | None
+    ) -> None:
         self._frame, self._rebuilt = frame, rebuilt
-        self._xs = SavedTensors(xs, what)
+        self._xs = SavedTensors(xs, what, offload)
 
     def unpacker(self) -> Callable[[Handle], Tensor]:
         """Return the function that turns a handle into its tensor."""
@@ -54,12 +57,13 @@ class _Stored:
     Args:
         states: for each stream, its state, or its tensor if it was not updated yet.
         what: says what that is.
+        offload: where it lies.
     """
 
-    def __init__(self, states: Sequence[State | Tensor], what: str) -> None:
+    def __init__(self, states: Sequence[State | Tensor], what: str, offload: Offload | None) -> None:
         frozen = [Frozen((s,), _thaw_unmoved) if isinstance(s, Tensor) else s.freeze() for s in states]
         self._thaw = [(len(tensors), thaw) for tensors, thaw in frozen]
-        self._tensors = SavedTensors([tensor for tensors, _ in frozen for tensor in tensors], what)
+        self._tensors = SavedTensors([tensor for tensors, _ in frozen for tensor in tensors], what, offload)
 
     def states(self) -> list[State | _Unmoved]:
         """Return the states; they do not write into what is stored."""
@@ -121,6 +125,7 @@ class Tape:
         device: torch.device,
         verify: Callable[[Tensor], None] | None,
         warn: Callable[[str], None],
+        offload: Offload | None,
     ) -> None:
         self._chain = chain
         self._steps: list[TapedStep] = []
@@ -128,7 +133,7 @@ class Tape:
         self._stored: dict[int, _Stored] = {}
         self._walk: _Walk | None = None
         self._rebuilt = Rebuilt(device)
-        self._verify, self._warn = verify, warn
+        self._verify, self._warn, self._offload = verify, warn, offload
         self._walks = 0
 
     def add(self, step: TapedStep) -> Callable[[Handle], Tensor]:
@@ -143,7 +148,7 @@ class Tape:
         All of it is kept: the error of a walk is not known beforehand. Where a branch rounds to bfloat16, by itself or
         under autocast, its values for nearly the same x differ in the third digit.
         """
-        self._stored[position] = _Stored(states, what)
+        self._stored[position] = _Stored(states, what, self._offload)
 
     def begin(self, stream: int) -> None:
         """Start a walk from the end: a backward pass has reached that of a stream, before any handle."""

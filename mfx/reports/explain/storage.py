@@ -79,4 +79,6 @@ def explain_storage(call: Momentum, streams: tuple[Stream, ...]) -> ExplainedSto
             reason += ", which is no more than states of full width"  # the reference that decides
     if call.plans is not None and call.plans.budget.is_partial:
         reason += f"; as far as memory_budget={call.plans.budget} goes, steps keep their activations instead"
+    if call.settings.offload and found.policy != "activations":
+        reason += "; all of it that takes a MiB or more in host memory, but for what the caller holds"
     return ExplainedStorage(tuple(streams), found.policy, states, inputs, found.anchors, found.error, reason)

@@ -375,7 +375,7 @@ def test_refused_models():
     net = transform(Small(), "first")
     with pytest.raises(mfx.MfxError, match="first: transformed before"):
         transform(net, "first")
-    with pytest.raises(mfx.MfxError, match="one use_backprop, arithmetic and verify for all its layers"):
+    with pytest.raises(mfx.MfxError, match="one use_backprop, arithmetic, verify and offload for all its layers"):
         transform(net, "second", use_backprop=True)
     with pytest.raises(mfx.MfxError, match="its chains were found by themselves"):
         transform(mfx.momentumize(Loop(False)), "functions")
