@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mfx.ledger import StorageLedger, gradients_left_out, storages
+from mfx.ledger import Life, StorageLedger, gradients_left_out, storages
 
 __all__ = ["ActivationMeter"]
 
@@ -86,6 +86,10 @@ class ActivationMeter:
     def peak_with_grads(self) -> int:
         """The most bytes alive at once inside the block, gradients of ``exclude`` among them."""
         return self._ledger.peak_with_grads
+
+    def largest_at_peak(self) -> Life | None:
+        """Return the life of the largest storage at the peak; None without ``timeline``, and on a CUDA device."""
+        return self._ledger.largest_at_peak() if isinstance(self._ledger, StorageLedger) else None
 
     @property
     def timeline(self) -> Sequence[int]:

@@ -41,7 +41,9 @@ from mfx.compat.autograd import (
     keeps_graph,
     leaves_of,
     memory_of,
+    next_node,
     put_accumulate_hook_first,
+    running_node,
     shapes_accumulated_next,
     when_task_ends,
 )
@@ -66,6 +68,7 @@ from mfx.compat.fsdp import (
 from mfx.compat.fx import autowrap_in_this_thread, dynamo_rules_kept, is_erased, search_autowrapped_in, untraced
 from mfx.compat.generators import sign_of_numpy, sign_of_python
 from mfx.compat.hooks import (
+    call_code,
     call_tables,
     forward_hook_tables,
     global_call_tables,
@@ -108,6 +111,7 @@ __all__ = [
     "autocast_state",
     "autowrap_in_this_thread",
     "cached_weights",
+    "call_code",
     "call_tables",
     "cast_inputs",
     "cast_output",
@@ -153,6 +157,7 @@ __all__ = [
     "modes_left",
     "modes_observed",
     "new_fake_mode",
+    "next_node",
     "patched",
     "patching",
     "plain_transformer_layers",
@@ -161,6 +166,7 @@ __all__ = [
     "random_state_of",
     "reads_in_parts",
     "reproducible",
+    "running_node",
     "runs_for_real",
     "saves_for_others",
     "scripted_copy",

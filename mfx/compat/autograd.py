@@ -106,3 +106,15 @@ def put_accumulate_hook_first(leaf: Tensor, hook: Callable[[Tensor], None]) -> R
         del hooks[number]
         hooks[number] = other
     return handle
+
+
+def next_node() -> int:
+    """Return the number that autograd gives the next node of a graph made in this thread (torch 2.11 to 2.15)."""
+    number: int = torch._C._autograd._get_sequence_nr()
+    return number
+
+
+def running_node() -> int:
+    """Return the number of the node that autograd runs in this thread, -1 if it runs none (torch 2.11 to 2.15)."""
+    node: Any = torch._C._current_autograd_node()
+    return -1 if node is None else node._sequence_nr()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 from torch import nn
@@ -13,6 +14,11 @@ from torch.utils.hooks import RemovableHandle
 def forward_hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
     """Return a module's own hooks before and after its forward, by number (torch 2.11 to 2.15)."""
     return module._forward_pre_hooks, module._forward_hooks
+
+
+def call_code() -> CodeType:
+    """Return the code that every call of a module runs, with the module as ``self`` (torch 2.11 to 2.15)."""
+    return nn.Module._call_impl.__code__
 
 
 def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:

@@ -41,6 +41,7 @@ def _effects(found: Explanation, profile: Profile | None) -> list[tuple[str, flo
         return [
             ("activations after the forward pass", momentum.kept_bytes, plain.kept_bytes),
             ("peak of activations", momentum.peak_bytes, plain.peak_bytes),
+            ("peak with parameters, inputs and gradients", momentum.whole_bytes, plain.whole_bytes),
             ("FLOPs", momentum.flops, plain.flops),
             ("time of a step", momentum.seconds, plain.seconds),
         ]
@@ -58,7 +59,7 @@ def memory(profile: Profile | None, why_not: str) -> Markup:
     """Return the picture of activation memory over time, and the table of measurements."""
     if profile is None:
         return joined(element("h2", "Memory over time"), element("p", f"Not measured: {why_not}", class_="dim"))
-    head = ("way to train", "kept", "peak", "time", "FLOPs")
+    head = ("way to train", "kept", "peak", "whole", "time", "FLOPs")
     first = profile.rows[0]
     body = [(row.name, *map(" · ".join, measures(row, first))) for row in profile.rows]
     notes = notes_of(profile)
@@ -71,7 +72,7 @@ def memory(profile: Profile | None, why_not: str) -> Markup:
             f"gradients do not count. A ring marks the end of the forward pass. Times: median of {profile.repeats}.",
             class_="dim",
         ),
-        Table(head, body, numbers=4).page(),
+        Table(head, body, numbers=5).page(),
         element("ul", *(element("li", note) for note in notes)) if notes else None,
     )
 

@@ -19,7 +19,7 @@ from mfx.modules.random_state import undisturbed
 from mfx.reports.profile.result import Profile
 from mfx.reports.profile.rows import ProfileRow
 from mfx.reports.profile.step import TrainingStep, parameters_of
-from mfx.reports.profile.untouched import check_values, restored
+from mfx.reports.profile.untouched import check_values, free_gradients, restored
 from mfx.reports.profile.variants import Against, Variant, variants_of
 from mfx.text import described
 from mfx_passes import MfxError
@@ -41,7 +41,7 @@ def profile(
 
     The steps are made on copies that share the parameters' values, in training mode; a model that is in training mode
     keeps parts of it that are not. Model, gradients, buffers and random generators are afterwards what they were.
-    Activations are counted: see `mfx.ActivationMeter`. Each gradient is freed as soon as it is accumulated.
+    Activations are counted: see `mfx.ActivationMeter`. The gradients of a step are freed at its end.
 
     Args:
         model: any module, on one device, a CPU or a GPU (CUDA); a momentumized net, too.
@@ -89,29 +89,37 @@ def _measure(
     rows: dict[str, ProfileRow] = {}
     skipped: list[tuple[str, str]] = []
     for variant in _with_progress(variants, "measuring", progress):
-        modules = [*models, *([] if variant.net is None else [variant.net])]
+        modules = _trained(models, variant)
         try:
-            _from_same_state(variant, step.run)  # the work of the first call, done once, is not part of a step
+            _from_same_state(variant, modules, step.run)  # the work of the first call, done once, is not part of a step
         except Exception as error:
             if variant.wrapped is None:
                 raise
             skipped.append((variant.name, _why(error)))
             continue
-        rows[variant.name] = _from_same_state(variant, partial(step.measured, parameters=parameters_of(modules)))
+        measured = partial(step.measured, parameters=parameters_of(modules[-1:]))
+        rows[variant.name] = _from_same_state(variant, modules, measured)
     if not rows:
         raise MfxError("; ".join(f"{name}: {reason}" for name, reason in skipped))
     ran = [variant for variant in variants if variant.name in rows]
     times: dict[str, list[float]] = {name: [] for name in rows}
     for _ in _with_progress(range(repeats), "timing", progress):
         for variant in ran:  # in turns, so that a change of the machine's speed hits all
-            times[variant.name].append(_from_same_state(variant, step.seconds))
+            times[variant.name].append(_from_same_state(variant, _trained(models, variant), step.seconds))
     return tuple(replace(row, seconds=statistics.median(times[row.name])) for row in rows.values()), tuple(skipped)
 
 
-def _from_same_state(variant: Variant, run: Callable[[Variant], T]) -> T:
-    """Run a step with the same random numbers as every other step."""
-    with undisturbed(variant.net if variant.net is not None else nn.Module()):
-        return run(variant)
+def _trained(models: Sequence[nn.Module], variant: Variant) -> list[nn.Module]:
+    return [*models, *([] if variant.net is None else [variant.net])]
+
+
+def _from_same_state(variant: Variant, modules: Sequence[nn.Module], run: Callable[[Variant], T]) -> T:
+    """Run a step with the same random numbers as every other step, and without gradients before and afterwards."""
+    try:
+        with undisturbed(variant.net if variant.net is not None else nn.Module()):
+            return run(variant)
+    finally:
+        free_gradients(modules)
 
 
 def _why(error: Exception) -> str:

@@ -16,7 +16,7 @@ from mfx.text import amount, duration, ratio, size
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_HEAD = ("variant", "kept", "", "peak", "", "time", "", "FLOPs", "")
+_HEAD = ("variant", "kept", "", "peak", "", "whole", "", "time", "", "FLOPs", "")
 
 
 @dataclass(frozen=True)
@@ -89,16 +89,20 @@ class Profile:
 
 
 def measures(row: ProfileRow, first: ProfileRow) -> list[tuple[str, str]]:
-    """Return what a step takes, each with its ratio to that of the first row: kept, peak, time and FLOPs."""
+    """Return what a step takes, each with its ratio to that of the first row: kept, peak, whole, time and FLOPs."""
     return [
         (size(row.kept_bytes), ratio(row.kept_bytes, first.kept_bytes)),
         (size(row.peak_bytes), ratio(row.peak_bytes, first.peak_bytes)),
+        (size(row.whole_bytes), ratio(row.whole_bytes, first.whole_bytes)),
         (duration(row.seconds), ratio(row.seconds, first.seconds)),
         (amount(row.flops, "FLOP"), ratio(row.flops, first.flops)),
     ]
 
 
 def notes_of(profile: Profile) -> list[str]:
-    """Return the notes on single variants: what was run, or why nothing was."""
-    notes = [f"{row.name}: {row.note}" for row in profile.rows if row.note]
+    """Return the notes: the largest tensor at each peak; what was run, or why nothing was."""
+    notes = ["whole: the peak with parameters, buffers, inputs and gradients; in peak are activations alone"]
+    largest = {row.largest: [r.name for r in profile.rows if r.largest == row.largest] for row in profile.rows}
+    notes += [f"largest at the peak ({', '.join(names)}): {text}" for text, names in largest.items() if text]
+    notes += [f"{row.name}: {row.note}" for row in profile.rows if row.note]
     return notes + [f"{name}: not measured: {reason}" for name, reason in profile.skipped]

@@ -11,8 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mfx.compat import memory_of
 from mfx.engine.memory.flops import FlopCounter
+from mfx.ledger import storages
 from mfx.meter import ActivationMeter
+from mfx.reports.profile.places import Places
 from mfx.reports.profile.rows import ProfileRow
 from mfx.reports.profile.untouched import copy_inputs
 from mfx.reports.profile.variants import Variant
@@ -60,20 +63,24 @@ class TrainingStep:
         args, kwargs = copy_inputs(*self._inputs)
         inputs = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         meter = ActivationMeter([*parameters, *inputs], timeline=True, device=self._device)
-        with meter, FlopCounter() as counter:
+        places = Places(variant.net)
+        with meter, FlopCounter() as counter, places:
             value = self._value(variant, args, kwargs)
             kept, forward = meter.live, len(meter.timeline)
             value.backward()
-        line = meter.timeline
+        line, largest = meter.timeline, meter.largest_at_peak()
+        before = {memory_of(storage): storage.nbytes() for storage in storages([*parameters, *inputs])}
         return ProfileRow(
             variant.name,
             kept,
             meter.peak,
+            meter.peak_with_grads + sum(before.values()),
             0.0,
             counter.flops,
             _thinned(line),
             forward / max(len(line), 1),
             variant.note(),
+            "" if largest is None else places.describe(largest.birth, largest.size),
         )
 
     def _value(self, variant: Variant, args: Any, kwargs: Any) -> Tensor:

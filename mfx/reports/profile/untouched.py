@@ -70,20 +70,17 @@ def _copy(tensor: Tensor) -> Tensor:
 
 @contextmanager
 def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Restore the gradients and buffers of modules at the end; inside, gradients are freed as they are accumulated."""
+    """Restore the gradients and buffers of modules at the end; inside, there are no gradients at first."""
     modules = list(modules)
     parameters = {id(p): p for module in modules for p in module.parameters()}.values()
     gradients = [(parameter, parameter.grad) for parameter in parameters]
     tables = {id(m): m._buffers for module in modules for m in module.modules()}.values()
     buffers = [(table, name, b, b.clone()) for table in tables for name, b in table.items() if b is not None]
-    hooks = [p.register_post_accumulate_grad_hook(_free_gradient) for p in parameters if p.requires_grad and p.is_leaf]
     for parameter, _ in gradients:
         parameter.grad = None
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
         for parameter, gradient in gradients:
             parameter.grad = gradient
         with torch.no_grad():
@@ -93,5 +90,7 @@ def restored(modules: Iterable[nn.Module]) -> Iterator[None]:
                 table[name] = buffer
 
 
-def _free_gradient(parameter: Tensor) -> None:
-    parameter.grad = None
+def free_gradients(modules: Iterable[nn.Module]) -> None:
+    """Free the gradients of modules' parameters."""
+    for parameter in chain.from_iterable(module.parameters() for module in modules):
+        parameter.grad = None

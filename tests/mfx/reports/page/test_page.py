@@ -125,7 +125,7 @@ def test_text_is_escaped() -> None:
 
 def test_lines_are_where_the_numbers_are() -> None:
     """Bytes 0, 500 and 1000 of a scale that ends at 1000; the forward pass ends in the middle."""
-    row = ProfileRow("momentum", 500, 1000, 1.0, 10, ((0.0, 0), (0.5, 500), (1.0, 1000)), 0.5)
+    row = ProfileRow("momentum", 500, 1000, 2000, 1.0, 10, ((0.0, 0), (0.5, 500), (1.0, 1000)), 0.5)
     drawn = ElementTree.fromstring(lines([row]))
     points = [tuple(map(float, point.split(","))) for point in drawn.find("polyline").attrib["points"].split()]
     (x0, y0), (x1, y1), (x2, y2) = points
@@ -149,7 +149,7 @@ def test_the_scale_reaches_the_peak_in_a_few_round_steps(peak: int) -> None:
 @pytest.mark.parametrize("peak", [7, 1024, 240 * 2**10, 1000 * 2**20, 10**15])
 def test_the_labels_of_the_scale_are_not_cut_off(peak: int) -> None:
     """DejaVu Sans, the widest of the usual fonts, needs 65 units for "1000.0 KiB" at size 12, below 0.6 em a letter."""
-    row = ProfileRow("plain", peak, peak, 1.0, 10, ((0.0, 0), (1.0, peak)), 1.0)
+    row = ProfileRow("plain", peak, peak, peak, 1.0, 10, ((0.0, 0), (1.0, peak)), 1.0)
     labels = [e for e in ElementTree.fromstring(lines([row])).findall("text") if e.attrib["text-anchor"] == "end"]
     assert len(labels) >= 2
     assert all(0.6 * 12 * len(label.text or "") <= float(label.attrib["x"]) for label in labels)
@@ -176,7 +176,7 @@ def test_unknown_values_of_an_explanation_are_dashes() -> None:
 
 
 def test_a_variant_that_did_not_run_is_named() -> None:
-    row = ProfileRow("plain", 10, 20, 0.1, 1000, ((0.0, 1), (1.0, 20)), 0.4, note="as it is")
+    row = ProfileRow("plain", 10, 20, 30, 0.1, 1000, ((0.0, 1), (1.0, 20)), 0.4, note="as it is")
     net = mfx.momentumize(Stack())
     profile = Profile("Stack", "cpu", 3, (row,), (), (("checkpoint", "it has <no> blocks"),))
     page = page_of(mfx.explain(net), mfx.draw(net), profile=profile)

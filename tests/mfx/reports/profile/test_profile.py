@@ -96,6 +96,66 @@ def test_bytes_are_those_counted_by_hand(n):
     assert row.peak_bytes == (n + 1) * UNIT + 2 * SCALAR
 
 
+class Table(nn.Module):
+    """Reads a few rows of a table, of which the gradient is by far the largest tensor of a step."""
+
+    def __init__(self, rows, **kwargs):
+        super().__init__()
+        self.table = nn.Embedding(rows, 16, **kwargs)
+        self.block = Block()
+
+    def forward(self, index):
+        return self.block(self.table(index)).sum()
+
+
+def test_a_tables_gradient_is_in_the_whole_and_not_in_the_peak():
+    index = torch.arange(8)
+    (small,), (large,) = (profile(Table(rows), index, against="plain").rows for rows in (64, 4096))
+    more = (4096 - 64) * 16 * 4
+    assert small.peak_bytes == large.peak_bytes < more
+    assert large.whole_bytes - small.whole_bytes == 2 * more  # the table and its gradient
+
+
+def test_the_whole_peak_is_the_one_by_hand():
+    (row,) = profile(Tanhs(3), torch.ones(256), against="plain").rows
+    # The peak of activations, the weight, the input; the weight's gradient comes when tanhs' outputs have gone.
+    assert row.whole_bytes == row.peak_bytes + SCALAR + UNIT
+
+
+def test_the_largest_tensor_at_the_peak_is_named():
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.ModuleDict({"wide": nn.Sequential(nn.Linear(4, 512), nn.Tanh(), nn.Linear(512, 4))})
+
+        def forward(self, x):
+            return self.inner["wide"](x)
+
+    found = profile(Wide(), torch.ones(2, 4), against="plain")
+    # At the peak, in the backward pass of tanh, three tensors of that size live: its input is none of them.
+    assert found.rows[0].largest == "4.0 KiB, float32 2×512, by tanh in inner.wide.1, in the forward pass"
+    assert "largest at the peak (plain): 4.0 KiB, float32 2×512, by tanh in inner.wide.1" in " ".join(
+        str(found).split()
+    )
+
+
+def test_a_tensor_of_the_backward_pass_is_named_by_the_module_of_its_forward():
+    class Mean(nn.Module):
+        def forward(self, x):
+            return x.mean(1)
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.mean = nn.Parameter(torch.ones(())), Mean()
+
+        def forward(self, x):
+            return self.mean((x * self.scale).expand(256, 256)).sum()  # no tensor of that size is made here
+
+    (row,) = profile(Net(), torch.ones(256, 1), against="plain").rows
+    assert row.largest == "256.0 KiB, float32 256×256, by div in mean, in the backward pass"
+
+
 def test_the_timeline_is_that_worked_out_by_hand():
     (row,) = profile(Tanhs(2), torch.ones(256), against="plain").rows
     where, live = zip(*row.timeline, strict=True)

@@ -11,8 +11,9 @@ from mfx.reports.profile.rows import ProfileRow
 GIB = 2**30
 
 
-def row(name, kept, peak, seconds, flops, note=""):
-    return ProfileRow(name, kept, peak, seconds, flops, ((0.0, 0), (0.5, kept), (0.6, peak), (1.0, 4)), 0.5, note)
+def row(name, kept, peak, seconds, flops, *notes):
+    line = ((0.0, 0), (0.5, kept), (0.6, peak), (1.0, 4))
+    return ProfileRow(name, kept, peak, 2 * peak, seconds, flops, line, 0.5, *notes)
 
 
 @pytest.fixture
@@ -28,9 +29,9 @@ def test_the_table_has_a_line_per_variant_with_ratios_to_the_first(found):
     lines = found.table().splitlines()
     assert lines[0] == "Net, one training step on cpu; ratios are to plain"
     header, plain, mine = lines[2:5]
-    assert header.split() == ["variant", "kept", "peak", "time", "FLOPs"]
-    assert " ".join(plain.split()) == "plain 4.0 GiB 1.00× 5.0 GiB 1.00× 2.50 s 1.00× 3 TFLOP 1.00×"
-    assert " ".join(mine.split()) == "<mine> 1.0 KiB 0.00× 1.5 KiB 0.00× 50.0 ms 0.02× 4 TFLOP 1.33×"
+    assert header.split() == ["variant", "kept", "peak", "whole", "time", "FLOPs"]
+    assert " ".join(plain.split()) == "plain 4.0 GiB 1.00× 5.0 GiB 1.00× 10.0 GiB 1.00× 2.50 s 1.00× 3 TFLOP 1.00×"
+    assert " ".join(mine.split()) == "<mine> 1.0 KiB 0.00× 1.5 KiB 0.00× 3.0 KiB 0.00× 50.0 ms 0.02× 4 TFLOP 1.33×"
     assert max(map(len, lines)) <= 100
     assert lines[-1] == "checkpoint: not measured: CheckpointError: other sizes"
     assert str(found) == found.table()
@@ -38,7 +39,14 @@ def test_the_table_has_a_line_per_variant_with_ratios_to_the_first(found):
 
 def test_a_first_variant_that_keeps_nothing_has_no_ratios():
     found = mfx.Profile("Net", "cpu", 1, (row("nothing", 0, 0, 0.1, 0),))
-    assert " ".join(found.table().splitlines()[3].split()) == "nothing 0 B – 0 B – 100.0 ms 1.00× 0 FLOP –"
+    assert " ".join(found.table().splitlines()[3].split()) == "nothing 0 B – 0 B – 0 B – 100.0 ms 1.00× 0 FLOP –"
+
+
+def test_the_largest_tensor_is_named_once_for_variants_that_share_it():
+    rows = [row(name, 1, 2, 0.1, 3, "", largest) for name, largest in (("a", "5 B"), ("b", "7 B"), ("c", "5 B"))]
+    lines = mfx.Profile("Net", "cpu", 1, tuple(rows)).table().splitlines()
+    assert "largest at the peak (a, c): 5 B" in lines
+    assert "largest at the peak (b): 7 B" in lines
 
 
 def test_as_data_it_survives_json(found):
