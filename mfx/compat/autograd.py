@@ -18,9 +18,9 @@ NO_TASK = -1
 OPAQUE_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
 
 
-def current_task() -> int:
-    """Return the number of the backward pass that this thread is in, ``NO_TASK`` outside one (torch 2.11 to 2.15)."""
-    return torch._C._current_graph_task_id()
+# Returns the number of the backward pass that this thread is in, ``NO_TASK`` outside one (torch 2.11 to 2.15). It is
+# asked for every saved tensor.
+current_task: Callable[[], int] = torch._C._current_graph_task_id
 
 
 def when_task_ends(callback: Callable[[], None]) -> None:

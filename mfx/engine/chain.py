@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, compress
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from mfx.engine.arithmetic.choice import choose
 from mfx.engine.arithmetic.signed import UpdateGamma, add_scaled, complement_of, value_of
 from mfx.engine.containers import gathering
 from mfx.engine.flags import notice_overflow, read_pending, warn_once
-from mfx.engine.gammas import gammas_of, next_gammas
+from mfx.engine.gammas import gammas_of
 from mfx.engine.memory.plan import ChainPlan, StepCost
 from mfx.engine.memory.storage import streams_of, walks_back
 from mfx.engine.offload import Offload
@@ -27,7 +28,7 @@ from mfx.engine.recompute.layout import StateLayout
 from mfx.engine.recompute.runners import FromInputs, FromTape, Ordinary, Runner
 from mfx.engine.recompute.saved import tensors_in
 from mfx.engine.scope import enclosing_is_recorded, enclosing_keeps, inside_chain
-from mfx.engine.steps import ChainCache, ChainCall, ChainOutput, ChainSettings, StepFunction
+from mfx.engine.steps import ChainCache, ChainCall, ChainOutput, ChainSettings, StepFunction, StepOutputs
 from mfx.engine.update import Enter, Update, UpdateContext, velocity_dummy
 from mfx.options.gamma import Gamma
 from mfx.text import listed
@@ -35,6 +36,7 @@ from mfx_passes.errors import MfxError
 from mfx_passes.ir import Container
 
 _ZERO = Gamma(0, 1)
+_version_of = attrgetter("_version")
 
 
 def run_chain(
@@ -113,19 +115,21 @@ class _Streams:
         self._tap_order = taps
         self._taps: dict[tuple[int, int], Tensor] = {}
         self._sides: list[tuple[Any, ...]] = []
+        self._count = 0
         self.has_sides = False
 
     def read(self, step: StepFunction) -> list[Tensor]:
         """Return the states that a step reads."""
-        return [self.xs[stream] for stream in step.reads]
+        return [*map(self.xs.__getitem__, step.reads)]
 
     def add(self, step: StepFunction, xs: Sequence[Tensor], side: Sequence[Any]) -> None:
         """Take in the new states, and the side outputs, of a step."""
         self._sides.append(tuple(side))
+        self._count += 1
         self.has_sides = self.has_sides or bool(side)
         for stream, x in zip(step.writes, xs, strict=True):
             self.xs[stream] = x
-            if (tap := (len(self._sides), stream)) in self._wanted:
+            if (tap := (self._count, stream)) in self._wanted:
                 self._taps[tap] = x
 
     def finish(self) -> ChainOutput:
@@ -171,8 +175,7 @@ def _run_original(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     runner: Runner = FromInputs(call, xs[0].device, original=True) if recomputes else Ordinary(call, original=True)
     runner, streams = gathering(runner, call, original=True), _Streams(xs, call.taps)
     for index, step in enumerate(call.steps):
-        outputs = runner.run(index, step, streams.read(step), [_ZERO] * len(step.writes))
-        streams.add(step, *step.split(outputs))
+        streams.add(step, *runner.run(index, step, streams.read(step), [_ZERO] * len(step.writes)))
     return streams.finish()
 
 
@@ -184,7 +187,7 @@ def _run_plain(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     vs = [None if v is None else _as(state.dtype, v) for v, state in zip(call.v0, states, strict=True)]
     streams = _Streams(xs, call.taps)
     for index, (step, gammas) in enumerate(zip(call.steps, all_gammas, strict=True)):
-        ys, side = step.split(runner.run(index, step, streams.read(step), gammas))
+        ys, side = runner.run(index, step, streams.read(step), gammas)
         for stream, kind, gamma, y in zip(step.writes, step.kinds, gammas, ys, strict=True):
             _check_fits(call, step, xs[stream], y)
             state, v = states[stream], vs[stream]
@@ -218,47 +221,49 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     runner = gathering(runner, call, original=False)
     spacing = min(arithmetic.anchor_every(gamma, x.dtype) or len(call.steps) for x in xs)
     on_cpu = xs[0].device.type == "cpu"
-    ends = {stream: index for index in walked for stream in call.steps[index].writes}
-    moved: set[int] = set()
+    ends = set({stream: index for index in walked for stream in call.steps[index].writes}.items())
+    earlier: list[list[UpdateGamma]] = [[] for _ in xs]  # γ of the updates of each stream so far
     firsts: dict[int, Tensor] = {}  # by stream; all gradients of the chain come by one of them
-    nexts = next_gammas(call, all_gammas)
     for index, (step, gammas) in enumerate(zip(call.steps, all_gammas, strict=True)):
         if arithmetic.verifiable and index == walked.start > 0:
-            for stream in moved:
-                states[stream].remember_start()
-        ys, side = step.split(_run_branch(call, runner, index, step, streams.read(step), gammas))
+            for state in compress(states, earlier):
+                state.remember_start()
+        ys, side = _run_branch(call, runner, index, step, streams.read(step), gammas)
         # With these, gradients arrive elsewhere too, when the last update may have been freed.
         on_tape = bool(call.taps or side) or streams.has_sides
         after = []
-        for stream, kind, own, following, y in zip(step.writes, step.kinds, gammas, nexts[index], ys, strict=True):
+        for stream, kind, own, y in zip(step.writes, step.kinds, gammas, ys, strict=True):
             x, state = streams.xs[stream], states[stream]
             _check_fits(call, step, x, y)
-            is_end = ends.get(stream) == index and not on_tape
+            is_end = (stream, index) in ends and not on_tape
             begin = partial(tape.begin, stream) if tape is not None and is_end else None
-            context = UpdateContext(state, kind, own, following, stream in moved, dummies[stream], begin)
+            context = UpdateContext(state, kind, own, earlier[stream], dummies[stream], begin)
             x, vs[stream] = Update.apply(x, vs[stream], y, context)
-            if x.requires_grad:
-                firsts.setdefault(stream, x)
+            if stream not in firsts and x.requires_grad:
+                firsts[stream] = x
             after.append(x)
-        moved.update(step.writes)
         streams.add(step, after, side)
-        for stream in step.writes if on_cpu else moved if index == len(call.steps) - 1 else ():
-            if (overflowed := states[stream].overflowed()) is not None:
+        looked_at = [states[stream] for stream in step.writes] if on_cpu else []
+        if not on_cpu and index == len(call.steps) - 1:
+            looked_at = [*compress(states, earlier)]
+        for state in looked_at:
+            if (overflowed := state.overflowed()) is not None:
                 place = f"chain {call.name}, at or before step {step.path}"
                 notice_overflow(place, overflowed, call.cache, firsts.values() if settings.verify == "raise" else ())
         position = index + 1 - walked.start
         if tape is not None and index in walked and (index + 1 == walked.stop or position % spacing == 0):
-            present = [states[s] if s in moved else x.detach() for s, x in enumerate(streams.xs)]
+            found = zip(states, earlier, streams.xs, strict=True)
+            present = [state if gone else x.detach() for state, gone, x in found]
             tape.store(position, present, f"{call.name}: the stream after step {step.path}")
     return streams.finish()
 
 
 def _run_branch(
     call: ChainCall, runner: Runner, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]
-) -> tuple[Any, ...]:
-    versions = [x._version for x in xs]
+) -> StepOutputs:
+    versions = [*map(_version_of, xs)]
     outputs = runner.run(index, step, xs, gammas)
-    if [x._version for x in xs] != versions:
+    if [*map(_version_of, xs)] != versions:
         raise MfxError(
             f"chain {call.name}, step {step.path}: the branch writes into the stream, which is its input, so there "
             "is no telling what is to be added to what. Have it write into a copy (x.clone()), or leave this step "

@@ -20,7 +20,7 @@ from mfx import compat
 from mfx.engine.arithmetic.signed import UpdateGamma
 from mfx.engine.recompute.runners import Runner
 from mfx.engine.recompute.saved import tensors_in
-from mfx.engine.steps import ChainCall, StepFunction
+from mfx.engine.steps import ChainCall, StepFunction, StepOutputs
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Gathering(Runner):
 
     def run(  # noqa: D102
         self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]
-    ) -> tuple[Any, ...]:
+    ) -> StepOutputs:
         around = [(c, attrgetter(c.path)(self._call.root)) for c in self._call.containers if c.first <= index < c.stop]
         around = [(container, module) for container, module in around if compat.shards_of(module) is not None]
         for container, module in around:
@@ -77,7 +77,7 @@ class Gathering(Runner):
             self.values[i] = value
         return handed
 
-    def _leave(self, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _leave(self, outputs: StepOutputs) -> StepOutputs:
         run = self._open.pop()
         for i, value in run.before.items():
             self.values[i] = value

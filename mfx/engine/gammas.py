@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mfx.compat import is_sharded, reads_in_parts
 from mfx.engine.arithmetic.signed import Signed, UpdateGamma
-from mfx.engine.steps import ChainCall
+from mfx.engine.steps import ChainCall, StepFunction
 from mfx.options.gamma import Drawn, Gamma
 from mfx.text import listed
 from mfx_passes.errors import MfxError
@@ -24,33 +24,25 @@ def gammas_of(call: ChainCall, xs: Sequence[Tensor]) -> list[list[UpdateGamma]]:
     Raises:
         MfxError: signs are to be drawn for the rows of a dimension that the streams do not have in common.
     """
-    gamma, moved = call.settings.gamma, set[int]()
-    drawn = gamma.drawn if gamma.has_signs else None
-    draws = [] if drawn is None else _draw(call, xs, drawn)
-    first_is_full = drawn is not None or call.settings.velocity == "residual"
-    gammas = []
-    for index, step in enumerate(call.steps):
-        own: list[UpdateGamma] = []
-        for stream in step.writes:
-            if first_is_full and stream not in moved:
-                own.append(_ZERO)
-            elif drawn is None:
-                own.append(gamma)
-            else:
-                own.append(Signed(gamma, draws[index], drawn.dim % xs[stream].dim() if xs[stream].dim() else 0))
-        gammas.append(own)
-        moved.update(step.writes)
+    gamma = call.settings.gamma
+    gammas: list[list[UpdateGamma]] = [[gamma for _ in step.writes] for step in call.steps]
+    if gamma.has_signs:
+        drawn = gamma.drawn
+        assert drawn is not None, "γ has signs"
+        for step, own, draw in zip(call.steps, gammas, _draw(call, xs, drawn), strict=True):
+            dims = (xs[stream].dim() for stream in step.writes)
+            own[:] = [Signed(gamma, draw, drawn.dim % dim if dim else 0) for dim in dims]
+    if gamma.has_signs or call.settings.velocity == "residual":
+        _set_first(call.steps, gammas)
     return gammas
 
 
-def next_gammas(call: ChainCall, gammas: Sequence[Sequence[UpdateGamma]]) -> list[list[UpdateGamma]]:
-    """Return for each update γ of the next update of its stream; for the last one, which has none, its own."""
-    following: dict[int, UpdateGamma] = {}
-    result = []
-    for step, own in zip(reversed(call.steps), reversed(gammas), strict=True):
-        result.append([following.get(stream, gamma) for stream, gamma in zip(step.writes, own, strict=True)])
-        following.update(zip(step.writes, own, strict=True))
-    return result[::-1]
+def _set_first(steps: Sequence[StepFunction], gammas: Sequence[list[UpdateGamma]]) -> None:
+    """Let the first update of each stream have γ = 0."""
+    moved: set[int] = set()
+    for step, own in zip(steps, gammas, strict=True):
+        own[:] = [gamma if stream in moved else _ZERO for stream, gamma in zip(step.writes, own, strict=True)]
+        moved.update(step.writes)
 
 
 def _draw(call: ChainCall, xs: Sequence[Tensor], drawn: Drawn) -> Sequence[Tensor]:

@@ -17,6 +17,7 @@ from mfx.options.gamma import Gamma, check_velocity_with
 from mfx_passes.ir import Container
 
 ChainCache = dict[Any, Any]
+StepOutputs = tuple[Sequence[Any], Sequence[Any]]  # the values for the streams, and side outputs
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class StepFunction:
     reads: tuple[int, ...] = (0,)
     writes: tuple[int, ...] = (0,)
 
-    def split(self, outputs: Sequence[Any]) -> tuple[Sequence[Any], Sequence[Any]]:
+    def split(self, outputs: Sequence[Any]) -> StepOutputs:
         """Return the values for the streams, and the side outputs."""
         count = len(self.writes)
         return outputs[:count], outputs[count:]

@@ -21,8 +21,7 @@ class UpdateContext(NamedTuple):
         state: the stream's numbers.
         kind: of the step.
         gamma: γ of the step.
-        later_gamma: γ of the next update of the stream.
-        follows: whether there is an update of the stream before this one.
+        earlier: γ of the updates of the stream so far.
         dummy: the stream's ``velocity_dummy``.
         begin: for the update whose gradient arrives before all others of its stream, what to do then; else None.
     """
@@ -30,8 +29,7 @@ class UpdateContext(NamedTuple):
     state: State
     kind: str
     gamma: UpdateGamma
-    later_gamma: UpdateGamma
-    follows: bool
+    earlier: list[UpdateGamma]
     dummy: Tensor
     begin: Callable[[], None] | None = None
 
@@ -52,7 +50,9 @@ class Update(torch.autograd.Function):
     @staticmethod
     @override
     def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, context: UpdateContext) -> tuple[Tensor, Tensor]:
-        state, ctx.kind, ctx.gamma, ctx.later_gamma, ctx.follows, dummy, ctx.begin = context
+        state, ctx.kind, ctx.gamma, ctx.gammas, dummy, ctx.begin = context
+        ctx.number, ctx.follows = len(ctx.gammas), bool(ctx.gammas)
+        ctx.gammas.append(ctx.gamma)  # by the backward pass those of later updates are there, too
         ctx.set_materialize_grads(False)
         ctx.wide, ctx.needs_v = dummy.dtype, ctx.needs_input_grad[1]
         ctx.dtypes = x.dtype, dummy.dtype if v is None else v.dtype, y.dtype
@@ -66,6 +66,7 @@ class Update(torch.autograd.Function):
             ctx.begin()
         if gx is None and gv is None:
             return None, None, None, None
+        ctx.later_gamma = ctx.gammas[min(ctx.number + 1, len(ctx.gammas) - 1)]
         return *ctx.gradients(ctx, gx, gv), None
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections.abc import Collection
 from io import BytesIO, StringIO
+from operator import methodcaller
 from typing import Any
 
 import torch
@@ -12,6 +14,28 @@ from torch import nn
 
 DATA = 2**26
 """Bytes of a buffer above which it is not looked at: data, not something that a model notes."""
+
+
+NO_STORAGE = torch.UntypedStorage(0)
+_storage = methodcaller("untyped_storage")
+
+
+def storages_of(tensors: Collection[torch.Tensor]) -> list[torch.UntypedStorage]:
+    """Return the storages of tensors; ``NO_STORAGE`` for kinds of tensors that have none.
+
+    While it is kept, the storage of some memory is one object, and no other can be taken for it.
+    """
+    try:
+        return [*map(_storage, tensors)]
+    except (RuntimeError, NotImplementedError):
+        return [_storage_or_none(tensor) for tensor in tensors]
+
+
+def _storage_or_none(tensor: torch.Tensor) -> torch.UntypedStorage:
+    try:
+        return tensor.untyped_storage()
+    except (RuntimeError, NotImplementedError):
+        return NO_STORAGE
 
 
 def storage_of(tensor: torch.Tensor) -> int:

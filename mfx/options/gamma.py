@@ -7,6 +7,7 @@ import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from fractions import Fraction
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -118,27 +119,37 @@ class Gamma:
             )
         return cls(fraction.numerator, fraction.denominator)
 
-    @property
+    @cached_property
     def value(self) -> float:
         """γ as a Python float."""
         return self.numerator / self.denominator
 
-    @property
+    @cached_property
     def complement(self) -> float:
         """1 − γ, rounded once."""
         return (self.denominator - self.numerator) / self.denominator
 
-    @property
+    @cached_property
+    def carried(self) -> float:
+        """1 − γ, or 1 at γ = 1: the share of g that is carried from an update with this γ to the one before."""
+        return self.complement or 1.0
+
+    @cached_property
+    def ratio(self) -> float:
+        """γ / (1 − γ): the gradient of v, by what an update with this γ carried of it."""
+        return self.value / self.carried
+
+    @cached_property
     def is_zero(self) -> bool:
         """True if γ is 0, where a chain computes what the original model does."""
         return self.numerator == 0
 
-    @property
+    @cached_property
     def is_one(self) -> bool:
         """True if γ is 1, where branches have no weight."""
         return self.numerator == self.denominator
 
-    @property
+    @cached_property
     def has_signs(self) -> bool:
         """True if calls in training draw signs of γ."""
         return self.drawn is not None and not self.is_zero

@@ -38,8 +38,10 @@ def blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
             out in memory as the first one, which has no holes.
     """
     first = tensors[0]
-    size = max(_BLOCK, _BLOCK // 2 * torch.get_num_threads())
-    if first.numel() <= size or not can_be_split(first):
+    count, size = first.numel(), _BLOCK
+    if count > size:
+        size = max(size, _BLOCK // 2 * torch.get_num_threads())
+    if count <= size or not can_be_split(first):
         return (tensors,)
     return zip(*(flat(t, first).split(size) if t.dim() else repeat(t) for t in tensors), strict=False)
 

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mfx.engine.arithmetic.signed import UpdateGamma, add_scaled, value_of
-from mfx.options.gamma import Gamma
+from mfx.engine.arithmetic.signed import UpdateGamma, add_scaled, carried_by, ratio_of, value_of
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -49,7 +48,7 @@ def gradients_of(update: UpdateGradients, gx: Tensor | None, gv: Tensor | None) 
     else:
         ratio = update.later_gamma.factor(ratio_of, gv)
         g = gv * ratio if gx is None else add_scaled(gx, gv, ratio)
-    share = g * gamma.factor(carried, g)
+    share = g * gamma.factor(carried_by, g)
     gy = torch.zeros_like(g) if gamma.is_one else share
     gy = gy if gy.dtype is y_dtype else gy.to(y_dtype)
     if update.kind == "map":
@@ -58,16 +57,6 @@ def gradients_of(update: UpdateGradients, gx: Tensor | None, gv: Tensor | None) 
     if not update.needs_v:
         return gx, None, gy
     return gx, _as(v_dtype, share if update.follows else g * gamma.factor(value_of, g)), gy
-
-
-def ratio_of(later_gamma: Gamma) -> float:
-    """Return the share of ∂/∂v' in g, by what a later update with this γ carried of it."""
-    return later_gamma.value / (later_gamma.complement or 1.0)
-
-
-def carried(gamma: Gamma) -> float:
-    """Return the share of g that is carried from the update of a step with this γ to the one before."""
-    return gamma.complement or 1.0
 
 
 def _as(dtype: torch.dtype, g: Tensor) -> Tensor:

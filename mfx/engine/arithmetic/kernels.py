@@ -37,7 +37,8 @@ class BlockKernels(Kernels):
     def advance(self, x: Tensor, v: Tensor, top: Tensor, y: Tensor, out: Tensor, kind: str, gamma: UpdateGamma) -> None:
         for a, b, t, f, part, *signs in blocks(x, v, top, y, out, *gamma.signs_like(x)):
             multiply(b, t, gamma.numerator, gamma.denominator)
-            b = _signed(b, *signs)
+            for sign in signs:  # of γ·v; whether before or after |γ| makes no other digits
+                b.mul_(sign)
             b.add_(increment(f, a, kind, gamma, *signs))
             read(a.add_(b), part)
 
@@ -50,7 +51,9 @@ class BlockKernels(Kernels):
     def retreat_v(self, x: Tensor, v: Tensor, top: Tensor, y: Tensor, kind: str, gamma: UpdateGamma) -> None:
         for a, b, t, f, *signs in blocks(x, v, top, y, *gamma.signs_like(x)):
             b.sub_(increment(f, a, kind, gamma, *signs))
-            divide(_signed(b, *signs), t, gamma.numerator, gamma.denominator)
+            for sign in signs:
+                b.mul_(sign)
+            divide(b, t, gamma.numerator, gamma.denominator)
 
 
 BLOCK_KERNELS: Kernels = BlockKernels()
@@ -71,13 +74,6 @@ def increment(y: Tensor, x: Tensor, kind: str, gamma: UpdateGamma, *signs: Tenso
         return nearest(f.mul_(complement * ONE))
     F = nearest(f.mul_(ONE)).sub_(x)  # in the memory of f
     return nearest(f.copy_(F).mul_(complement))
-
-
-def _signed(v: Tensor, *signs: Tensor) -> Tensor:
-    """Give γ·v the sign of γ, in place. Whether that comes before or after |γ| makes no other digits."""
-    for sign in signs:
-        v.mul_(sign)
-    return v
 
 
 def read(x: Tensor, out: Tensor) -> None:

@@ -82,7 +82,9 @@ class Signed:
 
 
 UpdateGamma: TypeAlias = Gamma | Signed
-value_of, complement_of = attrgetter("value"), attrgetter("complement")  # for ``factor``
+# For ``factor``.
+value_of, complement_of = attrgetter("value"), attrgetter("complement")
+ratio_of, carried_by = attrgetter("ratio"), attrgetter("carried")
 
 
 def _number(value: float, like: Tensor) -> Tensor:

@@ -20,10 +20,10 @@ from mfx.engine.arithmetic.blocks import is_plain, is_single
 from mfx.engine.arithmetic.digit_store import DigitStore, grow, narrowest
 from mfx.engine.arithmetic.exact import ExactState
 from mfx.engine.arithmetic.floating import FloatState
-from mfx.engine.arithmetic.gradients import Gradients, UpdateGradients, carried, gradients_of, ratio_of
+from mfx.engine.arithmetic.gradients import Gradients, UpdateGradients, gradients_of
 from mfx.engine.arithmetic.kernels import BLOCK_KERNELS, Kernels
 from mfx.engine.arithmetic.range_check import RangeCheck
-from mfx.engine.arithmetic.signed import UpdateGamma, value_of
+from mfx.engine.arithmetic.signed import UpdateGamma, carried_by, ratio_of, value_of
 from mfx.options.gamma import Gamma
 
 _BLOCK = 512  # elements, two a thread: vectors of 16 bytes of states, and no registers are spilled
@@ -44,7 +44,7 @@ def _gradients(update: UpdateGradients, gx: Tensor | None, gv: Tensor | None) ->
     gv_to = gy if shares else torch.empty_like(like, dtype=v_dtype) if update.needs_v else None
     gx_to = torch.empty_like(like, dtype=x_dtype) if update.kind == "map" else None
     later, own = update.later_gamma, update.gamma
-    factors = (later, ratio_of), (own, carried), (own, carried if update.follows else value_of)
+    factors = (later, ratio_of), (own, carried_by), (own, carried_by if update.follows else value_of)
     tensors = *(None if g is None else _alike(g, like) for g in (gx, gv)), gx_to, gv_to, None if shares else gy
     bits = [_bits(update.wide, of(size)) for gamma, of in factors for size in (gamma.magnitude, -gamma.magnitude)]
     signs, stride, rows = own.rows_in(like)

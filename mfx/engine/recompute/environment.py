@@ -30,11 +30,11 @@ from mfx.engine.recompute.layout import Flags, StateLayout
 from mfx.engine.recompute.put_back import PutBack
 from mfx.engine.recompute.random_clock import Draw, RandomClock
 from mfx.engine.steps import ChainCache
-from mfx.modules.buffers import storage_of
+from mfx.modules.buffers import storage_of, storages_of
 from mfx.modules.state_lock import StateLock
 from mfx_passes.errors import MfxError
 
-_State = tuple[int, bool] | None  # of a tensor: its version, and whether it requires a gradient
+_State = tuple[int, bool]  # of a tensor: its version, and whether it requires a gradient
 
 
 class Autocast:
@@ -101,6 +101,7 @@ class StepEnvironment:
 
     Attributes:
         tensors: the parameters, buffers and other tensors, before the branch ran.
+        hooked: the classes of modules that had hooks around both their forward and their backward.
     """
 
     def __init__(
@@ -124,34 +125,27 @@ class StepEnvironment:
         self._clocks = [clock, RandomClock(layout.generators)] if layout.generators else [clock]
         self._draws: list[Draw] | None = None  # until the branch has run
         self.tensors = layout.tensors()
-        self._states, self._storages = _states(self.tensors), _storages(self.tensors)
+        self._states, self._storages = _look_at(self.tensors)
+        self.hooked = layout.hooked
         # The values, before the branch runs, of tensors that it changes or may change, by identity.
         self._values: dict[int, Tensor] = {}
         self._lost: set[str] = set()
-        self._signs = layout.signs()
+        self._signs = layout.signs() if layout.large else []
         self._overwritten: set[str] = set()
         if layout.has_state:
             self._memory, self._known = memory, memory.known_to_change(layout.flags)
             self._copy_values()
 
     def _copy_values(self) -> None:
-        self._values = copies_of(
-            {
-                id(tensor): tensor
-                for slot, tensor in zip(self._layout.slots, self.tensors, strict=True)
-                if not slot.is_parameter and tensor is not None and self._known.get(slot.label, True)
-            }
-        )
+        known, slots = self._known, zip(self._layout.slots, self.tensors, strict=True)
+        buffers = {slot.label: tensor for slot, tensor in slots if not slot.is_parameter and tensor is not None}
+        self._is_known = known.keys() >= buffers.keys()
+        self._values = copies_of({id(tensor): tensor for label, tensor in buffers.items() if known.get(label, True)})
 
     @property
     def has_hooks(self) -> bool:
         """True if a module that the step reads had forward hooks; global hooks only observe."""
         return self._layout.has_hooks
-
-    @property
-    def hooked(self) -> set[str]:
-        """The classes of modules that had hooks around both their forward and their backward."""
-        return self._layout.hooked
 
     def has_drawn_all(self) -> bool:
         """True if the recomputation has drawn all random numbers that the forward pass drew."""
@@ -171,10 +165,13 @@ class StepEnvironment:
         return {label for label, before, now in signs if not is_same_sign(before, now)}
 
     def _settle_values(self) -> None:
-        known, slots = self._known, self._layout.slots
+        known, slots, states = self._known, self._layout.slots, _look_at(self.tensors)[0]
+        moved = [slot for slot, before, now in zip(slots, self._states, states, strict=True) if before != now]
+        if self._is_known and all(slot.is_parameter or known[slot.label] for slot in moved):
+            return  # as in earlier calls
         changed: set[int] = set()  # tables, and memory
         unsure: dict[str, tuple[int, Tensor]] = {}
-        for slot, tensor, before, now in zip(slots, self.tensors, self._states, _states(self.tensors), strict=True):
+        for slot, tensor, before, now in zip(slots, self.tensors, self._states, states, strict=True):
             if slot.is_parameter or tensor is None or known.get(slot.label):
                 continue
             value = self._values.get(id(tensor))
@@ -240,15 +237,6 @@ class StepEnvironment:
             "to run this step a second time; call backward before changing it"
         )
 
-    def _check_data(self) -> None:
-        """Check that the tensors have the data that they had: assigning to ``tensor.data`` changes no version."""
-        storages = _storages(self.tensors)
-        if all(map(is_, storages, self._storages)):  # a storage that is alive is one object
-            return
-        for slot, tensor, now, before in zip(self._layout.slots, self.tensors, storages, self._storages, strict=True):
-            if now is not before and id(tensor) not in self._values and not is_sharded(tensor):
-                raise self._changed(slot.label)
-
     def _frozen_as_then(self) -> list[AbstractContextManager[object]]:
         """Check tensors; return contexts for those that were frozen or unfrozen."""
         if self._lost:
@@ -265,15 +253,17 @@ class StepEnvironment:
             )
         if self._signs and (others := self._changed_signs()):
             raise self._changed(min(others))
-        self._check_data()
-        now = _states(self.tensors)
-        if now == self._states:
+        states, storages = _look_at(self.tensors)
+        # Assigning to ``tensor.data`` changes no version.
+        same_data = [*map(is_, storages, self._storages)]
+        if states == self._states and False not in same_data:
             return []
         contexts: list[AbstractContextManager[object]] = []
-        for slot, tensor, state, before in zip(self._layout.slots, self.tensors, now, self._states, strict=True):
-            if state is None or before is None or state == before or id(tensor) in self._values or is_sharded(tensor):
+        found = zip(self._layout.slots, self.tensors, states, self._states, same_data, strict=True)
+        for slot, tensor, now, before, has_its_data in found:
+            if (now == before and has_its_data) or id(tensor) in self._values or is_sharded(tensor):
                 continue
-            if state[0] != before[0]:
+            if now[0] != before[0] or not has_its_data:
                 raise self._changed(slot.label)
             contexts.append(_requiring_grad(tensor, before[1]))
         return contexts
@@ -297,36 +287,15 @@ def _all_of(contexts: Sequence[AbstractContextManager[object]]) -> Iterator[None
         yield
 
 
-_NO_STORAGE = torch.UntypedStorage(0)
-
-
-def _storages(tensors: Sequence[Tensor | None]) -> list[torch.UntypedStorage]:
-    """Return the storages of tensors, kept alive so that no other can be taken for one of them."""
-    try:
-        return [_NO_STORAGE if tensor is None else tensor.untyped_storage() for tensor in tensors]
-    except (RuntimeError, NotImplementedError):
-        return [_storage(tensor) for tensor in tensors]
-
-
-def _storage(tensor: Tensor | None) -> torch.UntypedStorage:
-    try:
-        return _NO_STORAGE if tensor is None else tensor.untyped_storage()
-    except (RuntimeError, NotImplementedError):
-        return _NO_STORAGE
-
-
 _STATE = attrgetter("_version", "requires_grad")
+_ABSENT = torch.empty(0)
 
 
-def _states(tensors: Sequence[Tensor | None]) -> list[_State]:
+def _look_at(tensors: Sequence[Tensor | None]) -> tuple[list[_State], list[torch.UntypedStorage]]:
+    """Return the state of each tensor, and its storage; for None those of an empty tensor."""
+    present = [_ABSENT if tensor is None else tensor for tensor in tensors]
     try:
-        return [None if tensor is None else _STATE(tensor) for tensor in tensors]
-    except RuntimeError:
-        return [_state(tensor) for tensor in tensors]
-
-
-def _state(tensor: Tensor | None) -> _State:
-    """Return what changes if a tensor is modified, frozen or unfrozen; inference tensors have no version."""
-    if tensor is None:
-        return None
-    return 0 if tensor.is_inference() else tensor._version, tensor.requires_grad
+        states = [*map(_STATE, present)]
+    except RuntimeError:  # inference tensors have no version
+        states = [(0 if t.is_inference() else t._version, t.requires_grad) for t in present]
+    return states, storages_of(present)

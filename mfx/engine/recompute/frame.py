@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from mfx_passes.errors import MfxError
 
 Branch = Callable[..., tuple[Any, ...]]
 _Packed = tuple["weakref.ref[Handle]", torch.Size, torch.dtype]
+_requires_grad = attrgetter("requires_grad")
 
 
 class Handle:
@@ -39,12 +41,9 @@ class Handle:
     When autograd frees a node, it frees the node's handles, and the tensors that were rebuilt for them.
     """
 
-    __slots__ = ("__weakref__", "made_in", "tensor", "version")
-
-    def __init__(self) -> None:
-        self.tensor: Tensor | None = None
-        self.version = 0  # of the tensor when it was saved
-        self.made_in: Any = None  # the stream
+    tensor: Tensor | None = None
+    version = 0  # of the tensor when it was saved
+    made_in: Any = None  # the stream
 
 
 class Rebuilt:
@@ -151,7 +150,7 @@ class Frame:
         self._captures, self._writes, self._values, self._env = captures, writes, values, env
         self._packed: list[_Packed] = []
         self._requires_grad: list[bool] = []
-        self.live: list[Tensor] | None = None  # the input, while the forward pass is still running
+        self.live: Sequence[Tensor] | None = None  # the input, while the forward pass is still running
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -160,21 +159,23 @@ class Frame:
 
     def run(self, xs: Sequence[Tensor], values: Sequence[Any], unpack: Callable[[Handle], Tensor]) -> tuple[Any, ...]:
         """Run the step, under hooks whose handles ``unpack`` turns into tensors."""
-        self._requires_grad, self.live = [x.requires_grad for x in xs], [x.detach() for x in xs]
+        self._requires_grad, self.live = [*map(_requires_grad, xs)], xs
         pack = self._pack if measure() is None else self._pack_measured
-        with saved_tensors_hooks(pack, unpack):
-            if (context := reproducible(xs[0].device)) is None:
-                outputs = self._first_run(xs, values)
-            else:
-                with context:
+        try:
+            with saved_tensors_hooks(pack, unpack):
+                if (context := reproducible(xs[0].device)) is None:
                     outputs = self._first_run(xs, values)
-        self.live = None
+                else:
+                    with context:
+                        outputs = self._first_run(xs, values)
+        finally:
+            self.live = None
         self._env.settle()
         return outputs
 
     def _first_run(self, xs: Sequence[Tensor], values: Sequence[Any]) -> tuple[Any, ...]:
         try:
-            return self._call(self._root, *xs, *(values[i] for i in self._captures))
+            return self._call(self._root, *xs, *map(values.__getitem__, self._captures))
         except RuntimeError as error:
             if is_refused_draw(error):
                 raise MfxError(
@@ -222,10 +223,9 @@ class Frame:
         ):
             # As in the forward pass, an input is not a leaf: autocast caches its casts of leaves. (view_as would
             # change the strides of dimensions of size 1, by which convolutions choose their kernel.)
-            flags = self._requires_grad
-            xs = [x.detach().requires_grad_(flag)[...] for x, flag in zip(xs, flags, strict=True)]
+            xs = [x.detach().requires_grad_(flag)[...] for x, flag in zip(xs, self._requires_grad, strict=True)]
             try:
-                outputs = self._call(self._root, *xs, *(values[i] for i in self._captures))
+                outputs = self._call(self._root, *xs, *map(values.__getitem__, self._captures))
             except Exception:
                 if not hooks.stopped:  # otherwise the branch has turned StopRecomputation into this
                     raise

@@ -73,7 +73,7 @@ class StateLayout(State):
         self._read_leaves = [partial(table.get, name) for table, name in self._leaves]
         if self._buffers:
             self._watch_shared()
-        self._held = [*self._look(), _END]
+        self._held = [*self._look()]
         del self._root
 
     # --- what they hold -----------------------------------------------------------------------------------------------
@@ -104,14 +104,14 @@ class StateLayout(State):
         return (
             not any(self._empty)
             and [*map(list, self._named)] == self._names
-            and all(map(is_, chain(self._look(), (_END,)), self._held))
-            and all(map(is_, map(type, self.modules), self._types))
+            and all(map(is_, self._look(), self._held))
         )
 
     def _look(self) -> Iterator[Any]:
-        """Yield, at C speed, all that the tables and containers hold, parameters and buffers aside."""
-        found = chain(map(_call, self._read_paths), chain.from_iterable(map(_values_of, self._tables)))
-        return chain(found, chain.from_iterable(map(_look, self._contents.values()))) if self._contents else found
+        """Yield, at C speed, all that the tables and containers hold, parameters and buffers aside, and the types."""
+        tables = chain.from_iterable(map(_values_of, self._tables))
+        contents = chain.from_iterable(map(_look, self._contents.values())) if self._contents else ()
+        return chain(map(_call, self._read_paths), tables, contents, map(type, self.modules), (_END,))
 
     # --- and held -----------------------------------------------------------------------------------------------------
 

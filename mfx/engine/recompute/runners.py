@@ -21,9 +21,9 @@ from mfx.engine.recompute.environment import Autocast, StepEnvironment
 from mfx.engine.recompute.frame import Frame, Handle, KeptStep, Rebuilt
 from mfx.engine.recompute.random_clock import RandomClock
 from mfx.engine.recompute.saved import Captures, tensors_in
-from mfx.engine.recompute.tape import StoredInput, Tape, TapedStep
+from mfx.engine.recompute.tape import StoredInput, Tape
 from mfx.engine.scope import inside_kept_step, measured_by
-from mfx.engine.steps import ChainCall, StepFunction
+from mfx.engine.steps import ChainCall, StepFunction, StepOutputs
 from mfx.modules.random_state import global_generators
 from mfx.text import listed
 from mfx_passes.errors import MfxError
@@ -40,9 +40,7 @@ class Runner(Protocol):
 
     values: list[Any]
 
-    def run(
-        self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]
-    ) -> tuple[Any, ...]:
+    def run(self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]) -> StepOutputs:
         """Return the step's outputs; its side outputs become captures that later steps may read."""
         ...
 
@@ -55,11 +53,11 @@ class Ordinary(Runner):
 
     def run(  # noqa: D102
         self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]
-    ) -> tuple[Any, ...]:
+    ) -> StepOutputs:
         function = step.original if self._original else step.branch
-        outputs = function(self._root, *xs, *(self.values[i] for i in step.captures))
-        self.values.extend(step.split(outputs)[1])
-        return outputs
+        ys, sides = step.split(function(self._root, *xs, *map(self.values.__getitem__, step.captures)))
+        self.values.extend(sides)
+        return ys, sides
 
 
 class _Recomputing:
@@ -87,16 +85,17 @@ class _Recomputing:
         self._clock = RandomClock(global_generators(device), are_global=True)
         self._autocast = Autocast(device)
 
-    def _run_kept(self, step: StepFunction, xs: Sequence[Tensor]) -> tuple[Any, ...]:
+    def _run_kept(self, step: StepFunction, xs: Sequence[Tensor]) -> StepOutputs:
         """Run a step that keeps its activations."""
+        function = step.original if self._original else step.branch
         with inside_kept_step():
-            outputs = self._function_of(step)(self._call.root, *xs, *(self.values[i] for i in step.captures))
+            outputs = function(self._call.root, *xs, *map(self.values.__getitem__, step.captures))
         self._clock.tick()
         return self._hand_on(step, outputs)
 
     def _run_frame(
         self, frame: Frame, step: StepFunction, xs: Sequence[Tensor], unpack: Callable[[Handle], Tensor]
-    ) -> tuple[Any, ...]:
+    ) -> StepOutputs:
         """Run a step that will be recomputed."""
         costs = self._call.costs
         if costs is None:
@@ -110,14 +109,12 @@ class _Recomputing:
         costs.append(measure.cost(xs, step.split(outputs)[0], fresh, shared=self._original))
         return self._hand_on(step, outputs)
 
-    def _hand_on(self, step: StepFunction, outputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        sides = step.split(outputs)[1]
-        self.values.extend(sides)
-        self._captures.extend(sides)
-        return outputs
-
-    def _function_of(self, step: StepFunction) -> Callable[..., tuple[Any, ...]]:
-        return step.original if self._original else step.branch
+    def _hand_on(self, step: StepFunction, outputs: tuple[Any, ...]) -> StepOutputs:
+        ys, sides = step.split(outputs)
+        if sides:
+            self.values.extend(sides)
+            self._captures.extend(sides)
+        return ys, sides
 
     def _frame(self, index: int, step: StepFunction) -> Frame:
         key = ("buffers", index, self._original)
@@ -132,7 +129,7 @@ class _Recomputing:
                 "memory_budget=1.0, which runs no step twice, or pass over the second time by mfx.recomputing()"
             )
             warn_once("hooks", message, call.cache)
-        function = self._function_of(step)
+        function = step.original if self._original else step.branch
         captures, writes = step.captures, len(step.writes)
         return self._make_frame(step, call.name, step.path, function, call.root, captures, writes, self._captures, env)
 
@@ -150,7 +147,7 @@ class FromInputs(_Recomputing, Runner):
 
     def run(  # noqa: D102
         self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]
-    ) -> tuple[Any, ...]:
+    ) -> StepOutputs:
         if index in self._call.plan.kept:
             return self._run_kept(step, xs)
         frame = self._frame(index, step)
@@ -181,16 +178,11 @@ class FromTape(_Recomputing, Runner):
 
     def run(  # noqa: D102
         self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]
-    ) -> tuple[Any, ...]:
+    ) -> StepOutputs:
         if index in self._call.plan.kept:
-            outputs = self._run_kept(step, xs)
+            ys, sides = self._run_kept(step, xs)
             if index in self.walked:
-                what = f"{self._call.name}: the value of step {step.path}"
-                self.tape.add(_taped(KeptStep(step.split(outputs)[0], what), step, gammas))
-            return outputs
+                self.tape.add(KeptStep(ys, f"{self._call.name}: the value of step {step.path}"), step, gammas)
+            return ys, sides
         frame = self._frame(index, step)
-        return self._run_frame(frame, step, xs, self.tape.add(_taped(frame, step, gammas)))
-
-
-def _taped(frame: Frame | KeptStep, step: StepFunction, gammas: Sequence[UpdateGamma]) -> TapedStep:
-    return TapedStep(frame, step.reads, tuple(zip(step.writes, step.kinds, gammas, strict=True)))
+        return self._run_frame(frame, step, xs, self.tape.add(frame, step, gammas))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial, reduce
 from itertools import islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from mfx.engine.arithmetic.signed import UpdateGamma
 from mfx.engine.offload import Offload
 from mfx.engine.recompute.frame import Frame, Handle, KeptStep, Rebuilt
 from mfx.engine.recompute.saved import SavedTensors, freed
+from mfx.engine.steps import StepFunction
 
 _MANY = 4  # walks of one graph: more than second derivatives take
 
@@ -93,20 +94,6 @@ class _Walk:
         """Go on from other states."""
         self.states, self.xs = states, {}
 
-    def read(self, stream: int) -> Tensor:
-        """Return the tensor of a stream."""
-        if stream not in self.xs:
-            self.xs[stream] = self.states[stream].stream()
-        return self.xs[stream]
-
-
-class TapedStep(NamedTuple):
-    """A step on a tape, by the numbers of the streams that it reads and updates."""
-
-    frame: Frame | KeptStep
-    reads: tuple[int, ...]
-    updates: tuple[tuple[int, str, UpdateGamma], ...]  # stream, kind, γ
-
 
 class Tape:
     """Consecutive steps of one call, of which the first and the last are recomputed, and the states to walk back from.
@@ -128,7 +115,7 @@ class Tape:
         offload: Offload | None,
     ) -> None:
         self._chain = chain
-        self._steps: list[TapedStep] = []
+        self._steps: list[tuple[Frame | KeptStep, StepFunction, Sequence[UpdateGamma]]] = []
         self._open: set[int] = set()  # the streams at whose ends no backward pass has begun that frees the graph
         self._stored: dict[int, _Stored] = {}
         self._walk: _Walk | None = None
@@ -136,10 +123,12 @@ class Tape:
         self._verify, self._warn, self._offload = verify, warn, offload
         self._walks = 0
 
-    def add(self, step: TapedStep) -> Callable[[Handle], Tensor]:
+    def add(
+        self, frame: Frame | KeptStep, step: StepFunction, gammas: Sequence[UpdateGamma]
+    ) -> Callable[[Handle], Tensor]:
         """Append a step; return the function that turns its handles, if it is recomputed, into tensors."""
-        self._steps.append(step)
-        self._open.update(stream for stream, _, _ in step.updates)
+        self._steps.append((frame, step, gammas))
+        self._open.update(step.writes)
         return partial(self._rebuilt.provide, partial(self._rebuild, len(self._steps) - 1))
 
     def store(self, position: int, states: Sequence[State | Tensor], what: str) -> None:
@@ -167,7 +156,7 @@ class Tape:
                 walk.start(stored.states())
 
     def _rebuild(self, index: int) -> None:
-        frame = self._steps[index].frame
+        frame = self._steps[index][0]
         if frame.live is not None:
             frame.rerun(frame.live, self._rebuilt, to_value=False)
             return
@@ -215,23 +204,26 @@ class Tape:
                 del self._stored[walk.position]
         assert walk.states, "a walk starts from stored states"
         walk.position -= 1
-        frame, reads, updates = self._steps[walk.position]
-        is_first = walk.position == 0
-        for stream, _, _ in updates:
-            walk.xs[stream] = walk.states[stream].retreat_x()
-        xs = [walk.read(stream) for stream in reads]
-        ys = frame.rerun(xs, self._rebuilt, to_value=not is_first or self._verify is not None)
+        frame, step, gammas = self._steps[walk.position]
+        states, xs, is_first = walk.states, walk.xs, walk.position == 0
+        for stream in step.writes:
+            xs[stream] = states[stream].retreat_x()
+        for stream in step.reads:
+            if stream not in xs:
+                xs[stream] = states[stream].stream()
+        ys = frame.rerun(
+            [xs[stream] for stream in step.reads], self._rebuilt, to_value=not is_first or self._verify is not None
+        )
         if isinstance(frame, KeptStep) and not repeatable:
             frame.release()
-        states = walk.states
         if is_first:
             walk.start([])
         if ys is None:  # the velocities before the first step are not needed
             return
-        for y, (stream, kind, gamma) in zip(ys, updates, strict=True):
+        for y, stream, kind, gamma in zip(ys, step.writes, step.kinds, gammas, strict=True):
             states[stream].retreat_v(y, kind, gamma)
         if is_first and self._verify is not None:
-            moved = {stream for step in self._steps for stream, _, _ in step.updates}
+            moved = {stream for _, step, _ in self._steps for stream in step.writes}
             self._verify(reduce(torch.logical_and, (states[stream].is_start() for stream in sorted(moved))))
 
 
