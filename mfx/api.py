@@ -77,6 +77,8 @@ def momentumize(
         skip: chain names or module paths (shell patterns) to leave as they were.
         capture: ``"symbolic"``: by symbolic tracing; ``"dynamo"``: by TorchDynamo, which captures the first call and
             later ones that differ in what the graph depends on; ``"auto"``: symbolic tracing if it works, else Dynamo.
+            A call that cannot be captured in the way asked for by name is an error; at γ = 0 it runs in parts, with a
+            warning.
         example_inputs: arguments of a call to capture at once instead of at the first call: one input, a tuple of
             inputs, or a mapping from argument names to inputs; or a list of tuples and mappings, one per call.
             Nothing is computed with them.

@@ -89,7 +89,8 @@ def in_pieces(
         with torch.compiler.set_stance("default"):
             return optimized(*args, **kwargs)
 
-    return call
+    # Where Dynamo skips what calls this (under a dispatch mode), the stance could not be set.
+    return torch.compiler.disable(call)  # type: ignore[no-any-return]
 
 
 def break_of(module: fx.GraphModule) -> str:

@@ -140,8 +140,9 @@ class NetForward(Overlay):
         except NoGraphError as none:
             error = none.__cause__
         assert isinstance(error, CaptureError)
-        if self.options.capture != "auto" or self.options.layers:
-            raise error
+        is_asked_for = self.options.capture != "auto" or self.options.layers
+        if is_asked_for and self.options.may_change_function:
+            raise error  # at γ = 0 whatever runs is the model
         with self._forward_pass(args, kwargs):
             return self._run_per_module(error, args, kwargs)
 

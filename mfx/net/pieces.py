@@ -134,7 +134,9 @@ class Pieces:
             MfxError: the call had other chains than another one, or there are too many graphs.
         """
         kind = kind_of(self.net, args, kwargs)
-        if kind in self._without or has_nested(args, kwargs) or not self._may_gain(options):
+        if options.capture == "symbolic" or kind in self._without or has_nested(args, kwargs):
+            raise NoPiecesError
+        if not self._may_gain(options):
             raise NoPiecesError
         self._refuse_modes(kind, options)
         from mfx.compat.dynamo_pieces import GivenUpError, TooManyGraphsError  # imports TorchDynamo

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from mfx import compat
 from mfx.capture.captured import Captured
-from mfx.capture.symbolic.user_code import is_own_fault, own_fault
+from mfx.capture.symbolic.user_code import is_interrupt, is_own_fault, own_fault
 from mfx.engine import Stream, streams_of
 from mfx.modules.aside import aside
 from mfx.modules.kept_results import results_not_kept
@@ -43,7 +43,9 @@ def find_with_shapes(
                 modules = {name: tree_copy(module, mode.from_tensor) for name, module in captured.modules.items()}
                 root = Scope(modules, shadow)
                 captured.binding.function(_Shapes(root, graph).run)(shadow, *fake_args, **fake_kwargs)
-        except Exception as error:  # any failure on fake tensors may be none on real ones
+        except BaseException as error:  # any failure on fake tensors may be none on real ones
+            if is_interrupt(error):
+                raise
             if is_own_fault(error):
                 raise own_fault(error, net) from error
             return None

@@ -7,7 +7,6 @@ import contextvars
 import inspect
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
-from contextlib import suppress
 from itertools import chain
 from types import FunctionType
 from typing import Any
@@ -20,6 +19,7 @@ from mfx import compat
 from mfx.capture.captured import Captured, CaptureError
 from mfx.capture.dynamo.graph import tidy
 from mfx.capture.dynamo.sources import is_held_by_module, module_path
+from mfx.capture.symbolic.user_code import ErrorsPassedOver
 from mfx.compat.dynamo import DYNAMO_ERRORS, DynamoCapture, sources, trace_call
 from mfx.modules.holders import Holder
 from mfx.modules.kept_results import results_not_kept
@@ -188,7 +188,7 @@ def _run_on_fakes(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
         compat.patched(builtins, "print", _nothing),
         compat.patched(logging.Logger, "handle", _nothing),
         torch.no_grad(),
-        suppress(Exception),
+        ErrorsPassedOver(),
     ):
         fake = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         fake_args, fake_kwargs = pytree.tree_unflatten(fake, spec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -17,7 +17,8 @@ from mfx import compat
 from mfx.capture.captured import CaptureError
 from mfx.capture.outputs import read_clock
 from mfx.capture.symbolic.constants import Constants
-from mfx.capture.symbolic.refusals import OutputError, UntraceableError, outputs_refused
+from mfx.capture.symbolic.refusals import OutputError, outputs_refused
+from mfx.capture.symbolic.user_code import ErrorsPassedOver
 from mfx.modules.iterators import iterators_left_alone
 from mfx.modules.python_state import PythonState, python_state_restored
 from mfx.modules.random_state import undisturbed
@@ -101,7 +102,7 @@ class CallValues:
         args, kwargs = self._arguments((node.args, node.kwargs))
         if node.target is read_clock or any(leaf is UNKNOWN for leaf in pytree.tree_leaves((args, kwargs))):
             return UNKNOWN
-        try:
+        with ErrorsPassedOver():  # whatever an operation says to tensors without data
             match node.op:
                 case "placeholder":
                     return self._fakes[str(node.target)]
@@ -116,9 +117,9 @@ class CallValues:
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
                 case "call_function":
                     return node.target(*args, **kwargs)  # type: ignore[operator]
-        except Exception:  # whatever an operation says to tensors without data
-            return UNKNOWN
-        return args[0]  # the output
+                case "output":
+                    return args[0]
+        return UNKNOWN
 
     def _without_data(self, tensor: Tensor) -> Tensor:
         """Return a tensor without data; to be called outside of the mode, where detach gives one with data."""
@@ -167,7 +168,7 @@ class CallValues:
 
     def _rehearse(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, dict[nn.Module, set[str]]]:
         """Run a module; return its output without data, and the attributes that it set."""
-        with suppress(Exception, UntraceableError), compat.untraced():
+        with ErrorsPassedOver(), compat.untraced():
             with _without_effects(module) as state, self._mode:
                 output = self._checked_output(module, args, kwargs)
             return output, _own(state)

@@ -23,7 +23,7 @@ from mfx.capture.symbolic.effects import Changes
 from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.refusals import UntraceableError
 from mfx.capture.symbolic.tracer import SymbolicTracer
-from mfx.capture.symbolic.user_code import is_own_fault, is_raised_by_user, own_fault, said_by
+from mfx.capture.symbolic.user_code import is_interrupt, is_own_fault, is_raised_by_user, own_fault, said_by
 from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import tensors_restored
 from mfx_passes import MfxError
@@ -135,7 +135,9 @@ def _traced(
             return tracer, result
         except MfxError:
             raise
-        except (Exception, UntraceableError) as error:
+        except BaseException as error:
+            if is_interrupt(error):
+                raise
             if is_own_fault(error):
                 raise own_fault(error, model) from error
             said = said_by(error, model)

@@ -32,7 +32,7 @@ from mfx.capture.symbolic.outputs import Outputs
 from mfx.capture.symbolic.proxies import Value
 from mfx.capture.symbolic.recorded import is_made_of_fields, last_node, nodes_after, to_nodes
 from mfx.capture.symbolic.refusals import DECISION, OutputError, Refusals, UntraceableError, WrongGuessError
-from mfx.capture.symbolic.user_code import is_own_fault, is_raised_by_user, line_of, said_by, user_stack, users_frame
+from mfx.capture.symbolic.user_code import is_of_model, is_raised_by_user, line_of, said_by, user_stack, users_frame
 from mfx.modules.buffers import storage_of
 from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import tensors_restored
@@ -190,8 +190,8 @@ class SymbolicTracer(fx.Tracer):
             return output
         except (OutputError, WrongGuessError):
             raise  # a leaf in a branch would print twice; another guess may do
-        except (Exception, UntraceableError) as error:  # whatever its forward says to symbolic values
-            if is_own_fault(error):
+        except BaseException as error:  # whatever its forward says to symbolic values
+            if not is_of_model(error):
                 raise
             if self.is_misled_by(error, decided):
                 raise WrongGuessError(str(error)) from error

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import linecache
+import signal
 import sys
 import traceback
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import torch
 from torch import nn
 
 from mfx.capture.symbolic.bytecode import raises
+from mfx.capture.symbolic.refusals import UntraceableError
 from mfx_passes import MfxError
 
 
@@ -72,6 +75,31 @@ def is_raised_by_user(error: BaseException) -> bool:
     return raises(frame.f_code, instruction)
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """True if an error came from outside (Ctrl-C, the handler of a signal, another thread), not from what ran.
+
+    An error of the model's own, of whatever class, may be passed over where the model is only looked at: the call
+    itself raises it again, after all that comes before it. An interrupt comes once.
+    """
+    if isinstance(error, UntraceableError):
+        return False
+    handlers = {getattr(signal.getsignal(number), "__code__", None) for number in signal.valid_signals()}
+    if any(frame.f_code in handlers for frame, _ in traceback.walk_tb(error.__traceback__)):
+        return True
+    return not isinstance(error, Exception) and not is_raised_by_user(error)
+
+
+class ErrorsPassedOver:
+    """A context that an error leaves, which a real call raises again if it is the model's; interrupts go on."""
+
+    def __enter__(self) -> None:
+        """Begin."""
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
+        """Return True for an error that goes no further."""
+        return error is not None and not is_interrupt(error)
+
+
 def is_own_fault(error: BaseException) -> bool:
     """True if an instruction of mfx's own code has failed: neither a ``raise`` nor what the model or torch has raised.
 
@@ -80,6 +108,11 @@ def is_own_fault(error: BaseException) -> bool:
     frame, instruction = _origin(error)
     is_ours = frame is not None and _module_of(frame).partition(".")[0] in ("mfx", "mfx_passes")
     return frame is not None and is_ours and not raises(frame.f_code, instruction)
+
+
+def is_of_model(error: BaseException) -> bool:
+    """True if an error is what a model says to a trace: neither mfx's own fault nor an interrupt."""
+    return not is_own_fault(error) and not is_interrupt(error)
 
 
 def own_fault(error: BaseException, model: nn.Module) -> MfxError:

@@ -170,6 +170,23 @@ def test_a_model_that_is_no_one_graph_is_rewritten_module_by_module():
     assert torch.equal(net(x), model(x))
 
 
+@pytest.mark.parametrize("capture", ["symbolic", "dynamo"])
+def test_whatever_capture_is_asked_for_a_call_at_gamma_zero_is_no_error(capture):
+    class InEvaluation(Branching):
+        def forward(self, x):
+            return self.encoder(x) if self.training else super().forward(x)
+
+    model, x = InEvaluation(), torch.randn(2, 4)
+    net = mfx.momentumize(model, gamma=0.0, capture=capture)
+    assert torch.equal(net(x), model(x))
+    model.eval(), net.eval()
+    with pytest.warns(UserWarning, match=r"cannot be .*these chains were found: encoder"):
+        assert torch.equal(net(x), model(x))
+    mfx.set_gamma(net, 0.5)
+    with pytest.raises(mfx.MfxError, match="cannot be"):
+        net(x)
+
+
 def test_its_weights_in_a_net_that_may_become_one_graph():
     net, _ = rewritten_per_module(Branching(), torch.randn(2, 4), gamma=0.5)
     other = mfx.momentumize(Branching(), gamma=0.5)

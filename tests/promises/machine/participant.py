@@ -166,10 +166,11 @@ GROUPS = {"plain": ("zero_exact", "zero_float"), "momentum_kept": ("momentum",)}
 def participants(spec) -> dict[str, Participant]:
     """Return the plain model and its nets, each over weights of its own."""
     chosen = spec["options"]
-    common = {"capture": chosen["capture"], "recompute": chosen["recompute"]}
+    common = {"recompute": chosen["recompute"]}
+    zero = {"gamma": 0.0, "capture": chosen["capture"]}  # another γ and "dynamo": an error where a call is no one graph
     options = {
-        "zero_exact": {"gamma": 0.0},
-        "zero_float": {"gamma": 0.0, "arithmetic": "float"},
+        "zero_exact": zero,
+        "zero_float": {**zero, "arithmetic": "float"},
         "momentum_kept": {"gamma": chosen["gamma"], "memory_budget": 1.0},
         "momentum": {"gamma": chosen["gamma"]},
     }
