@@ -29,7 +29,8 @@ import mfx
 from examples.runs import Runs, spread
 
 PACKAGES = ("networkx", "sympy", "jinja2", "fsspec", "torch.nn", "torch.optim", "torch.distributions")
-VARIANTS = ("plain", "gamma 0.9", "annealed to 0.9", "BDIA 1/4", "BDIA 1/8")
+MAGNITUDES = {"BDIA 1/8": 1 / 8, "BDIA 1/4": 1 / 4, "BDIA 1/2": 1 / 2}
+VARIANTS = ("plain", "gamma 0.9", "annealed to 0.9", *MAGNITUDES)
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,8 @@ class Size:
 
 SIZES = {
     "tiny": Size(layers=2, width=16, heads=2, context=16, batch=2, steps=3, every=2, lr=1e-3),
-    "small": Size(layers=8, width=96, heads=4, context=128, batch=16, steps=1200, every=100, lr=2e-3),
+    "small": Size(layers=8, width=64, heads=4, context=64, batch=16, steps=500, every=100, lr=2e-3),
+    "medium": Size(layers=12, width=128, heads=4, context=128, batch=16, steps=4000, every=200, lr=2e-3),
     "large": Size(layers=24, width=768, heads=12, context=512, batch=32, steps=20_000, every=1000, lr=6e-4),
 }
 
@@ -124,7 +126,7 @@ def bits_per_byte(model: nn.Module, text: Tensor, size: Size, device: str) -> fl
     """Return the mean bits of an unseen byte, over the same excerpts at every call."""
     model.eval()
     generator, losses = torch.Generator().manual_seed(0), []
-    for _ in range(8):
+    for _ in range(32):
         x, y = excerpts(text, size, generator, device)
         losses.append(cross_entropy(model(x).flatten(0, 1), y.flatten()).item())
     model.train()
@@ -135,8 +137,8 @@ def make(variant: str, model: nn.Module, size: Size) -> tuple[nn.Module, Callabl
     """Return the net of a variant, and what to call after each step of the optimizer."""
     if variant == "plain":
         return model, lambda: None
-    if variant.startswith("BDIA"):
-        return mfx.momentumize(model, gamma=mfx.BDIA({"BDIA 1/4": 1 / 4, "BDIA 1/8": 1 / 8}[variant])), lambda: None
+    if variant in MAGNITUDES:
+        return mfx.momentumize(model, gamma=mfx.BDIA(MAGNITUDES[variant])), lambda: None
     net = mfx.momentumize(model, gamma=0.9)
     if variant == "gamma 0.9":
         return net, lambda: None

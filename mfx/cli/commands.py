@@ -90,13 +90,15 @@ def _options(parsed: Namespace) -> dict[str, Any]:
     given = {name: value for name in _OPTIONS if (value := getattr(parsed, name)) is not None}
     if parsed.gamma is None:
         return given
-    unnamed = [gamma for chain, gamma in parsed.gamma if chain is None]
-    named = {chain: gamma for chain, gamma in parsed.gamma if chain is not None}
-    if len(unnamed) > 1:
-        raise UsageError("--gamma is given twice for all chains")
-    if not named:
-        return {**given, "gamma": unnamed[0]}
-    return {**given, "gamma": {**named, "*": unnamed[0] if unnamed else 0.9}}
+    gammas: dict[str | None, Any] = {}
+    for chain, gamma in parsed.gamma:
+        if chain in gammas or {chain, *gammas} >= {None, "*"}:
+            raise UsageError(f"--gamma is given twice for {'all chains' if chain in (None, '*') else chain}")
+        gammas[chain] = gamma
+    if list(gammas) == [None]:
+        return {**given, "gamma": gammas[None]}
+    rest = {"*": gammas.pop(None, 0.9)} if "*" not in gammas else {}
+    return {**given, "gamma": {**gammas, **rest}}
 
 
 def _explain(parsed: Namespace) -> None:

@@ -149,7 +149,7 @@ def _reading(read: Callable[[str], T]) -> Callable[[str], T]:
     def typed(text: str) -> T:
         try:
             return read(text)
-        except ValueError as error:
+        except (ValueError, mfx.MfxError) as error:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return typed

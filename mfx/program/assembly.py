@@ -46,7 +46,7 @@ class Assembly:
             graph, self._segments = split_between_calls(graph, compiler)
         self._function = to_function(graph)
         called = {str(node.target) for node in graph.find_nodes(op="call_module")}.intersection(calls)
-        self._momenta, self._flags = calls, flags
+        self._momenta, self._flags = tuple(calls.items()), flags
         self._compiler = None if compiler is to_function else compiler
         self._calls = {**calls, **{name: _unobserved(calls[name], compiler) for name in called}}
 
@@ -61,8 +61,8 @@ class Assembly:
         flags = holder if self._flags is None else self._flags
         signed = {
             name: partial(call.forward, settings=call.settings_on(flags), compiler=self._compiler)
-            for name, call in self._momenta.items()
-            if call.gamma.has_signs
+            for name, call in self._momenta
+            if call.settings.gamma.has_signs
         }
         return self._function(Scope({**self._calls, **signed, **segments}, holder), *inputs)
 

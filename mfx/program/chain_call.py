@@ -71,9 +71,14 @@ class Momentum(nn.Module):
         Args:
             root: the object under whose attributes the owner is; its own flag counts where that has none.
         """
-        if not self.gamma.has_signs or is_training(root, self.owner):
-            return self.settings
-        return replace(self.settings, gamma=self.gamma.in_evaluation)
+        settings = self.settings
+        if not settings.gamma.has_signs or is_training(root, self.owner):
+            return settings
+        return replace(settings, gamma=settings.gamma.in_evaluation)
+
+    def settings_with(self, roots: Mapping[str, Any]) -> ChainSettings:
+        """Return the settings for a call now of a chain that is called alone, with these roots."""
+        return self.settings_on(_Roots(roots, self)) if self.settings.gamma.has_signs else self.settings
 
     def _check_stability(self, gamma: Gamma) -> None:
         """Check that steps h(x) do not grow without bounds at random signs of γ.
@@ -126,7 +131,7 @@ class Momentum(nn.Module):
         velocities = self._velocities(xs, v0)
         if compat.runs_for_real():
             self.streams = tuple(streams_of(xs, self._writes))
-        settings = self.settings_on(_Roots(roots, self)) if settings is None else settings
+        settings = self.settings_with(roots) if settings is None else settings
         with self._share(xs, settings) as share:
             return self._run(xs, captures, roots, velocities, settings, compiler, share)
 
@@ -233,7 +238,7 @@ def _with_present_settings(root: Any, roots: Mapping[str, Any], compiler: GraphC
     """Fix the settings of a chain inside a branch, so that the recomputation runs with those of the forward pass."""
     if not isinstance(root, Momentum):
         return root
-    return partial(root.forward, settings=root.settings_on(_Roots(roots, root)), compiler=compiler)
+    return partial(root.forward, settings=root.settings_with(roots), compiler=compiler)
 
 
 class _Roots(Scope):

@@ -21,6 +21,7 @@ from mfx.reports.explain.tables import (
     places,
     policies,
     short_place,
+    signs,
     sources,
     step_table,
     verdict,
@@ -87,6 +88,7 @@ class Explanation:
         return Contents(
             verdict=self.verdict,
             chains=chain_table(chains),
+            signs=signs(chains),
             sources=[(chain.name, sources(chain)) for chain in chains],
             steps=[(chain.name, step_table(chain)) for chain in chains],
             memory=memory_table(chains, self.estimate),

@@ -28,6 +28,7 @@ def page(contents: Contents) -> Markup:
         element("strong", contents.verdict),
         _table(contents.memory, "number"),
         _table(contents.chains),
+        element("p", contents.signs) if contents.signs else None,
         _paragraph("memory could not be predicted", contents.unpredicted),
         _list("kept between forward and backward", [f"{name}: {policy}" for name, policy in contents.policies]),
         _list("what could be done", contents.advice),

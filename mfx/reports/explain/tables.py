@@ -58,6 +58,7 @@ class Contents:
 
     verdict: str
     chains: Table
+    signs: str
     sources: Rows
     steps: list[tuple[str, Table]]
     memory: Table
@@ -99,6 +100,16 @@ def chain_table(chains: Iterable[ExplainedChain]) -> Table:
         for chain in chains
     ]
     return Table(_CHAINS, rows)
+
+
+def signs(chains: Iterable[ExplainedChain]) -> str:
+    """Return what the ± of a chain's γ and weights mean; empty if there is none."""
+    if not any(chain.spread for chain in chains):
+        return ""
+    return (
+        "±: the sign of gamma is drawn in training, so gamma has mean 0 and each branch counts 1 in the mean, give or "
+        "take the standard deviation behind its ±; in evaluation this is the model itself"
+    )
 
 
 def indented(chain: ExplainedChain) -> str:

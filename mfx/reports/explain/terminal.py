@@ -34,7 +34,7 @@ def _chains(contents: Contents) -> list[str]:
     if not any(row[-1] for row in table.rows):  # no shapes
         table = replace(table, head=table.head[:-1], rows=[row[:-1] for row in table.rows])
     places = [line for name, where in contents.sources for line in _wrapped(f"  {shorten(name, 44)}: {where}")]
-    return [*table.lines(WIDTH), "", "from the first step to the last:", *places]
+    return [*table.lines(WIDTH), *_wrapped(contents.signs), "", "from the first step to the last:", *places]
 
 
 def _memory(contents: Contents) -> list[str]:

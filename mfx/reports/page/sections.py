@@ -86,6 +86,7 @@ def chains(found: Explanation) -> Markup:
     return joined(
         element("h2", "Chains"),
         table,
+        element("p", signs, class_="dim") if (signs := found.contents.signs) else None,
         element("p", "What is kept is kept between forward and backward, predicted.", class_="dim") if rows else None,
         element("p", "What could be done:") if advice else None,
         element("ul", *advice) if advice else None,

@@ -110,6 +110,17 @@ def test_gamma_by_chain(capsys: pytest.CaptureFixture[str]) -> None:
     assert [chain["gamma"] for chain in found["chains"]] == [0.5]
     found = explained(capsys, STACK, "--gamma", "0.25")
     assert [chain["gamma"] for chain in found["chains"]] == [0.25]
+    found = explained(capsys, STACK, "--gamma", "*=0.25")
+    assert [chain["gamma"] for chain in found["chains"]] == [0.25]
+
+
+def test_gamma_with_signs_and_by_the_number_of_updates(capsys: pytest.CaptureFixture[str]) -> None:
+    (chain,) = explained(capsys, STACK, "--gamma", "+-1/4")["chains"]
+    assert (chain["gamma"], len(chain["spread"])) == (0.25, len(chain["steps"]))
+    for updates, gamma in ((10, 0.0), (12, 0.9)):
+        for words in ("auto", "*=auto"):
+            (chain,) = explained(capsys, STACK, "--args", str(updates // 2), "--gamma", words)["chains"]
+            assert (len(chain["steps"]), chain["gamma"], chain["spread"]) == (updates, gamma, [])
 
 
 def test_a_configuration_makes_the_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -246,6 +257,9 @@ def test_what_cannot_be_served(capsys: pytest.CaptureFixture[str], words: list[s
         (["explain"], "the following arguments are required: SPEC"),
         (["explain", STACK, "--gamma", "high"], "--gamma: 'high' is not a number, such as 0.9 or 1/64"),
         (["explain", STACK, "--gamma", "0.1", "--gamma", "0.2"], "--gamma is given twice for all chains"),
+        (["explain", STACK, "--gamma", "0.1", "--gamma", "*=0.2"], "--gamma is given twice for all chains"),
+        (["explain", STACK, "--gamma", "a=0.1", "--gamma", "a=0.2"], "--gamma is given twice for a"),
+        (["explain", STACK, "--gamma", "+-2"], "--gamma: BDIA(magnitude=2.0): the magnitude of gamma is a real"),
         (["explain", STACK, "--input", "8x"], "--input: '8x' is not an input; an input is [NAME=][DTYPE"),
         (["explain", STACK, "--args", "x"], "--args: 'x' cannot be read as Python literals"),
         (["explain", STACK, "--kwargs", "3"], "--kwargs takes arguments by name"),

@@ -1,5 +1,6 @@
 """Explanations as objects, as text and as data."""
 
+import itertools
 import json
 
 import pytest
@@ -34,6 +35,19 @@ class Mixed(nn.Module):
     def forward(self, x):
         x = self.short(self.body(x))
         return x + self.last(x)
+
+
+class Steps(nn.Module):
+    """As many residual steps as are asked for."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.steps = nn.ModuleList(nn.Linear(8, 8) for _ in range(depth))
+
+    def forward(self, x):
+        for step in self.steps:
+            x = x + step(x)
+        return x
 
 
 def test_a_chain():
@@ -125,6 +139,33 @@ def test_weights_against_an_experiment(velocity, gamma, steps):
     assert chain.weights == pytest.approx(measured, rel=1e-6)
     if velocity == "zero":
         assert chain.weights == pytest.approx([1 - gamma ** (steps - t) for t in range(steps)])
+
+
+@pytest.mark.parametrize("magnitude", [0.25, 0.5])
+def test_weights_of_random_signs_have_the_spread_of_all_signs(magnitude):
+    depth = 6
+    weights = []
+    for signs in itertools.product((-1, 1), repeat=depth - 1):
+        gammas = [0.0, *(magnitude * sign for sign in signs)]
+        v, x = torch.zeros(depth), torch.zeros(depth)  # f of each step is a dimension of its own
+        for gamma, f in zip(gammas, torch.eye(depth), strict=True):
+            v = gamma * v + (1 - gamma) * f
+            x = x + v
+        weights.append(x)
+    weights = torch.stack(weights)
+    (chain,) = mfx.explain(mfx.momentumize(Steps(depth), gamma=mfx.BDIA(magnitude))).chains
+    torch.testing.assert_close(torch.tensor(chain.weights), weights.mean(0))
+    torch.testing.assert_close(torch.tensor(chain.spread), weights.std(0, correction=0))
+    assert chain.shown_gamma == f"±{magnitude}"
+
+
+def test_random_signs_are_explained_in_words():
+    signed, plain = (mfx.explain(mfx.momentumize(Steps(6), gamma=gamma)) for gamma in (mfx.BDIA(0.25), 0.25))
+    words = "gamma has mean 0 and each branch counts 1 in the mean"
+    for found, has in ((signed, True), (plain, False)):
+        assert (words in " ".join(str(found).split())) is has
+        assert (words in found._repr_html_()) is has
+        assert ("±0.25" in str(found)) is has
 
 
 def test_branch_weights_of_residual_start_sum_what_the_first_branch_adds():
