@@ -45,27 +45,29 @@ def predict(gamma: Gamma, dtype: torch.dtype, steps: int) -> Prediction:
 
     A step back divides the errors in v by γ and takes v, with its errors, from x. So after K steps back the rounding of
     m steps ago is γ^(−m) times as large in v, and Σ γ^(−i), i < m, times in x; roundings are independent of each other.
-    Where γ has signs, γ is the magnitude here: these are bounds then, for errors of both signs add up to no more.
-    The assumptions: |v| is at most about |x|/16, and a branch does not enlarge the error in x.
+    Where γ has signs, γ is the magnitude a here: the errors of steps have other signs then, but no other size.
+    The assumptions: |v| is at most about |x|/16, and a branch does not enlarge the error in x. With signs v is no
+    average: of independent f of size 1 it has the size √((1+a²)/(1−a²)), not √((1−a)/(1+a)): √(1+a²)/(1−a) times that.
     """
     every = FloatState.anchor_every(gamma, dtype) or 1
     eps = torch.finfo(wide(dtype)).eps
-    errors = islice(_errors(gamma.value), min(steps, every))
+    errors = islice(_errors(gamma), min(steps, every))
     return Prediction((steps - 1) // every, eps * max(errors))
 
 
-def _errors(gamma: float) -> Iterator[float]:
+def _errors(gamma: Gamma) -> Iterator[float]:
     """Yield the error in x after 1, 2, … steps back, in units of the rounding error."""
     growth, in_x, squares = 1.0, 0.0, 0.0
+    v_to_x = _V_TO_X * (math.hypot(1.0, gamma.value) / gamma.complement if gamma.has_signs else 1.0)
     while True:
         in_x += growth
-        growth /= gamma
-        squares += (growth + in_x * _V_TO_X) ** 2
+        growth /= gamma.value
+        squares += (growth + in_x * v_to_x) ** 2
         yield math.sqrt(squares)
 
 
 @cache
-def _steps_within(gamma: float, error: float) -> int:
+def _steps_within(gamma: Gamma, error: float) -> int:
     return sum(1 for _ in takewhile(lambda e: e <= error, _errors(gamma)))
 
 
@@ -94,7 +96,7 @@ class FloatState(State):
     @override
     def anchor_every(gamma: Gamma, dtype: torch.dtype) -> int | None:
         dtype = wide(dtype)
-        return _steps_within(gamma.value, _TOLERANCE[dtype] / torch.finfo(dtype).eps)
+        return _steps_within(gamma, _TOLERANCE[dtype] / torch.finfo(dtype).eps)
 
     @staticmethod
     @override

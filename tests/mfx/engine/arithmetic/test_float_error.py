@@ -7,7 +7,8 @@ import torch
 
 from mfx.engine.arithmetic import FloatState
 from mfx.engine.arithmetic.floating import predict
-from mfx.options.gamma import Gamma
+from mfx.engine.arithmetic.signed import Signed
+from mfx.options.gamma import BDIA, Gamma
 
 TOLERANCE = {torch.float32: 6e-6, torch.float64: 1e-10}
 GAMMAS = [1e-3, 0.01, 0.1, 0.3, 0.5, 0.9, 0.99, 0.9999]
@@ -23,14 +24,15 @@ def contracting(x, t):
     return torch.tanh(x.roll(1) / 2 + t)
 
 
-def worst_error(branch, kind, depth, dtype, gamma):
+def worst_error(branch, kind, depth, dtype, gamma, draw=lambda gamma: gamma):
     """In states rebuilt from the end, put right at anchors, relative to the largest element; and the anchors."""
     torch.manual_seed(0)
     x, v = torch.randn(100, dtype=dtype), 0.1 * torch.randn(100, dtype=dtype)
+    gammas = [draw(gamma) for _ in range(depth)]
     state, every = FloatState.start(x, v, reversible=True), FloatState.anchor_every(gamma, dtype)
     streams, anchors = [x], {}
     for t in range(depth):
-        streams.append(state.advance(branch(streams[t], t), kind, gamma))
+        streams.append(state.advance(branch(streams[t], t), kind, gammas[t]))
         if (t + 1) % every == 0 and t + 1 < depth:
             anchors[t + 1] = state.freeze()
     worst = 0.0
@@ -38,7 +40,7 @@ def worst_error(branch, kind, depth, dtype, gamma):
         if t + 1 in anchors:
             state = anchors[t + 1].thaw(anchors[t + 1].tensors)
         found = state.retreat_x()
-        state.retreat_v(branch(found, t), kind, gamma)
+        state.retreat_v(branch(found, t), kind, gammas[t])
         worst = max(worst, ((found - streams[t]).abs().max() / streams[t].abs().max()).item())
     return worst, len(anchors)
 
@@ -52,6 +54,29 @@ def test_rebuilt_states_are_within_the_tolerance(gamma, branch, kind, depth, dty
     if FloatState.bytes_kept(fraction, dtype, depth) == math.inf:
         return  # anchors so close that the inputs are kept instead: nothing is rebuilt
     found, anchors = worst_error(branch, kind, depth, dtype, fraction)
+    predicted = predict(fraction, dtype, depth)
+    assert found <= predicted.error <= TOLERANCE[dtype]
+    assert anchors == predicted.anchors
+
+
+def one_sign(gamma):
+    return Signed(gamma, torch.randint(0, 2, ()), 0)
+
+
+def a_sign_for_each_row(gamma):
+    return Signed(gamma, torch.randint(0, 2, (100,)), 0)
+
+
+@pytest.mark.parametrize("draw", [one_sign, a_sign_for_each_row])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("depth", [16, 256])
+@pytest.mark.parametrize("branch, kind", [(driven, "residual"), (contracting, "map")])
+@pytest.mark.parametrize("gamma", [0.1, 0.25, 0.5, 0.7, 0.9, 0.99])
+def test_signs_of_gamma_leave_them_within_the_tolerance(gamma, branch, kind, depth, dtype, draw):
+    fraction = Gamma.of(BDIA(gamma))
+    if FloatState.bytes_kept(fraction, dtype, depth) == math.inf or (kind == "map" and gamma >= 1 / 3):
+        return  # nothing is rebuilt, or such signs are refused
+    found, anchors = worst_error(branch, kind, depth, dtype, fraction, draw)
     predicted = predict(fraction, dtype, depth)
     assert found <= predicted.error <= TOLERANCE[dtype]
     assert anchors == predicted.anchors
