@@ -10,7 +10,7 @@ import logging
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest.mock import patch
@@ -124,6 +124,7 @@ def trace_call(
     *,
     history: MutableMapping[Any, Any] | None,
     any_float: bool,
+    varying: Collection[int] = (),
 ) -> DynamoCapture:
     """Capture one call of a bound method by Dynamo, as one graph or not at all.
 
@@ -135,6 +136,7 @@ def trace_call(
             of those that differ. None: the graph holds for those of this call alone.
         any_float: the graph then also holds for any value of other numbers that differ and that Python code reads off
             attributes and arguments. It reads each of them off a tensor, where a compiler of the graph breaks it.
+        varying: sizes that are taken to differ in other calls; with a history only.
 
     Raises:
         Exception: what Dynamo raises where it has to break the graph.
@@ -160,7 +162,7 @@ def trace_call(
         checkpoints_are_calls(),
         containers_as_in_python(),
         kept_results_refused(),
-        remembering({} if history is None else history),
+        remembering({} if history is None else history, varying),
         torch._dynamo.config.patch(config),
         get_metrics_context(),
         dynamo_timed("mfx"),
@@ -295,12 +297,21 @@ def _plain(size: Any) -> int | None:
 
 
 @contextmanager
-def remembering(history: MutableMapping[Any, Any]) -> Iterator[None]:
+def remembering(history: MutableMapping[Any, Any], varying: Collection[int]) -> Iterator[None]:
     """Let Dynamo compare calls with these earlier ones only, and add the ones it captures.
 
-    Its own memory is kept per function, so all models of a class would share it.
+    Its own memory is kept per function, so all models of a class would share it. Inputs of a ``varying`` size are
+    remembered as if an earlier call had had another one.
     """
     states = defaultdict(pgo.CodeState, history)
-    with patch.object(pgo, "_CODE_STATE", states):
+    update = pgo.update_automatic_dynamic
+
+    def update_and_vary(*args: Any, **kwargs: Any) -> Any:
+        entry = update(*args, **kwargs)
+        if isinstance(entry.size, tuple):
+            entry.size = tuple(pgo.auto_dynamic if size in varying else size for size in entry.size)
+        return entry
+
+    with patch.object(pgo, "_CODE_STATE", states), patch.object(pgo, "update_automatic_dynamic", update_and_vary):
         yield
     history.update(states)

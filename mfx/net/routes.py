@@ -266,8 +266,8 @@ def _count(graph: RewrittenGraph, without: Mapping[str, str] = _NONE) -> int:
 class DynamoRoute:
     """Has Dynamo capture a call of the model, once per set of conditions that Dynamo finds it to depend on.
 
-    The first graph is for the sizes it was captured with; where one of these changes, a graph follows that is for any
-    value of it. (One for any value of any size, at once, takes Dynamo minutes where a model cuts images into windows.)
+    The first graph is for the sizes it was captured with, those of token ids aside; where another one changes, a graph
+    follows that is for any value of it. (One for any size takes Dynamo minutes where a model cuts images into windows.)
     Numbers that are not tensors (attributes, arguments) are part of a graph, until there are so many graphs that one
     had better be for any value of those that changed.
 
@@ -309,13 +309,13 @@ class DynamoRoute:
         return graph
 
     def _captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
-        from mfx.capture.dynamo.call import capture_call  # imports TorchDynamo, which takes a second
+        from mfx.capture.dynamo.call import capture_call, sizes_of_ids  # imports TorchDynamo, which takes a second
 
         call = partial(capture_call, self._net, args, kwargs)
         try:
             return call(history=self._history, any_float=len(self.graphs) >= _KEPT)
         except CaptureError:
-            if not self.graphs:
+            if not self.graphs and not sizes_of_ids(args, kwargs):
                 raise
             return call(history=None, any_float=False)  # what cannot be said for other sizes can be for these
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import builtins
-import contextvars
 import inspect
-import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from functools import partial
 from itertools import chain
 from types import FunctionType
 from typing import Any
@@ -15,17 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mfx import compat
 from mfx.capture.captured import Captured, CaptureError
+from mfx.capture.dynamo.first_call import run_first_call, settle
 from mfx.capture.dynamo.graph import tidy
 from mfx.capture.dynamo.sources import is_held_by_module, module_path
-from mfx.capture.symbolic.user_code import ErrorsPassedOver
 from mfx.compat.dynamo import DYNAMO_ERRORS, DynamoCapture, sources, trace_call
-from mfx.modules.holders import Holder
-from mfx.modules.kept_results import results_not_kept
 from mfx.modules.overlay import Overlay
-from mfx.modules.python_state import PythonState
-from mfx.modules.restore import restored_if_changed, restored_if_fake
 from mfx_passes.ops.step_markers import called
 from mfx_passes.rewrite.portable_graph import copy_graph
 
@@ -102,7 +95,7 @@ def capture_call(
         args: arguments of the call.
         kwargs: arguments by name.
         history: sizes in earlier calls, which is updated; sizes that differ from theirs are variables of the graph.
-            None for a graph for the sizes of this call alone.
+            So are those of token ids, in the first call already. None for a graph for the sizes of this call alone.
         any_float: True if other numbers that differ are to be variables, too.
 
     Raises:
@@ -114,12 +107,16 @@ def capture_call(
             f"{type(net).__name__}.forward is a {type(forward).__name__}, not a Python function. {_ADVICE}"
         )
     method = forward.__get__(net)
+    varying = sizes_of_ids(args, kwargs)
+    trace = partial(trace_call, method, args, kwargs, history=history, any_float=any_float, varying=varying)
+    if not history:
+        settle(method, args, kwargs)
     try:
         try:
-            seen = trace_call(method, args, kwargs, history=history, any_float=any_float)
+            seen = trace()
         except DYNAMO_ERRORS:
-            _run_first_call(method, args, kwargs)
-            seen = trace_call(method, args, kwargs, history=history, any_float=any_float)
+            run_first_call(method, args, kwargs)
+            seen = trace()
     except DYNAMO_ERRORS as error:
         reason = f"{type(net).__name__} cannot be captured as one graph: {_said(error)}"
         raise CaptureError(f"{reason}. {_ADVICE}") from error
@@ -129,6 +126,15 @@ def capture_call(
     call = GuardedCall(seen, forward, positions, net.modules())
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
     return Captured(copy_graph(module.graph), [], {}, call, modules, values, forward_only=not torch.is_grad_enabled())
+
+
+def sizes_of_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[int]:
+    """Return the sizes of the matrices of integers in a call: token ids vary in length, batches in number."""
+    leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    return frozenset(chain.from_iterable(leaf.shape for leaf in leaves if leaf.dtype in _IDS and leaf.dim() == 2))
+
+
+_IDS = (torch.int64, torch.int32)
 
 
 def _paths(net: nn.Module, seen: DynamoCapture) -> Iterator[str | None]:
@@ -148,59 +154,6 @@ def _has_forward(module: nn.Module) -> bool:
     """True if a module instance has a forward of its own that is not mfx's."""
     forward = module.__dict__.get("forward")
     return forward is not None and not (isinstance(forward, Overlay) and forward.is_submodule)
-
-
-def _is_plain(value: Any) -> bool:
-    kinds = (Tensor, bool, int, float, str, type(None))
-    return all(isinstance(leaf, kinds) for leaf in pytree.tree_leaves(value))
-
-
-def _run_first_call(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Run a model on fake tensors, for what it does at its first call only (install hooks, fill tables).
-
-    What a second such call changes once more is put back, and so is what is not the model's own.
-    """
-    if not all(map(_is_plain, args)):
-        return
-    # Without what may change in the call, a cache for instance.
-    kwargs = {name: value for name, value in kwargs.items() if _is_plain(value)}
-    net = method.__self__  # type: ignore[attr-defined]
-    before = PythonState(net)
-    _run_on_fakes(method, args, kwargs)
-    if not before.changes():
-        return
-    after_first = PythonState(net)
-    _run_on_fakes(method, args, kwargs)
-    again = {holder.key for holder in after_first.changes()}
-    for holder in before.changes():
-        if holder.key in again or _holds_fake(holder) or not before.owners(holder.value):
-            holder.put_back()
-
-
-def _run_on_fakes(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    net = method.__self__  # type: ignore[attr-defined]
-    with (
-        restored_if_fake(net),
-        results_not_kept(net),
-        compat.fake_mode() as mode,
-        restored_if_changed(),
-        compat.patched(builtins, "print", _nothing),
-        compat.patched(logging.Logger, "handle", _nothing),
-        torch.no_grad(),
-        ErrorsPassedOver(),
-    ):
-        fake = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-        fake_args, fake_kwargs = pytree.tree_unflatten(fake, spec)
-        contextvars.copy_context().run(method, *fake_args, **fake_kwargs)
-
-
-def _holds_fake(holder: Holder) -> bool:
-    return any(map(compat.is_fake, pytree.tree_leaves(holder.kind.read(holder.value))))
-
-
-def _nothing(*args: object, **kwargs: object) -> None:
-    pass
 
 
 def _said(error: Exception) -> str:
