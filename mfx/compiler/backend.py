@@ -6,7 +6,6 @@ import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import fields
 from types import CodeType
 from typing import Any
 
@@ -22,7 +21,7 @@ from mfx.compat.given_up import when_given_up
 from mfx.compiler.call_site import calls_a_net
 from mfx.compiler.compiled_graphs import CompiledGraph
 from mfx.compiler.holders import Holders
-from mfx.options.options import Options
+from mfx.options.options import OF_GRAPHS, Options
 from mfx.program.assembly import Assembly
 from mfx.program.codegen import BackendCompiler, to_function
 from mfx.program.memory_plans import NetPlans, call_key
@@ -32,9 +31,6 @@ from mfx.text import without_chains
 from mfx_passes import MfxError
 from mfx_passes.ir import is_momentum_call, momentum_chain
 from mfx_passes.rewrite.portable_graph import copy_graph
-
-_NOT_OFFERED = ("capture", "example_inputs", "layers", "within")
-_OPTIONS = tuple(field.name for field in fields(Options) if field.name not in _NOT_OFFERED)
 
 
 def momentum(
@@ -124,11 +120,11 @@ def _compiler(options: dict[str, Any], mode: str | None) -> Callable[[fx.Graph],
 
 
 def _options(options: dict[str, Any]) -> Options:
-    unknown = sorted(set(options) - set(_OPTIONS))
+    unknown = sorted(set(options) - set(OF_GRAPHS))
     if unknown:
         raise MfxError(
             f"options of the backend 'mfx': {', '.join(unknown)} unknown. There are inner, inner_mode, "
-            f"inner_options, {', '.join(_OPTIONS)}."
+            f"inner_options, {', '.join(OF_GRAPHS)}."
         )
     checked = Options(**options)
     if not isinstance(checked.velocity, str):

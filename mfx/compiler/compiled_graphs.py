@@ -53,7 +53,8 @@ def named_graphs(model: nn.Module) -> dict[str, fx.GraphModule]:
     Raises:
         MfxError: there is none.
     """
-    return named_by_mode((graph.mode, graph.rewritten, graph.net) for graph in found_for(model))
+    graphs = ((graph.mode, graph.rewritten, graph.net) for graph in found_for(model))
+    return named_by_mode(graphs, type(model).__name__)
 
 
 def found_for(model: nn.Module) -> list[CompiledGraph]:

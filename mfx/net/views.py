@@ -18,7 +18,7 @@ from mfx.compiler.compiled_graphs import CompiledGraph, found_for, named_graphs
 from mfx.engine import Stream, read_all
 from mfx.modules.tree_copy import net_of
 from mfx.net.forward import NetForward, forward_of
-from mfx.options.options import Options
+from mfx.options.options import OF_GRAPHS, Options
 from mfx.program.chain_call import Momentum, holds_chain
 from mfx.program.codegen import GraphCompiler
 from mfx.program.rewritten import RewrittenGraph
@@ -226,6 +226,18 @@ def written(model: nn.Module) -> nn.Module:
     """Return a model as it was written, without ``torch.compile`` around it."""
     compiled = compiled_model(model)
     return model if compiled is None else compiled
+
+
+def backend_options(model: nn.Module) -> dict[str, Any] | None:
+    """Return the options of `mfx.momentumize` by which the backend "mfx" rewrote a compiled model; None for others.
+
+    Raises:
+        MfxError: the model is compiled, and no graph of it is known.
+    """
+    compiled = compiled_model(model)
+    if compiled is None or forward_of(compiled) is not None:
+        return None
+    return {name: getattr(found_for(compiled)[0].options, name) for name in OF_GRAPHS}
 
 
 def last_views(net: nn.Module) -> list[View]:

@@ -19,6 +19,21 @@ AUTO = "auto"
 _DEEP = 12  # updates from which on "auto" is 0.9
 
 
+# Arguments of `mfx.momentumize` that go with any graph of a model, however it was captured.
+OF_GRAPHS = (
+    "gamma",
+    "velocity",
+    "arithmetic",
+    "memory_budget",
+    "recompute",
+    "offload",
+    "min_steps",
+    "only",
+    "skip",
+    "verify",
+)
+
+
 @dataclass(frozen=True)
 class Layer:
     """One entry of ``sub_layers`` with its settings; see `mfx.transform_to_momentumnet`."""

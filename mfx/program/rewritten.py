@@ -214,13 +214,13 @@ class RewrittenGraph:
             self._functions[compiler] = self.captured.binding.function(graph_function)
         return self._functions[compiler](net, *args, **kwargs)
 
-    def graph_module(self, net: nn.Module) -> fx.GraphModule:
-        """Return the rewritten graph as a module of its own, over the modules of ``net``."""
+    def graph_module(self, net: nn.Module, class_name: str = "") -> fx.GraphModule:
+        """Return the rewritten graph as a module of its own, over the modules of ``net``, by default with its name."""
         root = nn.Module()
         ours = {"forward", MARK, "graph", "code"}
         root.__dict__.update({key: value for key, value in net.__dict__.items() if key not in ours})
         root._modules = {**net._modules, **self.captured.modules, **self.calls}
-        module = fx.GraphModule(root, self.graph.__deepcopy__(), class_name=type(net).__name__)
+        module = fx.GraphModule(root, self.graph.__deepcopy__(), class_name=class_name or type(net).__name__)
         module.training = self.training  # not train(): the modules in it are the net's
         return module
 
@@ -319,14 +319,17 @@ def _selection(options: Options, captured: Captured, refused: Mapping[str, Groun
     )
 
 
-def named_by_mode(graphs: Iterable[tuple[str, RewrittenGraph, nn.Module]]) -> dict[str, fx.GraphModule]:
+def named_by_mode(
+    graphs: Iterable[tuple[str, RewrittenGraph, nn.Module]], class_name: str = ""
+) -> dict[str, fx.GraphModule]:
     """Return graphs as modules, named after their mode; ``train#2`` for the second one of a mode.
 
     Args:
         graphs: the mode of each, the graph, and the modules that it runs on.
+        class_name: the name of the modules' class; by default that of the modules they run on.
     """
     modules: dict[str, fx.GraphModule] = {}
     for mode, rewritten, net in graphs:
         count = sum(name.partition("#")[0] == mode for name in modules)
-        modules[f"{mode}#{count + 1}" if count else mode] = rewritten.graph_module(net)
+        modules[f"{mode}#{count + 1}" if count else mode] = rewritten.graph_module(net, class_name)
     return modules

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import CheckpointError
 
 from mfx.modules.random_state import undisturbed
+from mfx.net.views import backend_options, written
 from mfx.reports.profile.result import Profile
 from mfx.reports.profile.rows import ProfileRow
 from mfx.reports.profile.step import TrainingStep, parameters_of
@@ -44,7 +45,8 @@ def profile(
     Activations are counted: see `mfx.ActivationMeter`. The gradients of a step are freed at its end.
 
     Args:
-        model: any module, on one device, a CPU or a GPU (CUDA); a momentumized net, too.
+        model: any module, on one device, a CPU or a GPU (CUDA); a momentumized net, too. Of what ``torch.compile``
+            returned, the model inside is measured, not compiled; with ``backend="mfx"``, with the backend's options.
         *args: inputs, as for a call of the model.
         against: the variants, in the order of the table, whose ratios are to the first. ``"plain"``: the model, before
             it was momentumized. ``"checkpoint"``: the model with ``torch.utils.checkpoint`` around its blocks, the
@@ -65,6 +67,9 @@ def profile(
     """
     if not isinstance(model, nn.Module):
         raise MfxError(f"profile takes a torch.nn.Module, not {described(model)}.")
+    if options is None:
+        options = backend_options(model)
+    model = written(model)
     if not isinstance(repeats, int) or repeats < 1:
         raise MfxError(f"repeats={repeats!r}: the number of steps to take the time of is an integer of at least 1.")
     check_values(model)
