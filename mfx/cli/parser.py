@@ -58,8 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
     profile.add_argument("-o", "--output", metavar="FILE", help="also save the plot (.png, .svg, .pdf; matplotlib)")
     _measuring(profile)
 
-    draw = command("draw", "draw the rewritten graph as SVG")
-    draw.add_argument("-o", "--output", metavar="FILE", required=True, help="the .svg file to write")
+    draw = command("draw", "draw the rewritten graph")
+    draw.add_argument("-o", "--output", metavar="FILE", required=True, help="the file: .svg, .png or .pdf (matplotlib)")
 
     report = command("report", "write everything as one HTML page that needs no network")
     report.add_argument("-o", "--output", metavar="FILE", required=True, help="the .html file to write")

@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from mfx.net.views import written
+from mfx.reports.drawing.picture_file import SUFFIXES, check_painter, paint
 from mfx.reports.drawing.subject import pictures_of
 from mfx.reports.drawing.svg import svg_of
 from mfx.text import described
@@ -48,7 +49,7 @@ def draw(model: nn.Module, path: str | os.PathLike[str] | None = None, *args: An
     Args:
         model: a net that `mfx.momentumize` returned; ``torch.compile(model, backend="mfx")`` after a call, one picture
             per graph; or any model, drawn as momentumize would rewrite it by default.
-        path: an SVG file to write; None writes none.
+        path: the file to write: .svg, or .png or .pdf, for which matplotlib must be installed; None writes none.
         *args: inputs, as for a call of the model, which select the graph; nothing is computed with them. By default it
             is the graph that ran last, else the one for default arguments.
         **kwargs: inputs by name.
@@ -63,7 +64,10 @@ def draw(model: nn.Module, path: str | os.PathLike[str] | None = None, *args: An
     drawing = Drawing(svg_of(name, pictures_of(model, args, kwargs)))
     if file is not None:
         try:
-            file.write_text(drawing.svg, encoding="utf-8")
+            if file.suffix.lower() in SUFFIXES:
+                paint(drawing.svg, file)
+            else:
+                file.write_text(drawing.svg, encoding="utf-8")
         except OSError as error:
             raise MfxError(f"draw: {file} cannot be written: {error.strerror}.") from error
     return drawing
@@ -78,6 +82,10 @@ def _file(path: Any) -> Path | None:
             "mfx.draw(net, 'net.svg', x), or mfx.draw(net, None, x) for a notebook."
         )
     file = Path(path)
-    if file.suffix.lower() != ".svg":
-        raise MfxError(f"draw writes SVG; call the file {file.with_suffix('.svg').name}, not {file.name}.")
+    if file.suffix.lower() not in (".svg", *SUFFIXES):
+        raise MfxError(
+            f"draw writes .svg, .png and .pdf files; call the file {file.with_suffix('.svg').name}, not {file.name}."
+        )
+    if file.suffix.lower() in SUFFIXES:
+        check_painter(file)
     return file

@@ -238,7 +238,7 @@ def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
         (["explain", STACK, "--gamma", "1.5"], "gamma must be a real number with 0 <= gamma < 1, not 1.5"),
         (["explain", STACK, "--gamma", "layer=0.5"], "gamma: no chain is called 'layer'. Chains: blocks."),
         (["explain", STACK, "--device", "gpu"], "--device gpu: "),
-        (["draw", STACK, "-o", "net.png"], "draw writes SVG; call the file net.svg"),
+        (["draw", STACK, "-o", "net.gif"], "draw writes .svg, .png and .pdf files; call the file net.svg"),
         (["profile", STACK, "--input", "2,9"], "the model failed: RuntimeError: "),
         (["profile", STACK, "--input", "2,8", "--against", "nothing"], "nothing"),
     ],

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import sys
 import warnings
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -14,11 +15,12 @@ from torch import Tensor, fx, nn
 import mfx
 from mfx.reports.drawing.boxes import ChainBox, ModuleBox, Picture, ValueBox
 from mfx.reports.drawing.groups import contract
+from mfx.reports.drawing.picture_file import figure_of
 from mfx.reports.drawing.repeats import repeats
 from mfx.reports.drawing.shapes import shape
 from mfx.reports.drawing.subject import pictures_of
 from mfx.reports.drawing.svg import svg_of
-from mfx.reports.markup import escape
+from mfx.reports.markup import escape, text_width
 from tests.mfx.models import ConvNet, Masked, Stack, images, inputs
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -265,10 +267,45 @@ def test_a_file_is_written(tmp_path: Path) -> None:
     assert file.read_text(encoding="utf-8") == drawing.svg == drawing._repr_svg_()
 
 
+@pytest.mark.parametrize(("suffix", "head"), [("png", b"\x89PNG"), ("pdf", b"%PDF"), ("PNG", b"\x89PNG")])
+def test_a_picture_is_written(tmp_path: Path, suffix: str, head: bytes) -> None:
+    pytest.importorskip("matplotlib")
+    file = tmp_path / f"net.{suffix}"
+    mfx.draw(mfx.momentumize(ConvNet()), file, images())
+    assert file.read_bytes().startswith(head)
+
+
+@pytest.mark.parametrize("build", [ConvNet, Stack])
+def test_a_picture_has_what_the_document_has(build: Callable[[], nn.Module]) -> None:
+    pytest.importorskip("matplotlib")
+    svg = mfx.draw(mfx.momentumize(build())).svg
+    root = ElementTree.fromstring(svg)
+    figure = figure_of(svg)
+    (axes,) = figure.axes
+    words = [part.text or "" for text in root.iter(f"{SVG}text") for part in (text, *text)]
+    assert [text.get_text().replace("\\$", "$") for text in axes.texts] == words
+    boxes = [box for box in root.iter(f"{SVG}rect") if box.get("class") != "ground"]
+    assert len(axes.patches) == len(boxes) + len(list(root.iter(f"{SVG}polygon")))
+    assert len(axes.lines) == len(list(root.iter(f"{SVG}path")))
+    assert [72 * side for side in figure.get_size_inches()] == [float(root.attrib[s]) for s in ("width", "height")]
+    figure.canvas.draw()
+    for text, words_ in zip(axes.texts, words, strict=True):  # as wide as the boxes were made for
+        width = text.get_window_extent().width * 72 / figure.dpi
+        assert width <= text_width(words_, text.get_fontsize()) * 1.02 + 1
+
+
+def test_a_picture_without_matplotlib_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(
+        mfx.MfxError, match=r"\.png files with matplotlib: pip install 'mfx\[report\]'.*writes net\.svg"
+    ):
+        mfx.draw(ConvNet(), "net.png")
+
+
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("net.png", r"draw writes SVG; call the file net\.svg, not net\.png\."),
+        ("net.gif", r"draw writes \.svg, \.png and \.pdf files; call the file net\.svg, not net\.gif\."),
         (torch.zeros(1), r"the second argument is the file to write, not a Tensor; .* mfx\.draw\(net, 'net\.svg', x\)"),
         ("/nowhere/at/all/net.svg", r"cannot be written: No such file"),
     ],
