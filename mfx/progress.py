@@ -15,8 +15,9 @@ _PATIENCE = 2.0  # seconds of silence
 def waiting_for(what: str) -> Iterator[None]:
     """Within this context, say after two seconds what the work is; the line is taken back when it is done.
 
-    It goes to ``stderr`` where that is a terminal, and stays away from the logs of notebooks and jobs. The environment
-    variable ``MFX_PROGRESS`` says otherwise: 0 for silence everywhere, 1 for a line everywhere.
+    Of work within work, the inner one's line takes the place of the outer one's until it is done. It goes to ``stderr``
+    where that is a terminal, and stays away from the logs of notebooks and jobs. The environment variable
+    ``MFX_PROGRESS`` says otherwise: 0 for silence everywhere, 1 for a line everywhere.
 
     Args:
         what: the work, such as ``"capturing BertModel"``.
@@ -26,11 +27,13 @@ def waiting_for(what: str) -> Iterator[None]:
         yield
         return
     line = f"mfx: {what} …"
-    said = threading.Event()
 
     def say() -> None:
-        said.set()
-        print(line, end="" if is_terminal else "\n", file=sys.stderr, flush=True)
+        with _LOCK:
+            if is_terminal:
+                _erase()
+            _SAID.append(line)
+            print(line, end="" if is_terminal else "\n", file=sys.stderr, flush=True)
 
     timer = threading.Timer(_PATIENCE, say)
     timer.daemon = True
@@ -39,5 +42,19 @@ def waiting_for(what: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
-        if said.is_set() and is_terminal:
-            print(f"\r{' ' * len(line)}\r", end="", file=sys.stderr, flush=True)
+        with _LOCK:
+            if line in _SAID:
+                if is_terminal:
+                    _erase()
+                _SAID.remove(line)
+                if is_terminal and _SAID:
+                    print(_SAID[-1], end="", file=sys.stderr, flush=True)
+
+
+_LOCK = threading.Lock()
+_SAID: list[str] = []  # the lines of work that is not done; the last one is the one that is seen
+
+
+def _erase() -> None:
+    if _SAID:
+        print(f"\r{' ' * len(_SAID[-1])}\r", end="", file=sys.stderr, flush=True)

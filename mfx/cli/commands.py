@@ -20,6 +20,7 @@ from mfx.cli.parser import version
 from mfx.cli.spec import build
 from mfx.net.forward import forward_of
 from mfx.net.views import views_of
+from mfx.progress import waiting_for
 from mfx.reports.page import check_file, page_of, write
 
 _OPTIONS = ("arithmetic", "memory_budget", "recompute", "offload", "velocity", "min_steps", "only", "skip", "capture")
@@ -80,7 +81,8 @@ def _subject(parsed: Namespace) -> CommandSubject:
     first, kwargs = parsed.kwargs
     if first:
         raise UsageError("--kwargs takes arguments by name, as in 'depth=18'; --args takes the others")
-    model = build(parsed.spec, args, {**more, **kwargs}, parsed.config, parsed.device)
+    with waiting_for(f"building {parsed.spec}"):
+        model = build(parsed.spec, args, {**more, **kwargs}, parsed.config, parsed.device)
     if parsed.mode is not None:
         model.train(parsed.mode == "train")
     return CommandSubject(model, *make_inputs(parsed.inputs, parsed.device), _options(parsed))

@@ -3,11 +3,13 @@
 import io
 import sys
 import time
+from contextlib import contextmanager
 
 import pytest
 
 import mfx
 from mfx import progress
+from mfx.cli import main
 from tests.mfx.models import Stack
 
 
@@ -57,3 +59,52 @@ def test_captures_say_what_they_do(monkeypatch):
     )
     mfx.momentumize(Stack())
     assert what == ["tracing Stack"]
+
+
+def test_work_within_work_takes_the_place_of_the_line(monkeypatch):
+    monkeypatch.setattr(progress, "_PATIENCE", 0.05)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.delenv("MFX_PROGRESS", raising=False)
+    with progress.waiting_for("drawing Net"):
+        time.sleep(0.3)
+        with progress.waiting_for("capturing Net"):
+            time.sleep(0.3)
+    outer, inner = "mfx: drawing Net …", "mfx: capturing Net …"
+    gone = [f"\r{' ' * len(line)}\r" for line in (outer, inner, outer)]
+    assert sys.stderr.getvalue() == outer + gone[0] + inner + gone[1] + outer + gone[2]
+    assert progress._SAID == []
+
+
+@pytest.mark.parametrize(
+    ("words", "work"),
+    [
+        (["explain", "--input", "2,8"], ["building", "rehearsing a training step of Stack", "explaining Stack"]),
+        (["draw", "-o", "net.svg"], ["building", "drawing Stack"]),
+        (["profile", "--input", "2,8", "--repeats", "1"], ["building", "profile: measuring training steps"]),
+        (
+            ["report", "--input", "2,8", "--repeats", "1", "-o", "net.html"],
+            ["building", "profile: measuring training steps", "rehearsing", "explaining Stack", "drawing Stack"],
+        ),
+    ],
+)
+def test_every_command_says_what_it_does(monkeypatch, tmp_path, capsys, words, work):
+    """Each piece of work that may take long is spoken of; a library's patience is set to nothing."""
+    monkeypatch.setattr(progress, "_PATIENCE", 0.0)
+    monkeypatch.setenv("MFX_PROGRESS", "1")
+    monkeypatch.chdir(tmp_path)
+    slow = progress.waiting_for
+
+    @contextmanager
+    def waiting_for(what):
+        with slow(what):
+            time.sleep(0.05)
+            yield
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("mfx.") and name != "mfx.progress" and hasattr(module, "waiting_for"):
+            monkeypatch.setattr(module, "waiting_for", waiting_for)
+    assert main([words[0], "tests.mfx.models:Stack", *words[1:]]) == 0
+    said_ = capsys.readouterr().err
+    places = [said_.find(f"mfx: {what}") for what in work]
+    assert -1 not in places
+    assert places == sorted(places)

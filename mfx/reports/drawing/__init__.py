@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from mfx.net.views import written
+from mfx.progress import waiting_for
 from mfx.reports.drawing.picture_file import SUFFIXES, check_painter, paint
 from mfx.reports.drawing.subject import pictures_of
 from mfx.reports.drawing.svg import svg_of
@@ -61,16 +62,21 @@ def draw(model: nn.Module, path: str | os.PathLike[str] | None = None, *args: An
         raise MfxError(f"draw takes a torch.nn.Module, not {described(model)}.")
     file = _file(path)
     name = type(written(model)).__name__
-    drawing = Drawing(svg_of(name, pictures_of(model, args, kwargs)))
-    if file is not None:
-        try:
-            if file.suffix.lower() in SUFFIXES:
-                paint(drawing.svg, file)
-            else:
-                file.write_text(drawing.svg, encoding="utf-8")
-        except OSError as error:
-            raise MfxError(f"draw: {file} cannot be written: {error.strerror}.") from error
+    with waiting_for(f"drawing {name}"):
+        drawing = Drawing(svg_of(name, pictures_of(model, args, kwargs)))
+        if file is not None:
+            _write(drawing, file)
     return drawing
+
+
+def _write(drawing: Drawing, file: Path) -> None:
+    try:
+        if file.suffix.lower() in SUFFIXES:
+            paint(drawing.svg, file)
+        else:
+            file.write_text(drawing.svg, encoding="utf-8")
+    except OSError as error:
+        raise MfxError(f"draw: {file} cannot be written: {error.strerror}.") from error
 
 
 def _file(path: Any) -> Path | None:

@@ -12,6 +12,7 @@ from torch import nn
 from mfx.compat import compiled_model, hook_tables
 from mfx.net.views import View, breaks_of, views_of, written
 from mfx.program.chain_call import Momentum
+from mfx.progress import waiting_for
 from mfx.reports.explain.advice import OPTIONAL_OUTPUTS
 from mfx.reports.explain.data import ChainMemory, ExplainedChain, ExplainedStep, ExplainedUpdate
 from mfx.reports.explain.estimate import Estimate, estimate
@@ -45,19 +46,23 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
     if not isinstance(model, nn.Module):
         raise MfxError(f"explain takes a torch.nn.Module, not {described(model)}.")
     views = views_of(model, args, kwargs, "mfx.explain(model, *inputs)")
-    predicted, unpredicted = _predict(model, views, args, kwargs) if args or kwargs else (None, "")
+    name = type(written(model)).__name__
+    with waiting_for(f"rehearsing a training step of {name}"):
+        predicted, unpredicted = _predict(model, views, args, kwargs) if args or kwargs else (None, "")
+    with waiting_for(f"explaining {name}"):
+        found = [(view, view.findings()) for view in views]
     chains = {
-        (view.path, name, len(call.graphs.steps)): (around, _explain_chain(view, call, predicted, len(around) - 1))
+        (view.path, call_name, len(call.graphs.steps)): (around, _explain_chain(view, call, predicted, len(around) - 1))
         for view in views
-        for name, around in _nesting(view.calls).items()
-        for call in (view.calls[name],)
+        for call_name, around in _nesting(view.calls).items()
+        for call in (view.calls[call_name],)
     }  # a chain that several compiled graphs have counts once, and so does a rejection
     rejections = {
-        (view.path, str(refused)): (refused, view.module) for view in views for refused in view.findings().rejections
+        (view.path, str(refused)): (refused, view.module) for view, finds in found for refused in finds.rejections
     }
-    cuts = {(view.path, str(cut)): cut for view in views for cut in view.findings().cuts}
+    cuts = {(view.path, str(cut)): cut for view, finds in found for cut in finds.cuts}
     return Explanation(
-        type(written(model)).__name__,
+        name,
         tuple(chain for _, chain in sorted(chains.values(), key=lambda found: found[0])),
         tuple(refused for refused, _ in rejections.values()),
         tuple(cuts.values()),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -17,6 +19,7 @@ from torch.utils.checkpoint import CheckpointError
 
 from mfx.modules.random_state import undisturbed
 from mfx.net.views import backend_options, written
+from mfx.progress import waiting_for
 from mfx.reports.profile.result import Profile
 from mfx.reports.profile.rows import ProfileRow
 from mfx.reports.profile.step import TrainingStep, parameters_of
@@ -93,7 +96,7 @@ def _measure(
     """Return the rows, and the variants that did not run, each with the reason."""
     rows: dict[str, ProfileRow] = {}
     skipped: list[tuple[str, str]] = []
-    for variant in _with_progress(variants, "measuring", progress):
+    for variant in _with_progress(variants, "measuring training steps", progress):
         modules = _trained(models, variant)
         try:
             _from_same_state(variant, modules, step.run)  # the work of the first call, done once, is not part of a step
@@ -108,7 +111,7 @@ def _measure(
         raise MfxError("; ".join(f"{name}: {reason}" for name, reason in skipped))
     ran = [variant for variant in variants if variant.name in rows]
     times: dict[str, list[float]] = {name: [] for name in rows}
-    for _ in _with_progress(range(repeats), "timing", progress):
+    for _ in _with_progress(range(repeats), "timing training steps", progress):
         for variant in ran:  # in turns, so that a change of the machine's speed hits all
             times[variant.name].append(_from_same_state(variant, _trained(models, variant), step.seconds))
     return tuple(replace(row, seconds=statistics.median(times[row.name])) for row in rows.values()), tuple(skipped)
@@ -158,11 +161,15 @@ def _modules_in(value: Any) -> list[nn.Module]:
 
 
 def _with_progress(items: Sequence[T], what: str, progress: bool | None) -> Iterable[T]:
-    """Show a progress bar if wanted and possible; with None, tqdm checks for a terminal."""
-    if progress is False:
+    """Show a progress bar if wanted, or on a terminal, and possible; else the line of `waiting_for`."""
+    if progress is False or (progress is None and os.environ.get("MFX_PROGRESS") == "0"):
         return items
-    try:
-        tqdm = import_module("tqdm")
-    except ImportError:
-        return items
-    return tqdm.tqdm(items, desc=f"mfx.profile: {what}", leave=False, disable=None if progress is None else False)  # type: ignore[no-any-return]
+    if progress or (sys.stderr is not None and sys.stderr.isatty()):
+        with suppress(ImportError):
+            return import_module("tqdm").tqdm(items, desc=f"mfx.profile: {what}", leave=False)  # type: ignore[no-any-return]
+    return _spoken_of(items, what)
+
+
+def _spoken_of(items: Sequence[T], what: str) -> Iterator[T]:
+    with waiting_for(f"profile: {what}"):
+        yield from items
