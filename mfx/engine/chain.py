@@ -220,7 +220,7 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     dummies = [velocity_dummy(x) for x in xs]
     runner = gathering(runner, call, original=False)
     spacing = min(arithmetic.anchor_every(gamma, x.dtype) or len(call.steps) for x in xs)
-    on_cpu = xs[0].device.type == "cpu"
+    on_cpu, last = xs[0].device.type == "cpu", len(call.steps) - 1
     ends = set({stream: index for index in walked for stream in call.steps[index].writes}.items())
     earlier: list[list[UpdateGamma]] = [[] for _ in xs]  # γ of the updates of each stream so far
     firsts: dict[int, Tensor] = {}  # by stream; all gradients of the chain come by one of them
@@ -243,10 +243,7 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
                 firsts[stream] = x
             after.append(x)
         streams.add(step, after, side)
-        looked_at = [states[stream] for stream in step.writes] if on_cpu else []
-        if not on_cpu and index == len(call.steps) - 1:
-            looked_at = [*compress(states, earlier)]
-        for state in looked_at:
+        for state in compress(states, earlier) if on_cpu or index == last else ():
             if (overflowed := state.overflowed()) is not None:
                 place = f"chain {call.name}, at or before step {step.path}"
                 notice_overflow(place, overflowed, call.cache, firsts.values() if settings.verify == "raise" else ())

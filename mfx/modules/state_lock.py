@@ -1,4 +1,4 @@
-"""The lock of a net for the time in which its modules have other state than the user gave them.
+"""Locks that threads hold while they run a net's modules: for the state of modules, and for what is recomputed.
 
 A recomputation puts back what the forward pass found, and a run for compiled code has tensors of its own. No other
 thread may run the modules meanwhile. While a thread waits for autograd, which may be busy in a device's thread with a
@@ -23,13 +23,14 @@ _WAITING: list[Section] = []
 class _Own(threading.local):
     def __init__(self) -> None:
         self.sections: list[Section] = []
+        self.thread = threading.get_ident()
 
 
 _OWN = _Own()
 
 
 class StateLock:
-    """The lock of one net.
+    """The lock of one net's modules, or of what one call recomputes.
 
     Attributes:
         sections: those under way, of all threads, in the order in which they began.
@@ -43,26 +44,32 @@ class StateLock:
 
     def reading(self) -> Section:
         """Return a section that runs the modules as they are; several threads may at once."""
-        return Section(self, writes=False)
+        return Section(self, writes=False, recomputes=RUNNING.again)
 
     def writing(self) -> Section:
         """Return a section in which the modules have other state; it leaves everything as it was."""
-        return Section(self, writes=True)
+        return Section(self, writes=True, recomputes=RUNNING.again)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return StateLock, ()  # a copy of a net has modules of its own
 
 
 class Section:
-    """A context that waits until no other thread is in a section that it must not meet."""
+    """A context that waits until no other thread is in a section that it must not meet.
 
-    __slots__ = ("_is_lent", "_is_recomputation", "_lock", "_thread", "_writes")
+    Args:
+        lock: the lock.
+        writes: True if it must not meet sections that only read, either.
+        recomputes: True if it may begin in a section that is lent.
+    """
 
-    def __init__(self, lock: StateLock, *, writes: bool) -> None:
-        self._lock, self._writes, self._is_lent = lock, writes, False
+    __slots__ = ("_is_lent", "_lock", "_recomputes", "_thread", "_writes")
+
+    def __init__(self, lock: StateLock, *, writes: bool, recomputes: bool) -> None:
+        self._lock, self._writes, self._recomputes, self._is_lent = lock, writes, recomputes, False
 
     def __enter__(self) -> None:
-        self._thread, self._is_recomputation = threading.get_ident(), RUNNING.again
+        self._thread = _OWN.thread
         sections = self._lock.sections
         with _LOCK:
             if sections:
@@ -84,7 +91,7 @@ class Section:
 
     def _waits_for(self, other: Section) -> bool:
         """True if this cannot begin before another section has ended, or is lent."""
-        return self._meets(other) and not (other._is_lent and self._is_recomputation)
+        return self._meets(other) and not (other._is_lent and self._recomputes)
 
     def _is_interrupted(self) -> bool:
         """True if a recomputation that this was lent to has not ended."""

@@ -48,6 +48,52 @@ def test_two_threads_rebuild_one_after_the_other(arithmetic, gamma, switching):
     assert len(fake.THREADS) > 1
 
 
+class Late(torch.autograd.Function):
+    """The identity, whose backward pass takes a while."""
+
+    @staticmethod
+    def forward(ctx, x, seconds):
+        ctx.seconds = seconds
+        return x * 1
+
+    @staticmethod
+    def backward(ctx, g):
+        time.sleep(ctx.seconds)
+        return g, None
+
+
+class DifferentiatingOffloaded(Offloaded):
+    """As ``Offloaded``; one of the two parts is differentiated by the branch itself, so the recomputation needs it."""
+
+    late = differentiated = ""
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.begin(x)
+        parts = {"fake": torch.tanh(self.inner(h)), "cpu": torch.tanh(h.to("cpu") * 2)}
+        y = torch.tanh(parts[self.differentiated])
+        (y,) = torch.autograd.grad(y.square(), y, torch.ones_like(y), create_graph=True)
+        here, there = (Late.apply(part, 0.003 * (device == self.late)) for device, part in parts.items())
+        return x + (here + y.to("fake") + there.to("fake"))
+
+
+@pytest.mark.parametrize("late, differentiated", [("fake", "fake"), ("fake", "cpu"), ("cpu", "fake")])
+@pytest.mark.parametrize("arithmetic, gamma", [("exact", 0.9), ("float", 0.9), ("exact", 0.0)])
+def test_a_recomputation_that_waits_for_the_other_thread(arithmetic, gamma, late, differentiated, monkeypatch):
+    """The first thread recomputes, and waits for autograd in the second one, which waits for what is recomputed."""
+    monkeypatch.setattr(DifferentiatingOffloaded, "late", late)
+    monkeypatch.setattr(DifferentiatingOffloaded, "differentiated", differentiated)
+    options = {"arithmetic": arithmetic, "gamma": gamma}
+    kept = trained(momentumized(stack(DifferentiatingOffloaded), memory_budget=1.0, **options), batch())
+    net, found = momentumized(stack(DifferentiatingOffloaded), **options), []
+    thread = threading.Thread(target=lambda: found.extend(trained(net, batch())), daemon=True)
+    thread.start()
+    thread.join(60)
+    assert not thread.is_alive()
+    for a, b in zip(found, kept, strict=True):
+        error = (a - b).abs().max() / b.abs().max()
+        assert error <= (1e-6 if arithmetic == "exact" else 1e-4)
+
+
 class Differentiating(nn.Module):
     """A branch with state of its own that runs a backward pass in the forward pass, once ``go`` allows it."""
 

@@ -175,11 +175,9 @@ class ExactState(State):
             self.X, self.owns_x = self.X.clone(), True
 
     def _own_v(self) -> Tensor:
-        V = self._velocity()
         if not self.owns_v:
-            V = self.V = V.clone()
-            self.owns_v = True
-        return V
+            self.V, self.owns_v = self._velocity().clone(), True
+        return self._velocity()
 
     def _velocity(self) -> Tensor:
         assert self.V is not None, "before the first step there is nothing to walk back"

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -57,7 +58,7 @@ def streams_of(xs: Iterable[Any], writes: Iterable[Sequence[int]]) -> list[Strea
         xs: a tensor of each, or anything with its shape and dtype.
         writes: numbers of the streams that each step updates.
     """
-    counts = Counter(stream for streams in writes for stream in streams)
+    counts = Counter(chain.from_iterable(writes))
     return [Stream(tuple(x.shape), x.dtype, counts[i]) for i, x in enumerate(xs)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -27,6 +26,7 @@ from mfx.compat import (
 from mfx.engine.recompute.environment import StepEnvironment
 from mfx.engine.recompute.saved import Captures, SavedTensors, freed
 from mfx.engine.scope import inside_recomputation, measure
+from mfx.modules.state_lock import Section, StateLock
 from mfx.modules.uninterrupted import may_stop
 from mfx_passes.errors import MfxError
 
@@ -50,7 +50,8 @@ class Rebuilt:
     """The tensors that recomputation has given to handles, for one backward pass and no longer than needed.
 
     Nodes of the graph that lie on several devices, or in several streams of one, ask from several threads, or streams.
-    One thread at a time rebuilds, in the stream of the forward pass.
+    One thread at a time rebuilds, in the stream of the forward pass. While it waits for autograd, which a branch may
+    use itself, another one may: autograd may need that thread.
 
     Args:
         device: of the chain's stream.
@@ -58,8 +59,8 @@ class Rebuilt:
 
     def __init__(self, device: torch.device) -> None:
         self._task = NO_TASK
-        self._provided: list[list[_Packed]] = []
-        self._is_busy, self._lock = False, threading.RLock()  # a branch may run a backward pass itself
+        self.provided: list[list[_Packed]] = []  # the handles that have tensors
+        self._is_busy, self._lock = False, StateLock()
         self._device, self._stream = device, current_stream(device)
 
     def provide(self, rebuild: Callable[[], None], handle: Handle) -> Tensor:
@@ -71,11 +72,19 @@ class Rebuilt:
         tensor = handle.tensor
         # What a thread sees while another one rebuilds may not be complete: rrelu fills a tensor after saving it.
         if tensor is None or self._is_busy or current_task() != self._task:
-            with self._lock:
+            with Section(self._lock, writes=True, recomputes=True):
                 if (task := current_task()) != self._task:
                     self._enter(task)
                 if handle.tensor is None:
-                    self._run(rebuild)
+                    was_busy, self._is_busy = self._is_busy, True
+                    try:
+                        if self._stream is None:  # as on a CPU
+                            rebuild()
+                        else:
+                            with in_stream(self._device, self._stream):
+                                rebuild()
+                    finally:
+                        self._is_busy = was_busy
                 tensor = handle.tensor
         if self._task == NO_TASK:
             self.clear()
@@ -93,27 +102,12 @@ class Rebuilt:
             make_ready(tensor, handle.made_in)
         return tensor
 
-    def _run(self, rebuild: Callable[[], None]) -> None:
-        was_busy, self._is_busy = self._is_busy, True
-        try:
-            if self._stream is None:  # as on a CPU
-                rebuild()
-            else:
-                with in_stream(self._device, self._stream):
-                    rebuild()
-        finally:
-            self._is_busy = was_busy
-
-    def note(self, packed: list[_Packed]) -> None:
-        """Note that the handles of these have tensors now."""
-        self._provided.append(packed)
-
     def clear(self) -> None:
         """Drop the tensors; handles that are needed once more are rebuilt once more."""
-        for reference, _, _ in chain.from_iterable(self._provided):
+        for reference, _, _ in chain.from_iterable(self.provided):
             if (handle := reference()) is not None:
                 handle.tensor = None
-        self._provided.clear()
+        self.provided.clear()
 
     def _enter(self, task: int) -> None:
         # Tensors rebuilt in another pass are not used here: parameters may have changed since, which a rebuild checks.
@@ -150,7 +144,7 @@ class Frame:
         self._captures, self._writes, self._values, self._env = captures, writes, values, env
         self._packed: list[_Packed] = []
         self._requires_grad: list[bool] = []
-        self.live: Sequence[Tensor] | None = None  # the input, while the forward pass is still running
+        self.live: Sequence[Tensor] | None = None  # the input, while the branch is running
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -210,10 +204,11 @@ class Frame:
             MfxError: the number of saved tensors, a shape or a dtype differs from the forward pass. (After an early
                 stop, more saved tensors go unnoticed.)
         """
-        unfinished = self.live is not None  # the branch itself uses autograd, while it is still running
+        # The branch, which has not ended, uses autograd, which needs what it saved; or what the forward pass saved.
+        unfinished = self.live is not None
         stops = not (to_value or unfinished or self._env.has_hooks)
         hooks = RecomputationHooks(self._packed, self._env.has_drawn_all if stops else None, self._watched)
-        rebuilt.note(self._packed)
+        rebuilt.provided.append(self._packed)
         values = self._values.get()
         with (
             torch.enable_grad(),
@@ -224,11 +219,14 @@ class Frame:
             # As in the forward pass, an input is not a leaf: autocast caches its casts of leaves. (view_as would
             # change the strides of dimensions of size 1, by which convolutions choose their kernel.)
             xs = [x.detach().requires_grad_(flag)[...] for x, flag in zip(xs, self._requires_grad, strict=True)]
+            before, self.live = self.live, xs
             try:
                 outputs = self._call(self._root, *xs, *map(values.__getitem__, self._captures))
             except Exception:
                 if not hooks.stopped:  # otherwise the branch has turned StopRecomputation into this
                     raise
+            finally:
+                self.live = before
         if hooks.wrong is not None or not (unfinished or hooks.count == len(self._packed)):
             raise MfxError(self._complaint(hooks))
         ys = None if hooks.stopped else [y.detach() for y in outputs[: self._writes]]

@@ -164,14 +164,14 @@ class Tape:
         self._walk = None  # if a step fails, the next walk starts anew
         while walk.position > index:
             self._step_down(walk)
-        if walk.task != NO_TASK:
+        if walk.ends_with_task:
+            self._walk = walk
+        elif walk.task != NO_TASK:
             self._set_walk(walk)
 
     def _set_walk(self, walk: _Walk) -> None:
-        self._walk = walk
-        if not walk.ends_with_task:
-            walk.ends_with_task = True
-            when_task_ends(partial(_end_walk, weakref.ref(self), walk.task))
+        self._walk, walk.ends_with_task = walk, True
+        when_task_ends(partial(_end_walk, weakref.ref(self), walk.task))
 
     def _walk_above(self, index: int) -> _Walk:
         """Return the walk of this backward pass if it is above step ``index``, else one from the end."""
