@@ -36,9 +36,10 @@ def transform_to_momentumnet(
 ) -> M:
     """Return the same model with whole layers turned into momentum nets, as the momentumnet package does.
 
-    Without ``sub_layers`` this is `mfx.momentumize`: chains of residual adds are found in the graph of the model. With
-    them, every module in such a layer is one step, whatever it does inside: the modules B of a layer compute
-    v ← γ·v + (1−γ)·(B(x) − x), x ← x + v, from v = 0 on, one momentum net a layer.
+    Every module in such a layer is one step, whatever it does inside: the modules B of a layer compute
+    v ← γ·v + (1−γ)·(B(x) − x), x ← x + v, from v = 0 on, one momentum net a layer. Without ``sub_layers`` they are the
+    package's default, ``layer1`` to ``layer4`` of a ResNet; for a model that has no such layers this is
+    `mfx.momentumize`: chains of residual adds are found in the graph of the model.
 
     Args:
         model: a model that can be traced symbolically; it stays as it is. With ``sub_layers``, also a net that this
@@ -67,6 +68,7 @@ def transform_to_momentumnet(
     check_flags(use_backprop=use_backprop, is_residual=is_residual, keep_first_layer=keep_first_layer)
     budget = 1.0 if use_backprop else 0.0
     options = Options(gamma=gamma, memory_budget=budget, arithmetic=arithmetic, verify=verify, offload=offload)
+    sub_layers = _default_layers(model) if sub_layers is None else sub_layers
     if sub_layers is None:
         if is_residual:
             raise MfxError(
@@ -87,6 +89,16 @@ def _loads_packages_weights(net: M) -> M:
     if forward_of(net) is not None:
         put_load_hook_first(net, rename_loaded)
     return net
+
+
+def _default_layers(model: nn.Module) -> tuple[str, ...] | None:
+    """Return the package's default, if a model has these layers."""
+    inner = [getattr(model, path, None) for path in _DEFAULT]
+    has_all = not isinstance(model, fx.GraphModule) and all(isinstance(m, nn.Sequential | nn.ModuleList) for m in inner)
+    return _DEFAULT if has_all else None
+
+
+_DEFAULT = ("layer1", "layer2", "layer3", "layer4")  # of a ResNet of torchvision
 
 
 def _paths(sub_layers: Any) -> tuple[str, ...]:

@@ -66,6 +66,17 @@ def test_both_ways(make, layers, keep_first, size):
         assert torch.equal(plain.state_dict()[name], tensor), name
 
 
+def test_without_names_the_layers_are_the_packages_default():
+    """Of a ResNet-18 the first stage alone has two identity skips, of which the package makes one step."""
+    x = torch.randn(1, 3, 33, 33, dtype=torch.float64)
+    theirs = momentumnet.transform_to_momentumnet(resnet(), use_backprop=True).eval()
+    ours = mfx.transform_to_momentumnet(resnet(), use_backprop=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(x), theirs(x), rtol=1e-7, atol=1e-7)
+
+
 def test_inside_another_model():
     theirs = momentumnet.transform_to_momentumnet(stages(), ["stage.0"], True)
     ours = nn.ModuleDict({"net": mfx.transform_to_momentumnet(stages(), ["stage.0"])})
