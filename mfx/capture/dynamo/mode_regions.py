@@ -13,15 +13,23 @@ from torch.fx import Graph, Node
 from mfx import compat
 from mfx.compat.dynamo import ENTRANCES, EXITS, SWITCHES
 from mfx.modules.uninterrupted import must_finish
+from mfx_passes.analysis.ancestry import GraphIndex
+from mfx_passes.analysis.mutations import Mutation, Mutations
 from mfx_passes.rewrite.extract import boundary, extract
 
 
 class OtherMode(nn.Module):
-    """A region of a model that runs in a mode of its own (grad, autocast, …), which it enters and leaves."""
+    """A region of a model that runs in a mode of its own (grad, autocast, …), which it enters and leaves.
+
+    Attributes:
+        writes: the positions of the arguments that it changes in place.
+    """
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
         self.body = fx.GraphModule(nn.Module(), graph)
+        changed = {node for change in _changes(graph) for node in change.family}
+        self.writes = [i for i, node in enumerate(graph.find_nodes(op="placeholder")) if node in changed]
 
     def forward(self, *args: Any) -> Any:
         """Run the region; the mode is the caller's again afterwards, also after an error."""
@@ -33,6 +41,10 @@ class OtherMode(nn.Module):
             return self.body(*args)
         finally:
             torch.set_grad_enabled(grad)
+
+
+def _changes(graph: Graph) -> list[Mutation]:
+    return Mutations(index := GraphIndex(graph, {})).at(index.nodes)
 
 
 def fold_modes(graph: Graph) -> Iterator[tuple[str, nn.Module]]:

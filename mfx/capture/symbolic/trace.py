@@ -27,6 +27,9 @@ from mfx.capture.symbolic.user_code import is_interrupt, is_own_fault, is_raised
 from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import tensors_restored
 from mfx_passes import MfxError
+from mfx_passes.analysis.ancestry import GraphIndex
+from mfx_passes.analysis.mutations import Mutations
+from mfx_passes.paths import resolve
 from mfx_passes.rewrite.portable_graph import copy_graph, dump_calls, load_calls
 
 R = TypeVar("R")
@@ -103,6 +106,7 @@ def capture(
         steps.mark(graph)
     kept = copy_graph(graph)
     called = {str(node.target): model.get_submodule(str(node.target)) for node in kept.find_nodes(op="call_module")}
+    _refuse_changed_constants(model, kept, called, last)
     values = last.values
     return Captured(
         kept,
@@ -117,6 +121,24 @@ def capture(
         assigned=changes.assigned,
         decisions=tuple(last.decisions),
     )
+
+
+def _refuse_changed_constants(
+    model: nn.Module, graph: fx.Graph, called: Mapping[str, nn.Module], tracer: SymbolicTracer
+) -> None:
+    """Refuse a graph that changes a tensor of which the trace has computed constants: they would be its first ones."""
+    if not tracer.used:
+        return
+    index, prefix = GraphIndex(graph, called), f"{tracer.constants.name}."
+    for mutation in Mutations(index).at(index.nodes):
+        for node in mutation.family:
+            path = str(node.target)
+            root = tracer.constants if path.startswith(prefix) else model
+            if node.op == "get_attr" and id(resolve(root, path.removeprefix(prefix))) in tracer.used:
+                raise CaptureError(
+                    f"{type(model).__name__} changes a tensor in place ({mutation.node.name}) that is neither a "
+                    f"parameter nor a buffer, and computes with it. {_ADVICE}"
+                )
 
 
 def _traced(

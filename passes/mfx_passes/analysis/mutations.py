@@ -8,17 +8,32 @@ from dataclasses import dataclass
 
 from torch.fx import Node
 
+from mfx_passes import paths
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.ops import vocabulary
+from mfx_passes.ops.writes import changes_buffers, written_beside
 
 
 @dataclass(frozen=True, eq=False)
 class Mutation:
-    """An in-place operation, and every node that may share the memory it changes."""
+    """An in-place operation, and every node that may share the memory it changes.
+
+    Args:
+        node: the operation.
+        operand: what it changes.
+        family: the nodes that may share memory with it.
+        beside: True if the operation has another result than what it changes: statistics, for example.
+    """
 
     node: Node
     operand: Node
     family: frozenset[Node]
+    beside: bool = False
+
+    @property
+    def is_unseen(self) -> bool:
+        """True if a later change of a tensor of the model cannot be told: kernels raise no version of statistics."""
+        return self.beside and any(node.op == "get_attr" for node in self.family)
 
 
 class Mutations:
@@ -34,32 +49,62 @@ class Mutations:
         self.forward_only = forward_only
         self._index = index
         self.sums = sums
-        self._at: dict[Node, Mutation] = {}
+        self._at: defaultdict[Node, list[Mutation]] = defaultdict(list)
         self._touching: defaultdict[Node, list[Mutation]] = defaultdict(list)
+        self._reads: defaultdict[str, list[Node]] = defaultdict(list)  # by path, and by the paths around it
+        for node in index.nodes:
+            if node.op == "get_attr":
+                for path in paths.ancestors(str(node.target)):
+                    self._reads[path].append(node)
         for node in index.nodes:
             operand = index.mutated(node)
             if operand is not None and operand not in index.sizes:
                 self._add(Mutation(node, operand, self._family(operand, node)))
+            for written in (*written_beside(node, index.modules), *self._buffers_of(node)):
+                self._add(Mutation(node, written, self._family(written, node), beside=True))
 
     def _add(self, mutation: Mutation) -> None:
-        self._at[mutation.node] = mutation
+        self._at[mutation.node].append(mutation)
         for node in mutation.family:
             self._touching[node].append(mutation)
 
+    def __bool__(self) -> bool:
+        return bool(self._at)
+
     def at(self, nodes: Iterable[Node]) -> list[Mutation]:
         """Return the in-place operations among some nodes."""
-        return [self._at[node] for node in nodes if node in self._at]
+        return [mutation for node in nodes if node in self._at for mutation in self._at[node]]
 
     def touching(self, nodes: Iterable[Node]) -> list[Mutation]:
         """Return the in-place operations that may change the value of one of some nodes, in program order."""
-        found = {mutation.node: mutation for node in nodes for mutation in self._touching.get(node, ())}
-        return [found[node] for node in self._index.sorted(found)]
+        found = {mutation for node in nodes for mutation in self._touching.get(node, ())}
+        return sorted(found, key=lambda mutation: self._index.position[mutation.node])
+
+    def may_change_again(self, node: Node) -> bool:
+        """True if a value may lie in memory that was there before the call, and that each call changes."""
+        changes = False
+        while not changes or node.op not in ("placeholder", "get_attr"):
+            changes = changes or node in self._at or bool(self._touching.get(node))
+            if (source := self._shares_memory_with(node)) is None:
+                break
+            node = source
+        return changes and node.op in ("placeholder", "get_attr")
+
+    def _buffers_of(self, node: Node) -> list[Node]:
+        """Return the reads of buffers of a module that a node calls, and that may change them."""
+        reads = self._reads.get(str(node.target), ()) if node.op == "call_module" else ()
+        module = self._index.modules.get(str(node.target))
+        if not reads or module is None or not changes_buffers(module):
+            return []
+        buffers = {paths.join(str(node.target), name) for name, _ in module.named_buffers()}
+        return [read for read in reads if read.target in buffers]
 
     def _family(self, operand: Node, mutator: Node) -> frozenset[Node]:
         root = operand
         while (source := self._shares_memory_with(root)) is not None:
             root = source
-        family, todo = {root}, [root]
+        roots = self._reads[str(root.target)] if root.op == "get_attr" else [root]
+        family, todo = set(roots), [*roots]
         while todo:
             for user in todo.pop().users:
                 if user is not mutator and user not in family and self._shares_memory_with(user) in family:
@@ -71,6 +116,8 @@ class Mutations:
         """Return the operand whose memory the value of a node may lie in, None if it has its own."""
         if node in self.sums:
             return None
+        if node.op == "call_module" and (written := next(written_beside(node, self._index.modules), None)):
+            return written
         if vocabulary.may_alias(node, self._index.modules):
             return vocabulary.preserved(node)
         return self._index.mutated(node) if vocabulary.returns_operand(node) else None

@@ -15,7 +15,7 @@ from mfx_passes import paths
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.errors import MfxError
-from mfx_passes.find.check import changed_later
+from mfx_passes.find.check import changed_later, moved_past
 from mfx_passes.find.nesting import Nesting
 from mfx_passes.find.prepare import Prepared, prepare
 from mfx_passes.find.relayout import remove_unused
@@ -54,6 +54,8 @@ def chains_of(prepared: Prepared, selection: Selection) -> Findings:
         sums = {node for update in updates for node in update.add.sums}
         left = [mutation for mutation in in_place if mutation.node not in sums]  # change what a branch may read
         late = {u.add.node.name: why for u in updates if left and (why := changed_later(u, index, mutations, sums))}
+        if mutations and not late:
+            late = {u.add.node.name: why for chain in chains for u, why in moved_past(chain, index, mutations)}
         if not late:
             break
         grounds = {**grounds, **late}

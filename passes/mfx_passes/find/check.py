@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import reduce
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutation, Mutations
-from mfx_passes.ir import Grounds, Refusal, Update
+from mfx_passes.ir import Chain, Grounds, Refusal, Update
 from mfx_passes.ops import sums
 
 Check = Callable[[Update, GraphIndex, Mutations], Grounds | None]
@@ -52,9 +52,33 @@ def changed_later(
     start = index.position[update.skip]
     for mutation in mutations.touching([update.skip, *update.reads]):
         inside = mutation.node in update.nodes or mutation.node in sums
-        if not inside and index.position[mutation.node] > start:
+        if mutation.is_unseen and not inside:
+            own = mutations.at(update.nodes)  # a recomputation finds what a step changes itself as it was
+            if not any(change.family & mutation.family for change in own):
+                return Refusal.CHANGED_LATER, {"node": mutation.node.name}
+        elif not inside and index.position[mutation.node] > start:
             return Refusal.CHANGED_LATER, {"node": mutation.node.name}
     return None
+
+
+def moved_past(chain: Chain, index: GraphIndex, mutations: Mutations) -> Iterator[tuple[Update, Grounds]]:
+    """Yield the updates at which to cut a chain that would be moved past a change of what it reads, and why.
+
+    A chain runs as a whole where its first step begins: what lies between its steps and is in none of them runs before
+    or behind it.
+    """
+    inside, updates = chain.nodes, list(chain.updates)
+    first, last = index.position[min(inside)], index.position[max(inside)]
+    for update in updates:
+        for mutation in mutations.touching(update.reads):
+            at = index.position[mutation.node]
+            if mutation.node not in inside and first < at < last:
+                begun = [other for other in updates if index.position[other.skip] < at]
+                yield begun[-1] if begun else update, (Refusal.CHANGED_LATER, {"node": mutation.node.name})
+        for mutation in mutations.at(index.sorted(update.nodes - update.add.sums)):
+            readers = {user for alias in mutation.family for user in alias.users} - index.sizes
+            if any(first < index.position[reader] < last for reader in readers - inside):
+                yield update, (Refusal.CHANGED_LATER, {"node": mutation.node.name})
 
 
 def changes_state(update: Update, index: GraphIndex, mutations: Mutations) -> Grounds | None:

@@ -150,6 +150,7 @@ _ALIAS_NAMES = frozenset(
         "dropout2d", "dropout3d", "dsplit", "expand", "expand_as", "hsplit", "moveaxis", "movedim", "narrow",
         "rearrange", "select", "split", "squeeze", "swapaxes", "t", "tensor_split", "unbind", "unfold", "unsqueeze",
         "view_as_complex", "view_as_real", "vsplit", "started", "adjoint", "atleast_1d", "atleast_2d", "atleast_3d",
+        "_get_data_attr",
     }
 )  # fmt: skip
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

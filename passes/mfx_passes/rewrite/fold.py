@@ -112,7 +112,8 @@ class _Folder:
     def _changed(self, node: Node, when: Callable[[Node], bool]) -> Node:
         """Return the in-place operation that holds the value of a node after it was changed."""
         for mutation in self._mutations.touching([node]):
-            if mutation.operand is node and returns_operand(mutation.node) and when(mutation.node):
+            is_returned = mutation.operand is node and not mutation.beside and returns_operand(mutation.node)
+            if is_returned and when(mutation.node):
                 return self._changed(mutation.node, when)
         return node
 

@@ -6,8 +6,11 @@ import operator
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from torch import Tensor
 from torch.fx import Graph, Node
 
+from mfx_passes.analysis.ancestry import GraphIndex
+from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.find.nesting import Nesting
 from mfx_passes.ir import Chain, ChainGraphs, tag_momentum_call
 from mfx_passes.ops import vocabulary
@@ -60,6 +63,8 @@ class _Rewriter:
         self._nesting = nesting
         self._modules = modules
         self._insert = insert
+        sums = {node for chain in nesting.chains for step in chain.steps for node in step.sums}
+        self._mutations = Mutations(GraphIndex(graph, modules), sums)
         self._replaced: dict[Node, Node] = {}
         self._reached: dict[str, tuple[str, ...]] = {}
 
@@ -71,7 +76,9 @@ class _Rewriter:
         graphs, captures, sides = outline(chain, self._reached)
         inside = chain.nodes
         anchor, late = _place(chain, inside, captures)
-        call, added = _insert_call(self._graph, graphs, chain, captures, anchor, self._insert)
+        anchor, kept = self._copied(captures, anchor)
+        call, added = _insert_call(self._graph, graphs, chain, kept, anchor, self._insert)
+        added += [node for node in kept if node not in captures]
         self._reached[str(call.target)] = tuple(target for step in graphs.steps for target in step.targets)
         states = chain.states
         taps = [states[t][stream] for t, stream in graphs.taps]
@@ -87,6 +94,28 @@ class _Rewriter:
         for step in self._nesting.around(chain):
             step.nodes -= inside
             step.nodes |= {*added, *read}
+
+    def _copied(self, captures: Sequence[Node], anchor: Node) -> tuple[Node, list[Node]]:
+        """Return captures with copies of those that the next call may change, and the node to put the call behind.
+
+        Before::
+
+            u = self.u.mul_(0.5)
+
+        After::
+
+            u = self.u.mul_(0.5); clone = u.clone()
+
+        """
+        kept: list[Node] = []
+        for node in captures:
+            if isinstance(node.meta.get("val"), Tensor | None) and self._mutations.may_change_again(node):
+                with self._graph.inserting_after(_behind_inputs(anchor)):
+                    anchor = self._graph.call_method("clone", (node,))
+                anchor.meta = dict(node.meta)
+                node = anchor
+            kept.append(node)
+        return anchor, kept
 
     def _redirect_early_readers(self, chain: Chain) -> None:
         """Have nodes that read a state before the next step does read a view, which the next step makes first.
@@ -166,12 +195,17 @@ def _through(first: Node, last: Node) -> list[Node]:
     return nodes
 
 
+def _behind_inputs(anchor: Node) -> Node:
+    while anchor.op == "placeholder" and anchor.next.op == "placeholder":
+        anchor = anchor.next
+    return anchor
+
+
 def _insert_call(
     graph: Graph, graphs: ChainGraphs, chain: Chain, captures: Sequence[Node], anchor: Node, insert: Insert
 ) -> tuple[Node, list[Node]]:
     """Insert a momentum call; return it, and the nodes (it is one of them) that steps around it own from now on."""
-    while anchor.op == "placeholder" and anchor.next.op == "placeholder":
-        anchor = anchor.next
+    anchor = _behind_inputs(anchor)
     added: list[Node] = []
     roots: dict[str, Node] = {}
     for name in dict.fromkeys(target.split(".")[0] for step in graphs.steps for target in step.targets):
