@@ -3,26 +3,22 @@
     python examples/plan_large_model.py
 
 Llama-3-70B at 8192 tokens and ViT-22B at 224 x 224 pixels are built on the meta device, where tensors have shapes and
-no values, and ``mfx.explain`` rehearses a training step of each. Parameters, gradients and optimizer state are sharded
-over all GPUs; activations are not, so they decide. About a minute, and one GiB of memory.
+no values, and ``mfx.plan`` rehearses training steps of each: plain, with checkpoints, with mfx, and with more and more
+inputs, until they no longer fit. Parameters, gradients and optimizer state are sharded over all GPUs; activations are
+not, so they decide. Minutes, and one GiB of memory.
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 import mfx
-
-GIB = 2**30
-STATE = 2 + 2 + 12  # bytes per parameter: bfloat16 weight and gradient; Adam's weight and two moments in float32
 
 
 class Attention(nn.Module):
@@ -130,7 +126,7 @@ class ViT(nn.Module):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Large:
     """A model, and one GPU's share of a batch."""
 
     name: str
@@ -139,119 +135,53 @@ class Plan:
     inputs: Callable[[int], Tensor]
 
 
-@dataclass(frozen=True)
-class Row:
-    """One line of the table, all sizes in bytes on each GPU."""
-
-    model: str
-    variant: str
-    sharded: float  # parameters, gradients and optimizer state
-    gathered: float  # weights and gradients of the block that is being computed, and of the next one
-    kept: int  # activations between forward and backward
-    peak: int  # activations at worst
-    flops: float  # relative to plain training
-
-    @property
-    def total(self) -> float:
-        """All that the GPU must hold."""
-        return self.sharded + self.gathered + self.peak
-
-
-def plans(tokens: int, batch: int | None) -> list[Plan]:
+def large_models(tokens: int, batch: int | None) -> list[Large]:
     """The two large models."""
     llama, vit = (
         (lambda: Llama(80, 8192, 64, 8, 28672, 128256, tokens)),
         (lambda: ViT(48, 6144, 48, 24576, 224, 14)),
     )
     return [
-        Plan(f"Llama-70B, {tokens} tokens", llama, batch or 1, lambda n: torch.zeros(n, tokens, dtype=torch.long)),
-        Plan("ViT-22B, 224 pixels", vit, batch or 64, lambda n: torch.zeros(n, 3, 224, 224, dtype=torch.bfloat16)),
+        Large(f"Llama-70B, {tokens} tokens", llama, batch or 1, lambda n: torch.zeros(n, tokens, dtype=torch.long)),
+        Large("ViT-22B, 224 pixels", vit, batch or 64, lambda n: torch.zeros(n, 3, 224, 224, dtype=torch.bfloat16)),
     ]
 
 
-def quick_plans() -> list[Plan]:
+def small_models() -> list[Large]:
     """The same shapes, much smaller."""
     return [
-        Plan("Llama", lambda: Llama(4, 64, 4, 2, 128, 100, 32), 2, lambda n: torch.zeros(n, 32, dtype=torch.long)),
-        Plan("ViT", lambda: ViT(4, 64, 4, 128, 28, 14), 4, lambda n: torch.zeros(n, 3, 28, 28, dtype=torch.bfloat16)),
+        Large("Llama", lambda: Llama(4, 64, 4, 2, 128, 100, 32), 2, lambda n: torch.zeros(n, 32, dtype=torch.long)),
+        Large("ViT", lambda: ViT(4, 64, 4, 128, 28, 14), 4, lambda n: torch.zeros(n, 3, 28, 28, dtype=torch.bfloat16)),
     ]
 
 
-def rows_of(plan: Plan, gammas: Sequence[float], gpus: int, bar: tqdm) -> list[Row]:
-    """Plain training, then mfx at each γ."""
+def planned(large: Large, gpus: int, memory: str, gamma: float) -> mfx.Plan:
+    """Return the plan for a model in bfloat16, sharded over GPUs."""
     with torch.device("meta"):
-        model = plan.build().bfloat16()
-        x = plan.inputs(plan.batch)
-    parameters = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.blocks[0].parameters())
-    common = Row(plan.name, "plain", STATE * parameters / gpus, 2 * 4 * block, 0, 0, 1.0)
-    net = mfx.momentumize(model)
-    rows = []
-    for gamma in gammas:
-        bar.set_postfix_str(f"{plan.name}, gamma={gamma:g}")
-        mfx.set_gamma(net, gamma)
-        found = mfx.explain(net, x).estimate
-        assert found is not None
-        if not rows:
-            rows.append(replace(common, kept=found.plain.kept, peak=found.plain.peak))
-        use, work = found.momentum, found.momentum.flops / found.plain.flops
-        rows.append(replace(common, variant=f"gamma={gamma:g}", kept=use.kept, peak=use.peak, flops=work))
-        bar.update()
-    return rows
+        model = large.build().bfloat16()
+        x = large.inputs(large.batch)
+    return mfx.plan(model, x, memory, world_size=gpus, fsdp=True, gamma=gamma)
 
 
-def table(rows: Sequence[Row], limit: float) -> str:
-    """The rows, in GiB on each GPU."""
-    lines = [f"{'GiB on each GPU':26}{'':>12}{'sharded':>9}{'kept':>9}{'peak':>9}{'in all':>9}{'FLOPs':>8}"]
-    for row in rows:
-        sizes = (row.sharded, row.kept, row.peak, row.total)
-        fits = "" if row.total <= limit else "   does not fit"
-        name = row.model if row.variant == "plain" else ""
-        lines.append(f"{name:26}{row.variant:>12}{''.join(f'{s / GIB:9.1f}' for s in sizes)}{row.flops:7.2f}×{fits}")
-    return "\n".join(lines)
-
-
-def plot(rows: Sequence[Row], limit: float, path: Path) -> None:
-    """Plot what each GPU must hold, in parts, and what it has."""
-    from matplotlib.figure import Figure
-
-    models = list(dict.fromkeys(row.model for row in rows))
-    figure = Figure(figsize=(5 * len(models), 4), layout="constrained", dpi=150)
-    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
-        chosen = [row for row in rows if row.model == model]
-        base = [0.0] * len(chosen)
-        for name, label in (
-            ("sharded", "state, sharded"),
-            ("gathered", "two blocks, gathered"),
-            ("peak", "activations"),
-        ):
-            heights = [getattr(row, name) / GIB for row in chosen]
-            axes.bar([row.variant for row in chosen], heights, bottom=base, label=label)
-            base = [low + height for low, height in zip(base, heights, strict=True)]
-        axes.axhline(limit, color="0.2", linestyle="--", label="of one GPU")
-        axes.set_title(f"{model}: GiB on each GPU", fontsize=11)
-    axes.legend()
-    figure.savefig(path)
-
-
-def main(argv: Sequence[str] | None = None) -> list[Row]:
-    """Runs the example; returns the rows of the table, for each model the plain one first."""
+def main(argv: Sequence[str] | None = None) -> list[mfx.Plan]:
+    """Runs the example; returns the plans."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gpus", type=int, default=128, help="GPUs that share the model's state (default 128)")
-    parser.add_argument("--memory", type=float, default=80, help="GiB of each GPU (default 80)")
+    parser.add_argument("--memory", default="80GiB", help="of each GPU (default 80GiB)")
     parser.add_argument("--batch", type=int, help="of each GPU (default 1 sequence, 64 images)")
     parser.add_argument("--tokens", type=int, default=8192, help="of a sequence (default 8192)")
-    parser.add_argument("--gamma", type=float, nargs="+", default=[0.0, 0.9], help="momenta to try (default 0 0.9)")
-    parser.add_argument("--png", type=Path, default=Path("plan_large_model.png"), help="where to save the plot")
+    parser.add_argument("--gamma", type=float, default=0.9, help="momentum of the last way (default 0.9)")
+    parser.add_argument("--png", default="plan_{}.png", help="where to save pictures; {} is the model's name")
     parser.add_argument("--quick", action="store_true", help="small models of these shapes, to see that it runs")
     options = parser.parse_args(argv)
 
-    chosen = quick_plans() if options.quick else plans(options.tokens, options.batch)
-    with tqdm(total=len(chosen) * len(options.gamma), unit="rehearsal") as bar:
-        rows = [row for plan in chosen for row in rows_of(plan, options.gamma, options.gpus, bar)]
-    print(table(rows, options.memory * GIB))
-    plot(rows, options.memory, options.png)
-    return rows
+    plans = []
+    for large in small_models() if options.quick else large_models(options.tokens, options.batch):
+        plan = planned(large, options.gpus, options.memory, options.gamma)
+        print(f"{large.name}\n{plan}\n")
+        plan.plot(options.png.format(plan.model))
+        plans.append(plan)
+    return plans
 
 
 if __name__ == "__main__":

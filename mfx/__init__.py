@@ -15,6 +15,7 @@ from mfx.options.gamma import BDIA
 from mfx.reports.drawing import Drawing, draw
 from mfx.reports.explain.explain import explain
 from mfx.reports.explain.explanation import Explanation
+from mfx.reports.plan import Plan, plan
 from mfx.reports.profile.profile import profile
 from mfx.reports.profile.result import Profile
 from mfx.schedule import GammaScheduler
@@ -30,6 +31,7 @@ __all__ = [
     "GammaScheduler",
     "MfxError",
     "MomentumNet",
+    "Plan",
     "Profile",
     "draw",
     "explain",
@@ -37,6 +39,7 @@ __all__ = [
     "integrations",
     "momentumize",
     "original",
+    "plan",
     "profile",
     "recomputing",
     "schedule",

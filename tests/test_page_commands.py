@@ -19,8 +19,11 @@ SMALLER = {
     "resnet101": "resnet18",
     "resnet50": "resnet18",
     "vit_b_16": "resnet18",
+    "vit_l_16": "resnet18",
     "8,3,224,224": "2,3,32,32",
     "8,3,64,64": "2,3,32,32",
+    "32,3,224,224": "2,3,32,32",
+    "24GiB": "230MB",
     "x3x224x224": "x3x32x32",
     '"num_hidden_layers": 4': '"num_hidden_layers": 2, "hidden_size": 8, "num_attention_heads": 2, "vocab_size": 1000, '
     '"intermediate_size": 16',
@@ -44,7 +47,7 @@ def test_the_commands_of_mfx(line, tmp_path, monkeypatch, capsys):
 
 
 def test_each_command_of_mfx_is_shown():
-    assert {line.split()[1] for line in MFX} == {"explain", "profile", "draw", "report"}
+    assert {line.split()[1] for line in MFX} == {"explain", "profile", "draw", "plan", "report"}
 
 
 class HasRead(Exception):  # noqa: N818

@@ -1,4 +1,4 @@
-"""The commands: explain, profile, draw and report."""
+"""The commands: explain, profile, draw, plan and report."""
 
 from __future__ import annotations
 
@@ -128,6 +128,31 @@ def _draw(parsed: Namespace) -> None:
     print(parsed.output)
 
 
+def _plan(parsed: Namespace) -> None:
+    subject = _subject(parsed)
+    others = sorted(set(subject.options) - {"gamma"})
+    if others:
+        raise UsageError(
+            f"plan compares ways to train; of the options it takes --gamma, not --{others[0].replace('_', '-')}"
+        )
+    if subject.args and subject.kwargs:
+        raise UsageError("plan takes inputs by position or by name, not both")
+    plan = mfx.plan(
+        subject.model,
+        subject.args or subject.kwargs,
+        parsed.gpu_memory,
+        world_size=parsed.world_size,
+        fsdp=parsed.fsdp,
+        sequence_dim=parsed.sequence_dim,
+        optimizer_bytes=parsed.optimizer_bytes,
+        chip=parsed.chip,
+        **subject.options,
+    )
+    if parsed.output is not None:
+        plan.plot(parsed.output)
+    print(json.dumps(plan.to_dict(), indent=2) if parsed.json else plan)
+
+
 def _report(parsed: Namespace) -> None:
     file = check_file(parsed.output)
     _check_repeats(parsed)
@@ -203,5 +228,6 @@ COMMANDS: Mapping[str, Callable[[Namespace], None]] = {
     "explain": _explain,
     "profile": _profile,
     "draw": _draw,
+    "plan": _plan,
     "report": _report,
 }

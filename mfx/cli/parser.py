@@ -18,7 +18,7 @@ T = TypeVar("T")
 _ABOUT = """\
 Turns the residual chains of a PyTorch model into momentum chains that train without stored activations, and shows
 what that does to a model: `explain` which chains there are, `profile` a training step, `draw` the rewritten graph,
-or write all of it as one page with `report`.
+`plan` what fits on a device, or write all of it as one page with `report`.
 """
 _EXAMPLES = """\
 SPEC is package.module:callable; the callable makes the model. Modules in the current directory are found.
@@ -35,6 +35,7 @@ examples:
   mfx report transformers:BertModel --config '{"num_hidden_layers": 4}' --input input_ids=int64%1000:2,64 -o bert.html
   mfx explain vit_pytorch:ViT --device meta --input 8,3,224,224 --kwargs 'image_size=224, patch_size=16,
       num_classes=10, dim=8192, depth=64, heads=64, mlp_dim=32768'
+  mfx plan torchvision.models:vit_l_16 --device meta --input 32,3,224,224 --gpu-memory 24GiB
 
 exit status: 0 done; 1 the model or the request cannot be served; 2 the command line cannot be read.
 """
@@ -61,6 +62,11 @@ def make_parser() -> argparse.ArgumentParser:
     draw = command("draw", "draw the rewritten graph")
     draw.add_argument("-o", "--output", metavar="FILE", required=True, help="the file: .svg, .png or .pdf (matplotlib)")
 
+    plan = command("plan", "say what fits on a device, by each way to train, and how long a step takes")
+    plan.add_argument("--json", action="store_true", help="print JSON")
+    plan.add_argument("-o", "--output", metavar="FILE", help="also save a picture (.png, .svg, .pdf; matplotlib)")
+    _devices(plan.add_argument_group("the devices"))
+
     report = command("report", "write everything as one HTML page that needs no network")
     report.add_argument("-o", "--output", metavar="FILE", required=True, help="the .html file to write")
     _measuring(report)
@@ -71,7 +77,7 @@ def _adder(commands: Any) -> Callable[[str, str], argparse.ArgumentParser]:
     def add(name: str, about: str) -> argparse.ArgumentParser:
         parser: argparse.ArgumentParser = commands.add_parser(
             name,
-            usage=f"%(prog)s SPEC [options]{'' if name in ('explain', 'profile') else ' -o FILE'}",
+            usage=f"%(prog)s SPEC [options]{'' if name in ('explain', 'profile', 'plan') else ' -o FILE'}",
             help=about,
             description=about[0].upper() + about[1:] + ".",
             epilog=_EXAMPLES,
@@ -106,7 +112,9 @@ def _model(group: Any) -> None:
         metavar="INPUT",
         help="see below",
     )
-    group.add_argument("--device", default="cpu", help="cpu, cuda, ...; meta makes no values (explain, draw, report)")
+    group.add_argument(
+        "--device", default="cpu", help="cpu, cuda, ...; meta makes no values (explain, draw, plan, report)"
+    )
     group.add_argument("--mode", choices=("train", "eval"), help="training mode; by default as the callable left it")
     group.add_argument("--traceback", action="store_true", help="show where an error comes from")
 
@@ -129,6 +137,15 @@ def _options(group: Any) -> None:
     group.add_argument("--only", action="append", metavar="NAME", help="rewrite these chains or modules only")
     group.add_argument("--skip", action="append", metavar="NAME", help="leave these chains or modules as they are")
     group.add_argument("--capture", choices=("auto", "symbolic", "dynamo"))
+
+
+def _devices(group: Any) -> None:
+    group.add_argument("--gpu-memory", default="80GiB", metavar="BYTES", help="of each (default 80GiB)")
+    group.add_argument("--world-size", type=int, default=1, metavar="N", help="how many there are (default 1)")
+    group.add_argument("--fsdp", action="store_true", help="they share parameters, gradients and optimizer state")
+    group.add_argument("--chip", default="H100", metavar="NAME", help="whose speed counts (default H100)")
+    group.add_argument("--optimizer-bytes", type=float, metavar="N", help="per parameter (default Adam's)")
+    group.add_argument("--sequence-dim", type=int, metavar="DIM", help="the dimension of the first input that may grow")
 
 
 def _measuring(parser: argparse.ArgumentParser) -> None:

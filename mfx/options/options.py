@@ -124,7 +124,7 @@ class Options:
         """
         inputs = self.example_inputs
         is_several = isinstance(inputs, list) and inputs and all(isinstance(i, tuple | Mapping) for i in inputs)
-        return [_call(one) for one in inputs] if is_several else [_call(inputs)]
+        return [call_of(one) for one in inputs] if is_several else [call_of(inputs)]
 
     @property
     def plans(self) -> bool:
@@ -220,7 +220,8 @@ class Options:
         return replace(self, gamma={**now, **{name: value for name, value in before.items() if name not in now}})
 
 
-def _call(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def call_of(inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments of a call, and those by name: of one input, a tuple of them, or a mapping from names."""
     if isinstance(inputs, Mapping):
         return (), {str(name): value for name, value in inputs.items()}
     return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}

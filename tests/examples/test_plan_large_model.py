@@ -6,33 +6,24 @@ pytest.importorskip("matplotlib")
 from examples import plan_large_model
 
 
-def test_it_runs_and_prints_a_table(tmp_path, capsys):
-    png = tmp_path / "a.png"
-    options = ["--gamma", "0.9", "--memory", "0.001", "--gpus", "4", "--png", str(png)]
-    rows = plan_large_model.main(["--quick", *options])
-    assert png.read_bytes().startswith(b"\x89PNG")
-    assert [(row.model, row.variant) for row in rows] == [
-        ("Llama", "plain"),
-        ("Llama", "gamma=0.9"),
-        ("ViT", "plain"),
-        ("ViT", "gamma=0.9"),
-    ]
-    for plain, momentum in zip(rows[::2], rows[1::2], strict=True):
+def test_it_prints_plans_and_draws_them(tmp_path, capsys):
+    options = ["--memory", "3MiB", "--gpus", "4", "--png", str(tmp_path / "{}.png")]
+    plans = plan_large_model.main(["--quick", *options])
+    assert [plan.model for plan in plans] == ["Llama", "ViT"]
+    for plan in plans:
+        assert (tmp_path / f"{plan.model}.png").read_bytes().startswith(b"\x89PNG")
+        ways = {way.name: way for way in plan.ways}
+        plain, momentum = ways["plain"], ways["gamma=0.9"]
         assert momentum.kept < 0.5 * plain.kept
         assert momentum.peak < plain.peak
-        assert 1 < momentum.flops < 4 / 3
-        assert momentum.sharded == plain.sharded
-    printed = capsys.readouterr()
-    assert len(printed.out.splitlines()) == 5
-    assert [line.endswith("does not fit") for line in printed.out.splitlines()[1:]] == [
-        row.total > 0.001 * plan_large_model.GIB for row in rows
-    ]
-    assert "100%" in printed.err  # the progress bar
+        assert momentum.batch > plain.batch > 0
+    printed = capsys.readouterr().out
+    assert all(str(plan) in printed for plan in plans)
 
 
 @pytest.mark.parametrize("number, parameters", [(0, 70.55e9), (1, 21.74e9)], ids=["Llama-70B", "ViT-22B"])
 def test_the_models_have_the_published_sizes(number, parameters):
-    plan = plan_large_model.plans(128, None)[number]
+    plan = plan_large_model.large_models(128, None)[number]
     with torch.device("meta"):
         model = plan.build()
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(parameters, rel=1e-2)

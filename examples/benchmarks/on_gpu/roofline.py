@@ -15,9 +15,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
 
 import mfx
 from examples.benchmarks.on_gpu.methods import CHECKPOINT, EXACT, FLOAT, GAMMA_0, PLAIN, Training
@@ -25,43 +22,15 @@ from examples.benchmarks.on_gpu.models import Model, with_checkpoints
 from mfx.engine.arithmetic import ARITHMETICS
 from mfx.engine.memory.storage import Stream, walks_back
 from mfx.options.gamma import Gamma
-
-BANDWIDTH, PRODUCTS = 0.85, 0.55  # shares of the peak that are reached
+from mfx.reports.plan.roofline import BANDWIDTH, CHIPS, H100, Chip, SecondsCounter, bytes_of_kernels
 
 # Bytes per element of the stream and step that the kernels read and write: forward, back, and for gradients. The store
 # of digits takes one byte, as it does up to 37 steps at γ = 0.9.
 BYTES: Mapping[tuple[str, torch.dtype], tuple[int, int, int]] = {
-    (EXACT, torch.float32): (42, 42, 12),
-    (EXACT, torch.bfloat16): (38, 38, 12),
-    (FLOAT, torch.float32): (20, 20, 12),
-    (FLOAT, torch.bfloat16): (20, 20, 12),
+    (method, dtype): bytes_of_kernels(kind, dtype)
+    for method, kind in ((EXACT, "exact"), (FLOAT, "float"))
+    for dtype in (torch.float32, torch.bfloat16)
 }
-
-
-@dataclass(frozen=True)
-class Chip:
-    """A device: bytes per second, and products' operations per second by dtype."""
-
-    name: str
-    bandwidth: float
-    products: Mapping[torch.dtype, float]
-
-
-def _chip(name: str, terabytes: float, half: float, single: float) -> Chip:
-    return Chip(name, terabytes * 1e12, {torch.bfloat16: half * 1e12, torch.float32: single * 1e12})
-
-
-# Data sheets, dense; float32 in TF32 where there is that.
-H100 = _chip("H100", 3.35, 989, 494)
-CHIPS = (
-    _chip("H200", 4.8, 989, 494),
-    H100,
-    _chip("B200", 8.0, 2250, 1100),
-    _chip("A100", 2.04, 312, 156),
-    _chip("L40S", 0.864, 362, 183),
-    _chip("4090", 1.008, 165, 82.6),
-    _chip("MI300X", 5.3, 1307, 654),
-)
 
 
 def chip(name: str) -> Chip:
@@ -73,29 +42,6 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, *_: Any, is_causal: bool = False, **
     """Attention as the one kernel that it is on a GPU; without a device it would be products and a softmax."""
     out: Tensor = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal)[0]
     return out
-
-
-class _Seconds(TorchDispatchMode):
-    """Sums the time of every operation on a chip."""
-
-    def __init__(self, chip: Chip) -> None:
-        super().__init__()
-        self.chip, self.total = chip, 0.0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run an operation and add its time."""
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        given, results = ([t for t in tree_iter(tree) if isinstance(t, Tensor)] for tree in ((args, kwargs), out))
-        is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
-        if is_view or not results or "empty" in func.name() or func.name() == "aten::detach":
-            return out
-        moved = sum(t.nbytes for t in (*given, *results)) / (BANDWIDTH * self.chip.bandwidth)
-        formula = flop_registry.get(func.overloadpacket)
-        work = 0 if formula is None else formula(*args, **kwargs, out_val=out)
-        peak = self.chip.products.get(results[0].dtype, self.chip.products[torch.float32])
-        self.total += max(moved, work / (PRODUCTS * peak))
-        return out
 
 
 @dataclass(frozen=True)
@@ -133,9 +79,9 @@ def _seconds(net: nn.Module, x: Tensor, on: Chip) -> float:
     step = Training(net, x)
     with mock.patch.object(F, "scaled_dot_product_attention", _flash):
         step()  # gradients are there from the second step on
-        with _Seconds(on) as counter:
+        with SecondsCounter(on) as counter:
             step()
-    return counter.total
+    return counter.seconds
 
 
 def _moved(method: str, net: nn.Module, x: Tensor) -> int:

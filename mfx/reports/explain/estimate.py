@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -11,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Graph
 from torch.utils import _pytree as pytree
+from typing_extensions import override
 
 from mfx import compat
+from mfx.engine import ChainSettings
 from mfx.engine.memory.flops import FlopCounter
 from mfx.ledger import gradients_left_out
 from mfx.modules.aside import aside
@@ -22,7 +25,7 @@ from mfx.program.chain_call import Momentum
 from mfx.program.codegen import to_function
 from mfx.program.memory_plans import NetPlans
 from mfx.program.shapes import shadow_of, undivided
-from mfx.reports.explain.rehearsal import Observer, Rehearsed
+from mfx.reports.explain.rehearsal import Observer, Rehearsed, as_plain
 
 
 @dataclass(frozen=True)
@@ -80,11 +83,11 @@ def estimate(view: View, args: tuple[Any, ...], kwargs: Mapping[str, Any], optio
 def _estimate(view: View, args: tuple[Any, ...], kwargs: Mapping[str, Any], optional: tuple[str, ...]) -> Estimate:
     plans = _plans(view.all_calls.values())
     if plans is not None:  # the first step keeps as little as possible and measures what the budget buys
-        _Rehearsal(view, args, kwargs, plans=plans).training_step()
-    usage, output_keys = _Rehearsal(view, args, kwargs, plans=plans).training_step()
-    plain = _Rehearsal(view, args, kwargs, plain=True).training_step()[0] if view.all_calls else usage
+        ViewRehearsal(view, args, kwargs, plans=plans).training_step()
+    usage, output_keys = ViewRehearsal(view, args, kwargs, plans=plans).training_step()
+    plain = ViewRehearsal(view, args, kwargs, settings=as_plain).training_step()[0] if view.all_calls else usage
     wanted = tuple(key for key in optional if key in output_keys)
-    return Estimate(plain, usage, _Rehearsal(view, args, kwargs, plans=plans).held(wanted) if wanted else {})
+    return Estimate(plain, usage, ViewRehearsal(view, args, kwargs, plans=plans).held(wanted) if wanted else {})
 
 
 def _plans(calls: Iterable[Momentum]) -> NetPlans | None:
@@ -92,8 +95,72 @@ def _plans(calls: Iterable[Momentum]) -> NetPlans | None:
     return next((NetPlans(call.plans.budget) for call in calls if call.plans is not None), None)
 
 
-class _Rehearsal:
-    """A copy of a model and of a call's arguments on tensors without values, and an observer."""
+class Rehearsal(ABC):
+    """A copy of a model and of a call's arguments on tensors without values, and an observer.
+
+    Args:
+        module: the model.
+        args: arguments of the call; any device, meta too.
+        kwargs: arguments by name.
+        counter: counts the floating-point operations.
+    """
+
+    def __init__(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], counter: FlopCounter | None = None
+    ) -> None:
+        with compat.fake_mode() as self._mode:
+            fakes: dict[int, Tensor] = {}
+            whole = undivided(module)
+
+            def fake(tensor: Tensor) -> Tensor:
+                return fakes.setdefault(id(tensor), self._fake(whole(tensor)))
+
+            self._net = shadow_of(module, fake)
+            self._inputs: Inputs = pytree.tree_map_only(Tensor, fake, (args, dict(kwargs)))
+        own = [*self._net.parameters(), *self._net.buffers()]
+        self._trained = [tensor for tensor in own if tensor.requires_grad]
+        self._counter = FlopCounter() if counter is None else counter
+        self._observer = Observer(own, self._counter)
+
+    def training_step(self, chains: Iterable[str] = ()) -> tuple[Usage, tuple[str, ...]]:
+        """Rehearse a training step; return its usage, of these chains too, and the keys of the output."""
+        observer = self._observer
+        without_grads = gradients_left_out(observer, self._trained)
+        with compat.fake_mode(self._mode), torch.enable_grad(), without_grads, self._counter, observer:
+            output = self._run()
+            kept, names = observer.live, tuple(chains)
+            in_chains = {chain: observer.live_in(chain) for chain in names}
+            with observer.in_call(True):
+                _backpropagate(output)
+        recomputed = {chain: observer.recomputed[chain] for chain in names}
+        keys = tuple(map(str, output)) if isinstance(output, Mapping) else ()
+        return Usage(kept, observer.peak, self._counter.flops, in_chains, recomputed), keys
+
+    @abstractmethod
+    def _run(self) -> Any:
+        """Run the copy on the copied arguments; return its output."""
+
+    def _fake(self, tensor: Tensor) -> Tensor:
+        if tensor.device.type == "cpu":
+            fake: Tensor = self._mode.from_tensor(tensor)
+            return fake
+        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+        if isinstance(tensor, nn.Parameter):
+            return nn.Parameter(made, tensor.requires_grad)
+        return made.requires_grad_(tensor.requires_grad)
+
+
+class ViewRehearsal(Rehearsal):
+    """A rehearsal of the graph that a view shows.
+
+    Args:
+        view: the view.
+        args: arguments of the call.
+        kwargs: arguments by name.
+        settings: gives the settings that a momentum call is run by, if not its own.
+        plans: what a memory budget's plans were decided from.
+        counter: counts the floating-point operations.
+    """
 
     def __init__(
         self,
@@ -101,41 +168,20 @@ class _Rehearsal:
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
         *,
-        plain: bool = False,
+        settings: Callable[[Momentum], ChainSettings] | None = None,
         plans: NetPlans | None = None,
+        counter: FlopCounter | None = None,
     ) -> None:
-        with compat.fake_mode() as self._mode:
-            fakes: dict[int, Tensor] = {}
-            whole = undivided(view.module)
-
-            def fake(tensor: Tensor) -> Tensor:
-                return fakes.setdefault(id(tensor), self._fake(whole(tensor)))
-
-            self._net = shadow_of(view.module, fake)
-            self._inputs: Inputs = pytree.tree_map_only(Tensor, fake, (args, dict(kwargs)))
-        own = [*self._net.parameters(), *self._net.buffers()]
-        self._trained = [tensor for tensor in own if tensor.requires_grad]
-        self._counter = FlopCounter()
-        self._observer = Observer(own, self._counter)
+        super().__init__(view.module, args, kwargs, counter)
         self._calls = {
-            name: Rehearsed(call, self._observer, plain=plain, plans=plans) for name, call in view.all_calls.items()
+            name: Rehearsed(call, self._observer, None if settings is None else settings(call), plans)
+            for name, call in view.all_calls.items()
         }
-        self._plans = plans
-        self._view = view
+        self._plans, self._view = plans, view
 
-    def training_step(self) -> tuple[Usage, tuple[str, ...]]:
-        """Rehearse a training step; return its usage and the keys of the output."""
-        observer = self._observer
-        without_grads = gradients_left_out(observer, self._trained)
-        with compat.fake_mode(self._mode), torch.enable_grad(), without_grads, self._counter, observer:
-            output = self._run()
-            kept, chains = observer.live, [call.chain for call in self._calls.values()]
-            in_chains = {chain: observer.live_in(chain) for chain in chains}
-            with observer.in_call(True):
-                _backpropagate(output)
-        recomputed = {chain: observer.recomputed[chain] for chain in chains}
-        keys = tuple(map(str, output)) if isinstance(output, Mapping) else ()
-        return Usage(kept, observer.peak, self._counter.flops, in_chains, recomputed), keys
+    @override
+    def training_step(self, chains: Iterable[str] = ()) -> tuple[Usage, tuple[str, ...]]:
+        return super().training_step((*chains, *(call.chain for call in self._calls.values())))
 
     def held(self, keys: tuple[str, ...]) -> dict[str, int]:
         """Return the bytes that are freed when these entries are deleted from the output, one after the other."""
@@ -148,6 +194,7 @@ class _Rehearsal:
                 freed[key] = before - self._observer.live
         return freed
 
+    @override
     def _run(self) -> Any:
         view = self._view
         compiler = self._watched if view.recompute_between else to_function
@@ -157,15 +204,6 @@ class _Rehearsal:
 
     def _watched(self, graph: Graph) -> Callable[..., Any]:
         return self._observer.step("", to_function(graph))
-
-    def _fake(self, tensor: Tensor) -> Tensor:
-        if tensor.device.type == "cpu":
-            fake: Tensor = self._mode.from_tensor(tensor)
-            return fake
-        made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype)
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(made, tensor.requires_grad)
-        return made.requires_grad_(tensor.requires_grad)
 
 
 def _backpropagate(output: Any) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph
 from typing_extensions import override
 
-from mfx.engine import ChainPlan
+from mfx.engine import ChainPlan, ChainSettings
 from mfx.engine.memory.flops import FlopCounter
 from mfx.ledger import Life, StorageLedger, storages
 from mfx.modules.recomputing import recomputing
@@ -117,22 +117,28 @@ class Observer(StorageLedger):
         return super()._enter(key, storage)
 
 
+def as_plain(call: Momentum) -> ChainSettings:
+    """Return settings by which a call runs the original model, and keeps what ordinary backpropagation keeps."""
+    return replace(call.settings, gamma=Gamma(0, 1), plan=ChainPlan.keep_all(len(call.graphs.steps)))
+
+
 class Rehearsed(Momentum):
     """A momentum call that reports to an observer.
 
     Args:
         call: the call.
         observer: the observer.
-        plain: True to run the original model and keep what ordinary backpropagation keeps.
+        settings: how it is run, if not by its own settings.
         plans: the rehearsal's own plans for a memory budget; None if the budget is all or nothing.
     """
 
-    def __init__(self, call: Momentum, observer: Observer, *, plain: bool, plans: NetPlans | None = None) -> None:
+    def __init__(
+        self, call: Momentum, observer: Observer, settings: ChainSettings | None, plans: NetPlans | None
+    ) -> None:
         self.__dict__.update(call.__getstate__())  # a copy that shares no mutable state
         self.plans = plans if call.plans is not None else None
-        if plain:
-            keep_all = ChainPlan.keep_all(len(self.graphs.steps))
-            self.settings = replace(self.settings, gamma=Gamma(0, 1), plan=keep_all)
+        if settings is not None:
+            self.settings = settings
         self.compiler = self._watched
         self.observer = observer
 

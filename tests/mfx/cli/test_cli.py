@@ -284,7 +284,7 @@ def test_a_traceback_for_who_asks(capsys: pytest.CaptureFixture[str]) -> None:
 def test_help_shows_examples_that_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     from mfx.cli.parser import make_parser
 
-    for words in ([], ["explain"], ["profile"], ["draw"], ["report"]):
+    for words in ([], ["explain"], ["profile"], ["draw"], ["plan"], ["report"]):
         with pytest.raises(SystemExit) as leaving:
             main([*words, "--help"])
         assert leaving.value.code == 0
@@ -298,7 +298,7 @@ def test_help_shows_examples_that_can_be_read(capsys: pytest.CaptureFixture[str]
         program, *words = shlex.split(example)
         assert program == "mfx"
         assert ":" in make_parser().parse_args(words).spec
-    assert len(examples) == 5
+    assert len(examples) == 6
 
 
 def test_warnings_of_others_are_not_shown_and_filters_are_put_back(capsys: pytest.CaptureFixture[str]) -> None:
@@ -314,3 +314,26 @@ def test_the_module_can_be_run() -> None:
     done = subprocess.run([*words, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("mfx ")
     assert f"torch {torch.__version__}" in done.stdout
+
+
+def test_plan(capsys, tmp_path):
+    words = ["plan", STACK, "--kwargs", "depth=8", "--device", "meta", "--input", "64,8", "--gpu-memory", "1MiB"]
+    assert main([*words, "--gamma", "0.5", "--world-size", "2", "--fsdp", "--chip", "A100"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.startswith("Stack on 2 × A100 of 1.0 MiB: ")
+    assert "gamma=0.5" in printed
+    picture = tmp_path / "plan.png"
+    assert main([*words, "--json", "-o", str(picture), "--optimizer-bytes", "0", "--sequence-dim", "1"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert (data["batch"], data["sequence"], data["state"]["optimizer"]) == (64, 8, 0)
+    assert picture.stat().st_size > 0
+    for more, message in (
+        (
+            ["--memory-budget", "0.5"],
+            "plan compares ways to train; of the options it takes --gamma, not --memory-budget",
+        ),
+        (["--input", "x=2,8"], "plan takes inputs by position or by name, not both"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*words, *more])
+        assert message in capsys.readouterr().err

@@ -1,0 +1,137 @@
+"""Plans training before anything is bought: what fits on a device, by each way to train."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from mfx.net.forward import forward_of
+from mfx.options.memory_budget import MemoryBudget
+from mfx.options.options import call_of
+from mfx.progress import waiting_for
+from mfx.reports.plan.result import Plan, PlannedWay
+from mfx.reports.plan.roofline import chip_of
+from mfx.reports.plan.search import MOST, largest
+from mfx.reports.plan.training_state import training_state
+from mfx.reports.plan.usages import Sizes, Usages
+from mfx.text import described
+from mfx_passes import MfxError
+
+_TOKENS = 64  # sequences are tried by multiples of it
+
+
+def plan(
+    model: nn.Module,
+    inputs: Any,
+    memory: str | int = "80GiB",
+    *,
+    world_size: int = 1,
+    fsdp: bool = False,
+    gamma: Any = 0.9,
+    sequence_dim: int | None = None,
+    optimizer_bytes: float | None = None,
+    chip: str = "H100",
+) -> Plan:
+    """Plan the training of a model: the most that fits on a device, by each way to train, and the time of a step.
+
+    Nothing is computed: training steps are rehearsed on tensors without values, as `mfx.explain` does, so the model may
+    be on the meta device. Every result was rehearsed, and the next larger one does not fit. The ways are plain
+    training, ``torch.utils.checkpoint`` around every block, and mfx at γ = 0, at γ = 0 with ``offload="cpu"``, and at
+    ``gamma``. What a device's allocator and other libraries take is not in it: leave a tenth.
+
+    Args:
+        model: the model, in training mode.
+        inputs: a tensor, a tuple of arguments, or a mapping from names to them, on any device: one device's batch. The
+            first dimension is the batch.
+        memory: of each device: bytes, or a text such as ``"80GiB"``.
+        world_size: number of devices.
+        fsdp: True if they share parameters, gradients and optimizer state; False if each has all of them.
+        gamma: of the last way, as in `mfx.momentumize`.
+        sequence_dim: the dimension of the first input that is the sequence; by default the second of (batch, tokens),
+            if it holds integers. All dimensions of inputs that have its size grow with it.
+        optimizer_bytes: what the optimizer keeps per parameter; by default Adam's: two moments in float32, and a copy
+            in float32 of parameters of half precision.
+        chip: H100, H200, B200, A100, L40S, 4090 or MI300X, by whose data sheet the time is predicted.
+
+    Raises:
+        MfxError: the model cannot be captured as one graph or rehearsed on these inputs, or an argument is wrong.
+    """
+    if not isinstance(model, nn.Module):
+        raise MfxError(f"plan takes a torch.nn.Module, not {described(model)}.")
+    if forward_of(model) is not None:
+        raise MfxError("plan takes the model itself, not a momentumized net: mfx.original(net).")
+    if not isinstance(world_size, int) or world_size < 1:
+        raise MfxError(f"world_size={world_size!r}: it is the number of devices, 1 or more.")
+    limit = MemoryBudget.of(memory)
+    if limit.share is not None:
+        raise MfxError(f"memory={memory!r}: it is a number of bytes, such as '80GiB'.")
+    given = call_of(inputs)
+    sizes = Sizes.of(given, sequence_dim)
+    with waiting_for(f"planning {type(model).__name__}"):
+        usages = Usages(model, given, sizes, gamma, chip_of(chip))
+        state = training_state(model, optimizer=optimizer_bytes, shards=world_size if fsdp else 1, blocks=usages.blocks)
+        ways = _planned(usages, sizes, state.total, limit.size)
+    return Plan(type(model).__name__, chip, limit.size, world_size, sizes.batch, sizes.sequence, state, ways)
+
+
+def _planned(usages: Usages, sizes: Sizes, state: float, limit: int) -> tuple[PlannedWay, ...]:
+    try:
+        at_given = {way: usages.usage(way, sizes) for way in usages.ways}
+    except MfxError:
+        raise
+    except Exception as error:  # whatever the model does not do on tensors without values
+        raise MfxError(f"plan: a training step cannot be rehearsed: {type(error).__name__}: {error}") from error
+    times, trials = usages.times(at_given), _Trials(usages, limit - state)
+    return tuple(
+        PlannedWay(
+            way,
+            usage.kept,
+            usage.peak,
+            state + usage.peak,
+            times[way],
+            trials.largest(way, sizes, "batch"),
+            None if sizes.sequence is None else trials.largest(way, sizes, "sequence", _TOKENS),
+            trials.refused.get("sequence"),
+        )
+        for way, usage in at_given.items()
+    )
+
+
+class _Trials:
+    """Searches for the largest inputs that fit.
+
+    Args:
+        usages: rehearses steps.
+        room: bytes for activations.
+
+    Attributes:
+        refused: the least size that the model itself does not take, by its name, as far as that is known.
+    """
+
+    def __init__(self, usages: Usages, room: float) -> None:
+        self._usages, self._room = usages, room
+        self.refused: dict[str, int] = {}
+
+    def largest(self, way: str, sizes: Sizes, grows: str, step: int = 1) -> int:
+        """Return the largest size that fits; 0 if none does.
+
+        Args:
+            way: the way to train.
+            sizes: of the other dimensions.
+            grows: ``"batch"`` or ``"sequence"``.
+            step: sizes are tried by multiples of it.
+        """
+
+        def peak(size: int) -> float:
+            if size >= self.refused.get(grows, MOST + 1):
+                return math.inf
+            try:
+                return self._usages.usage(way, replace(sizes, **{grows: size})).peak
+            except Exception:  # the model takes no inputs of this size, as where positions have a table
+                self.refused[grows] = size
+                return math.inf
+
+        return largest(peak, self._room, getattr(sizes, grows), step=step)
