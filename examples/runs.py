@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 
 class Runs:
     """A folder with one JSON file per run.
@@ -34,6 +36,11 @@ class Runs:
             unfinished.rename(path)  # a file is there as a whole or not at all
         found: dict[str, Any] = json.loads(path.read_text())
         return found
+
+    def write(self, path: Path, command: str) -> None:
+        """Write all runs that are done to one file, with the command that makes them and torch's version."""
+        results = {"command": command, "torch": torch.__version__, "runs": self.all()}
+        path.write_text(json.dumps(results, indent=1) + "\n")
 
     def all(self) -> list[dict[str, Any]]:
         """Return all runs that are done, in the order of their names."""

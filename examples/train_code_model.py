@@ -6,7 +6,7 @@
 The text is on every machine with this project: sources of packages that it installs, split by file. Every variant
 starts from the same weights and sees the same batches; three seeds. Validation bits per byte are those of the model as
 it is used: momentum networks keep their γ, those with random signs are the plain model. One JSON file per run, so that
-a script that was stopped goes on; the table and the plot are made of the files.
+a script that was stopped goes on; the table and the plot are made of the files. Memory is that of the first step.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def make(variant: str, model: nn.Module, size: Size) -> tuple[nn.Module, Callabl
 
 
 def train(variant: str, seed: int, size: Size, texts: tuple[Tensor, Tensor], device: str) -> dict[str, Any]:
-    """Train one model from the seed's weights, and return its validation over steps and its memory."""
+    """Train one model from the seed's weights, and return its validation over steps."""
     torch.manual_seed(seed)
     net, after_step = make(variant, GPT(size).to(device), size)
     optimizer = torch.optim.AdamW(net.parameters(), size.lr, betas=(0.9, 0.95), weight_decay=0.1)
@@ -155,11 +155,7 @@ def train(variant: str, seed: int, size: Size, texts: tuple[Tensor, Tensor], dev
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda t: min((t + 1) / warmup, 0.1 + 0.45 * (1 + math.cos(math.pi * t / size.steps)))
     )
-    generator, meter = torch.Generator().manual_seed(seed), mfx.ActivationMeter(exclude=net.parameters())
-    x, y = excerpts(texts[0], size, torch.Generator().manual_seed(0), device)
-    with meter:
-        cross_entropy(net(x).flatten(0, 1), y.flatten()).backward()
-    optimizer.zero_grad()
+    generator = torch.Generator().manual_seed(seed)
     steps, bits = [0], [bits_per_byte(net, texts[1], size, device)]
     torch.manual_seed(seed)
     for step in tqdm(range(1, size.steps + 1), desc=f"{variant}, seed {seed}", unit="step"):
@@ -173,24 +169,45 @@ def train(variant: str, seed: int, size: Size, texts: tuple[Tensor, Tensor], dev
         if step % size.every == 0 or step == size.steps:
             steps.append(step)
             bits.append(bits_per_byte(net, texts[1], size, device))
-    size_of_text = [len(text) for text in texts]
-    return {"variant": variant, "seed": seed, "steps": steps, "bits": bits, "peak": meter.peak, "size": asdict(size),
-            "bytes_of_text": size_of_text, "torch": torch.__version__}  # fmt: skip
+    return {"variant": variant, "seed": seed, "steps": steps, "bits": bits, "size": asdict(size),
+            "bytes_of_text": [len(text) for text in texts]}  # fmt: skip
+
+
+def memory(variant: str, size: Size, texts: tuple[Tensor, Tensor], device: str) -> dict[str, Any]:
+    """Return the bytes of activations at the peak of a training step."""
+    net, _ = make(variant, GPT(size).to(device), size)
+    x, y = excerpts(texts[0], size, torch.Generator().manual_seed(0), device)
+    with mfx.ActivationMeter(exclude=net.parameters()) as meter:
+        cross_entropy(net(x).flatten(0, 1), y.flatten()).backward()
+    return {"variant": variant, "peak": meter.peak}
+
+
+def by_variant(runs: Sequence[dict[str, Any]]) -> dict[str, tuple[list[dict[str, Any]], float]]:
+    """Return the trainings of each variant that has some, with the MiB at the peak of its steps."""
+    peaks = {run["variant"]: run["peak"] / 2**20 for run in runs if "peak" in run}
+    trained = {variant: [run for run in runs if run["variant"] == variant and "bits" in run] for variant in VARIANTS}
+    return {variant: (alike, peaks[variant]) for variant, alike in trained.items() if alike}
 
 
 def table(runs: Sequence[dict[str, Any]]) -> str:
     """Return the results as Markdown: bits per byte of unseen files, mean and standard deviation over seeds."""
+    found = by_variant(runs)
+    first, _ = next(iter(found.values()))
+    size, megabytes = Size(**first[0]["size"]), [f"{count / 1e6:.1f} MB" for count in first[0]["bytes_of_text"]]
+    each, middle = size.batch * size.context, first[0]["steps"][len(first[0]["steps"]) // 2]
+    about = (
+        f"{2 * size.layers} residual steps of width {size.width}; {size.steps} steps of {each} bytes, from "
+        f"{megabytes[0]} of sources; {megabytes[1]} of other files to validate on."
+    )
     lines = [
-        "| variant | seeds | bits per byte, end | half way | activations at the peak, MiB |",
+        about,
+        "",
+        f"| variant | seeds | bits per byte, at the end | at step {middle} | activations at the peak, MiB |",
         "|---|--:|--:|--:|--:|",
     ]
-    for variant in VARIANTS:
-        if alike := [run for run in runs if run["variant"] == variant]:
-            ends, halves = (
-                [run["bits"][at(len(run["bits"]))] for run in alike] for at in (lambda n: -1, lambda n: n // 2)
-            )
-            peak = alike[0]["peak"] / 2**20
-            lines.append(f"| {variant} | {len(alike)} | {spread(ends)} | {spread(halves)} | {peak:.1f} |")
+    for variant, (alike, peak) in found.items():
+        then, ends = ([run["bits"][run["steps"].index(step)] for run in alike] for step in (middle, size.steps))
+        lines.append(f"| {variant} | {len(alike)} | {spread(ends)} | {spread(then)} | {peak:.1f} |")
     return "\n".join(lines)
 
 
@@ -200,12 +217,11 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
 
     figure = Figure(figsize=(10, 4), layout="constrained", dpi=150)
     left, right = figure.subplots(1, 2, width_ratios=(3, 1))
-    for variant in VARIANTS:
-        if alike := [run for run in runs if run["variant"] == variant]:
-            bits = torch.tensor([run["bits"] for run in alike])
-            (line,) = left.plot(alike[0]["steps"], bits.mean(0), label=variant)
-            left.fill_between(alike[0]["steps"], bits.amin(0), bits.amax(0), color=line.get_color(), alpha=0.2)
-            right.barh(variant, alike[0]["peak"] / 2**20)
+    for variant, (alike, peak) in by_variant(runs).items():
+        bits = torch.tensor([run["bits"] for run in alike])
+        (line,) = left.plot(alike[0]["steps"], bits.mean(0), label=variant)
+        left.fill_between(alike[0]["steps"], bits.amin(0), bits.amax(0), color=line.get_color(), alpha=0.2)
+        right.barh(variant, peak)
     left.set_title("bits per byte of unseen files")
     left.set_xlabel("step")
     left.set_yscale("log")
@@ -213,6 +229,10 @@ def plot(runs: Sequence[dict[str, Any]], path: Path) -> None:
     right.invert_yaxis()
     right.set_title("activations at the peak, MiB")
     figure.savefig(path)
+
+
+def _slug(variant: str) -> str:
+    return variant.replace(" ", "-").replace("/", "_")
 
 
 def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
@@ -223,6 +243,7 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS, help="default: all")
     parser.add_argument("--device", default="cpu", help="default cpu")
     parser.add_argument("--runs", type=Path, help="folder of the runs' files (default train_code_model/SIZE)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results of all runs there")
     parser.add_argument("--png", type=Path, default=Path("train_code_model.png"), help="where to save the plot")
     options = parser.parse_args(argv)
 
@@ -230,9 +251,12 @@ def main(argv: Sequence[str] | None = None) -> list[dict[str, Any]]:
     texts = sources()
     for seed in range(options.seeds):
         for variant in options.variants:
-            name = f"{variant.replace(' ', '-').replace('/', '_')}-{seed}"
-            runs.run(name, lambda v=variant, s=seed: train(v, s, size, texts, options.device))
+            runs.run(f"{_slug(variant)}-{seed}", lambda v=variant, s=seed: train(v, s, size, texts, options.device))
+    for variant in options.variants:
+        runs.run(f"memory-{_slug(variant)}", lambda v=variant: memory(v, size, texts, options.device))
     print(table(runs.all()))
+    if options.json:
+        runs.write(options.json, f"python -m examples.train_code_model --size {options.size}")
     plot(runs.all(), options.png)
     return runs.all()
 

@@ -22,7 +22,8 @@ from mfx_passes.ir import refusals
 
 FOLDER = Path(__file__).parent
 GUIDE = FOLDER.parent / "guide"
-PAGES = (FOLDER / "README.md", GUIDE / "benchmarks.md", GUIDE / "limits.md")
+PAGES = (FOLDER / "README.md", GUIDE / "benchmarks.md", GUIDE / "gamma.md", GUIDE / "limits.md")
+_OF_EXAMPLES = ("train_code_model", "random_signs")  # that compare trainings
 _COMPARED = re.compile(r"plain|checkpoint, (every block|.*√.*)|momentumnet.*|revtorch|mfx, (gamma=0|float|exact)")
 _BLOCK = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -49,9 +50,14 @@ def _compared(script: Any, results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def _runs(script: Any, results: Mapping[str, Any]) -> str:
+    return str(script.table(results["runs"]))
+
+
 _PRINTERS: Mapping[str, tuple[str, Callable[[Any, Mapping[str, Any]], str]]] = {
     "arithmetic": ("arithmetic", _arithmetic),
     "compared": ("memory", _compared),
+    **{name: (name, _runs) for name in _OF_EXAMPLES},
 }
 
 
@@ -61,7 +67,8 @@ def tables(name: str) -> str:
         return "\n".join(refusals.table()) + "\n"
     script, printer = _PRINTERS.get(name, (name, _plain))
     results = json.loads((FOLDER / "results" / f"{script}.json").read_text())
-    printed = printer(import_module(f"examples.benchmarks.{script}"), results)
+    folder = "examples" if script in _OF_EXAMPLES else "examples.benchmarks"
+    printed = printer(import_module(f"{folder}.{script}"), results)
     return f"`{results['command']}`, torch {results['torch']}:\n\n{printed}\n"
 
 
