@@ -6,6 +6,7 @@ does not end, the job's row says so, and the next jobs run in a new process. Sec
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -87,12 +88,14 @@ class Row:
 def measured(section: str, job: Job, device: torch.device) -> Row:
     """Run a job; whatever it raises is its row's error."""
     start, found, error = time.monotonic(), {}, None
+    gc.freeze()  # collections, of which a job makes many, look at what is new only
     try:
         job.measure(found)
     except Exception as raised:
         lines = str(raised).strip().splitlines() or [""]
         error = "out of memory" if is_out_of_memory(raised) else f"{type(raised).__name__}: {lines[0][:300]}"
     release(device)
+    gc.unfreeze()
     return Row(section, job.case, job.method, found, error, round(time.monotonic() - start, 2))
 
 
