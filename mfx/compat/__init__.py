@@ -7,7 +7,6 @@ Imports torch and nothing of mfx outside this package. What this file offers is 
 from mfx.compat.accelerators import (
     HostCopy,
     accelerator,
-    autocast_kinds,
     current_stream,
     devices_with_generators,
     event_in,
@@ -79,6 +78,7 @@ from mfx.compat.hooks import (
 from mfx.compat.modes import (
     AutocastState,
     autocast_as,
+    autocast_kinds,
     autocast_state,
     default_device,
     has_modes,

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mfx.compat.modes import without_modes
+
 _HOSTS = frozenset({"cpu", "meta"})
 _NOTHING: AbstractContextManager[object] = nullcontext()
 
@@ -23,13 +25,6 @@ def accelerator() -> str | None:
     module: Any = torch.get_device_module(found)
     uses = getattr(module, "is_initialized", module.is_available)
     return found.type if uses() else None
-
-
-def autocast_kinds() -> list[str]:
-    """Return the types of devices whose autocast a program may switch: the CPU's, and the accelerator's or CUDA's."""
-    found = torch.accelerator.current_accelerator()
-    kinds = ("cpu", "cuda" if found is None else found.type)
-    return [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
 
 
 def has_float64(device: torch.device) -> bool:
@@ -63,13 +58,15 @@ def devices_with_generators(kind: str) -> list[torch.device]:
 
 def random_state_of(device: torch.device) -> Tensor:
     """Return the state of a device's default generator, without waiting for the device."""
-    state: Tensor = _module(device).get_rng_state(*_index(device))
+    with without_modes():  # on fake tensors, too, the state is real
+        state: Tensor = _module(device).get_rng_state(*_index(device))
     return state
 
 
 def set_random_state_of(device: torch.device, state: Tensor) -> None:
     """Set the state of a device's default generator."""
-    _module(device).set_rng_state(state, *_index(device))
+    with without_modes():
+        _module(device).set_rng_state(state, *_index(device))
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:

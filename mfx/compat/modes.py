@@ -15,7 +15,6 @@ from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_m
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
 
-from mfx.compat.accelerators import autocast_kinds
 from mfx.compat.patching import patching
 
 
@@ -36,6 +35,13 @@ def default_device() -> torch.device:
 _MODES = (torch.autocast, torch.no_grad, torch.enable_grad, torch.set_grad_enabled, torch.inference_mode)
 
 AutocastState = tuple[torch.dtype, bool, bool]
+
+
+def autocast_kinds() -> list[str]:
+    """Return the types of devices whose autocast a program may switch: the CPU's, and the accelerator's or CUDA's."""
+    found = torch.accelerator.current_accelerator()
+    kinds = ("cpu", "cuda" if found is None else found.type)
+    return [kind for kind in kinds if torch.amp.is_autocast_available(kind)]
 
 
 def autocast_state(device_type: str) -> AutocastState:
