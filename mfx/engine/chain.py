@@ -145,7 +145,7 @@ def _decide_recorded(call: ChainCall, xs: Sequence[Tensor]) -> bool:
                 f"chain {call.name}: inside torch.func transforms and forward-mode differentiation nothing is rebuilt; "
                 "activations are kept as in ordinary backpropagation. Use memory_budget=1.0 if that is what you want"
             )
-            warn_once("transform", message, call.cache)
+            warn_once("transform", message, call.settings.lock)
         return False
     recorded = enclosing_is_recorded()
     return _needs_grad(call, xs) if recorded is None else recorded

@@ -30,6 +30,7 @@ from mfx.compat import (
     when_task_ends,
 )
 from mfx.engine.steps import ChainCache
+from mfx.modules.state_lock import StateLock
 from mfx_passes.errors import MfxError
 
 _ADVICE = (
@@ -118,9 +119,9 @@ def read_all() -> None:
     _say(_take())
 
 
-def warn_once(topic: str, message: str, cache: ChainCache) -> None:
-    """Warn once per chain and topic: many steps, and every pass, would say the same."""
-    _warn(topic, message, _warned(cache))
+def warn_once(topic: str, message: str, lock: StateLock) -> None:
+    """Warn once per net and topic: many chains and steps, and every pass, would say the same."""
+    _warn(topic, message, lock.warned)
 
 
 def _overflow_message(place: str, largest: float) -> str:

@@ -35,11 +35,13 @@ class StateLock:
     Attributes:
         sections: those under way, of all threads, in the order in which they began.
         writers: the number of those in which the modules have other state.
+        warned: the topics of warnings about running the modules that are given once.
     """
 
     def __init__(self) -> None:
         self.sections: list[Section] = []
         self.writers = 0
+        self.warned: set[str] = set()
         around_engine(_lent)
 
     def reading(self) -> Section:

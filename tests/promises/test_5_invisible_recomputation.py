@@ -271,3 +271,28 @@ def test_dynamo_replaces_them_once_per_call(gamma):
             # Over three calls each is a sum of 15 products of a state and derivatives of at most 1.
             torch.testing.assert_close(ours.grad, theirs.grad, rtol=0, atol=15 * 3 * 9 * 2.0**-40)
         assert [block.calls.item() for block in net] == [call] * 3
+
+
+def test_hooks_that_keep_account_are_warned_of_once_for_all_chains():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = (nn.ModuleList(nn.Linear(4, 4) for _ in range(2)) for _ in range(2))
+
+        def forward(self, x):
+            for fc in self.first:
+                x = x + torch.tanh(fc(x))
+            x = torch.relu(x[:, :2]).repeat(1, 2)
+            for fc in self.second:
+                x = x + torch.tanh(fc(x))
+            return x
+
+    net, accounts = mfx.momentumize(Two(), gamma=0.5), []
+    for layer in (*net.first, *net.second):
+        layer.register_forward_hook(lambda *_: accounts.append(1))
+        layer.register_full_backward_hook(lambda *_: accounts.pop() and None)
+    with pytest.warns(UserWarning, match=r"keep account of each other.*memory_budget=1\.0") as caught:
+        net(torch.randn(3, 4, requires_grad=True)).sum().backward()
+    net(torch.randn(3, 4, requires_grad=True)).sum().backward()  # warnings are errors here: there is no second one
+    assert len(mfx.explain(net).chains) == 2
+    assert sum("keep account" in str(warning.message) for warning in caught) == 1

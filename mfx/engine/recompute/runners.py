@@ -123,12 +123,12 @@ class _Recomputing:
         env = StepEnvironment(call.root, step.targets, step.path, key, call.cache, clock, cast, lock)
         if env.hooked:
             message = (
-                f"chain {call.name}, step {step.path}: the backward pass runs this step a second time, and with it the "
-                f"forward hooks on {listed(sorted(env.hooked))}. These modules have backward hooks, too: if the two "
+                f"chain {call.name}, step {step.path}: the backward pass runs steps a second time, and with this one "
+                f"forward hooks on {listed(sorted(env.hooked))}, which have backward hooks, too: if the two "
                 "keep account of each other (gradients per sample, for example), what they count is wrong. Use "
                 "memory_budget=1.0, which runs no step twice, or pass over the second time by mfx.recomputing()"
             )
-            warn_once("hooks", message, call.cache)
+            warn_once("hooks", message, lock)
         function = step.original if self._original else step.branch
         captures, writes = step.captures, len(step.writes)
         return self._make_frame(step, call.name, step.path, function, call.root, captures, writes, self._captures, env)
@@ -173,7 +173,7 @@ class FromTape(_Recomputing, Runner):
     def __init__(self, call: ChainCall, device: torch.device) -> None:
         super().__init__(call, device, original=False)
         verify = partial(verify_chain, call.name, call.cache, call.settings.verify) if call.verifies else None
-        self.tape = Tape(call.name, device, verify, partial(warn_once, "walks", cache=call.cache), call.offload)
+        self.tape = Tape(call.name, device, verify, partial(warn_once, "walks", lock=call.settings.lock), call.offload)
         self.walked = call.plan.walked(len(call.steps))
 
     def run(  # noqa: D102

@@ -15,6 +15,7 @@ from mfx.engine import (
     StepFunction,
     run_chain,
 )
+from mfx.modules.state_lock import StateLock
 from mfx.options.gamma import Gamma
 
 WIDTH = 6
@@ -82,6 +83,7 @@ def run(
     verify: str = "raise",
     kernels: Kernels = BLOCK_KERNELS,
     taps: Sequence[int] = (),
+    lock: StateLock | None = None,
     **call: Any,
 ) -> Output:
     """``run_chain`` on one stream with a float γ, and a verification that raises; the budget is 0.0, 1.0 or a plan."""
@@ -93,6 +95,7 @@ def run(
         verify=verify,
         plan=ChainPlan.keep_all(len(steps)) if memory_budget == 1.0 else plan,
         kernels=kernels,
+        lock=StateLock() if lock is None else lock,
     )
     v0 = [velocity] if isinstance(velocity, Tensor) else None
     pairs = [(t, 0) for t in taps]

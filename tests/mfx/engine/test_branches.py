@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from mfx.modules.state_lock import StateLock
 from mfx_passes.errors import MfxError
 from tests.mfx.engine.chains import WIDTH, make_root, make_steps, run
 
@@ -33,11 +34,11 @@ def test_accounts_between_forward_and_backward_hooks_are_warned_of_once(how):
     for block in root.blocks:
         block[1].register_forward_hook(lambda *_: opened.append(1))
         block[1].register_full_backward_hook(lambda *_: opened.pop() and None)
-    cache: dict[str, object] = {}
+    lock = StateLock()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(2):
-            run(root, make_steps(root), torch.randn(2, WIDTH), cache=cache, **how).x.sum().backward()
+            run(root, make_steps(root), torch.randn(2, WIDTH), lock=lock, **how).x.sum().backward()
     if how.get("memory_budget") == 1.0:
         assert not caught
         assert not opened
