@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from operator import methodcaller
-from types import BuiltinFunctionType, FunctionType, MethodType
+from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
 from mfx.modules.overlay import MARK, Extra, Overlay
+from mfx.modules.references import attributes_of
 from mfx_passes import paths
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 _INTERNAL = frozenset({*nn.Module().__dict__, "forward", MARK, "graph", "code", "print_readable"})
 _ABSENT = object()
+_DEPTH, _ENTRIES = 3, 256  # of containers and objects in each other, and in each, where tensors are looked for
 
 HOLDS = methodcaller("holds")
 """True if a guard holds: for ``map``, a Python call per guard fewer than a generator."""
@@ -86,19 +89,20 @@ class ModuleGuard:
 
 @dataclass(frozen=True)
 class TensorGuard:
-    """A tensor that is no parameter or buffer, as it was when a constant of the graph was computed from it.
+    """A tensor that is no parameter or buffer, as it was when a graph was made that has it, or what is computed of it.
 
     Args:
         tensor: the tensor.
-        version: how often it had been changed in place.
-        module: the module that has it as an attribute; None if none has.
-        name: of the attribute.
+        version: how often it had been changed in place; None if the graph reads it at every call.
+        module: the module that has it as an attribute, or in one; None if none has.
+        path: the name of the attribute, and for each container or object on the way to the tensor where to look in it,
+            and how much it holds.
     """
 
     tensor: torch.Tensor
-    version: int
-    module: nn.Module | None
-    name: str
+    version: int | None
+    module: nn.Module | None = None
+    path: tuple[tuple[Any, int], ...] = ()
 
     def in_place(self) -> bool:
         """True: what modules there are has not changed."""
@@ -106,21 +110,69 @@ class TensorGuard:
 
     def holds(self) -> bool:
         """True if it has not been changed or replaced."""
-        is_held = self.module is None or self.module.__dict__.get(self.name) is self.tensor
-        return is_held and _version(self.tensor) == self.version
+        if self.version is not None and _version(self.tensor) != self.version:
+            return False
+        if self.module is None:
+            return True
+        (name, _), *inner = self.path
+        value: Any = self.module.__dict__.get(name)
+        try:
+            for key, length in inner:
+                entries = _entries(value)
+                if entries is None or len(entries) != length:
+                    return False
+                value = entries[key]
+        except LookupError:
+            return False
+        return value is self.tensor
 
 
-def guards_of_tensors(net: nn.Module, tensors: Collection[torch.Tensor]) -> list[TensorGuard]:
-    """Return guards for tensors that constants were computed from."""
-    if not tensors:
+def guards_of_tensors(
+    net: nn.Module,
+    used: Collection[torch.Tensor],
+    read: Collection[Any] = (),
+    assigned: Mapping[nn.Module, set[str]] = MappingProxyType({}),
+) -> list[TensorGuard]:
+    """Return guards for tensors that a graph depends on.
+
+    Args:
+        net: the net.
+        used: tensors that constants were computed from.
+        read: what a graph reads at every call, which may be held by a module.
+        assigned: names of the attributes that may change, by module.
+    """
+    if not used and not read:
         return []
     held = {
-        id(value): (module, name)
+        id(tensor): (module, path)
         for module in net.modules()
         for name, value in module.__dict__.items()
-        if isinstance(value, torch.Tensor)
+        if name not in _INTERNAL and name not in assigned.get(module, ())
+        for tensor, path in _tensors_in(value, ((name, 0),))
     }
-    return [TensorGuard(tensor, _version(tensor), *held.get(id(tensor), (None, ""))) for tensor in tensors]
+    seen = {id(tensor) for tensor in used}
+    more = [value for value in read if id(value) in held and id(value) not in seen]
+    return [
+        *(TensorGuard(tensor, _version(tensor), *held.get(id(tensor), ())) for tensor in used),
+        *(TensorGuard(tensor, None, *held[id(tensor)]) for tensor in more),
+    ]
+
+
+def _tensors_in(value: Any, path: tuple[tuple[Any, int], ...]) -> Iterator[tuple[torch.Tensor, Any]]:
+    """Yield the tensors in a value, and in containers and objects in it, each with its path."""
+    if isinstance(value, torch.Tensor):
+        yield value, path
+    elif len(path) <= _DEPTH and (entries := _entries(value)) is not None:
+        keys = entries if isinstance(entries, Mapping) else range(len(entries))
+        for key in list(keys)[:_ENTRIES]:
+            yield from _tensors_in(entries[key], (*path, (key, len(entries))))
+
+
+def _entries(value: Any) -> Any:
+    """Return what a container or an object of the user's holds, by key, number or name; None for other values."""
+    if isinstance(value, Mapping | list | tuple | deque):
+        return value
+    return None if isinstance(value, nn.Module | type) else attributes_of(value)
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -34,6 +34,11 @@ class Constants(nn.Module):
         """The number of constants."""
         return len(self.__dict__.keys() - _OWN)
 
+    @property
+    def values(self) -> list[Any]:
+        """The constants."""
+        return [value for name, value in self.__dict__.items() if name not in _OWN]
+
     def add(self, value: torch.Tensor | torch.ScriptObject) -> str:
         """Hold a constant; return the path by which the graph reads it."""
         attribute = f"constant_{self.count}"

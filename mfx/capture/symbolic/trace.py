@@ -114,7 +114,7 @@ def capture(
         last.walked,
         binding if values is None else binding.for_inputs(values.inputs, shapes=values.numbers_used),
         modules={last.constants.name: last.constants} if last.constants else {},
-        guards=guards_of_tensors(model, last.used.values()),
+        guards=guards_of_tensors(model, last.used.values(), last.constants.values, changes.assigned),
         values={} if values is None else values.tensors(graph),
         leaves={path: leaves.reasons[module] for path, module in called.items() if module in leaves},
         effects=effects,
