@@ -8,10 +8,9 @@ from typing import Any
 from torch import nn
 
 from mfx.compat import put_load_hook_first
-from mfx.integrations.trained_nets import TrainedNets
+from mfx.integrations.trained_nets import Annealing, TrainedNets
 from mfx.net.state_dict import adopt_gammas
-from mfx.schedule import Schedule, check_schedule
-from mfx_passes import MfxError
+from mfx.schedule import Schedule
 
 try:
     from lightning.pytorch.callbacks import Callback
@@ -21,7 +20,7 @@ else:
     is_installed = True
 
 
-class MomentumCallback(Callback):  # type: ignore[misc]
+class MomentumCallback(Annealing, Callback):  # type: ignore[misc]
     """Anneals γ over a training of ``lightning.Trainer``, and saves, restores and logs it.
 
     A step is an optimizer step (``trainer.global_step``), however many batches it accumulates. γ is part of the
@@ -46,11 +45,7 @@ class MomentumCallback(Callback):  # type: ignore[misc]
     """
 
     def __init__(self, schedule: Schedule | None = None) -> None:
-        if not is_installed:
-            raise MfxError("this MomentumCallback is for the Trainer of lightning: pip install lightning.")
-        check_schedule(schedule, or_none=True)
-        self._schedule = schedule
-        self._nets: TrainedNets | None = None
+        super().__init__(schedule, "lightning", is_installed)
         self._saved: Mapping[str, Any] | None = None
         self._adopting: Any = None
 
@@ -104,7 +99,3 @@ class MomentumCallback(Callback):  # type: ignore[misc]
             state_dict: from `state_dict`.
         """
         self._saved = state_dict
-
-    def _stop(self) -> None:
-        if self._nets is not None:
-            self._nets.stop_meter()

@@ -10,11 +10,27 @@ from torch import nn
 from mfx.meter import ActivationMeter
 from mfx.net.forward import forward_of
 from mfx.net.gammas import gammas_of, set_magnitude
-from mfx.schedule import GammaScheduler, Schedule
+from mfx.schedule import GammaScheduler, Schedule, check_schedule
 from mfx_passes import MfxError
 from mfx_passes.paths import is_inside, join
 
 _MIB = 2**20
+
+
+class Annealing:
+    """The part that the callbacks of all trainers share: the schedule, and the nets while they are trained."""
+
+    def __init__(self, schedule: Schedule | None, package: str, is_installed: bool) -> None:
+        if not is_installed:
+            raise MfxError(f"this MomentumCallback is for the Trainer of {package}: pip install {package}.")
+        check_schedule(schedule, or_none=True)
+        self._schedule = schedule
+        self._nets: TrainedNets | None = None
+
+    def _stop(self) -> None:
+        """Stop measuring."""
+        if self._nets is not None:
+            self._nets.stop_meter()
 
 
 class TrainedNets:

@@ -6,9 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mfx.integrations.trained_nets import TrainedNets
-from mfx.schedule import Schedule, check_schedule
-from mfx_passes import MfxError
+from mfx.integrations.trained_nets import Annealing, TrainedNets
+from mfx.schedule import Schedule
 
 try:
     from transformers import TrainerCallback
@@ -22,7 +21,7 @@ _KEY = "mfx.gamma"
 _STATE_FILE = "trainer_state.json"
 
 
-class MomentumCallback(TrainerCallback):  # type: ignore[misc]
+class MomentumCallback(Annealing, TrainerCallback):  # type: ignore[misc]
     """Anneals γ over a training of ``transformers.Trainer``, and saves, restores and logs it.
 
     A step is an optimizer step, however many batches it accumulates. γ is saved in a checkpoint's
@@ -47,11 +46,7 @@ class MomentumCallback(TrainerCallback):  # type: ignore[misc]
     """
 
     def __init__(self, schedule: Schedule | None = None) -> None:
-        if not is_installed:
-            raise MfxError("this MomentumCallback is for the Trainer of transformers: pip install transformers.")
-        check_schedule(schedule, or_none=True)
-        self._schedule = schedule
-        self._nets: TrainedNets | None = None
+        super().__init__(schedule, "transformers", is_installed)
         self._to_log: dict[str, float] = {}
         self._is_first_of_epoch = False
 
@@ -100,10 +95,6 @@ class MomentumCallback(TrainerCallback):  # type: ignore[misc]
             saved = TrainerState.load_from_json(str(file)).stateful_callbacks.get(_KEY) if file.is_file() else None
             if saved is not None:
                 TrainedNets(model, None, saved["step"], saved)
-
-    def _stop(self) -> None:
-        if self._nets is not None:
-            self._nets.stop_meter()
 
 
 def _is_logged(args: Any, state: Any, is_first_of_epoch: bool) -> bool:
