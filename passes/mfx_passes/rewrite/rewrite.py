@@ -65,6 +65,8 @@ class _Rewriter:
         self._insert = insert
         sums = {node for chain in nesting.chains for step in chain.steps for node in step.sums}
         self._mutations = Mutations(GraphIndex(graph, modules), sums)
+        inside = sorted({node for chain in nesting.chains for node in chain.nodes})
+        self._written = {node for mutation in self._mutations.at(inside) for node in mutation.family}
         self._replaced: dict[Node, Node] = {}
         self._reached: dict[str, tuple[str, ...]] = {}
 
@@ -98,6 +100,8 @@ class _Rewriter:
     def _copied(self, captures: Sequence[Node], anchor: Node) -> tuple[Node, list[Node]]:
         """Return captures with copies of those that the next call may change, and the node to put the call behind.
 
+        What a step writes into, as it may without gradients, is not copied: the write would be lost.
+
         Before::
 
             u = self.u.mul_(0.5)
@@ -109,7 +113,8 @@ class _Rewriter:
         """
         kept: list[Node] = []
         for node in captures:
-            if isinstance(node.meta.get("val"), Tensor | None) and self._mutations.may_change_again(node):
+            is_tensor = isinstance(node.meta.get("val"), Tensor | None)
+            if is_tensor and node not in self._written and self._mutations.may_change_again(node):
                 with self._graph.inserting_after(_behind_inputs(anchor)):
                     anchor = self._graph.call_method("clone", (node,))
                 anchor.meta = dict(node.meta)
