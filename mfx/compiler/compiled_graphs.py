@@ -10,7 +10,8 @@ from torch import fx, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from mfx.options.options import Options
-from mfx.program.rewritten import RewrittenGraph, named_by_mode
+from mfx.program.by_mode import named_by_mode
+from mfx.program.rewritten import RewrittenGraph
 from mfx_passes import MfxError
 
 

@@ -31,9 +31,10 @@ from mfx.net.shown import Shown
 from mfx.net.under_way import Way, under_way
 from mfx.net.warn_once import WarnOnce
 from mfx.options.options import Options
+from mfx.program.by_mode import named_by_mode
 from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.memory_plans import NetPlans, call_key
-from mfx.program.rewritten import RewrittenGraph, named_by_mode
+from mfx.program.rewritten import RewrittenGraph
 from mfx.text import count, listed, without_chains
 from mfx_passes import MfxError
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -317,19 +317,3 @@ def _selection(options: Options, captured: Captured, refused: Mapping[str, Groun
     return replace(
         options.selection, refused=dict(refused), forward_only=captured.forward_only, partial=captured.partial
     )
-
-
-def named_by_mode(
-    graphs: Iterable[tuple[str, RewrittenGraph, nn.Module]], class_name: str = ""
-) -> dict[str, fx.GraphModule]:
-    """Return graphs as modules, named after their mode; ``train#2`` for the second one of a mode.
-
-    Args:
-        graphs: the mode of each, the graph, and the modules that it runs on.
-        class_name: the name of the modules' class; by default that of the modules they run on.
-    """
-    modules: dict[str, fx.GraphModule] = {}
-    for mode, rewritten, net in graphs:
-        count = sum(name.partition("#")[0] == mode for name in modules)
-        modules[f"{mode}#{count + 1}" if count else mode] = rewritten.graph_module(net, class_name)
-    return modules
