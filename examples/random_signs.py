@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from examples.runs import Runs, spread
 
 SIGNS = {"BDIA 1/8": mfx.BDIA(1 / 8), "BDIA 1/4": mfx.BDIA(1 / 4)}
 DIGITS = {"plain": None, "gamma 0.9": 0.9, **SIGNS, "BDIA 1/2": mfx.BDIA(1 / 2)}
+STEPS = {"ResNet, 20 blocks": 55, "ViT, 16 layers": 88}  # more than the quickstart's
 MINILM = {"plain": None, "gamma 0": 0.0, "gamma 1/64": 1 / 64, **SIGNS}
 
 
@@ -54,7 +56,8 @@ def digits(runs: Runs, seeds: int, *, tiny: bool) -> None:
         """An activation follows the sums of a ResNet: magnitudes below 1/3."""
         return not (task.name.startswith("ResNet") and variant == "BDIA 1/2")
 
-    tasks = quickstart.TINY if tiny else quickstart.TASKS
+    longer = [replace(task, steps=STEPS[task.name]) for task in quickstart.TASKS]
+    tasks = quickstart.TINY if tiny else longer
     pairs = [(task, variant) for task in tasks for variant in DIGITS if is_possible(task, variant)]
     for seed in range(seeds):
         for task, variant in pairs:
