@@ -195,6 +195,7 @@ def _run_plain(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
             complement = gamma.factor(complement_of, state)
             v = f * complement if v is None else add_scaled(v * gamma.factor(value_of, state), f, complement)
             states[stream], vs[stream] = state + v, v
+        del ys, y, f, state, v  # the next branch runs without them
         streams.add(step, [_as(xs[stream].dtype, states[stream]) for stream in step.writes], side)
     return streams.finish()
 
@@ -242,6 +243,7 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
             if stream not in firsts and x.requires_grad:
                 firsts[stream] = x
             after.append(x)
+        del ys, y  # the next branch runs without them
         streams.add(step, after, side)
         for state in compress(states, earlier) if on_cpu or index == last else ():
             if (overflowed := state.overflowed()) is not None:
