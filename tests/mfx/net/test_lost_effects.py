@@ -22,7 +22,7 @@ def once(seen: list[str]) -> list[str]:
     return sorted(set(seen))
 
 
-@pytest.mark.filterwarnings("ignore:.*These modules have backward hooks, too")
+@pytest.mark.filterwarnings("ignore:.*which have backward hooks, too")
 @pytest.mark.parametrize("path", INNER)
 @pytest.mark.parametrize("when", ["before", "after", "later"])
 def test_hooks_fire(path, when):
@@ -43,7 +43,7 @@ def test_hooks_fire(path, when):
 def test_hooks_on_a_block_that_is_one_step():
     net, seen = mfx.momentumize(ConvNet()), []
     register(net.layers[1], seen)
-    with pytest.warns(UserWarning, match="These modules have backward hooks, too") as warned:
+    with pytest.warns(UserWarning, match="which have backward hooks, too") as warned:
         net(images()).sum().backward()
     assert len(warned) == 1
     assert once(seen) == ["backward", "backward pre", "forward", "pre"]
