@@ -73,7 +73,8 @@ def settle(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
 
 def _notes(net: nn.Module) -> bool:
     """True if a forward in a model sets attributes."""
-    forwards = {inspect.unwrap(type(module).forward) for module in net.modules()}
+    forwards: list[Any] = [getattr(kind, "forward", None) for kind in {type(module) for module in net.modules()}]
+    forwards = [inspect.unwrap(forward) for forward in forwards]  # none of a scripted module's class
     codes = [code for forward in forwards if (code := getattr(forward, "__code__", None)) is not None]
     return any(instruction.opname == "STORE_ATTR" for code in codes for instruction in dis.get_instructions(code))
 
