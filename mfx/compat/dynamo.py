@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dis
 import logging
+import re
 import sys
 import warnings
 from collections import defaultdict
@@ -251,6 +252,9 @@ def _without_trackers(hooks: dict[int, Any]) -> AbstractContextManager[Any]:
     return patch.dict(hooks, others, clear=True)
 
 
+_IN_DICT = re.compile(r"\.__dict__\['_(modules|parameters|buffers)'\]")
+
+
 def sources(graph: fx.Graph) -> list[str]:
     """Return the source of each input of a graph, as an expression that Dynamo writes; "" for sizes."""
     return [_source(node) for node in graph.find_nodes(op="placeholder")]
@@ -261,9 +265,13 @@ def _source(node: fx.Node) -> str:
 
 
 def name_of(source: Any) -> str:
-    """Return a source as an expression that Dynamo writes; "" without one."""
+    """Return a source as an expression that Dynamo writes; "" without one.
+
+    What a module holds has one name, also where the module sets attributes, and Dynamo (2.11 to 2.15) reads the tables
+    of modules, parameters and buffers from its ``__dict__``.
+    """
     name = getattr(source, "name", "")
-    return str(name() if callable(name) else name)
+    return _IN_DICT.sub(r"._\1", str(name() if callable(name) else name))
 
 
 def module_sources(graph: fx.Graph) -> Iterator[Any]:

@@ -2,6 +2,7 @@
 
 import array
 import collections
+import copy
 import dataclasses
 import functools
 import io
@@ -301,3 +302,60 @@ def test_modules_that_are_not_registered(wrap):
 
     kind = lambda: {"o": wrap(nn.BatchNorm1d(4))}, step
     assert_same(trained(net_of(kind, 3, gamma=0.0)), trained(net_of(kind, 3)))
+
+
+class Counting(nn.Module):
+    """A residual block that notes something of its own beside the statistics of its normalization."""
+
+    def __init__(self, note):
+        super().__init__()
+        self.mix, self.norm, self.drop, self.note, self.seen = (
+            nn.Linear(4, 4),
+            nn.BatchNorm1d(4),
+            nn.Dropout(0.5),
+            note,
+            0,
+        )
+
+    def forward(self, x):
+        self.note(self, x)
+        return x + self.drop(self.norm(self.mix(x)))
+
+
+def counts(block, x):
+    block.seen += 1
+
+
+def notes_a_shape(block, x):
+    block.seen = tuple(x.shape)
+
+
+def notes_a_flag(block, x):
+    block.seen = not block.seen
+
+
+def replaces_a_buffer(block, x):
+    block.norm.num_batches_tracked = block.norm.num_batches_tracked + 1
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+@pytest.mark.parametrize("note", [counts, notes_a_shape, notes_a_flag, replaces_a_buffer])
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+def test_statistics_of_a_module_that_sets_attributes_change_once(capture, note, gamma):
+    """TorchDynamo then reads the module's tables by another road, by which they have to be known, too."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(*(Counting(note) for _ in range(3))), torch.randn(5, 4)
+    net = mfx.momentumize(copy.deepcopy(model), gamma=gamma, capture=capture)
+    kept = mfx.momentumize(copy.deepcopy(model), gamma=gamma, capture=capture, memory_budget=1.0)
+    nets = (net, kept) if gamma else (net, model)
+    for seed in range(3):
+        left = []
+        for each in nets:
+            torch.manual_seed(seed)
+            each.zero_grad()
+            each(x).square().sum().backward()
+            tensors = [*(b.clone() for b in each.buffers()), *(p.grad for p in each.parameters())]
+            left.append((tensors, [block.seen for block in each]))
+        assert all(map(torch.equal, left[0][0], left[1][0]))
+        assert left[0][1] == left[1][1]
+    assert len(mfx.explain(net, x).chains) == 1
