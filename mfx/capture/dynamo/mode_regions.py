@@ -21,15 +21,14 @@ from mfx_passes.rewrite.extract import boundary, extract
 class OtherMode(nn.Module):
     """A region of a model that runs in a mode of its own (grad, autocast, …), which it enters and leaves.
 
-    Attributes:
-        writes: the positions of the arguments that it changes in place.
+    Its attribute ``_mfx_writes`` has the positions of the arguments that it changes in place, for `mfx_passes`.
     """
 
     def __init__(self, graph: Graph) -> None:
         super().__init__()
         self.body = fx.GraphModule(nn.Module(), graph)
         changed = {node for change in _changes(graph) for node in change.family}
-        self.writes = [i for i, node in enumerate(graph.find_nodes(op="placeholder")) if node in changed]
+        self._mfx_writes = [i for i, node in enumerate(graph.find_nodes(op="placeholder")) if node in changed]
 
     def forward(self, *args: Any) -> Any:
         """Run the region; the mode is the caller's again afterwards, also after an error."""

@@ -38,7 +38,7 @@ _WRITES: Mapping[Any, tuple[tuple[str, ...], tuple[str, ...], str, Any]] = {
 def written_beside(node: Node, modules: vocabulary.Modules) -> Iterator[Node]:
     """Yield the values that a node changes in place, but for `vocabulary.mutated_operand`.
 
-    A module has the positions of the arguments that it changes in its attribute ``writes``, if it changes any.
+    A module that mfx made has the positions of the arguments that it changes in its attribute ``_mfx_writes``.
 
     Args:
         node: the node.
@@ -60,7 +60,8 @@ def changes_buffers(module: nn.Module | None) -> bool:
 
 def _written(node: Node, modules: vocabulary.Modules) -> Iterator[Any]:
     if node.op == "call_module":
-        yield from (node.args[position] for position in getattr(modules.get(str(node.target)), "writes", ()))
+        own = getattr(modules.get(str(node.target)), "__dict__", {})  # a user's may answer getattr for any
+        yield from (node.args[position] for position in own.get("_mfx_writes", ()))
     elif isinstance(node.target, _OVERLOAD):
         schema = node.target._schema.arguments
         given = {**dict(zip((argument.name for argument in schema), node.args, strict=False)), **node.kwargs}

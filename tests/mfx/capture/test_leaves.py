@@ -87,6 +87,36 @@ def test_a_leaf_keeps_the_chain_around_it(look, arithmetic):
         assert [len(chain.steps) for chain in mfx.explain(net).chains] == [4]
 
 
+class AnyName(Branch):
+    """A leaf that has an attribute of any name."""
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("__"):
+                raise
+            return 2
+
+
+class OwnNames(Branch):
+    """A leaf with attributes whose names mean something to mfx elsewhere."""
+
+    def __init__(self, look):
+        super().__init__(look)
+        self.writes, self.reads, self.steps = 2, 3, 4
+
+
+@pytest.mark.parametrize("leaf", [OwnNames, AnyName])
+def test_a_leaf_may_have_attributes_of_any_name(leaf):
+    torch.manual_seed(0)
+    model, x = Net(decision), torch.randn(5, 8)
+    model.blocks = nn.ModuleList(leaf(decision) for _ in range(4))
+    net = mfx.momentumize(copy.deepcopy(model), gamma=0.0).eval()
+    assert torch.equal(net(x), model.eval()(x))
+    assert [len(chain.steps) for chain in mfx.explain(net).chains] == [4]
+
+
 def test_what_numpy_computes_is_left_to_numpy():
     torch.manual_seed(0)
     model, inputs = Net(through_numpy), (torch.randn(4, 8),)
