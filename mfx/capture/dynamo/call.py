@@ -131,7 +131,8 @@ def capture_call(
 def sizes_of_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[int]:
     """Return the sizes of the matrices of integers in a call: token ids vary in length, batches in number."""
     leaves = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    return frozenset(chain.from_iterable(leaf.shape for leaf in leaves if leaf.dtype in _IDS and leaf.dim() == 2))
+    sizes = chain.from_iterable(leaf.shape for leaf in leaves if leaf.dtype in _IDS and leaf.dim() == 2)
+    return frozenset(size for size in sizes if isinstance(size, int))  # under torch.export some are symbols already
 
 
 _IDS = (torch.int64, torch.int32)
