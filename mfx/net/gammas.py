@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import chain
 from typing import Any
 
 from torch import fx, nn
@@ -66,18 +65,21 @@ def _set(net: nn.Module, gamma: Any, *, keeps_signs: bool) -> None:
     check_gamma(gamma, or_one=only_of_functions)
     if names := {call.chain for call in calls}.union(*map(_chains, forwards)):  # none before the first capture
         check_names("gamma", gamma, names)
-    all_calls = [*calls, *chain.from_iterable(map(_calls, forwards))]
+    of_forwards = [(call, forward) for forward in forwards for call in _calls(forward)]
+    all_calls = [*calls, *(call for call, _ in of_forwards)]
     before = [forward.options for forward in forwards], [call.gamma for call in all_calls]
     try:
         for forward in forwards:
             options = forward.options
             change = options.with_magnitude if keeps_signs else options.with_gamma
             forward.table.options = change(gamma, _chains(forward))
-        for call in all_calls:
+        for call in calls:
             value = look_up(gamma, call.chain) if isinstance(gamma, Mapping) else gamma
             if value is not None:
                 now = Gamma.of(1.0, or_one=True) if value == 1 else gamma_from(value, sum(call.graphs.updates))
                 call.gamma = call.gamma.with_magnitude(now) if keeps_signs else now
+        for call, forward in of_forwards:  # as graphs captured later will have it
+            call.gamma = forward.options.gamma_of(call.chain, sum(call.graphs.updates))
         for forward in forwards:  # graphs that differ in their chains were the same function at gamma = 0
             for graph in forward.table.graphs:
                 forward.table.check(graph)

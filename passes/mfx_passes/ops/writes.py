@@ -60,7 +60,7 @@ def changes_buffers(module: nn.Module | None) -> bool:
 
 def _written(node: Node, modules: vocabulary.Modules) -> Iterator[Any]:
     if node.op == "call_module":
-        own = getattr(modules.get(str(node.target)), "__dict__", {})  # a user's may answer getattr for any
+        own = getattr(modules.get(str(node.target)), "__dict__", {})  # getattr may find any name in a user's
         yield from (node.args[position] for position in own.get("_mfx_writes", ()))
     elif isinstance(node.target, _OVERLOAD):
         schema = node.target._schema.arguments

@@ -242,6 +242,31 @@ def test_every_graph_follows_also_those_captured_later():
     assert len(mfx.graphs(net)) == 6
 
 
+class AsDeepAsAsked(nn.Module):
+    """A chain of as many steps as a call asks for."""
+
+    def __init__(self):
+        super().__init__()
+        self.fcs = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(12))
+
+    def forward(self, x, depth):
+        for fc in self.fcs[:depth]:
+            x = x + fc(x)
+        return x
+
+
+@pytest.mark.parametrize("first, gamma", [(12, 0.9), (11, 0.0)])  # "auto" is 0.9 from 12 updates on
+@pytest.mark.parametrize("given", ["auto", {"fcs": "auto"}, {"*": "auto"}])
+def test_auto_is_what_the_first_graph_decided(given, first, gamma):
+    torch.manual_seed(0)
+    model, x = AsDeepAsAsked().double(), inputs(dtype=torch.float64)
+    net = mfx.momentumize(model, gamma="auto")
+    for _ in range(2):
+        for depth in (first, 23 - first, 5):
+            torch.testing.assert_close(net(x, depth), recurrence(x, model.fcs[:depth], gamma), **TOLERANCE)
+        mfx.set_gamma(net, given)
+
+
 def saved_and_loaded(net):
     file = io.BytesIO()
     torch.save(net, file)
