@@ -11,7 +11,7 @@ from torch import nn
 
 from mfx.capture.binding import Binding
 from mfx.capture.decisions import Decision
-from mfx.capture.guards import TensorGuard
+from mfx.capture.guards import TensorGuard, TieGuard
 from mfx_passes import MfxError, ModuleCall
 from mfx_passes.rewrite.portable_graph import PortableGraph, copy_graph, dump_calls, load_calls
 
@@ -60,7 +60,7 @@ class Captured:
         effects: what the model's forward changes in Python, if the graph does not.
         assigned: names of the attributes that this concerns, by module: the graph holds for any value of these.
         decisions: the conditions on values that the graph checks as it runs, in order.
-        guards: the tensors that its constants were computed from.
+        guards: conditions on tensors, by the path of what the graph reads under them.
     """
 
     graph: PortableGraph
@@ -75,7 +75,7 @@ class Captured:
     effects: Sequence[Effect] = ()
     assigned: Mapping[nn.Module, set[str]] = field(default_factory=dict)
     decisions: Sequence[Decision] = ()
-    guards: Sequence[TensorGuard] = ()
+    guards: Mapping[str, Sequence[TensorGuard | TieGuard]] = field(default_factory=dict)
 
     def modules_of(self, net: nn.Module) -> dict[str, nn.Module]:
         """Return all modules that the graph may call, by path."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from operator import methodcaller
 from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from mfx_passes import paths
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
 _INTERNAL = frozenset({*nn.Module().__dict__, "forward", MARK, "graph", "code", "print_readable"})
+_TABLES = ("_parameters", "_buffers")
 _ABSENT = object()
 _DEPTH, _ENTRIES = 3, 256  # of containers and objects in each other, and in each, where tensors are looked for
 
@@ -88,21 +89,61 @@ class ModuleGuard:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A place where a net holds a tensor: a parameter, a buffer, or an attribute of a module, or in one.
+
+    Args:
+        net: the net.
+        modules: the names of the submodules that lead to the module.
+        entries: the name of the attribute, and for each container or object on the way to the tensor where to look in
+            it, and how much it holds, None if that may change.
+    """
+
+    net: nn.Module
+    modules: tuple[str, ...]
+    entries: tuple[tuple[Any, int | None], ...]
+
+    @property
+    def has_target(self) -> bool:
+        """True if a graph can read it by a path: a parameter, a buffer or an attribute, but not what one holds."""
+        return len(self.entries) == 1 or self.entries[0][0] in _TABLES
+
+    @property
+    def target(self) -> str:
+        """The path by which a graph reads it if it can."""
+        return paths.join(*self.modules, self.entries[-1][0])
+
+    def read(self) -> Any:
+        """Return what it holds now; ``_ABSENT`` if there is no such place, or a container has grown or shrunk."""
+        try:
+            module: Any = self.net
+            for name in self.modules:
+                module = module._modules[name]
+            (name, _), *inner = self.entries
+            value = module.__dict__[name]
+            for key, length in inner:
+                entries = _entries(value)
+                if entries is None or (length is not None and len(entries) != length):
+                    return _ABSENT
+                value = entries[key]
+        except (LookupError, AttributeError):
+            return _ABSENT
+        return value
+
+
+@dataclass(frozen=True)
 class TensorGuard:
     """A tensor that is no parameter or buffer, as it was when a graph was made that has it, or what is computed of it.
 
     Args:
         tensor: the tensor.
         version: how often it had been changed in place; None if the graph reads it at every call.
-        module: the module that has it as an attribute, or in one; None if none has.
-        path: the name of the attribute, and for each container or object on the way to the tensor where to look in it,
-            and how much it holds.
+        place: a place where the net holds it; None if there is none.
     """
 
     tensor: torch.Tensor
     version: int | None
-    module: nn.Module | None = None
-    path: tuple[tuple[Any, int], ...] = ()
+    place: Place | None = None
 
     def in_place(self) -> bool:
         """True: what modules there are has not changed."""
@@ -112,53 +153,99 @@ class TensorGuard:
         """True if it has not been changed or replaced."""
         if self.version is not None and _version(self.tensor) != self.version:
             return False
-        if self.module is None:
-            return True
-        (name, _), *inner = self.path
-        value: Any = self.module.__dict__.get(name)
-        try:
-            for key, length in inner:
-                entries = _entries(value)
-                if entries is None or len(entries) != length:
-                    return False
-                value = entries[key]
-        except LookupError:
-            return False
-        return value is self.tensor
+        return self.place is None or self.place.read() is self.tensor
+
+
+@dataclass(frozen=True)
+class TieGuard:
+    """Two places that hold one tensor, of which a graph reads the first, whichever the model does.
+
+    Args:
+        first: the place that the graph reads.
+        other: the other.
+    """
+
+    first: Place
+    other: Place
+
+    def in_place(self) -> bool:
+        """True: what modules there are has not changed."""
+        return True
+
+    def holds(self) -> bool:
+        """True if both hold one tensor, the same as before or another."""
+        value = self.other.read()
+        return value is not _ABSENT and value is self.first.read()
+
+
+Guard: TypeAlias = ModuleGuard | TensorGuard | TieGuard
 
 
 def guards_of_tensors(
     net: nn.Module,
     used: Collection[torch.Tensor],
-    read: Collection[Any] = (),
+    constants: Collection[Any] = (),
     assigned: Mapping[nn.Module, set[str]] = MappingProxyType({}),
 ) -> list[TensorGuard]:
-    """Return guards for tensors that a graph depends on.
+    """Return guards for tensors that are constants of a graph, or that its constants were computed from.
 
     Args:
         net: the net.
         used: tensors that constants were computed from.
-        read: what a graph reads at every call, which may be held by a module.
+        constants: what a graph reads at every call, which may be held by a module.
         assigned: names of the attributes that may change, by module.
     """
-    if not used and not read:
+    if not used and not constants:
         return []
-    held = {
-        id(tensor): (module, path)
-        for module in net.modules()
-        for name, value in module.__dict__.items()
-        if name not in _INTERNAL and name not in assigned.get(module, ())
-        for tensor, path in _tensors_in(value, ((name, 0),))
-    }
+    places = _places(net, assigned)
     seen = {id(tensor) for tensor in used}
-    more = [value for value in read if id(value) in held and id(value) not in seen]
+    more = [value for value in constants if id(value) not in seen]
     return [
-        *(TensorGuard(tensor, _version(tensor), *held.get(id(tensor), ())) for tensor in used),
-        *(TensorGuard(tensor, None, *held[id(tensor)]) for tensor in more),
+        *(TensorGuard(t, _version(t), place) for t in used for place in places.get(id(t), (None,))),
+        *(TensorGuard(t, None, place) for t in more for place in places.get(id(t), ())),
     ]
 
 
-def _tensors_in(value: Any, path: tuple[tuple[Any, int], ...]) -> Iterator[tuple[torch.Tensor, Any]]:
+def guards_of_ties(
+    net: nn.Module, targets: Collection[str], assigned: Mapping[nn.Module, set[str]]
+) -> dict[str, list[TieGuard]]:
+    """Return guards for the tensors that a graph reads by their paths and a net holds in several places, by target.
+
+    A module that a graph calls as a whole reads its own: such a target is not among these.
+
+    Args:
+        net: the net.
+        targets: the paths of what the graph reads, by which it reads one of the places.
+        assigned: names of the attributes that may change, by module.
+    """
+    guards: dict[str, list[TieGuard]] = {}
+    for places in _places(net, assigned).values() if targets else ():
+        first = next((place for place in places if place.has_target and place.target in targets), None)
+        if first is not None and len(places) > 1:
+            guards[first.target] = [TieGuard(first, place) for place in places if place is not first]
+    return guards
+
+
+def _places(net: nn.Module, assigned: Mapping[nn.Module, set[str]]) -> dict[int, list[Place]]:
+    """Return all places of each tensor that a net holds, by its identity."""
+    places: dict[int, list[Place]] = {}
+    for path, module in net.named_modules():
+        modules = tuple(path.split(".")) if path else ()
+        found: list[tuple[Any, Any]] = [
+            (tensor, ((table, None), (name, None)))
+            for table in _TABLES
+            for name, tensor in getattr(module, table).items()
+        ]
+        for name, value in module.__dict__.items():
+            if name not in _INTERNAL and name not in assigned.get(module, ()):
+                found += _tensors_in(value, ((name, None),))
+        for tensor, entries in found:
+            if tensor is not None:
+                places.setdefault(id(tensor), []).append(Place(net, modules, entries))
+    return places
+
+
+def _tensors_in(value: Any, path: tuple[tuple[Any, int | None], ...]) -> Iterator[tuple[torch.Tensor, Any]]:
     """Yield the tensors in a value, and in containers and objects in it, each with its path."""
     if isinstance(value, torch.Tensor):
         yield value, path

@@ -12,7 +12,7 @@ from mfx import compat
 from mfx.capture.arguments import refuse_nested
 from mfx.capture.captured import CaptureError, PathsError
 from mfx.capture.decisions import Decision
-from mfx.capture.guards import HOLDS, ModuleGuard, TensorGuard
+from mfx.capture.guards import HOLDS, Guard, ModuleGuard
 from mfx.modules.aside import aside
 from mfx.modules.overlay import drop_overlays, submodule_overlays
 from mfx.modules.state_lock import StateLock
@@ -56,7 +56,7 @@ class GraphTable:
         self.decides = False
         self._known: Record | None = None
         self._warn, self._lock = warn, lock
-        self._without_chains: dict[Hashable, tuple[RewrittenGraph, list[ModuleGuard | TensorGuard]]] = {}
+        self._without_chains: dict[Hashable, tuple[RewrittenGraph, list[Guard]]] = {}
         self._failures: dict[tuple[str, ...], str] = {}
         self._symbolic = SymbolicRoute(net)
         self._dynamo = DynamoRoute(net)
@@ -117,7 +117,7 @@ class GraphTable:
 
         A layer of torch's has no chain, in whatever state it is.
         """
-        guards = [guard for guard in graph.guards if isinstance(guard, TensorGuard) or not _is_layer(guard.module)]
+        guards = [guard for guard in graph.guards if not (isinstance(guard, ModuleGuard) and _is_layer(guard.module))]
         self._without_chains = {**dict(list(self._without_chains.items())[-_KINDS:]), kind: (graph, guards)}
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -14,7 +14,7 @@ from torch import fx, nn
 from mfx import compat
 from mfx.capture.captured import Captured
 from mfx.capture.decisions import Decision
-from mfx.capture.guards import HOLDS, ModuleGuard, TensorGuard, guards_of
+from mfx.capture.guards import HOLDS, Guard, guards_of
 from mfx.capture.named_steps import check_steps
 from mfx.engine import ARITHMETICS, ChainPlan, ChainSettings
 from mfx.modules.overlay import MARK
@@ -68,7 +68,7 @@ class RewrittenGraph:
     steps: dict[str, str]
     refused: dict[str, Grounds]
     training: bool
-    guards: list[ModuleGuard | TensorGuard]
+    guards: list[Guard]
     within: str = ""
     shapes_known: bool = False
     recompute_between: bool = False
@@ -271,9 +271,8 @@ def rewrite_captured(
         check_steps(captured.graph, lengths, rewritten.findings.rejections)
     flat = tuple(sorted({call.target for call in rewritten.flat}))
     leaves = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
-    guards: list[ModuleGuard | TensorGuard] = [*guards_of(net, leaves, captured.assigned)]
-    if _reads_constants(graph, momenta, captured):
-        guards += captured.guards
+    guards: list[Guard] = [*guards_of(net, leaves, captured.assigned)]
+    guards += _guards_of_reads(graph, momenta, captured)
     return RewrittenGraph(
         captured,
         graph,
@@ -290,13 +289,15 @@ def rewrite_captured(
     )
 
 
-def _reads_constants(graph: fx.Graph, momenta: Mapping[str, Momentum], captured: Captured) -> bool:
-    """True if constants of a trace are left in a rewritten graph: a module that is called as a whole reads its own."""
-    if not captured.guards:
-        return False
+def _guards_of_reads(graph: fx.Graph, momenta: Mapping[str, Momentum], captured: Captured) -> Iterator[Guard]:
+    """Yield guards on what a rewritten graph still reads: a module that is called as a whole reads its own."""
+    if not any(captured.guards.values()):
+        return
     read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
     read.update(target for call in momenta.values() for step in call.graphs.steps for target in step.targets)
-    return any(paths.is_inside(target, holder) for target in read for holder in captured.modules)
+    for path, guards in captured.guards.items():
+        if any(paths.is_inside(target, path) for target in read):
+            yield from guards
 
 
 def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:

@@ -16,7 +16,7 @@ from mfx import compat
 from mfx.capture.binding import ByName
 from mfx.capture.captured import Captured, CaptureError, Effect, RaisedError
 from mfx.capture.decisions import Guesses
-from mfx.capture.guards import guards_of_tensors
+from mfx.capture.guards import guards_of_tensors, guards_of_ties
 from mfx.capture.named_steps import NamedStepModules
 from mfx.capture.symbolic.call_values import CallValues
 from mfx.capture.symbolic.effects import Changes
@@ -114,7 +114,10 @@ def capture(
         last.walked,
         binding if values is None else binding.for_inputs(values.inputs, shapes=values.numbers_used),
         modules={last.constants.name: last.constants} if last.constants else {},
-        guards=guards_of_tensors(model, last.used.values(), last.constants.values, changes.assigned),
+        guards={
+            last.constants.name: guards_of_tensors(model, last.used.values(), last.constants.values, changes.assigned),
+            **guards_of_ties(model, {str(node.target) for node in kept.find_nodes(op="get_attr")}, changes.assigned),
+        },
         values={} if values is None else values.tensors(graph),
         leaves={path: leaves.reasons[module] for path, module in called.items() if module in leaves},
         effects=effects,
