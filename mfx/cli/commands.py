@@ -21,6 +21,7 @@ from mfx.cli.spec import build
 from mfx.net.forward import forward_of
 from mfx.net.views import views_of
 from mfx.progress import waiting_for
+from mfx.reports.figure_file import check_figure_file
 from mfx.reports.page import check_file, page_of, write
 
 _OPTIONS = ("arithmetic", "memory_budget", "recompute", "offload", "velocity", "min_steps", "only", "skip", "capture")
@@ -116,10 +117,11 @@ def _profile(parsed: Namespace) -> None:
     _check_measuring(parsed)
     if parsed.device == "meta":
         raise UsageError("profile computes, which needs values: --device cpu or cuda, not meta")
+    _check_picture(parsed)
     profile = _subject(parsed).profile(parsed)
+    print(json.dumps(profile.to_dict(), indent=2) if parsed.json else profile)
     if parsed.output is not None:
         profile.plot(parsed.output)
-    print(json.dumps(profile.to_dict(), indent=2) if parsed.json else profile)
 
 
 def _draw(parsed: Namespace) -> None:
@@ -129,6 +131,7 @@ def _draw(parsed: Namespace) -> None:
 
 
 def _plan(parsed: Namespace) -> None:
+    _check_picture(parsed)
     subject = _subject(parsed)
     others = sorted(set(subject.options) - {"gamma"})
     if others:
@@ -148,9 +151,14 @@ def _plan(parsed: Namespace) -> None:
         chip=parsed.chip,
         **subject.options,
     )
+    print(json.dumps(plan.to_dict(), indent=2) if parsed.json else plan)
     if parsed.output is not None:
         plan.plot(parsed.output)
-    print(json.dumps(plan.to_dict(), indent=2) if parsed.json else plan)
+
+
+def _check_picture(parsed: Namespace) -> None:
+    if parsed.output is not None:
+        check_figure_file(parsed.output, f"mfx {parsed.command}")
 
 
 def _report(parsed: Namespace) -> None:

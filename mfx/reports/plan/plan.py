@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -14,13 +14,14 @@ from mfx.options.options import call_of
 from mfx.progress import waiting_for
 from mfx.reports.plan.result import Plan, PlannedWay
 from mfx.reports.plan.roofline import chip_of
-from mfx.reports.plan.search import MOST, largest
+from mfx.reports.plan.search import largest
 from mfx.reports.plan.training_state import training_state
-from mfx.reports.plan.usages import Sizes, Usages
+from mfx.reports.plan.usages import OFFLOADED, ZERO, Sizes, Usages
 from mfx.text import described
 from mfx_passes import MfxError
 
 _TOKENS = 64  # sequences are tried by multiples of it
+_LINE = 160  # characters of a model's error
 
 
 def plan(
@@ -51,7 +52,8 @@ def plan(
         fsdp: True if they share parameters, gradients and optimizer state; False if each has all of them.
         gamma: of the last way, as in `mfx.momentumize`.
         sequence_dim: the dimension of the first input that is the sequence; by default the second of (batch, tokens),
-            if it holds integers. All dimensions of inputs that have its size grow with it.
+            if it holds integers. All dimensions of inputs that have its size grow with it, those of features, too; the
+            first dimension of an input is the batch's if it has that size.
         optimizer_bytes: what the optimizer keeps per parameter; by default Adam's: two moments in float32, and a copy
             in float32 of parameters of half precision.
         chip: H100, H200, B200, A100, L40S, 4090 or MI300X, by whose data sheet the time is predicted.
@@ -68,6 +70,8 @@ def plan(
     limit = MemoryBudget.of(memory)
     if limit.share is not None:
         raise MfxError(f"memory={memory!r}: it is a number of bytes, such as '80GiB'.")
+    if optimizer_bytes is not None and not (isinstance(optimizer_bytes, int | float) and optimizer_bytes >= 0):
+        raise MfxError(f"optimizer_bytes={optimizer_bytes!r}: it is a number of bytes per parameter, 0 or more.")
     given = call_of(inputs)
     sizes = Sizes.of(given, sequence_dim)
     with waiting_for(f"planning {type(model).__name__}"):
@@ -85,19 +89,30 @@ def _planned(usages: Usages, sizes: Sizes, state: float, limit: int) -> tuple[Pl
     except Exception as error:  # whatever the model does not do on tensors without values
         raise MfxError(f"plan: a training step cannot be rehearsed: {type(error).__name__}: {error}") from error
     times, trials = usages.times(at_given), _Trials(usages, limit - state)
-    return tuple(
-        PlannedWay(
-            way,
-            usage.kept,
-            usage.peak,
-            state + usage.peak,
-            times[way],
-            trials.largest(way, sizes, "batch"),
-            None if sizes.sequence is None else trials.largest(way, sizes, "sequence", _TOKENS),
-            trials.refused.get("sequence"),
-        )
-        for way, usage in at_given.items()
-    )
+    planned = []
+    for way, usage in at_given.items():
+        host = max(0, at_given[ZERO].kept - usage.kept) if way == OFFLOADED else 0
+        batch = trials.largest(way, sizes, "batch")
+        sequence = (None, None) if sizes.sequence is None else trials.largest(way, sizes, "sequence")
+        needs = way, usage.kept, usage.peak, state + usage.peak, host, times[way]
+        planned.append(PlannedWay(*needs, *batch, *sequence))
+    return tuple(planned)
+
+
+class _Largest(NamedTuple):
+    """The largest size that fits.
+
+    Attributes:
+        size: 0 if none does.
+        refusal: the model's error at the next one; None where memory ends it.
+    """
+
+    size: int
+    refusal: str | None
+
+
+class _NotAMultipleError(Exception):
+    """The model refuses a size that is not a multiple of the given one, which says nothing about larger ones."""
 
 
 class _Trials:
@@ -106,32 +121,46 @@ class _Trials:
     Args:
         usages: rehearses steps.
         room: bytes for activations.
-
-    Attributes:
-        refused: the least size that the model itself does not take, by its name, as far as that is known.
     """
 
     def __init__(self, usages: Usages, room: float) -> None:
         self._usages, self._room = usages, room
-        self.refused: dict[str, int] = {}
+        self._steps = {"batch": 1, "sequence": _TOKENS}
+        self._refused: dict[str, tuple[int, str]] = {}  # the least size that the model does not take, and its error
 
-    def largest(self, way: str, sizes: Sizes, grows: str, step: int = 1) -> int:
-        """Return the largest size that fits; 0 if none does.
+    def largest(self, way: str, sizes: Sizes, grows: str) -> _Largest:
+        """Return the largest size that fits.
 
         Args:
             way: the way to train.
-            sizes: of the other dimensions.
-            grows: ``"batch"`` or ``"sequence"``.
-            step: sizes are tried by multiples of it.
+            sizes: the given ones.
+            grows: ``"batch"`` or ``"sequence"``; the other one is as given.
         """
+        given = getattr(sizes, grows)
 
         def peak(size: int) -> float:
-            if size >= self.refused.get(grows, MOST + 1):
+            if grows in self._refused and size >= self._refused[grows][0]:
                 return math.inf
             try:
                 return self._usages.usage(way, replace(sizes, **{grows: size})).peak
-            except Exception:  # the model takes no inputs of this size, as where positions have a table
-                self.refused[grows] = size
+            except Exception as error:  # the model takes no inputs of this size, as where positions have a table
+                if size % given:
+                    raise _NotAMultipleError from error
+                self._refused[grows] = size, _line(error)
                 return math.inf
 
-        return largest(peak, self._room, getattr(sizes, grows), step=step)
+        try:
+            found = largest(peak, self._room, given, step=self._steps[grows])
+        except _NotAMultipleError:
+            self._steps[grows] = given
+            found = largest(peak, self._room, given, step=given)
+        following = (found // self._steps[grows] + 1) * self._steps[grows]
+        refused, error = self._refused.get(grows, (math.inf, None))
+        return _Largest(found, error if found and refused <= following else None)
+
+
+def _line(error: Exception) -> str:
+    """Return an error as one short line: its beginning says most."""
+    first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    text = f"{type(error).__name__}: {first}"
+    return text if len(text) <= _LINE else f"{text[: _LINE - 1]}…"

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mfx.reports.figure_file import check_figure_file, save_figure
+from mfx.reports.markup import element, joined
 from mfx.reports.plan.training_state import TrainingState
 from mfx.reports.table import Table
 from mfx.text import size
@@ -14,7 +16,7 @@ from mfx_passes import MfxError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-_GIBIBYTE, _TOKENS = 2**30, 64
+_GIBIBYTE = 2**30
 
 
 @dataclass(frozen=True)
@@ -26,28 +28,36 @@ class PlannedWay:
         kept: bytes of activations between forward and backward, at the given inputs.
         peak: the most bytes of activations at once.
         total: with what parameters take.
+        host: bytes of host memory that are taken for each device.
         time: of a step, relative to plain training, by operations and bytes.
-        batch: the largest batch that fits, with the given sequence; 0 if none does.
-        sequence: the longest sequence that fits, by multiples of 64, with the given batch; None if inputs are none.
-        refused: a length that the model itself does not take; None if none was met.
+        batch: the largest batch that fits, with the given sequence; 0 if none does. By multiples of the given one where
+            the model refuses others.
+        batch_refusal: the model's error at the next batch; None where memory ends it.
+        sequence: the longest sequence that fits, with the given batch: a multiple of 64, of the given one where the
+            model refuses others, or the given one itself; 0 if none fits, None if inputs are none.
+        sequence_refusal: the model's error at the next sequence; None where memory ends it.
     """
 
     name: str
     kept: int
     peak: int
     total: float
+    host: int
     time: float
     batch: int
+    batch_refusal: str | None
     sequence: int | None
-    refused: int | None = None
+    sequence_refusal: str | None
+
+    @property
+    def largest(self) -> str:
+        """The largest batch as text; with a plus where the model, not its memory, ends it."""
+        return f"{self.batch or 'none'}{'+' if self.batch_refusal is not None else ''}"
 
     @property
     def longest(self) -> str:
         """The longest sequence as text; with a plus where the model, not its memory, ends it."""
-        if not self.sequence:
-            return "none"
-        ends = self.refused is not None and self.refused <= self.sequence + _TOKENS
-        return f"{self.sequence}{'+' if ends else ''}"
+        return f"{self.sequence or 'none'}{'+' if self.sequence_refusal is not None else ''}"
 
 
 @dataclass(frozen=True)
@@ -79,22 +89,7 @@ class Plan:
 
     def table(self) -> str:
         """Return the ways as lines of text."""
-        state, given = self.state, f"batch {self.batch}"
-        if self.sequence is not None:
-            given += f", sequence {self.sequence}"
-        parts = [f"{size(state.parameters)} of parameters", f"{size(state.gradients)} of gradients"]
-        parts.append(f"{size(state.optimizer)} of optimizer state")
-        if state.gathered:
-            parts.append(f"{size(state.gathered)} gathered for a while")
-        devices = f"{self.devices} × {self.chip}" if self.devices > 1 else self.chip
-        lines = [
-            f"{self.model} on {devices} of {size(self.memory)}: {', '.join(parts)}",
-            "",
-            *self._table(given).lines(),
-        ]
-        if any(way.longest.endswith("+") for way in self.ways):
-            lines.append("+ the model itself takes no longer ones")
-        return "\n".join(lines)
+        return "\n".join([self._headline(), "", *self._table().lines(), *self._notes()])
 
     def plot(self, path: str | Path | None = None) -> Figure:
         """Draw what each way needs, in parts, against what there is.
@@ -103,8 +98,10 @@ class Plan:
             path: a file to save the picture in; its suffix is that of the format (.png, .svg, .pdf).
 
         Raises:
-            MfxError: matplotlib is not installed.
+            MfxError: matplotlib is not installed, or the file is not a picture's or cannot be written.
         """
+        if path is not None:
+            check_figure_file(path, "Plan.plot")
         try:
             from matplotlib.figure import Figure  # not pyplot, which opens windows and shares state
         except ImportError as error:
@@ -124,7 +121,7 @@ class Plan:
         axes.tick_params("x", labelrotation=20)
         axes.legend(frameon=False)
         if path is not None:
-            figure.savefig(path)
+            save_figure(figure, path, "Plan.plot")
         return figure
 
     def to_dict(self) -> dict[str, Any]:
@@ -132,10 +129,27 @@ class Plan:
         return asdict(self)
 
     def _repr_html_(self) -> str:
-        return self._table(f"batch {self.batch}").html()
+        notes = [element("p", element("small", note)) for note in self._notes()]
+        return joined(element("p", self._headline()), self._table().html(), *notes)
 
-    def _table(self, given: str) -> Table:
+    def _headline(self) -> str:
+        state = self.state
+        parts = [f"{size(state.parameters)} of parameters", f"{size(state.gradients)} of gradients"]
+        parts.append(f"{size(state.optimizer)} of optimizer state")
+        if state.gathered:
+            parts.append(f"{size(state.gathered)} gathered for a while")
+        devices = f"{self.devices} × {self.chip}" if self.devices > 1 else self.chip
+        return f"{self.model} on {devices} of {size(self.memory)}: {', '.join(parts)}"
+
+    def _notes(self) -> list[str]:
+        """Return what the table has no column for."""
+        notes = [f"{way.name}: {size(way.host)} of host memory for each device" for way in self.ways if way.host]
+        refusals = dict.fromkeys(r for way in self.ways for r in (way.batch_refusal, way.sequence_refusal) if r)
+        return notes + [f"+ the model itself refuses more: {refusal}" for refusal in refusals]
+
+    def _table(self) -> Table:
         has_sequence = self.sequence is not None
+        given = f"batch {self.batch}" + (f", sequence {self.sequence}" if has_sequence else "")
         head = (given, "kept", "peak", "in all", "", "time", "largest batch", *(("longest",) if has_sequence else ()))
         rows = [
             (
@@ -145,7 +159,7 @@ class Plan:
                 size(way.total),
                 "" if way.total <= self.memory else "too much",
                 f"{way.time:.2f}×",
-                str(way.batch or "none"),
+                way.largest,
                 *((way.longest,) if has_sequence else ()),
             )
             for way in self.ways

@@ -64,14 +64,19 @@ class Sizes:
         return Sizes(first.shape[0], first.shape[sequence_dim])
 
     def resized(self, inputs: Inputs, to: Sizes) -> Inputs:
-        """Return inputs of other sizes, on the meta device."""
+        """Return inputs of other sizes, on the meta device.
+
+        Dimensions are told by their size: a first one of the batch's size is a batch, and any other one of the
+        sequence's size is a sequence, as both of a mask (tokens, tokens) are. So a dimension of features that happens
+        to have the sequence's size would grow, too.
+        """
 
         def grown(tensor: Tensor) -> Tensor:
             shape = list(tensor.shape)
             for dim, size in enumerate(shape):
                 if dim == 0 and size == self.batch:
                     shape[dim] = to.batch
-                elif dim and size == self.sequence and to.sequence is not None:
+                elif size == self.sequence and to.sequence is not None:
                     shape[dim] = to.sequence
             return torch.empty(shape, dtype=tensor.dtype, device="meta").requires_grad_(tensor.requires_grad)
 

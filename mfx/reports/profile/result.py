@@ -8,6 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mfx.reports.figure_file import check_figure_file, save_figure
 from mfx.reports.markup import Markup, element, joined
 from mfx.reports.profile.rows import ProfileRow
 from mfx.reports.table import WIDTH, Table
@@ -56,13 +57,15 @@ class Profile:
             path: a file to save the picture in; its suffix is that of the format (.png, .svg, .pdf).
 
         Raises:
-            MfxError: matplotlib is not installed.
+            MfxError: matplotlib is not installed, or the file is not a picture's or cannot be written.
         """
         from mfx.reports.profile.plot import plot
 
+        if path is not None:
+            check_figure_file(path, "Profile.plot")
         figure = plot(self.rows, f"{self.model}: activation memory in one training step ({self.device})")
         if path is not None:
-            figure.savefig(path)
+            save_figure(figure, path, "Profile.plot")
         return figure
 
     def to_dict(self) -> dict[str, Any]:

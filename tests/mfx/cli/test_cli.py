@@ -316,7 +316,7 @@ def test_the_module_can_be_run() -> None:
     assert f"torch {torch.__version__}" in done.stdout
 
 
-def test_plan(capsys, tmp_path):
+def test_plan(capsys, tmp_path, monkeypatch):
     words = ["plan", STACK, "--kwargs", "depth=8", "--device", "meta", "--input", "64,8", "--gpu-memory", "1MiB"]
     assert main([*words, "--gamma", "0.5", "--world-size", "2", "--fsdp", "--chip", "A100"]) == 0
     printed = capsys.readouterr().out
@@ -327,6 +327,10 @@ def test_plan(capsys, tmp_path):
     data = json.loads(capsys.readouterr().out)
     assert (data["batch"], data["sequence"], data["state"]["optimizer"]) == (64, 8, 0)
     assert picture.stat().st_size > 0
+    monkeypatch.setattr(mfx, "plan", None)  # the file's name is looked at first
+    for command in ("plan", "profile"):
+        assert main([command, STACK, "--input", "64,8", "-o", "steps.txt"]) == 1
+        assert f"mfx {command} saves .png, .svg and .pdf files; call the file steps.png" in capsys.readouterr().err
     for more, message in (
         (
             ["--memory-budget", "0.5"],

@@ -1,6 +1,7 @@
 """A plan says what fits: the oracle is a training step that is measured, or rehearsed by mfx.explain."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -150,6 +151,34 @@ def test_masks_grow_with_the_sequence_and_other_inputs_do_not():
     assert grown["ids"].dtype is torch.long
 
 
+def test_the_first_dimension_of_a_mask_grows_with_the_sequence():
+    """A first dimension of both sizes is the batch's, which the first input says."""
+    inputs = (torch.zeros(2, 64, 8), torch.zeros(64, 64), torch.zeros(64), torch.zeros(2, 2)), {}
+    grown, _ = Sizes.of(inputs, 1).resized(inputs, Sizes(5, 128))
+    assert [tuple(t.shape) for t in grown] == [(5, 128, 8), (128, 128), (128,), (5, 2)]
+    square = (torch.zeros(64, 64), torch.zeros(64, 64)), {}
+    grown, _ = Sizes.of(square, 1).resized(square, Sizes(5, 128))
+    assert [tuple(t.shape) for t in grown] == [(5, 128), (5, 128)]
+
+
+class Masked(nn.Module):
+    """Adds a mask (tokens, tokens) to the products of its tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+
+    def forward(self, x, mask):
+        for block in self.blocks:
+            x = x + torch.softmax(x @ x.transpose(1, 2) + mask, -1) @ block(x)
+        return x
+
+
+def test_a_model_with_a_square_mask_takes_longer_sequences():
+    plan = mfx.plan(Masked(), (torch.zeros(2, 128, WIDTH), torch.zeros(128, 128)), "10MiB", sequence_dim=1)
+    assert all(way.sequence > 128 and way.sequence_refusal is None for way in plan.ways)
+
+
 def test_which_dimension_is_the_sequence():
     images, features = ((torch.zeros(2, 3, 8, 8),), {}), ((torch.zeros(2, 64, 8),), {})
     assert Sizes.of(images, None) == Sizes(2, None)
@@ -162,7 +191,56 @@ def test_which_dimension_is_the_sequence():
 def test_a_model_that_takes_no_longer_sequences_is_told():
     plan = mfx.plan(Gpt(depth=2, positions=200), tokens(), "1GiB")
     assert {way.longest for way in plan.ways} == {"192+"}
-    assert "+ the model itself takes no longer ones" in str(plan)
+    (note,) = str(plan).splitlines()[-1:]
+    assert note.startswith("+ the model itself refuses more: RuntimeError: ")
+    assert f"<small>{note}" in plan._repr_html_()
+    assert all(way.batch_refusal is None and way.sequence_refusal for way in plan.ways)
+
+
+def test_a_given_sequence_that_fits_is_the_least_answer():
+    """64 is the first multiple, and refused; 32 was rehearsed."""
+    plan = mfx.plan(Gpt(depth=2, positions=48), tokens(length=32), "1GiB")
+    assert {way.longest for way in plan.ways} == {"32+"}
+    small = mfx.plan(Gpt(depth=2, positions=48), tokens(length=32), "100KiB")
+    assert {way.longest for way in small.ways} == {"none"}
+
+
+class Grouped(nn.Module):
+    """Takes batches that are multiples of a number, up to another one."""
+
+    def __init__(self, multiple, most):
+        super().__init__()
+        self.multiple, self.most = multiple, most
+        self.blocks = nn.ModuleList(Residual() for _ in range(4))
+
+    def forward(self, x):
+        if x.shape[0] % self.multiple or x.shape[0] > self.most:
+            raise ValueError("a batch of another size")
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+def test_batches_that_are_multiples():
+    """The oracle is the model that takes every batch: with the given batch 8, the multiple of 8 below its answer."""
+    x = torch.zeros(8, WIDTH)
+    free, grouped, ended = (mfx.plan(Grouped(*how), x, "1MiB").ways for how in ((1, 1e9), (4, 1e9), (4, 100)))
+    assert [way.batch for way in grouped] == [way.batch // 8 * 8 for way in free]
+    assert {way.largest for way in ended} == {"96+"}
+    (refusal,) = {way.batch_refusal for way in ended}
+    assert re.fullmatch("CaptureError: Grouped cannot be captured as one graph: .{,150}", refusal)
+    assert all(way.batch_refusal is None and way.batch > 100 for way in grouped)
+
+
+def test_the_host_memory_of_offloading():
+    """Tensors from 1 MiB on are moved: of eight steps' inputs the caller holds the first."""
+    x = torch.zeros(2**20 // WIDTH, WIDTH)  # 4 MiB
+    plan = mfx.plan(nn.Sequential(*(Residual() for _ in range(8))), x, "1GiB")
+    ways = ways_of(plan)
+    assert {name: way.host for name, way in ways.items() if way.host} == {OFFLOADED: 7 * x.nbytes}
+    note = "gamma=0, offload: 28.0 MiB of host memory for each device"
+    assert str(plan).splitlines()[-1] == note
+    assert note in plan._repr_html_()
 
 
 def test_images_have_a_batch_only():
@@ -226,6 +304,11 @@ def test_it_is_text_data_and_a_picture(planned, tmp_path):
     assert len(lines) == 6
     assert json.loads(json.dumps(plan.to_dict()))["ways"][0]["name"] == "plain"
     assert "<table" in plan._repr_html_()
+    assert str(plan).splitlines()[0] in plan._repr_html_()
+    with pytest.raises(mfx.MfxError, match=r"Plan.plot saves .* files; call the file plan.png, not .*plan.txt"):
+        plan.plot(tmp_path / "plan.txt")
+    with pytest.raises(mfx.MfxError, match=r"Plan.plot: .*plan.png cannot be written: No such file"):
+        plan.plot(tmp_path / "missing" / "plan.png")
     plan.plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
@@ -250,6 +333,7 @@ class Looks(nn.Module):
         ((mfx.momentumize(Stack(2)), torch.zeros(2, 8)), {}, r"takes the model itself, not a momentumized net: mfx.or"),
         ((Stack(2), torch.zeros(2, 8), 0.5), {}, r"memory=0.5: it is a number of bytes, such as '80GiB'"),
         ((Stack(2), torch.zeros(2, 8)), {"world_size": 0}, r"world_size=0: it is the number of devices, 1 or more"),
+        ((Stack(2), torch.zeros(2, 8)), {"optimizer_bytes": -8}, r"optimizer_bytes=-8: it is a number of bytes per"),
         ((Stack(2), torch.zeros(2, 8)), {"sequence_dim": 2}, r"sequence_dim=2, where .* the shape \(2, 8\)"),
         ((Stack(2), torch.zeros(2, 8)), {"chip": "TPU"}, r"chip='TPU': it may be one of H200, H100"),
         ((Stack(2), {"x": 3}), {}, r"no input is a tensor whose first dimension is a batch"),

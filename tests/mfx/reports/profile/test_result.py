@@ -78,6 +78,8 @@ def test_the_picture_has_a_line_per_variant(found, tmp_path, suffix):
     (line,) = (line for line in axes.lines if line.get_label().startswith("plain"))
     assert list(line.get_ydata()) == [0, 4096, 5120, 4 / 2**20]
     assert file.stat().st_size > 1000
+    with pytest.raises(mfx.MfxError, match=r"Profile.plot saves .* files; call the file steps.png, not .*steps.txt"):
+        found.plot(tmp_path / "steps.txt")
 
 
 def test_without_matplotlib_a_plot_says_what_to_install(found, monkeypatch):
