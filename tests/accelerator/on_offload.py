@@ -5,8 +5,9 @@ import torch
 from torch import nn
 
 import mfx
-from mfx.engine.offload import offload
+from mfx.engine.offload import Offload, offload
 from mfx.engine.offload.host_memory import HOST_MEMORY
+from mfx.engine.recompute.saved import SavedTensors
 from tests.accelerator import device as fake
 from tests.accelerator.nets import Block, batch, momentumized, stack, trained
 
@@ -52,6 +53,23 @@ def test_a_tensor_on_its_way_out_is_held_until_two_others_are(monkeypatch):
     net(fake.to_device(batch()))
     assert max(held) == 2
     assert held[-1] == 0
+
+
+@pytest.mark.parametrize("others", [0, 1, 2, 3])
+def test_a_tensor_that_is_written_into_while_it_leaves_is_an_error(others):
+    """The computation waits for its copy when two others have left; what is written before may be in it."""
+    start = fake.to_device(batch())
+    x = start * 1
+    with Offload("chain", x.device, ()) as moves:
+        kept = SavedTensors([x], "x", moves)
+        rest = [SavedTensors([start * 1], "another", moves) for _ in range(others)]
+        x.mul_(2)
+    if others < 2:
+        with pytest.raises(mfx.MfxError, match="x was modified in place"):
+            kept.get()
+    else:
+        rest.append(kept)
+    assert all(torch.equal(fake.on_host(saved.get()[0]), batch()) for saved in rest)
 
 
 def test_a_capture_is_refused():

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mfx.compat import is_capturing, is_fake, memory_of, saves_for_others
 from mfx.engine.offload.host_memory import HOST_MEMORY
-from mfx.engine.offload.transfers import Transfers
+from mfx.engine.offload.transfers import HostCopy, Transfers, version_of
 from mfx.ledger import uncounted
 from mfx_passes.errors import MfxError
 
@@ -34,14 +34,19 @@ class _Moved:
         self._has_memory = not (tensor.is_meta or is_fake(tensor))
         if not self._has_memory:  # a rehearsal
             with uncounted():
-                self._host = torch.empty_like(tensor)
+                self._copy = HostCopy(torch.empty_like(tensor))
         else:
             HOST_MEMORY.take(self, tensor.nbytes, what)
             try:
-                self._host = transfers.out(tensor)
+                self._copy = transfers.out(tensor)
             except RuntimeError as error:
                 raise MfxError(f"{what}: offload='cpu' finds no host memory for it ({error})") from error
         self._fetched: tuple[Tensor, Any] | None = None
+
+    @property
+    def is_sound(self) -> bool:
+        """True if the tensor was not modified in place while it left."""
+        return self._copy.is_sound
 
     def fetch(self) -> None:
         """Start the copy to the device."""
@@ -58,10 +63,12 @@ class _Moved:
         return tensor
 
     def _copied(self) -> tuple[Tensor, Any]:
-        return self._transfers.back(self._host) if self._has_memory else (torch.empty_like(self._host), None)
+        host = self._copy.values
+        return self._transfers.back(host) if self._has_memory else (torch.empty_like(host), None)
 
 
 _Kept = _Moved | tuple[Tensor, int]
+_Key = tuple[int, torch.dtype, torch.Size, tuple[int, ...]]
 
 
 class Offload:
@@ -86,7 +93,7 @@ class Offload:
         self._transfers = Transfers(device)
         self._device = device
         self._held = {memory_of(t.untyped_storage()) for t in held if _is_dense(t)}
-        self._known: dict[int, tuple[weakref.ref[Any], int, weakref.ref[_Moved]]] = {}
+        self._known: dict[_Key, tuple[weakref.ref[Any], int, weakref.ref[_Moved]]] = {}
         self._groups: list[list[weakref.ref[_Moved]]] = []
 
     @staticmethod
@@ -110,13 +117,14 @@ class Offload:
             yield
 
     def _pack(self, tensor: Tensor) -> _Kept:
-        version = 0 if tensor.is_inference() else tensor._version
+        version = version_of(tensor)
         if tensor.device != self._device or not _is_dense(tensor) or tensor.nbytes < LEAST:
             return tensor, version
         storage = tensor.untyped_storage()
-        key = memory_of(storage)
-        if key in self._held:
+        memory = memory_of(storage)
+        if memory in self._held:
             return tensor, version
+        key = memory, tensor.dtype, tensor.shape, tensor.stride()  # a view of all of a storage is another tensor
         # An address alone may be another tensor's by now.
         known = self._known.get(key)
         if known is not None and known[0]() is storage and known[1] == version and (moved := known[2]()) is not None:
@@ -128,16 +136,20 @@ class Offload:
 
     def _unpack(self, kept: _Kept) -> Tensor:
         if isinstance(kept, tuple):
-            tensor, version = kept
-            if not tensor.is_inference() and tensor._version != version:  # hooks take the check from autograd
-                raise RuntimeError("a saved tensor has been modified by an inplace operation")
-            return tensor
+            _check(version_of(kept[0]) == kept[1])
+            return kept[0]
+        _check(kept.is_sound)
         tensor = kept.take()
         if kept.group:
             for reference in self._groups[kept.group - 1]:
                 if (before := reference()) is not None:
                     before.fetch()
         return tensor
+
+
+def _check(is_as_saved: bool) -> None:
+    if not is_as_saved:  # hooks take the check from autograd
+        raise RuntimeError("a saved tensor has been modified by an inplace operation")
 
 
 def _is_dense(tensor: Tensor) -> bool:

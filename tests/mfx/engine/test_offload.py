@@ -1,6 +1,7 @@
 """Host memory holds what chains keep: the same bits, and nothing left behind."""
 
 import gc
+import os
 import threading
 
 import pytest
@@ -9,8 +10,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import mfx
-from mfx.engine.offload import offload
-from mfx.engine.offload.host_memory import HOST_MEMORY
+from mfx.engine.offload import Offload, host_memory, offload
+from mfx.engine.offload.host_memory import HOST_MEMORY, HostMemory
+from mfx.engine.recompute.saved import SavedTensors
 from tests.mfx.models import Block, Stack, inputs
 
 WAYS = {
@@ -178,6 +180,99 @@ def test_a_state_changed_in_place_afterwards_is_as_it_was_or_an_error():
         start.mul_(2)
     with pytest.raises(mfx.MfxError, match="modified in place"):
         loss.backward()
+
+
+class Writes(nn.Module):
+    """Writes into its input, which no graph shows."""
+
+    def __init__(self, only=()):
+        super().__init__()
+        self.linear = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+        self.only = only
+
+    def forward(self, x):
+        x = x * 1
+        for number, linear in enumerate(self.linear):
+            x = x + linear(halved(x) if number in self.only else x)
+        return x
+
+
+@torch.fx.wrap
+def halved(x):
+    x.mul_(0.5)
+    return x * 1
+
+
+@pytest.mark.parametrize("writers", [(2,), (4,), (0, 1, 2, 3, 4)])
+def test_a_branch_that_writes_into_its_input_is_the_same_error(writers):
+    messages = []
+    for where in (None, "cpu"):
+        net = mfx.momentumize(Writes(writers), gamma=0.0, offload=where, capture="symbolic")
+        loss = net(inputs()).sum()
+        with pytest.raises(mfx.MfxError, match="modified in place") as error:
+            loss.backward()
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+def test_views_of_all_of_a_storage_are_tensors_of_their_own():
+    x = torch.arange(12.0).view(3, 4)
+    views = [x, x.t(), x.view(-1), x.view(torch.int32), x.clone(), x]
+    with Offload("chain", x.device, ()) as moves:
+        kept = SavedTensors(views, "views", moves)
+    assert HOST_MEMORY.used == 5 * x.nbytes  # the last is the first
+    for found, expected in zip(kept.get(), views, strict=True):
+        assert torch.equal(found, expected)
+        assert found.stride() == expected.stride()
+        assert found.dtype is expected.dtype
+
+
+class Owner:
+    """Ends when the collector finds it."""
+
+    def __init__(self):
+        self.itself = self
+
+
+def test_a_collection_while_memory_is_counted_does_not_wait_for_itself(monkeypatch):
+    """The collector may run at any allocation; here it does where the message is made, and under the lock."""
+    monkeypatch.setenv("MFX_HOST_MEMORY", "200")
+    memory = HostMemory()
+    memory.take(Owner(), 100, "the first")
+    size = host_memory.size
+    monkeypatch.setattr(host_memory, "size", lambda number: gc.collect() * 0 or size(number))
+
+    def take():
+        with memory._lock:
+            gc.collect()
+        memory.take(owner, 200, "the second")
+        with pytest.raises(mfx.MfxError, match="another 1 B"):
+            memory.take(owner, 1, "the third")
+
+    owner = Owner()
+    thread = threading.Thread(target=take, daemon=True)
+    thread.start()
+    thread.join(20)
+    assert not thread.is_alive()
+    assert memory.used == 200
+
+
+def test_the_limit_is_that_of_the_container_and_shared_by_the_machines_processes(monkeypatch, tmp_path):
+    monkeypatch.delenv("MFX_HOST_MEMORY", raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    group = tmp_path / "memory.max"
+    monkeypatch.setattr(host_memory, "_CONTROL_GROUP", group)
+    machine = host_memory._limit()
+    assert machine == int(0.8 * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    for text, expected in (("max", machine), ("1000", 800), (str(10**18), machine)):
+        group.write_text(f"{text}\n")
+        assert host_memory._limit() == expected
+    group.write_text("1000\n")
+    for processes, expected in (("4", 200), ("", 800), ("0", 800), ("many", 800)):
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+        assert host_memory._limit() == expected
+    monkeypatch.setenv("MFX_HOST_MEMORY", "500")
+    assert host_memory._limit() == 500  # what is asked for is per process
 
 
 def test_threads():
