@@ -26,10 +26,12 @@ def waiting_for(what: str) -> Iterator[None]:
     if os.environ.get("MFX_PROGRESS", "1" if is_terminal else "0") == "0":
         yield
         return
-    line = f"mfx: {what} …"
+    line, is_done = f"mfx: {what} …", threading.Event()
 
     def say() -> None:
         with _LOCK:
+            if is_done.is_set():  # while this waited for the lock
+                return
             if is_terminal:
                 _erase()
             _SAID.append(line)
@@ -43,6 +45,7 @@ def waiting_for(what: str) -> Iterator[None]:
     finally:
         timer.cancel()
         with _LOCK:
+            is_done.set()
             if line in _SAID:
                 if is_terminal:
                     _erase()

@@ -75,6 +75,31 @@ def test_work_within_work_takes_the_place_of_the_line(monkeypatch):
     assert progress._SAID == []
 
 
+def test_a_timer_that_waits_for_the_end_of_the_work_says_nothing(monkeypatch):
+    timers = []
+
+    class Timer:
+        daemon = False
+
+        def __init__(self, seconds, say):
+            timers.append(say)
+
+        def start(self):
+            pass
+
+        def cancel(self):
+            pass
+
+    monkeypatch.setattr(progress.threading, "Timer", Timer)
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.delenv("MFX_PROGRESS", raising=False)
+    with progress.waiting_for("capturing Net"):
+        pass
+    timers[0]()  # it had fired, and got the lock when the work was done
+    assert sys.stderr.getvalue() == ""
+    assert progress._SAID == []
+
+
 @pytest.mark.parametrize(
     ("words", "work"),
     [
