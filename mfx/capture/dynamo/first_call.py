@@ -7,7 +7,10 @@ import contextvars
 import dis
 import inspect
 import logging
+import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,6 +25,8 @@ from mfx.modules.kept_results import results_not_kept
 from mfx.modules.python_state import PythonState
 from mfx.modules.restore import restored_if_changed, restored_if_fake
 
+_DEPTH = 4  # of objects and containers in a result that is compared
+
 
 def _is_plain(value: Any) -> bool:
     kinds = (Tensor, bool, int, float, str, type(None))
@@ -31,7 +36,8 @@ def _is_plain(value: Any) -> bool:
 def run_first_call(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Run a model on fake tensors, for what it does at its first call only (install hooks, fill tables).
 
-    What a second such call changes once more is put back, and so is what is not the model's own.
+    What a second such call changes once more is put back, and so is what is not the model's own. What only the first
+    one prints, logs or warns is said for real.
     """
     if not all(map(_is_plain, args)):
         return
@@ -39,22 +45,30 @@ def run_first_call(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
     kwargs = {name: value for name, value in kwargs.items() if _is_plain(value)}
     net = method.__self__  # type: ignore[attr-defined]
     before = PythonState(net)
-    _run_on_fakes(method, args, kwargs)
+    first = _run_on_fakes(method, args, kwargs)
     if not before.changes():
         return
     after_first = PythonState(net)
-    _run_on_fakes(method, args, kwargs)
+    second = _run_on_fakes(method, args, kwargs)
     again = {holder.key for holder in after_first.changes()}
+    ended = first.operations is not None and second.operations is not None
+    gives_another = ended and first.result != second.result  # a graph would never give what the first call gives
+    kept = False
     for holder in before.changes():
-        if holder.key in again or _holds_fake(holder) or not before.owners(holder.value):
+        if gives_another or holder.key in again or _holds_fake(holder) or not before.owners(holder.value):
             holder.put_back()
+        else:
+            kept = True
+    for each in first.said if kept else ():
+        if each not in second.said:  # nor will a real call say it
+            each.again()
 
 
 def settle(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Have a model note what its first call notes in attributes, if its calls compute the same before and after.
+    """Have a model note what its first call notes in attributes, if its calls do the same before and after.
 
-    The graph then holds for later calls, too: models of Hugging Face note the kind of the labels. Whether the same is
-    computed is seen by two runs on fake tensors: the same operations, on the same tensors.
+    The graph then holds for later calls, too: models of Hugging Face note the kind of the labels. Two runs on fake
+    tensors tell: the same operations on the same tensors, the same results, the same prints, logs and warnings.
     """
     net = method.__self__  # type: ignore[attr-defined]
     if not (all(map(_is_plain, args)) and all(map(_is_plain, kwargs.values())) and _notes(net)):
@@ -66,7 +80,7 @@ def settle(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
         return
     after = PythonState(net)
     second = _run_on_fakes(method, args, kwargs)
-    if first is None or first != second or after.changes() or any(map(_holds_fake, changes)):
+    if first.operations is None or first != second or after.changes() or any(map(_holds_fake, changes)):
         for holder in before.changes():
             holder.put_back()
 
@@ -106,39 +120,92 @@ class _Operations(TorchDispatchMode):
         self._made = {id(leaf): position - len(leaves) for position, leaf in enumerate(leaves)}
         self._alive = list(leaves)
 
+    def names_in(self, value: Any) -> list[Any]:
+        """Return where the tensors in a value come from."""
+        return [self._name(leaf) for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
     def _name(self, leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return self._made.get(id(leaf), "fake" if compat.is_fake(leaf) else id(leaf)), tuple(leaf.shape)
         return leaf if isinstance(leaf, bool | int | float | str) else str(leaf)
 
 
-def _run_on_fakes(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> list[Any] | None:
-    """Run a model on fake tensors; return its operations, None if it failed."""
+@dataclass(frozen=True)
+class _Said:
+    """A text that a model has printed, logged or warned on fake tensors, and a function that does so for real."""
+
+    text: Any
+    again: Callable[[], Any] = field(compare=False)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A run of a model on fake tensors.
+
+    Args:
+        operations: its operations, and where the tensors come from that it returned; None if it failed.
+        result: what it returned, as `_described` has it.
+        said: what it printed, logged and warned.
+    """
+
+    operations: list[Any] | None
+    result: Any
+    said: list[_Said]
+
+
+def _run_on_fakes(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Run:
+    """Run a model on fake tensors, without a word; return what it did."""
     leaves, spec = pytree.tree_flatten((args, kwargs))
     net = method.__self__  # type: ignore[attr-defined]
+    said: list[_Said] = []
+    run, real_print = _Run(None, None, said), builtins.print
+
+    def note_print(*values: Any, **options: Any) -> None:
+        texts = tuple(map(str, values))
+        said.append(_Said(texts, partial(real_print, *texts, **options)))
+
+    def note_log(logger: logging.Logger, record: logging.LogRecord) -> None:
+        said.append(_Said((record.levelno, record.getMessage()), lambda: logger.handle(record)))
+
     with (
+        warnings.catch_warnings(record=True) as warned,
         restored_if_fake(net),
         results_not_kept(net),
         compat.fake_mode() as mode,
         restored_if_changed(),
-        compat.patched(builtins, "print", _nothing),
-        compat.patched(logging.Logger, "handle", _nothing),
+        compat.patched(builtins, "print", note_print),
+        compat.patched(logging.Logger, "handle", note_log),
         torch.no_grad(),
         ErrorsPassedOver(),
         _Operations() as operations,
     ):
+        warnings.simplefilter("always")
         fake = [mode.from_tensor(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         operations.start(fake)
         fake_args, fake_kwargs = pytree.tree_unflatten(fake, spec)
-        contextvars.copy_context().run(method, *fake_args, **fake_kwargs)
-        seen: list[Any] = operations.seen
-        return seen
-    return None
+        result = contextvars.copy_context().run(method, *fake_args, **fake_kwargs)
+        run = _Run([*operations.seen, operations.names_in(result)], _described(result), said)
+    said += [
+        _Said(
+            (each.category, str(each.message)),
+            partial(warnings.warn_explicit, each.message, each.category, each.filename, each.lineno),
+        )
+        for each in warned
+    ]
+    return run
+
+
+def _described(value: Any, depth: int = _DEPTH) -> Any:
+    """Return the kind of a value and what it holds, but for tensors, in a form that can be compared."""
+    if isinstance(value, Tensor):
+        return Tensor
+    if isinstance(value, bool | int | float | str | type(None)):
+        return type(value), value
+    leaves, spec = pytree.tree_flatten(value)
+    is_object = len(leaves) == 1 and leaves[0] is value
+    kind, items = (type(value), getattr(value, "__dict__", {}).items()) if is_object else (str(spec), leaves)
+    return kind, [_described(item, depth - 1) for item in items] if depth else None
 
 
 def _holds_fake(holder: Holder) -> bool:
     return any(map(compat.is_fake, pytree.tree_leaves(holder.kind.read(holder.value))))
-
-
-def _nothing(*args: object, **kwargs: object) -> None:
-    pass

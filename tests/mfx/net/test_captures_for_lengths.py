@@ -1,5 +1,9 @@
 """Batches of token ids that differ in length cost two captures: one for training and one for evaluation."""
 
+import logging
+import warnings
+from warnings import warn
+
 import pytest
 import torch
 from torch import nn
@@ -132,6 +136,94 @@ def test_a_first_call_that_computes_something_else_does(first):
         expected, found = model(ids), net(ids)
         assert torch.equal(found, expected)
         assert net.is_first is model.is_first is False
+
+
+class Result:
+    def __init__(self, value, is_first):
+        self.value, self.is_first = value, is_first
+
+
+LOG = logging.getLogger("tests.first_call")
+SAYS = {
+    "print": lambda: print("first"),
+    "log": lambda: LOG.warning("first"),
+    "warning": lambda: warnings.warn("first", stacklevel=1),
+    "warning by name": lambda: warn("first", stacklevel=1),
+}
+GIVES = {
+    "flag": lambda x, first: (x, first),
+    "number": lambda x, first: {"x": x, "count": 1 if first else 0},
+    "number of another type": lambda x, first: (x, 1 if first else True),
+    "nothing": lambda x, first: (x, None if first else x),
+    "text": lambda x, first: (x, "first" if first else "later"),
+    "object": lambda x, first: Result(x, first),
+    "object in a list": lambda x, first: [Result(x, first)],
+    "one of two tensors": lambda x, first: (x, x.tanh(), x.exp())[:: 1 if first else -1],
+}
+
+
+class TellingFirst(nn.Module):
+    """Computes the same in its first call as later, and gives or says something else."""
+
+    def __init__(self, gives=None, says=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.is_first, self.gives, self.says = True, gives, says
+
+    def forward(self, x):
+        first = self.is_first
+        self.is_first = False
+        if first and self.says is not None:
+            SAYS[self.says]()
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return x if self.gives is None else GIVES[self.gives](x, first)
+
+
+def plain(value):
+    """Return the numbers and texts in a result, tensors as lists."""
+    if isinstance(value, Result):
+        return plain(vars(value))
+    if isinstance(value, dict):
+        return {name: plain(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value.tolist() if isinstance(value, torch.Tensor) else (type(value), value)
+
+
+@pytest.mark.parametrize("gives", GIVES)
+def test_a_first_call_that_returns_something_else_does(gives):
+    x, model = torch.linspace(-1, 1, 16).reshape(2, 8), TellingFirst(gives)
+    net = mfx.momentumize(TellingFirst(gives), gamma=0.0, capture="dynamo")
+    for _ in range(3):
+        assert plain(net(x)) == plain(model(x))
+        assert net.is_first is False
+
+
+@pytest.mark.filterwarnings("ignore:mfx", "ignore:first")
+@pytest.mark.parametrize("says", SAYS)
+def test_a_first_call_that_says_something_returns_what_it_returns(says):
+    x, model = torch.linspace(-1, 1, 16).reshape(2, 8), TellingFirst("flag", says)
+    net = mfx.momentumize(TellingFirst("flag", says), gamma=0.0, capture="dynamo")
+    for _ in range(3):
+        assert plain(net(x)) == plain(model(x))
+
+
+@pytest.mark.filterwarnings("ignore:mfx")  # Dynamo ends a graph where a model speaks
+@pytest.mark.parametrize("says", SAYS)
+def test_what_a_first_call_says_is_said_once(says, capfd, caplog):
+    net, x = mfx.momentumize(TellingFirst(says=says), gamma=0.0, capture="dynamo"), torch.ones(2, 8)
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            net(x)
+    said = (
+        [str(each.message) for each in warned],
+        [each.getMessage() for each in caplog.records if each.name == LOG.name],
+    )
+    heard = [*capfd.readouterr().out.split(), *(text for texts in said for text in texts)]
+    assert heard.count("first") == 1
 
 
 class Counting(nn.Module):
