@@ -1,5 +1,6 @@
 """The distribution: its version, and the wheel and source archive that ``python -m build`` makes."""
 
+import os
 import re
 import subprocess
 import sys
@@ -48,6 +49,24 @@ def test_the_wheel_holds_both_packages(tmp_path):
         packed = {name.partition("/")[2] for name in archive.getnames()}
     assert {"pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "examples/quickstart.py"} <= packed
     assert modules_of("mfx") <= packed
+
+
+@pytest.mark.parametrize("pattern", ["*.whl", "*.tar.gz"])
+def test_what_is_installed_runs_the_quickstart_outside_of_the_repository(tmp_path, pattern):
+    pytest.importorskip("hatchling")
+    pytest.importorskip("sklearn")
+    build(tmp_path, "-m", "hatchling", "build", "-d", str(tmp_path))
+    (archive,) = tmp_path.glob(pattern)
+    site, script = tmp_path / "site", ROOT / "examples" / "quickstart.py"
+    install = ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(site), str(archive)]
+    build(tmp_path, *install)
+    code = (
+        "import mfx, mfx_passes, runpy, sys; assert {mfx.__file__[: len(site)], mfx_passes.__file__[: len(site)]} == "
+        "{site}; sys.argv[1:] = ['--tiny']; runpy.run_path(script, run_name='__main__')"
+    )
+    names = f"site, script = {str(site)!r}, {str(script)!r}; "
+    environment = {**os.environ, "PYTHONPATH": str(site)}
+    subprocess.run([sys.executable, "-c", names + code], check=True, cwd=tmp_path, env=environment)
 
 
 @pytest.mark.zoo
