@@ -68,7 +68,7 @@ def test_sequences_of_actions():
     run_state_machine_as_test(
         seed(number())(Sequences),
         settings=settings(
-            max_examples=int(os.environ.get("MFX_MACHINE_EXAMPLES", 25)),
+            max_examples=int(os.environ.get("MFX_MACHINE_EXAMPLES", 16)),
             stateful_step_count=16,
             deadline=None,
             database=None,
