@@ -5,7 +5,7 @@
 Llama-3-70B at 8192 tokens and ViT-22B at 224 x 224 pixels are built on the meta device, where tensors have shapes and
 no values, and ``mfx.plan`` rehearses training steps of each: plain, with checkpoints, with mfx, and with more and more
 inputs, until they no longer fit. Parameters, gradients and optimizer state are sharded over all GPUs; activations are
-not, so they decide. Minutes, and one GiB of memory.
+not, so they decide. Three minutes, and one GiB of memory.
 """
 
 from __future__ import annotations
