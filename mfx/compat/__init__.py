@@ -74,6 +74,7 @@ from mfx.compat.hooks import (
     has_state_dict_hook,
     hook_tables,
     put_load_hook_first,
+    without_closed_observers,
 )
 from mfx.compat.modes import (
     AutocastState,
@@ -186,6 +187,7 @@ __all__ = [
     "untraced",
     "weights_cached",
     "when_task_ends",
+    "without_closed_observers",
     "without_global_hooks",
     "without_modes",
     "written_arguments",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -39,6 +40,24 @@ def call_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
 def global_call_tables() -> tuple[dict[int, Any], ...]:
     """Return all tables that a call of any module looks hooks up in (torch 2.11 to 2.15)."""
     return tuple(getattr(every, name) for name in _GLOBAL)
+
+
+def without_closed_observers(hooks: dict[Any, Any], now: Mapping[Any, Any]) -> dict[Any, Any]:
+    """Return hooks without those of torch's own observers that are not open now.
+
+    A closed ModuleTracker (FlopCounterMode has one) would leave hooks on the leaves of the graph (torch 2.11 to 2.15).
+
+    Args:
+        hooks: global hooks as they were.
+        now: the same table as it is.
+    """
+    return {number: hook for number, hook in hooks.items() if number in now or not _is_of_torch(hook)}
+
+
+def _is_of_torch(hook: Any) -> bool:
+    while isinstance(hook, partial):
+        hook = hook.func
+    return str(getattr(hook, "__module__", None)).partition(".")[0] == "torch"
 
 
 _GLOBAL = (

@@ -10,10 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mfx.compat import Table, global_call_tables
+from mfx.compat import Table, global_call_tables, without_closed_observers
 from mfx.engine.recompute.contents import sign_of
 from mfx.engine.recompute.state import State
-from mfx.engine.recompute.tables import TensorSlot, set_contents, set_types, unless_sharded
+from mfx.engine.recompute.tables import TensorSlot, set_contents, set_types, table_of, unless_sharded
 from mfx.modules.random_state import generators_of
 from mfx_passes.errors import MfxError
 
@@ -38,6 +38,7 @@ class StateLayout(State):
     Attributes:
         generators: the random generators that the modules hold.
         has_hooks: True if a module has forward hooks.
+        typed: the modules whose classes are put back.
         hooked: the classes of modules that have hooks around both their forward and their backward.
         has_state: True if there is a tensor that is not a parameter.
         has_mutable: True if there is something that a branch may change in place, without an assignment.
@@ -49,6 +50,7 @@ class StateLayout(State):
         tensor_slots: list[TensorSlot] = []
         for table in global_call_tables():
             self._add_table(table)
+        self._global = set(map(id, global_call_tables()))
         names = dict.fromkeys(target.partition(".")[0] for target in targets if target)
         self._tops = attrgetter("__class__", "__class__", *names)  # of two names at least it returns a tuple
         try:
@@ -65,7 +67,8 @@ class StateLayout(State):
         self.generators = [generator for module in self.modules for generator in generators_of(module, step_path)]
         self.has_mutable = bool(self._mutable)
         self.lasts = self.lasts and all(isinstance(tensor, nn.Parameter) for tensor in self.loose)
-        self._types = list(map(type, self.modules))
+        self.typed = [*self.modules, *self._holders]
+        self._types = list(map(type, self.typed))
         self._named = [*self._tables, *self._tensor_tables]
         self._names = [*map(list, self._named)]
         self._top_values = self._tops(root)
@@ -103,6 +106,7 @@ class StateLayout(State):
         """True if all tables hold the same, parameters and buffers aside, but under the same names."""
         return (
             not any(self._empty)
+            and not any(name in table for table, name in self._absent)
             and [*map(list, self._named)] == self._names
             and all(map(is_, self._look(), self._held))
         )
@@ -111,7 +115,7 @@ class StateLayout(State):
         """Yield, at C speed, all that the tables and containers hold, parameters and buffers aside, and the types."""
         tables = chain.from_iterable(map(_values_of, self._tables))
         contents = chain.from_iterable(map(_look, self._contents.values())) if self._contents else ()
-        return chain(map(_call, self._read_paths), tables, contents, map(type, self.modules), (_END,))
+        return chain(map(_call, self._read_paths), tables, contents, map(type, self.typed), (_END,))
 
     # --- and held -----------------------------------------------------------------------------------------------------
 
@@ -126,7 +130,7 @@ class StateLayout(State):
 
     def written(self) -> list[tuple[Table, dict[Any, Any]]]:
         """Return the tables that ``write`` may write into, each with what it holds now."""
-        alone = (table for table, _ in (*self._paths, *self._leaves))
+        alone = (table for table, _ in (*self._paths, *self._leaves, *self._absent))
         return [(table, dict(table)) for table in chain(self._named, self._empty, alone)]
 
     def write(self, tensors: Sequence[Any], values: Mapping[int, Tensor]) -> None:
@@ -136,21 +140,24 @@ class StateLayout(State):
             table[name] = next(held)
         names = iter(self._names)
         for table in self._tables:
-            set_contents(table, {name: next(held) for name in next(names)})
+            contents = {name: next(held) for name in next(names)}
+            set_contents(table, without_closed_observers(contents, table) if id(table) in self._global else contents)
         for table in self._tensor_tables:
             set_contents(table, {name: unless_sharded(table, name, next(present)) for name in next(names)}, values)
         for table, name in self._leaves:
             value = unless_sharded(table, name, next(present))
             table[name] = values.get(id(value), value)
+        for table, name in self._absent:
+            table.pop(name, None)
         for table in self._empty:
             table.clear()
         copies: dict[int, Any] = dict(values)
         for table, name, value in self._mutable:
             table[name] = self._copied(value, copies)
-        for module in set_types(self.modules, self._types):
+        for module in set_types(self.typed, self._types):
             parametrized: Any = module._modules.get("parametrizations") or ()
             for name in parametrized:
-                if not hasattr(type(module), name):
+                if not hasattr(type(module), name) and table_of(module, name) is None:
                     raise MfxError(
                         f"{self._step_path}: the parametrization of {name} in a {type(module).__mro__[1].__name__} was "
                         "removed between forward and backward, but the backward pass has to run this step a second "

@@ -45,7 +45,7 @@ class PutBack:
             for table, contents in self._found:
                 table.update({name: values.get(id(tensor), tensor) for name, tensor in contents.items()})
             return
-        self._found, self._types = layout.written(), list(map(type, layout.modules))
+        self._found, self._types = layout.written(), list(map(type, layout.typed))
         try:
             layout.write(self._tensors, values)
         except BaseException:
@@ -57,7 +57,7 @@ class PutBack:
         for table, contents in self._found:
             set_contents(table, contents)
         if self._types is not None:
-            set_types(layout.modules, self._types)
+            set_types(layout.typed, self._types)
         elif not layout.is_put_back(self._tensors):
             layout.write(self._tensors, {})
         if self._section is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mfx.compat import Table, call_tables, tensor_tables
 from mfx.engine.recompute.contents import LIMIT, Buffer, Held, held_by, sharing
-from mfx.engine.recompute.tables import TensorSlot, table_of, tables_in
+from mfx.engine.recompute.tables import TensorSlot, table_of, tables_before, tables_in
 from mfx.modules.buffers import is_buffer
 from mfx.modules.overlay import Overlay
 from mfx.modules.python_state import is_iterator
@@ -53,6 +53,8 @@ class State:
         self._empty: list[Table] = []
         self._paths: list[tuple[Table, str]] = []  # on the way to what is no tensor
         self._leaves: list[tuple[Table, str]] = []  # tensors that are targets themselves
+        self._holders: list[nn.Module] = []  # of such tensors
+        self._absent: list[tuple[Table, str]] = []  # places that Python would look them up in first
         self._mutable: list[tuple[Table, Any, Any]] = []
         self._contents: dict[int, Held] = {}
         self._buffers: dict[str, Buffer] = {}
@@ -80,6 +82,9 @@ class State:
             elif self._seen.isdisjoint({id(table), (id(table), name)}):
                 self._seen.add((id(table), name))
                 self._leaves.append((table, name))
+                if isinstance(holder, nn.Module):
+                    self._holders.append(holder)
+                    self._absent += [(other, name) for other in tables_before(holder, table)]
                 is_parameter = isinstance(value, nn.Parameter) or table is getattr(holder, "_parameters", None)
                 leaves.append(TensorSlot(table, name, target, is_parameter))
         if isinstance(value, nn.Module):

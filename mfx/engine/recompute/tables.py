@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any
 
 from torch import nn
@@ -58,10 +59,17 @@ def set_types(modules: Sequence[nn.Module], types: Sequence[type]) -> list[nn.Mo
 
 def table_of(holder: Any, name: str) -> Table | None:
     """Return the table that has an attribute; None for what is computed, such as a property."""
+    return next((table for table in _tables(holder) if name in table), None)
+
+
+def tables_before(holder: Any, table: Table) -> list[Table]:
+    """Return the tables that Python looks an attribute up in before it looks into one."""
+    return list(takewhile(lambda other: other is not table, _tables(holder)))
+
+
+def _tables(holder: Any) -> list[Any]:
     tables: list[Any] = [getattr(holder, "__dict__", {})]
-    if isinstance(holder, nn.Module):
-        tables += [*tensor_tables(holder), holder._modules]
-    return next((table for table in tables if name in table), None)
+    return [*tables, *tensor_tables(holder), holder._modules] if isinstance(holder, nn.Module) else tables
 
 
 class Slots(MutableMapping[str, Any]):

@@ -24,7 +24,7 @@ _HOOKS = frozenset(
         "_forward_hooks_always_called",
     }
 )
-_IGNORED = frozenset(  # torch's own bookkeeping, and hooks of state dicts, where a net notes its γ
+_IGNORED = frozenset(  # torch's own bookkeeping, hooks of state dicts, where a net notes its γ
     {
         "_is_full_backward_hook",
         "_non_persistent_buffers_set",
@@ -32,6 +32,7 @@ _IGNORED = frozenset(  # torch's own bookkeeping, and hooks of state dicts, wher
         "_state_dict_pre_hooks",
         "_load_state_dict_pre_hooks",
         "_load_state_dict_post_hooks",
+        "is_called",  # of a reference
     }
 )
 _CALL = nn.Module.__call__

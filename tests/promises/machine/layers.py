@@ -197,14 +197,14 @@ class InPlaceRelu(nn.Module):
 
 
 class Checkpointed(nn.Module):
-    """A part that runs under torch's own checkpoint."""
+    """A part that runs under torch's own checkpoint, or as it does without one: the reference."""
 
     def __init__(self, width):
         super().__init__()
-        self.fc = nn.Linear(width, width)
+        self.fc, self.is_called = nn.Linear(width, width), False
 
     def forward(self, x):
-        return checkpoint(self.fc, x, use_reentrant=False)
+        return self.fc(x) if self.is_called else checkpoint(self.fc, x, use_reentrant=False)
 
 
 class WithoutGradient(nn.Module):

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 import mfx
-from tests.promises.machine import models
+from tests.promises.machine import layers, models
 
 LOGS: dict[str, list[Any]] = {}
 """Notes of user hooks, by participant: outside of all models, so that copies of a hook write there, too."""
@@ -36,11 +36,13 @@ class Call:
         outputs: its tensors with a history.
         leaves: what a gradient is asked for beside parameters: inputs, fast weights.
         disturbed: reasons why a recomputation may be refused by now.
+        read: buffers that the call did not change, by identity.
     """
 
     outputs: list[Tensor]
     leaves: list[Tensor]
     disturbed: set[str] = field(default_factory=set)
+    read: dict[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass
@@ -104,12 +106,14 @@ class Participant:
 
     def apply(self, action, arguments) -> Any:
         """Return what an action results in, or the `Error` that it raised."""
+        calls, before = list(self.calls), self._buffers()
         with self._world(), warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             try:
                 result = action(self, **arguments)
             except (Exception, Interrupted) as error:
                 result = Error(type(error).__name__, str(error))
+        self._note_changed_buffers(calls, before)
         said = [str(warning.message) for warning in caught]
         self.warned = [message for message in said if message.startswith("mfx") and not SAID.match(message)]
         return result
@@ -123,6 +127,22 @@ class Participant:
         finally:
             self.states = random_states()
             set_random_states(outside)
+
+    def _buffers(self) -> dict[int, tuple[Tensor, int]]:
+        buffers = (buffer for model in self.models for buffer in model.buffers())
+        return {id(buffer): (buffer, buffer._version) for buffer in buffers if not buffer.is_inference()}
+
+    def _note_changed_buffers(self, calls: list[Call], before: dict[int, tuple[Tensor, int]]) -> None:
+        """Note, for calls under way, that a buffer has changed which they did not change themselves.
+
+        So it is with statistics of a normalization, if a call in evaluation waits while one in training runs.
+        """
+        same = {key: buffer for key, (buffer, version) in before.items() if buffer._version == version}
+        for call in self.calls:
+            if call not in calls:
+                call.read = same
+            elif call.read.keys() & (before.keys() - same.keys()):
+                call.disturbed.add("statistics")
 
     def disturb(self, reason: str) -> None:
         """Note that something was changed that calls under way may depend on."""
@@ -174,6 +194,10 @@ def participants(spec) -> dict[str, Participant]:
         "momentum_kept": {"gamma": chosen["gamma"], "memory_budget": 1.0},
         "momentum": {"gamma": chosen["gamma"]},
     }
+    plain = models.build(spec)
+    for module in plain.modules():
+        if isinstance(module, layers.Checkpointed):
+            module.is_called = True  # torch's checkpoint runs it again with the weights and hooks of the backward pass
     # No copies of one model: these share the classes that torch makes for parametrized modules.
     nets = {name: mfx.momentumize(models.build(spec), **common, **options[name]) for name in options}
-    return {name: Participant(name, model) for name, model in {"plain": models.build(spec), **nets}.items()}
+    return {name: Participant(name, model) for name, model in {"plain": plain, **nets}.items()}

@@ -120,6 +120,7 @@ def remove_parametrization(participant, where, waiting):
     if linears:
         parametrize.remove_parametrizations(linears[where % len(linears)], "weight")
         participant.disturb("unparametrized")
+        participant.disturb("written")  # torch writes the weight into the original of it
 
 
 @action(1, waiting=(False,), dtype=("float32", "float64"))
