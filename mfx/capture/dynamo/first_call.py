@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfx import compat
+from mfx.capture.caught_outputs import outputs_caught
 from mfx.capture.symbolic.user_code import ErrorsPassedOver
 from mfx.modules.holders import Holder
 from mfx.modules.kept_results import results_not_kept
@@ -167,14 +168,16 @@ def _run_on_fakes(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
     def note_log(logger: logging.Logger, record: logging.LogRecord) -> None:
         said.append(_Said((record.levelno, record.getMessage()), lambda: logger.handle(record)))
 
+    def note_write(name: str, data: Any, write: Callable[[], Any]) -> None:
+        said.append(_Said((name, data), write))
+
     with (
         warnings.catch_warnings(record=True) as warned,
         restored_if_fake(net),
         results_not_kept(net),
         compat.fake_mode() as mode,
         restored_if_changed(),
-        compat.patched(builtins, "print", note_print),
-        compat.patched(logging.Logger, "handle", note_log),
+        outputs_caught(note_print, note_log, note_write),
         torch.no_grad(),
         ErrorsPassedOver(),
         _Operations() as operations,

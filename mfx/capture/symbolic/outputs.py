@@ -5,7 +5,6 @@ Text with traced values in it becomes text of the graph.
 
 from __future__ import annotations
 
-import builtins
 import logging
 import re
 import sys
@@ -22,6 +21,7 @@ from torch import fx
 from torch.fx.node import map_aggregate
 
 from mfx import compat
+from mfx.capture.caught_outputs import STREAMS, outputs_caught
 from mfx.capture.outputs import log_values, make_text, print_values, read_clock, warn_values
 from mfx.capture.symbolic.refusals import OutputError, Refusals
 from mfx.modules.references import is_users
@@ -29,7 +29,6 @@ from mfx.modules.references import is_users
 OUTPUTS = ("print", "warn", "debug", "info", "warning", "error", "critical")  # functions that take texts
 
 _PLAIN = (str, int, float, bool, complex, type(None), torch.dtype, torch.device, torch.Size)
-_STREAMS = ("stdout", "stderr")
 _CLOCKS = ("time", "perf_counter", "monotonic", "process_time", "time_ns", "perf_counter_ns", "monotonic_ns")
 _BETWEEN = ("mfx.", "torch.fx", "torch.nn.modules.module")
 _MARK = re.compile("\x00(\\d+)\x00")
@@ -66,11 +65,10 @@ class Outputs:
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
-        """Within this context, record what this thread prints and logs."""
+        """Within this context, record what this thread prints, logs and writes to the standard streams."""
         handle = lambda logger, record: self._log(logger, record)  # noqa: E731
         with ExitStack() as stack:
-            stack.enter_context(compat.patched(builtins, "print", self._print))
-            stack.enter_context(compat.patched(logging.Logger, "handle", handle))
+            stack.enter_context(outputs_caught(self._print, handle, self._write))
             stack.enter_context(compat.patched(warnings, "warn", partial(self._warn, warnings.warn)))
             for name in _CLOCKS:
                 stack.enter_context(compat.patched(time, name, partial(self._look_at_clock, name, getattr(time, name))))
@@ -97,9 +95,14 @@ class Outputs:
 
     def _print(self, *values: Any, file: Any = None, **options: Any) -> None:
         if file is not None:
-            streams = [name for name in _STREAMS if getattr(sys, name) is file]
+            streams = [name for name in STREAMS if getattr(sys, name) is file]
             options["file"] = streams[0] if streams else self._refuse("it prints into a file")
         self._record(print_values, values, options)
+
+    def _write(self, name: str, data: Any, write: Any) -> None:
+        if not isinstance(data, str):
+            self._refuse(f"it writes bytes to sys.{name}")
+        self._record(print_values, (data,), {"file": name, "end": ""})
 
     def _log(self, logger: logging.Logger, record: logging.LogRecord) -> None:
         if logging.getLogger(logger.name) is not logger or record.exc_info or record.stack_info:

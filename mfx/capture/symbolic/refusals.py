@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
-import logging
 import sys
 import traceback
 from collections.abc import Iterator
@@ -11,7 +9,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import NoReturn
 
-from mfx import compat
+from mfx.capture.caught_outputs import outputs_caught
 
 
 class UntraceableError(BaseException):
@@ -88,12 +86,12 @@ class Refusals:
 
 @contextmanager
 def outputs_refused() -> Iterator[None]:
-    """Within this context, refuse what this thread prints and logs."""
+    """Within this context, refuse what this thread prints, logs and writes to the standard streams."""
 
     def refuse(*args: object, **kwargs: object) -> None:
         raise OutputError("it prints or logs in code that runs again in the backward pass")
 
-    with compat.patched(builtins, "print", refuse), compat.patched(logging.Logger, "handle", refuse):
+    with outputs_caught(refuse, refuse, refuse):
         yield
 
 
