@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import mfx
-from examples.benchmarks import arithmetic, contenders, depth, memory, overhead, passes, results, speed
+from examples.benchmarks import arithmetic, contenders, depth, memory, overhead, passes, plans, results, speed
 from examples.benchmarks.blocks import Residual
 from examples.benchmarks.command import read_rows
 
@@ -165,3 +165,43 @@ def test_the_tables_of_a_page_are_those_of_the_results(page):
 def test_all_results_are_shown():
     named = {name for page in results.PAGES for name in re.findall(r"<!-- results: (\w+) -->", page.read_text())}
     assert named - {"compared", "refusals"} == {file.stem for file in (results.FOLDER / "results").glob("*.json")}
+
+
+def test_the_plans_benchmark_says_what_loses(capsys, tmp_path):
+    file = tmp_path / "rows.json"
+    rows = plans.main(["--tiny", "--json", str(file)])
+    found = {(row.model, row.method): row for row in rows}
+    assert {model for model, _ in found} == set(plans.TINY)
+    for model in plans.TINY:
+        plain, by_block = found[model, "plain"], found[model, "checkpoint, every block"]
+        assert plain.to_plain == plain.flops == 1
+        assert by_block.to_plain < 1 < by_block.flops <= 4 / 3
+        assert sum("torch.compile" in method for name, method in found if name == model) == 1
+        unchanged = found[model, "mfx, gamma=0"]
+        assert ("peak" in unchanged.loses) == (unchanged.peak > 1.005 * by_block.peak)
+        assert ("FLOPs" in unchanged.loses) == (unchanged.flops > 1.005 * by_block.flops)
+    # A stack of blocks keeps the same inputs as a checkpoint, with a few bytes of notes beside each.
+    assert found["MLP", "mfx, gamma=0"].loses == ""
+    assert found["MLP", "mfx, gamma=0"].flops == found["MLP", "checkpoint, every block"].flops
+    assert read_rows(json.loads(file.read_text()), plans.Row) == rows
+    assert capsys.readouterr().out.count("| mfx, exact |") == len(plans.TINY)
+
+
+def test_a_cost_exceeds_what_it_is_above():
+    cost = plans.Cost(peak=10, flops=5)
+    assert [plans.exceeded(cost, *bounds) for bounds in ((10, 5), (9, 5), (10, 4), (9, 4))] == [
+        "",
+        "peak",
+        "FLOPs",
+        "peak and FLOPs",
+    ]
+
+
+@pytest.mark.parametrize("make, shape", plans.FULL.values(), ids=plans.FULL)
+def test_networks_of_the_plans_benchmark_are_rewritten_whole(make, shape):
+    explanation = mfx.explain(make())
+    projections = {"ResNet": 2}  # blocks that change the shape
+    steps = sum(len(chain.steps) for chain in explanation.chains)
+    blocks = sum(isinstance(module, plans.nets.Block) for module in make().modules())
+    name = next(name for name, made in plans.FULL.items() if made == (make, shape))
+    assert steps == blocks - projections.get(name, 0)
