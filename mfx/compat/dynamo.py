@@ -23,9 +23,16 @@ from torch import Tensor, fx
 from torch._dynamo import pgo
 from torch._functorch import predispatch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
-from torch.utils.module_tracker import ModuleTracker
 
-from mfx.compat import aside_from_caller, fake_mode, patching, plain_transformer_layers, unlogged
+from mfx.compat import (
+    aside_from_caller,
+    fake_mode,
+    global_hooks,
+    patching,
+    plain_transformer_layers,
+    unlogged,
+    without_closed_observers,
+)
 from mfx.compat.dynamo_containers import containers_as_in_python
 from mfx.compat.dynamo_differences import (
     check_draws,
@@ -70,14 +77,14 @@ class DynamoCapture:
 
     def __init__(self, output: Any, guards: Any) -> None:
         self._output = output
-        self._guards = guards
+        self._guards, self._hooks = guards, global_hooks()
         self.graph: fx.GraphModule = output.backend_input.graph_module
         self.inputs: Sequence[Any] = output.backend_input.example_inputs
 
     def holds(self, variables: Mapping[str, Any]) -> bool:
         """True if Dynamo's guards hold for these local variables of the function."""
         with _capture_conditions():
-            return bool(self._guards.check(dict(variables)))
+            return global_hooks() == self._hooks and bool(self._guards.check(dict(variables)))
 
     def callable(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function that was called, with ``graph_function`` in the place of the graph."""
@@ -244,12 +251,7 @@ def _capture_conditions() -> Iterator[None]:
 
 
 def _without_trackers(hooks: dict[int, Any]) -> AbstractContextManager[Any]:
-    if not hooks:
-        return nullcontext()
-    others = {
-        key: hook for key, hook in hooks.items() if not isinstance(getattr(hook, "__self__", None), ModuleTracker)
-    }
-    return patch.dict(hooks, others, clear=True)
+    return patch.dict(hooks, without_closed_observers(hooks, {}), clear=True) if hooks else nullcontext()
 
 
 _IN_DICT = re.compile(r"\.__dict__\['_(modules|parameters|buffers)'\]")

@@ -42,7 +42,15 @@ def global_call_tables() -> tuple[dict[int, Any], ...]:
     return tuple(getattr(every, name) for name in _GLOBAL)
 
 
-def without_closed_observers(hooks: dict[Any, Any], now: Mapping[Any, Any]) -> dict[Any, Any]:
+def global_hooks() -> list[Any]:
+    """Return the hooks on all modules, but for those by which torch's own observers follow them (torch 2.11 to 2.15).
+
+    TorchDynamo traces into them, and guards none of their tables.
+    """
+    return [hook for table in global_call_tables() for hook in without_closed_observers(table, {}).values()]
+
+
+def without_closed_observers(hooks: Mapping[int, Any], now: Mapping[int, Any]) -> dict[int, Any]:
     """Return hooks without those of torch's own observers that are not open now.
 
     A closed ModuleTracker (FlopCounterMode has one) would leave hooks on the leaves of the graph (torch 2.11 to 2.15).

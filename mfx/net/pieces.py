@@ -32,6 +32,7 @@ from mfx_passes import MfxError
 from mfx_passes.rewrite.portable_graph import copy_graph
 
 _KINDS = 8  # of calls that are compared
+_FUNCTIONS = 8  # that are kept, for other hooks and modes
 
 
 class NoPiecesError(Exception):
@@ -96,7 +97,7 @@ class Pieces:
         self.net = net
         self.ran: Sequence[Piece] = ()
         self._options: Options | None = None
-        self._functions: dict[tuple[bool, ...], Callable[..., Any]] = {}
+        self._functions: list[tuple[list[Any], Callable[..., Any]]] = []
         self._made: list[Piece] = []
         self._calls: dict[tuple[str, ...], Sequence[Piece]] = {}
         self._without: dict[tuple[str, ...], str] = {}
@@ -191,19 +192,22 @@ class Pieces:
             self._running.pieces = before
 
     def _compiled(self, options: Options) -> Callable[..., Any]:
-        """Return the forward in pieces; where γ has signs, one for each of the modes that the modules have been in.
+        """Return the forward in pieces, one for each set of hooks on all modules.
 
-        TorchDynamo tells modes apart only where a model reads them.
+        Where γ has signs, also one for each of the modes that the modules have been in: TorchDynamo tells modes apart
+        only where a model reads them.
         """
         from mfx.compat.dynamo_pieces import in_pieces
 
-        modes = tuple(module.training for module in self.net.modules()) if options.draws_signs else ()
-        if modes not in self._functions:
-            forward: Any = type(self.net).forward
-            self._functions[modes] = in_pieces(
-                forward, self._make, lambda: _bare(self.net), lambda line: self._skipped.setdefault(line)
-            )
-        return self._functions[modes]
+        conditions = compat.global_hooks()
+        if options.draws_signs:
+            conditions += [module.training for module in self.net.modules()]
+        if (known := next((f for others, f in self._functions if others == conditions), None)) is not None:
+            return known
+        forward: Any = type(self.net).forward
+        function = in_pieces(forward, self._make, lambda: _bare(self.net), lambda line: self._skipped.setdefault(line))
+        self._functions = [*self._functions[-_FUNCTIONS:], (conditions, function)]
+        return function
 
     def _make(self, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
         """Return what runs in place of a stretch."""

@@ -214,3 +214,50 @@ def test_models_of_one_class_know_nothing_of_each_other():
         net = mfx.momentumize(Blocks(), gamma=0.0, capture="dynamo")
         net(torch.randn(rows, 6, 4))
         assert rows_and_columns(net) == [f"{rows}, 6"]
+
+
+class Decides(nn.Module):
+    """Sums around a line that looks at a value: two pieces."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fcs = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x):
+        for fc in self.fcs[:2]:
+            x = x + fc(x)
+        if float(x.detach().sum()) > 1e9:
+            x = x * 2
+        for fc in self.fcs[2:]:
+            x = x + fc(x)
+        return x
+
+
+@pytest.mark.parametrize("model", [Model, Decides])
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+@pytest.mark.filterwarnings("ignore:mfx")  # of a model that is no one graph, which γ > 0 needs "auto" for
+def test_a_hook_on_all_modules_that_comes_later_is_called_as_without_mfx(model, gamma):
+    net = mfx.momentumize(model(), gamma=gamma, capture="auto" if model is Decides else "dynamo")
+    seen = []
+
+    def call(each, hook):
+        seen.clear()
+        handle = nn.modules.module.register_module_forward_hook(hook) if hook else None
+        each(torch.ones(2, 4))
+        if handle:
+            handle.remove()
+        return list(seen)
+
+    def note(module, args, output):
+        if type(module) is nn.Linear:
+            seen.append(tuple(output.shape))
+
+    def note_more(module, args, output):
+        if type(module) is nn.Linear:
+            seen.append(output.dtype)
+
+    for hook in (None, note, None, note_more, note):
+        assert call(net, hook) == call(model(), hook)
+    graphs = len(forward_of(net).table.graphs)
+    assert call(net, None) == []
+    assert len(forward_of(net).table.graphs) == graphs
