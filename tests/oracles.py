@@ -85,16 +85,19 @@ def chained_adds(output: torch.Tensor) -> list[ResidualAdd]:
 
     One follows another if its skip is the other's sum: itself, a relayout of it, or what activations, normalisations,
     dropout and constant factors make of it, as between the blocks of a ResNet or of a post-norm transformer. Whoever
-    else reads these tensors does not matter; a sum that is the skip of two others counts with both.
+    else reads these tensors does not matter. A sum that is the skip of several others is followed by the one with which
+    the chain goes on the longest; the others begin anew.
     """
     adds = {add.add: add for add in residual_adds(output)}
     assert output.grad_fn is not None
     history = _History(output.grad_fn)
-    found = {}
-    for add in adds.values():
-        before = history.before_tails(add.skip)
-        if before in adds:
-            found[before], found[add.add] = adds[before], add
+    before = {node: history.before_tails(add.skip) for node, add in adds.items()}
+    length, following = dict.fromkeys(adds, 1), {}
+    for node in reversed(adds):  # the last ones first
+        skip = before[node]
+        if skip in adds and length[skip] <= length[node]:
+            length[skip], following[skip] = length[node] + 1, node
+    found = {*following, *following.values()}
     return [add for node, add in adds.items() if node in found]
 
 

@@ -216,7 +216,9 @@ def post_norm(x):
         (lambda x: block(block(x).relu() * block(x).sigmoid()), 0, 3),  # two paths
         (lambda x: x + block(x.sin()).cos(), 0, 2),  # one inside of the other
         (lambda x: x + block(block(x.sin())).cos(), 2, 3),
-        (lambda x: (y := block(x)) + y.sin() + (y + y.cos()).sin(), 3, 3),  # one sum, twice a skip
+        (lambda x: (y := block(x)) + y.sin() + (y + y.cos()).sin(), 2, 3),  # one sum, twice a skip
+        (lambda x: block(block(y := block(x))) + block(y).sin(), 3, 4),  # the chain goes on the longer way
+        (lambda x: block(block(y := block(x))) + block(block(block(y))).sin(), 6, 6),  # two begin anew
     ],
 )
 def test_adds_in_chains(f, chained, adds):

@@ -130,7 +130,12 @@ def _variables(function: FunctionType, names: frozenset[str]) -> Iterator[tuple[
 
 def _functions_in(value: Any) -> Iterator[FunctionType]:
     if isinstance(value, FunctionType):
-        yield inspect.unwrap(value) if "__wrapped__" in value.__dict__ else value
+        inner = inspect.unwrap(value) if "__wrapped__" in value.__dict__ else value
+        if isinstance(inner, FunctionType):
+            yield inner
+        else:  # a wrapper of C code
+            yield value
+            yield from _functions_in(inner)
     elif isinstance(value, MethodType | classmethod | staticmethod):
         yield from _functions_in(value.__func__)
     elif isinstance(value, functools.partial):

@@ -262,15 +262,23 @@ def _of_compiled(model: nn.Module) -> list[View]:
 
 
 def _of_modules(forward: NetForward) -> list[View]:
-    titles = {module: f"{path}, rewritten by itself" for path, module in forward.net.named_modules()}
-    pieces = [
-        _of_graph(forward, piece.graph, forward.graphs, title=f"piece {number}", is_whole=False)
+    """Return views of what a call ran that was not one graph; a module inside of it may be none, either."""
+    titles = {module: path for path, module in forward.net.named_modules()}
+    views = _of_pieces(forward, forward)
+    for inner in forward.submodules():
+        title = titles[inner.net]
+        if inner.runs_per_module((), {}):
+            views += _of_pieces(inner, forward, f"{title}, ")
+        elif inner.active is not None:
+            title = f"{title}, rewritten by itself"
+            views.append(_of_graph(inner, inner.active, forward.graphs, title=title, is_whole=False))
+    return views
+
+
+def _of_pieces(forward: NetForward, root: NetForward, title: str = "") -> list[View]:
+    return [
+        _of_graph(forward, piece.graph, root.graphs, title=f"{title}piece {number}", is_whole=False)
         for number, piece in enumerate(forward.table.pieces.ran, 1)
-    ]
-    return pieces + [
-        _of_graph(inner, inner.active, forward.graphs, title=titles[inner.net], is_whole=False)
-        for inner in forward.submodules()
-        if inner.active is not None
     ]
 
 

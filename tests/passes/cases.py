@@ -246,6 +246,31 @@ class Relayout(Case):
         return end(on_rows, x, gamma)
 
 
+class ReadInAnotherLayout(Case):
+    """GCViT: the start is laid out anew, and back; what a later branch reads is computed of it in the other layout."""
+
+    inputs = ((2, 3, 5, D),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linears(3)
+        self.query = nn.Conv2d(D, D, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = x.sin().permute(0, 3, 1, 2)
+        query = self.query(images)
+        x = images.permute(0, 2, 3, 1)
+        x = x + self.fs[0](x)
+        query = query.permute(0, 2, 3, 1).tanh()
+        x = x + self.fs[1](x) * query
+        return x + self.fs[2](x)
+
+    def by_hand(self, gamma: float, x: Tensor) -> Tensor:
+        x = x.sin()
+        query = self.query(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1).tanh()
+        return end([self.fs[0], lambda x: self.fs[1](x) * query, self.fs[2]], x, gamma)
+
+
 class Windows(Case):
     """MaxViT: the stream is cut into windows for two sums, then into a grid for two more, between convolutions."""
 

@@ -25,7 +25,8 @@ class Row:
         capture: ``"symbolic"``, ``"dynamo"`` or ``"module by module"``.
         adds: identity residual adds of a forward pass, counted on the autograd graph of the original model.
         chained: those of them in chains of two or more, by the same graph.
-        rewritten: steps that a forward pass of the momentumized model ran.
+        rewritten: updates of streams that a forward pass of the momentumized model ran, by the same random
+            numbers; 0 if calls with other random numbers are refused.
         chains: how many steps each chain has.
         refused: how many of the sums that stay as they were, for which reason.
         says: what mfx warned of, first lines.

@@ -100,11 +100,13 @@ the note says otherwise. Every model is judged in a process of its own.
   graph of a forward pass of the original model (`tests/oracles.py`, which knows nothing of mfx). It does not see sums
   in place on a view, and those whose first operand needs no gradient.
 * **in chains of ≥ 2**: those that follow another one or are followed by one, on the same graph: the skip of the one is
-  the sum of the other, itself or after a relayout, an activation, a normalisation, dropout or a factor. A sum that is
-  the skip of two others counts with both, though a chain can only go on one way. *share* is how many of these are
+  the sum of the other, itself or after a relayout, an activation, a normalisation, dropout or a factor. Where a sum is
+  the skip of several, a chain goes on with the one that is followed by the most. *share* is how many of these are
   rewritten: a model of which mfx rewrites more than the graph shows in chains counts as all of them, and makes up for
   no other model.
-* **rewritten**: steps that one forward pass of the momentumized model ran.
+* **rewritten**: sums that became updates of a chain, counted as one forward pass of the momentumized model runs them,
+  with the random numbers by which *identity adds* were counted. A step of a chain of several streams has several.
+  None where calls with other random numbers are refused, as with layers that are left out at random.
 * **verdict**: *equal*: at γ = 0, outputs, gradients, buffers and random state are the original's, bit for bit, and at
   γ = 0.9 all of these are bit for bit those of the same network with `memory_budget=1.0`, which is ordinary
   backpropagation. The others differ at γ = 0 only. *equal, gradients to rounding*: at

@@ -14,6 +14,8 @@ from torch import nn
 import mfx
 from tests import sampling
 from tests.models.step import train_step
+from tests.passes.cases import example, make
+from tests.passes.stream_cases import CASES
 from tests.zoo import endings, kept, sweep, table
 from tests.zoo.catalogue import LIBRARIES, entries, entry
 from tests.zoo.entry import Entry
@@ -23,9 +25,10 @@ from tests.zoo.verdict import (
     differences,
     differences_but_for_order,
     differences_but_for_rounding,
+    fresh_draws,
     generic,
     judge,
-    steps_run,
+    updates_run,
 )
 
 KEPT = kept.read()
@@ -278,7 +281,43 @@ def test_steps_are_counted_as_often_as_they_run():
         def forward(self, x):
             return self.block(self.block(x))
 
-    assert steps_run(Twice(), ((torch.ones(1, 4),), {})) == 4
+    assert updates_run(Twice(), ((torch.ones(1, 4),), {})) == 4
+
+
+def test_a_step_that_moves_two_streams_counts_twice():
+    model, inputs = make(CASES["CoAttention"]), example(CASES["CoAttention"])
+    net = mfx.momentumize(model)
+    (chain,) = mfx.explain(net, *inputs).chains
+    assert updates_run(net, (inputs, {})) == len(chain.updates) == 2 * len(chain.steps)
+
+
+def test_random_numbers_begin_anew_for_each_count():
+    found = set()
+    for _ in range(2):
+        with fresh_draws():
+            found.add((random.random(), torch.rand(1).item()))
+    assert len(found) == 1
+
+
+class Dropping(nn.Module):
+    """Layers that are left out at random; which ones, is decided by values before the first of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+
+    def forward(self, x):
+        for layer, keep in zip(self.layers, torch.rand(6).tolist(), strict=True):
+            x = x + layer(x).tanh() if keep > 0.4 else x
+        return x
+
+
+def test_sums_do_not_count_where_a_call_with_other_random_numbers_is_refused():
+    row = judge(of(Dropping))
+    assert row.is_right
+    assert row.chained > 1
+    assert row.rewritten == 0
+    assert any("has other chains in one call than in another" in text for text in row.says)
 
 
 def test_reasons_are_the_same_for_all_models():

@@ -13,6 +13,7 @@ from mfx_passes.find.residual_adds import Candidate, Link
 from mfx_passes.ir import Refusal, Rejection, Update, enclosing_path
 from mfx_passes.ops import sums, vocabulary
 from mfx_passes.ops.step_markers import mapped
+from mfx_passes.ops.vocabulary import are_undone
 
 
 def assemble(run: Candidate, index: GraphIndex) -> tuple[list[list[Update]], list[Rejection]]:
@@ -33,8 +34,12 @@ def assemble(run: Candidate, index: GraphIndex) -> tuple[list[list[Update]], lis
 
 
 def _first_update(link: Link, run: Candidate, index: GraphIndex) -> Update | None:
-    """Start the first update of a row before a rearrangement of the skip, if that is undone after the sum."""
-    starts = (*starts_before_relayout(link, index), link.add.bases[0])
+    """Start the first update of a row before a rearrangement of the skip, if that is undone after the sum.
+
+    One that is undone before the sum stays in front of the chain: others may read what lies between.
+    """
+    early = [start for start in starts_before_relayout(link, index) if not are_undone(_moved(link, start, index))]
+    starts = (*early, link.add.bases[0])
     return next((update for start in starts if (update := _update(link, start, run, index))), None)
 
 
@@ -48,18 +53,23 @@ def _moves(node: Node, index: GraphIndex) -> bool:
     return index.layout(node) not in (None, vocabulary.NEUTRAL)
 
 
-def _update(link: Link, skip: Node, run: Candidate, index: GraphIndex) -> Update | None:
+def _moved(link: Link, skip: Node, index: GraphIndex) -> list[tuple[object, ...] | None]:
+    """Return the rearrangements between a state and the sum that it is the skip of, in order."""
     path = link.add.skip_path
     entry = [index.layout(node) for node in path[: path.index(skip)]]
+    return [kind for kind in entry[::-1] if kind != vocabulary.NEUTRAL]
+
+
+def _update(link: Link, skip: Node, run: Candidate, index: GraphIndex) -> Update | None:
     end = link.tail[-1] if link.tail else link.add.node
-    moved = [kind for kind in entry[::-1] if kind != vocabulary.NEUTRAL]
+    moved = _moved(link, skip, index)
     out = restored(end, moved, link, index) if moved else end
-    if out is None and vocabulary.are_undone(moved):
+    if out is None and are_undone(moved):
         out, moved = end, []
     if out is None:
         return None
     kind = "map" if moved or link.add.is_scaled or link.add.node.target is mapped else run.kind
-    update = Update(link.add, skip, path[0], link.tail, out, set(), kind)
+    update = Update(link.add, skip, link.add.skip_path[0], link.tail, out, set(), kind)
     own(update, index)
     return update
 

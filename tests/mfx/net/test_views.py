@@ -60,6 +60,35 @@ def test_a_net_that_is_not_one_graph_has_a_view_of_each_module():
     assert [list(view.graphs()) for view in found] == [["first: train", "second: train"]] * 2
 
 
+class Summing(Stack):
+    """A module that looks at a value between its own sums, which TorchDynamo cuts in pieces."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(8, 8) for _ in range(5))
+
+    def forward(self, x):
+        for block in self.blocks[:3]:
+            x = x + block(x)
+        x = x / float(1 + x.detach().numpy().std())
+        for block in self.blocks[3:]:
+            x = x + block(x)
+        return self.head(x)
+
+
+def test_a_module_that_runs_in_pieces_has_a_view_of_each():
+    model = Halves()
+    model.first = Summing()
+    net = called(model)
+    found = [view for view in views(net) if view.calls]
+    assert [view.title for view in found] == ["first, piece 1", "first, piece 3", "second, rewritten by itself"]
+    assert [(c.name, len(c.steps)) for c in mfx.explain(net).chains] == [
+        ("first.blocks", 3),
+        ("first.blocks", 2),
+        ("second.blocks", 6),
+    ]
+
+
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 def test_a_compiled_model_has_a_view_of_each_graph():
     torch._dynamo.reset()
