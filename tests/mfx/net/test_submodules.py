@@ -187,6 +187,22 @@ def test_whatever_capture_is_asked_for_a_call_at_gamma_zero_is_no_error(capture)
         net(x)
 
 
+@pytest.mark.filterwarnings("ignore:mfx")  # which tells what it is at gamma 0
+@pytest.mark.parametrize("options", [{"capture": "symbolic"}, {"example_inputs": torch.ones(2, 4)}], ids=list)
+def test_a_model_that_is_no_one_graph_at_all_is_an_error_at_once_but_for_gamma_zero(options):
+    class Looks(Encoder):
+        def forward(self, x):
+            for row in x.tolist():
+                x = super().forward(x) * len(row)
+            return x
+
+    model, x = Looks(), torch.randn(2, 4)
+    net = mfx.momentumize(model, gamma=0.0, **options)
+    assert torch.equal(net(x), model(x))
+    with pytest.raises(mfx.MfxError, match="cannot be"):
+        mfx.momentumize(model, gamma=0.5, **options)
+
+
 def test_its_weights_in_a_net_that_may_become_one_graph():
     net, _ = rewritten_per_module(Branching(), torch.randn(2, 4), gamma=0.5)
     other = mfx.momentumize(Branching(), gamma=0.5)
