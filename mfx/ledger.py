@@ -117,6 +117,19 @@ class StorageLedger(TorchDispatchMode):
         alive = (life for life in counted if life.birth <= at and (life.death is None or at < life.death))
         return max(alive, key=lambda life: life.size, default=None)
 
+    def lives_of(self, leaves: Iterable[object]) -> list[Life]:
+        """Return the lives of the storages of the tensors among ``leaves``, as far as they count."""
+        return [self._born[key] for key in self._keys(leaves) if key in self._born]
+
+    def peak_with(self, lives: Iterable[Life]) -> int:
+        """Return what the peak would be, were these storages still there."""
+        freed = sorted((life.death, life.size) for life in lives if life.death is not None and not life.is_grad)
+        before, peak, held = 0, 0, 0
+        for death, size in (*freed, (len(self.timeline), 0)):
+            peak = max(peak, max(self.timeline[before:death], default=0) + held)
+            before, held = death, held + size
+        return peak
+
     def __enter__(self) -> StorageLedger:
         self._never = self._keys(self._excluded)
         super().__enter__()  # type: ignore[no-untyped-call]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from itertools import repeat
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from itertools import islice, repeat
 
 import torch
 from torch import Tensor
@@ -13,6 +15,26 @@ from mfx.compat import is_fake
 # In elements of eight bytes: of the five tensors in hand most then fit into a second-level cache, and the calls
 # themselves take little of the time. torch gives a thread no less than half of it.
 _BLOCK = 2**16
+
+
+class _Fakes(threading.local):
+    are_of_a_cpu = False
+
+
+_fakes = _Fakes()
+
+
+@contextmanager
+def fakes_of_a_cpu(value: bool) -> Iterator[None]:
+    """Within this context tensors without values stand for a CPU's, if ``value``: they are split as those are.
+
+    One of their blocks then stands for all, which one after the other take the same memory.
+    """
+    before, _fakes.are_of_a_cpu = _fakes.are_of_a_cpu, value
+    try:
+        yield
+    finally:
+        _fakes.are_of_a_cpu = before
 
 
 def can_be_split(t: Tensor) -> bool:
@@ -41,9 +63,11 @@ def blocks(*tensors: Tensor) -> Iterable[tuple[Tensor, ...]]:
     count, size = first.numel(), _BLOCK
     if count > size:
         size = max(size, _BLOCK // 2 * torch.get_num_threads())
-    if count <= size or not can_be_split(first):
+    for_all = _fakes.are_of_a_cpu and is_fake(first)
+    if count <= size or not (for_all or can_be_split(first)):
         return (tensors,)
-    return zip(*(flat(t, first).split(size) if t.dim() else repeat(t) for t in tensors), strict=False)
+    parts = zip(*(flat(t, first).split(size) if t.dim() else repeat(t) for t in tensors), strict=False)
+    return islice(parts, 1) if for_all else parts
 
 
 def flat(t: Tensor, first: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from mfx import compat
 from mfx.engine import ChainSettings
+from mfx.engine.arithmetic.blocks import fakes_of_a_cpu
 from mfx.engine.memory.flops import FlopCounter
 from mfx.ledger import gradients_left_out
 from mfx.modules.aside import aside
@@ -35,8 +36,11 @@ class Usage:
     Attributes:
         kept: bytes alive between forward and backward, the output among them, as `mfx.ActivationMeter` counts:
             every storage once, without parameters, buffers and inputs.
-        peak: the most bytes alive at once, by the same count; with large states handled in one
-            piece, as on a GPU. A CPU takes them block by block, so that exact arithmetic may take less there.
+        peak: the most bytes alive at once, by the same count, where the caller holds the output until the backward pass
+            is done. Large states in exact arithmetic are handled block by block if all tensors are on a CPU, else
+            in one piece.
+        peak_of_loss: the same, where the caller holds of the output only what the backward pass starts at: the loss,
+            if the output names one.
         flops: floating-point operations of matrix products, convolutions and attention.
         chains: bytes of ``kept`` that were allocated in each chain, by name.
         recomputed: those of the ``flops`` that the recomputation of each chain's branches takes, by name.
@@ -44,6 +48,7 @@ class Usage:
 
     kept: int
     peak: int
+    peak_of_loss: int
     flops: int
     chains: Mapping[str, int]
     recomputed: Mapping[str, int]
@@ -108,11 +113,13 @@ class Rehearsal(ABC):
     def __init__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], counter: FlopCounter | None = None
     ) -> None:
+        self._is_of_a_cpu = True
         with compat.fake_mode() as self._mode:
             fakes: dict[int, Tensor] = {}
             whole = undivided(module)
 
             def fake(tensor: Tensor) -> Tensor:
+                self._is_of_a_cpu &= tensor.device.type == "cpu"
                 return fakes.setdefault(id(tensor), self._fake(whole(tensor)))
 
             self._net = shadow_of(module, fake)
@@ -126,15 +133,23 @@ class Rehearsal(ABC):
         """Rehearse a training step; return its usage, of these chains too, and the keys of the output."""
         observer = self._observer
         without_grads = gradients_left_out(observer, self._trained)
-        with compat.fake_mode(self._mode), torch.enable_grad(), without_grads, self._counter, observer:
+        with ExitStack() as stack:
+            stack.enter_context(compat.fake_mode(self._mode))
+            stack.enter_context(fakes_of_a_cpu(self._is_of_a_cpu))
+            for context in (torch.enable_grad(), without_grads, self._counter, observer):
+                stack.enter_context(context)
             output = self._run()
             kept, names = observer.live, tuple(chains)
             in_chains = {chain: observer.live_in(chain) for chain in names}
+            keys = tuple(map(str, output)) if isinstance(output, Mapping) else ()
+            roots, lives = _roots(output), observer.lives_of(_tensors_in(output, set()))
+            del output
             with observer.in_call(True):
-                _backpropagate(output)
+                if roots:
+                    torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
         recomputed = {chain: observer.recomputed[chain] for chain in names}
-        keys = tuple(map(str, output)) if isinstance(output, Mapping) else ()
-        return Usage(kept, observer.peak, self._counter.flops, in_chains, recomputed), keys
+        peak = observer.peak_with(lives)
+        return Usage(kept, peak, observer.peak, self._counter.flops, in_chains, recomputed), keys
 
     @abstractmethod
     def _run(self) -> Any:
@@ -206,10 +221,19 @@ class ViewRehearsal(Rehearsal):
         return self._observer.step("", to_function(graph))
 
 
-def _backpropagate(output: Any) -> None:
+def _roots(output: Any) -> list[Tensor]:
+    """Return the tensors that the backward pass starts at."""
     if isinstance(output, Mapping) and output:
         loss = output.get("loss")
         output = next(iter(output.values())) if loss is None else loss
-    roots = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-    if roots:
-        torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+    return [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    """Yield the tensors of an output, also those that objects in it hold, as a cache does."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif id(leaf) not in seen and not isinstance(leaf, nn.Module | type):
+            seen.add(id(leaf))
+            yield from _tensors_in(getattr(leaf, "__dict__", ()), seen)

@@ -124,9 +124,9 @@ class Explanation:
             ``rejections``, each with ``node``, ``path``, ``source``, ``reason``, ``remedy`` and ``is_step``; ``cuts``,
             each with ``node``, ``path``, ``source`` and ``reason``; ``flat``;
             ``leaves``: reasons by path; ``conditions``; ``breaks``;
-            ``totals``: ``plain`` and ``momentum``, each with ``kept`` and ``peak`` in
-            bytes and ``flops``; ``held``: bytes by key of the output; ``advice``; ``unpredicted``. ``storage``,
-            ``memory`` and ``totals`` are None where unknown.
+            ``totals``: ``plain`` and ``momentum``, each with ``kept``, ``peak`` (the output held) and ``peak_of_loss``
+            (only the loss held) in bytes, and ``flops``; ``held``: bytes by key of the output; ``advice``;
+            ``unpredicted``. ``storage``, ``memory`` and ``totals`` are None where unknown.
         """
         return {
             "model": self.model,
@@ -151,7 +151,8 @@ class Explanation:
         if self.estimate is None:
             return None
         both = {"plain": self.estimate.plain, "momentum": self.estimate.momentum}
-        return {name: {"kept": use.kept, "peak": use.peak, "flops": use.flops} for name, use in both.items()}
+        keys = ("kept", "peak", "peak_of_loss", "flops")
+        return {name: {key: getattr(use, key) for key in keys} for name, use in both.items()}
 
 
 def _noted(note: Rejection | Cut) -> dict[str, str]:

@@ -141,7 +141,9 @@ def memory_table(chains: Sequence[ExplainedChain], estimate: Estimate | None) ->
     extra = momentum.flops - plain.flops
     share = f" (+{extra / plain.flops:.0%})" if plain.flops else ""
     rows.append(_bytes("all of the model", plain.kept, momentum.kept, f"{amount(extra, 'FLOP')}{share}"))
-    rows.append(_bytes("peak, in the backward pass", plain.peak, momentum.peak, ""))
+    rows.append(_bytes("peak, the output held", plain.peak, momentum.peak, ""))
+    if (plain.peak_of_loss, momentum.peak_of_loss) != (plain.peak, momentum.peak):
+        rows.append(_bytes("peak, only the loss held", plain.peak_of_loss, momentum.peak_of_loss, ""))
     return Table(_MEMORY, rows, numbers=4)
 
 

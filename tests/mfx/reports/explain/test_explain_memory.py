@@ -3,6 +3,7 @@
 import html
 import json
 import logging
+import re
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 
 import mfx
+from examples.benchmarks.nets import unet
 from mfx.reports.explain.tables import memory_table
 from tests.mfx.models import ConvNet, Stack, images, inputs
 from tests.mfx.net.test_submodules import Branching
@@ -64,6 +66,30 @@ def dropout():
     return Stack(depth=6, dropout=0.5, functional=0.1), (inputs(64),), {}
 
 
+class Scaled(nn.Module):
+    """x + tanh(w x): a branch that takes little beside the state."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width))
+
+    def forward(self, x):
+        return x + torch.tanh(self.weight * x)
+
+
+def large():
+    """Four blocks of a CPU's kernels to each state."""
+    return nn.Sequential(*(Scaled(64) for _ in range(12))), (torch.randn(4096, 64),), {}
+
+
+def nested():
+    return unet(4, 4, added=True), (torch.randn(2, 3, 16, 16),), {}
+
+
+def joined():
+    return unet(4, 2, added=False), (torch.randn(2, 3, 16, 16),), {}
+
+
 FLOAT, UNCHANGED, ALL = {"arithmetic": "float"}, {"gamma": 0.0}, {"memory_budget": 1.0}
 CASES = {
     "ResNet": (narrow_resnet, {}),
@@ -74,6 +100,13 @@ CASES = {
     "ViT, half": (vit, {"memory_budget": 0.5, "verify": "off"}),
     "ResNet, bytes, float": (narrow_resnet, {"memory_budget": "300KiB", **FLOAT}),
     "ViT, all that lies between": (vit, {"memory_budget": 0.25, "recompute": "all"}),
+    "U-Net, added skips": (nested, {}),
+    "U-Net, added skips, all that lies between": (nested, {"recompute": "all"}),
+    "U-Net, added skips, half, float": (nested, {"memory_budget": 0.5, **FLOAT}),
+    "U-Net, joined skips": (joined, {}),
+    "large": (large, {}),
+    "large, half": (large, {"memory_budget": 0.5}),
+    "large, budget": (large, ALL),
     "BERT": (bert, {}),
     "dropout": (dropout, {}),
     "dropout, float": (dropout, FLOAT),
@@ -88,24 +121,29 @@ def main_result(output):
 
 
 def measured(net, args, kwargs):
-    """Bytes kept, and the peak, of a training step that is not the first."""
-    for _ in range(2):
+    """Bytes kept, and the peaks with the output held and with the loss alone, of training steps after the first two."""
+    peaks = []
+    for is_held in (False, True, False):
         net.zero_grad()
         with mfx.ActivationMeter(net.parameters()) as meter:
             output = net(*args, **kwargs)
             kept = meter.live
             result = main_result(output)
+            if not is_held:
+                del output
             result.backward(torch.ones_like(result))
-    return kept, meter.peak
+        peaks.append(meter.peak)
+    return kept, *peaks[1:]
 
 
 def check(explanation, model, net, args, kwargs):
     plain, momentum = explanation.estimate.plain, explanation.estimate.momentum
-    assert (plain.kept, plain.peak) == measured(model, args, kwargs)
+    assert (plain.kept, plain.peak, plain.peak_of_loss) == measured(model, args, kwargs)
     checksums = CHECKSUM * sum(len(chain.steps) for chain in explanation.chains)
-    kept, peak = measured(net, args, kwargs)
+    kept, peak, peak_of_loss = measured(net, args, kwargs)
     assert 0 <= kept - momentum.kept <= checksums < 0.05 * kept
     assert 0 <= peak - momentum.peak <= checksums
+    assert 0 <= peak_of_loss - momentum.peak_of_loss <= checksums
 
 
 @pytest.mark.parametrize("build, options", CASES.values(), ids=CASES)
@@ -129,6 +167,9 @@ def test_a_language_models_memory_is_predicted_on_the_meta_device(without_cache)
     torch.manual_seed(0)
     model, args, kwargs = gpt2(use_cache=False)
     check(without_cache, model, mfx.momentumize(model), args, kwargs)
+    usage, logits = without_cache.estimate.momentum, 4 * IDS.numel() * 50
+    assert usage.peak_of_loss == usage.peak - logits
+    assert re.search("peak, only the loss held +[0-9.]+ KiB", str(without_cache))
     assert without_cache.estimate.held == {}
 
 
@@ -138,6 +179,12 @@ def test_a_cache_that_escapes(without_cache):
     cache = 2 * 4 * IDS.numel() * 16 * 4  # keys and values; layers, tokens, width, bytes
     (key,) = {"cache", "past_key_values"} & set(model(**kwargs))  # the name changed in transformers 5.24
     assert explanation.estimate.held == {key: cache}
+    plain, momentum = explanation.estimate.plain, explanation.estimate.momentum
+    assert (momentum.peak, momentum.peak_of_loss) == measured(mfx.momentumize(model), args, kwargs)[1:]
+    # Without the cache the plain peak is in the forward pass, where the model's own code holds the labels that it
+    # shifted, 25 of 8 bytes a sequence, to the end of the loss.
+    peak, peak_of_loss = measured(model, args, kwargs)[1:]
+    assert (plain.peak, plain.peak_of_loss) == (peak, peak_of_loss - 4 * 25 * 8)
     assert explanation.advice[-1].startswith(f"the output's {key} escapes the chains: ")
     assert explanation.advice[-1].endswith(f"pass use_cache=False to save another {cache / 1024:.1f} KiB")
     assert explanation.chains[0].memory.kept == without_cache.chains[0].memory.kept + cache
@@ -289,10 +336,11 @@ def test_a_momentum_nets_memory_by_itself_and_in_a_model(options):
     net, x = mfx.MomentumNet(functions, **{"use_backprop": False, **options}), torch.randn(64, 8)
     alone = mfx.explain(net, x=x)
     plain = mfx.MomentumNet(functions, 0.0, is_residual=net.is_residual)
-    assert (alone.estimate.plain.kept, alone.estimate.plain.peak) == measured(plain, (x,), {})
+    plain_usage = alone.estimate.plain
+    assert (plain_usage.kept, plain_usage.peak, plain_usage.peak_of_loss) == measured(plain, (x,), {})
     inside = mfx.explain(nn.Sequential(net), x)
     for explanation in (alone, inside):
-        kept, peak = measured(net, (x,), {})
+        kept, peak, _ = measured(net, (x,), {})
         assert 0 <= kept - explanation.estimate.momentum.kept <= CHECKSUM * len(functions) < 0.05 * kept
         assert 0 <= peak - explanation.estimate.momentum.peak <= CHECKSUM * len(functions)
     assert inside.chains == ()
