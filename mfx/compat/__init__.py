@@ -47,6 +47,7 @@ from mfx.compat.autograd import (
     when_task_ends,
 )
 from mfx.compat.compiled import compiled_model, is_compiled, is_inductor
+from mfx.compat.dict_versions import version_reader
 from mfx.compat.fake_tensors import fake_mode, fake_mode_of, is_fake, new_fake_mode, runs_for_real, unlogged
 from mfx.compat.fsdp import (
     cast_inputs,
@@ -65,7 +66,7 @@ from mfx.compat.fsdp import (
     share_shards,
 )
 from mfx.compat.fx import autowrap_in_this_thread, dynamo_rules_kept, is_erased, search_autowrapped_in, untraced
-from mfx.compat.generators import sign_of_numpy, sign_of_python
+from mfx.compat.generators import sign_of_numpy, sign_of_python, sign_of_torch
 from mfx.compat.hooks import (
     call_code,
     call_tables,
@@ -182,11 +183,13 @@ __all__ = [
     "sign_of_device",
     "sign_of_numpy",
     "sign_of_python",
+    "sign_of_torch",
     "tensor_tables",
     "under_transform",
     "unlogged",
     "unprofiled",
     "untraced",
+    "version_reader",
     "weights_cached",
     "when_task_ends",
     "without_closed_observers",

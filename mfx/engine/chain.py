@@ -115,7 +115,6 @@ class _Streams:
         self._tap_order = taps
         self._taps: dict[tuple[int, int], Tensor] = {}
         self._sides: list[tuple[Any, ...]] = []
-        self._count = 0
         self.has_sides = False
 
     def read(self, step: StepFunction) -> list[Tensor]:
@@ -125,11 +124,11 @@ class _Streams:
     def add(self, step: StepFunction, xs: Sequence[Tensor], side: Sequence[Any]) -> None:
         """Take in the new states, and the side outputs, of a step."""
         self._sides.append(tuple(side))
-        self._count += 1
-        self.has_sides = self.has_sides or bool(side)
+        if side:
+            self.has_sides = True
         for stream, x in zip(step.writes, xs, strict=True):
             self.xs[stream] = x
-            if (tap := (self._count, stream)) in self._wanted:
+            if self._wanted and (tap := (len(self._sides), stream)) in self._wanted:
                 self._taps[tap] = x
 
     def finish(self) -> ChainOutput:
@@ -222,22 +221,24 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     runner = gathering(runner, call, original=False)
     spacing = min(arithmetic.anchor_every(gamma, x.dtype) or len(call.steps) for x in xs)
     on_cpu, last = xs[0].device.type == "cpu", len(call.steps) - 1
-    ends = set({stream: index for index in walked for stream in call.steps[index].writes}.items())
+    ends = {} if tape is None else _ends(call.steps, walked, len(xs))
+    stored = {*range(walked.start + spacing - 1, walked.stop, spacing), walked.stop - 1} if tape is not None else ()
+    remembered = walked.start if arithmetic.verifiable and walked.start > 0 else -1
     earlier: list[list[UpdateGamma]] = [[] for _ in xs]  # γ of the updates of each stream so far
     firsts: dict[int, Tensor] = {}  # by stream; all gradients of the chain come by one of them
     for index, (step, gammas) in enumerate(zip(call.steps, all_gammas, strict=True)):
-        if arithmetic.verifiable and index == walked.start > 0:
+        if index == remembered:
             for state in compress(states, earlier):
                 state.remember_start()
         ys, side = _run_branch(call, runner, index, step, streams.read(step), gammas)
         # With these, gradients arrive elsewhere too, when the last update may have been freed.
-        on_tape = bool(call.taps or side) or streams.has_sides
+        on_tape = call.taps or side or streams.has_sides
         after = []
         for stream, kind, own, y in zip(step.writes, step.kinds, gammas, ys, strict=True):
             x, state = streams.xs[stream], states[stream]
             _check_fits(call, step, x, y)
-            is_end = (stream, index) in ends and not on_tape
-            begin = partial(tape.begin, stream) if tape is not None and is_end else None
+            is_end = ends.get(stream) == index and not on_tape
+            begin = partial(tape.begin, stream) if is_end and tape is not None else None
             context = UpdateContext(state, kind, own, earlier[stream], dummies[stream], begin)
             x, vs[stream] = Update.apply(x, vs[stream], y, context)
             if stream not in firsts and x.requires_grad:
@@ -249,12 +250,22 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
             if (overflowed := state.overflowed()) is not None:
                 place = f"chain {call.name}, at or before step {step.path}"
                 notice_overflow(place, overflowed, call.cache, firsts.values() if settings.verify == "raise" else ())
-        position = index + 1 - walked.start
-        if tape is not None and index in walked and (index + 1 == walked.stop or position % spacing == 0):
+        if index in stored and tape is not None:
             found = zip(states, earlier, streams.xs, strict=True)
             present = [state if gone else x.detach() for state, gone, x in found]
-            tape.store(position, present, f"{call.name}: the stream after step {step.path}")
+            tape.store(index + 1 - walked.start, present, f"{call.name}: the stream after step {step.path}")
     return streams.finish()
+
+
+def _ends(steps: Sequence[StepFunction], walked: range, streams: int) -> dict[int, int]:
+    """Return, by stream, the number of the last of some steps that moves it."""
+    ends: dict[int, int] = {}
+    for index in reversed(walked):
+        for stream in steps[index].writes:
+            ends.setdefault(stream, index)
+        if len(ends) == streams:
+            break
+    return ends
 
 
 def _run_branch(

@@ -25,7 +25,7 @@ def gammas_of(call: ChainCall, xs: Sequence[Tensor]) -> list[list[UpdateGamma]]:
         MfxError: signs are to be drawn for the rows of a dimension that the streams do not have in common.
     """
     gamma = call.settings.gamma
-    gammas: list[list[UpdateGamma]] = [[gamma for _ in step.writes] for step in call.steps]
+    gammas: list[list[UpdateGamma]] = [[gamma] * len(step.writes) for step in call.steps]
     if gamma.has_signs:
         drawn = gamma.drawn
         assert drawn is not None, "γ has signs"

@@ -53,6 +53,9 @@ class Generator:
         return RandomState(sign if self.is_told(value) else None, value)
 
 
+_GENERATOR_OF_CPU = Generator("torch", torch.random.get_rng_state, torch.random.set_rng_state, compat.sign_of_torch)
+
+
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[list[str]]:
     """Put all random generators back at the end, also after an error.
@@ -87,7 +90,7 @@ def global_generators(device: torch.device) -> list[Generator]:
 def _global_generators_of(kinds: tuple[str, ...], has_numpy: bool) -> list[Generator]:
     devices = [device for kind in kinds for device in compat.devices_with_generators(kind)]
     return [
-        Generator("torch", torch.random.get_rng_state, torch.random.set_rng_state),
+        _GENERATOR_OF_CPU,
         *map(_generator_of_device, devices),
         *_others(),
     ]
@@ -117,7 +120,7 @@ _LARGE = 64  # entries of a container that is not looked into
 
 def generators_for(model: nn.Module) -> Iterator[Generator]:
     """Yield all generators that a call of a model may draw from."""
-    yield Generator("torch", torch.random.get_rng_state, torch.random.set_rng_state)
+    yield _GENERATOR_OF_CPU
     yield from _others()
     if (accelerator := compat.accelerator()) is not None:
         yield from map(_generator_of_device, compat.devices_with_generators(accelerator))

@@ -60,6 +60,8 @@ class ChainPlan:
 
     def walked(self, steps: int) -> range:
         """Return the numbers of the steps from the first to the last recomputed one."""
+        if not self.kept:
+            return range(steps)
         recomputed = [step for step in range(steps) if step not in self.kept]
         return range(recomputed[0], recomputed[-1] + 1) if recomputed else range(0)
 

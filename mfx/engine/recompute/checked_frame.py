@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from typing_extensions import override
 
-from mfx.engine.recompute.frame import Frame, Handle, Rebuilt
+from mfx.engine.recompute.frame import Frame
+from mfx.engine.recompute.rebuilt import Handle, Rebuilt
 from mfx.engine.recompute.saved import tensors_in
 
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}

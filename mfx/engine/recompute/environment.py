@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import chain
 from operator import attrgetter, is_
 from typing import Any
 
@@ -122,16 +121,17 @@ class StepEnvironment:
         if memory is None:
             memory = cache[key] = _Memory()
         layout = self._layout = memory.layout_of(root, targets, path)
-        self._clocks = [clock, RandomClock(layout.generators)] if layout.generators else [clock]
-        self._draws: list[Draw] | None = None  # until the branch has run
+        self._clock, self._own_clock = clock, RandomClock(layout.generators) if layout.generators else None
+        self._draws: Sequence[Draw] | None = None  # until the branch has run
+        self._versions = layout.seen  # before the tensors are: another thread may write meanwhile
         self.tensors = layout.tensors()
         self._states, self._storages = _look_at(self.tensors)
         self.hooked = layout.hooked
         # The values, before the branch runs, of tensors that it changes or may change, by identity.
-        self._values: dict[int, Tensor] = {}
-        self._lost: set[str] = set()
-        self._signs = layout.signs() if layout.large else []
-        self._overwritten: set[str] = set()
+        self._values: Mapping[int, Tensor] = _NONE
+        self._lost: set[str] | None = None
+        self._signs = layout.signs() if layout.large else None
+        self._overwritten: set[str] | None = None
         if layout.has_state:
             self._memory, self._known = memory, memory.known_to_change(layout.flags)
             self._copy_values()
@@ -153,7 +153,8 @@ class StepEnvironment:
 
     def settle(self) -> None:
         """Drop what the branch turned out not to need."""
-        self._draws = [*chain.from_iterable(map(RandomClock.tick, self._clocks))]
+        draws = self._clock.tick()
+        self._draws = draws if self._own_clock is None else (*draws, *self._own_clock.tick())
         if self._layout.has_state:
             self._settle_values()
         if self._signs:
@@ -161,7 +162,7 @@ class StepEnvironment:
 
     def _changed_signs(self) -> set[str]:
         """Return the labels of what is not copied and was changed since this was made."""
-        signs = zip(self._layout.large, self._signs, self._layout.signs(), strict=True)
+        signs = zip(self._layout.large, self._signs or (), self._layout.signs(), strict=True)
         return {label for label, before, now in signs if not is_same_sign(before, now)}
 
     def _settle_values(self) -> None:
@@ -180,7 +181,7 @@ class StepEnvironment:
             elif before != now or (value is not None and not torch.equal(tensor, value)):
                 changed |= {id(slot.table), storage_of(tensor)} - {0}
                 if value is None:
-                    self._lost.add(slot.label)
+                    self._lost = {*(self._lost or ()), slot.label}
         kept: dict[int, Tensor] = {}
         for slot, tensor in zip(slots, self.tensors, strict=True):
             if slot.is_parameter or tensor is None:
@@ -216,7 +217,7 @@ class StepEnvironment:
             contexts.append(context)
         # The branch writes into the values, and may be recomputed once more.
         values = copies_of(self._values) if self._values else self._values
-        put_back = PutBack(self._layout, self.tensors, values, self._lock)
+        put_back = PutBack(self._layout, self.tensors, self._versions, values, self._lock)
         return _all_of([*contexts, put_back]) if contexts else put_back  # the usual case
 
     def _contexts(self) -> list[AbstractContextManager[object]]:
@@ -224,7 +225,7 @@ class StepEnvironment:
         contexts = [*self._frozen_as_then(), *self._autocast.contexts()]
         draws = self._draws
         if draws is None:  # the branch itself runs a backward pass, while it is still running
-            draws = [*chain.from_iterable(map(RandomClock.all, self._clocks))]
+            draws = (*self._clock.all(), *(() if self._own_clock is None else self._own_clock.all()))
         if draws:
             contexts += [draw.repeated() for draw in draws]
         if self._cached_weights is not None or are_weights_cached():
@@ -287,15 +288,17 @@ def _all_of(contexts: Sequence[AbstractContextManager[object]]) -> Iterator[None
         yield
 
 
+_NONE: Mapping[int, Tensor] = {}
 _STATE = attrgetter("_version", "requires_grad")
 _ABSENT = torch.empty(0)
 
 
 def _look_at(tensors: Sequence[Tensor | None]) -> tuple[list[_State], list[torch.UntypedStorage]]:
     """Return the state of each tensor, and its storage; for None those of an empty tensor."""
-    present = [_ABSENT if tensor is None else tensor for tensor in tensors]
+    present: Any = tensors
     try:
-        states = [*map(_STATE, present)]
-    except RuntimeError:  # inference tensors have no version
+        return [*map(_STATE, present)], storages_of(present)
+    except (AttributeError, RuntimeError):  # None; inference tensors have no version
+        present = [_ABSENT if tensor is None else tensor for tensor in tensors]
         states = [(0 if t.is_inference() else t._version, t.requires_grad) for t in present]
-    return states, storages_of(present)
+        return states, storages_of(present)

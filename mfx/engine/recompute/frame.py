@@ -2,126 +2,25 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from itertools import chain
 from operator import attrgetter
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from mfx.compat import (
-    NO_TASK,
-    current_stream,
-    current_task,
-    in_stream,
-    is_refused_draw,
-    make_ready,
-    reproducible,
-    when_task_ends,
-)
+from mfx.compat import current_stream, current_task, is_refused_draw, reproducible
 from mfx.engine.recompute.environment import StepEnvironment
+from mfx.engine.recompute.rebuilt import Handle, Packed, Rebuilt
 from mfx.engine.recompute.saved import Captures, SavedTensors, freed
 from mfx.engine.scope import inside_recomputation, measure
-from mfx.modules.state_lock import Section, StateLock
 from mfx.modules.uninterrupted import may_stop
 from mfx_passes.errors import MfxError
 
 Branch = Callable[..., tuple[Any, ...]]
-_Packed = tuple["weakref.ref[Handle]", torch.Size, torch.dtype]
 _requires_grad = attrgetter("requires_grad")
-
-
-class Handle:
-    """Stands in the autograd graph for one saved tensor of a branch.
-
-    When autograd frees a node, it frees the node's handles, and the tensors that were rebuilt for them.
-    """
-
-    tensor: Tensor | None = None
-    version = 0  # of the tensor when it was saved
-    made_in: Any = None  # the stream
-
-
-class Rebuilt:
-    """The tensors that recomputation has given to handles, for one backward pass and no longer than needed.
-
-    Nodes of the graph that lie on several devices, or in several streams of one, ask from several threads, or streams.
-    One thread at a time rebuilds, in the stream of the forward pass. While it waits for autograd, which a branch may
-    use itself, another one may: autograd may need that thread.
-
-    Args:
-        device: of the chain's stream.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._task = NO_TASK
-        self.provided: list[list[_Packed]] = []  # the handles that have tensors
-        self._is_busy, self._lock = False, StateLock()
-        self._device, self._stream = device, current_stream(device)
-
-    def provide(self, rebuild: Callable[[], None], handle: Handle) -> Tensor:
-        """Return the tensor behind ``handle``, after ``rebuild`` if it is not there.
-
-        Raises:
-            MfxError: the tensor was changed after it was saved.
-        """
-        tensor = handle.tensor
-        # What a thread sees while another one rebuilds may not be complete: rrelu fills a tensor after saving it.
-        if tensor is None or self._is_busy or current_task() != self._task:
-            with Section(self._lock, writes=True, recomputes=True):
-                if (task := current_task()) != self._task:
-                    self._enter(task)
-                if handle.tensor is None:
-                    was_busy, self._is_busy = self._is_busy, True
-                    try:
-                        if self._stream is None:  # as on a CPU
-                            rebuild()
-                        else:
-                            with in_stream(self._device, self._stream):
-                                rebuild()
-                    finally:
-                        self._is_busy = was_busy
-                tensor = handle.tensor
-        if self._task == NO_TASK:
-            self.clear()
-        if tensor is None:
-            raise MfxError(
-                "a recomputation ended before it had saved all that the forward pass saved. A step must do the same "
-                "both times: see that it depends on nothing that changed in between, or skip it"
-            )
-        if tensor._version != handle.version:
-            raise MfxError(
-                f"a step changes in place a tensor of shape {tuple(tensor.shape)} that its backward pass needs, as in "
-                "y = x.exp(); y.mul_(2), which is an error without mfx, too. Make the later operation out of place"
-            )
-        if handle.made_in is not None:
-            make_ready(tensor, handle.made_in)
-        return tensor
-
-    def clear(self) -> None:
-        """Drop the tensors; handles that are needed once more are rebuilt once more."""
-        for reference, _, _ in chain.from_iterable(self.provided):
-            if (handle := reference()) is not None:
-                handle.tensor = None
-        self.provided.clear()
-
-    def _enter(self, task: int) -> None:
-        # Tensors rebuilt in another pass are not used here: parameters may have changed since, which a rebuild checks.
-        self.clear()
-        self._task = task
-        if task != NO_TASK:
-            when_task_ends(partial(_clear_after, weakref.ref(self), task))
-
-
-def _clear_after(this: weakref.ref[Rebuilt], task: int) -> None:
-    rebuilt = this()
-    if rebuilt is not None and rebuilt._task == task:
-        rebuilt.clear()
-        rebuilt._task = NO_TASK
 
 
 class Frame:
@@ -142,7 +41,7 @@ class Frame:
     ) -> None:
         self._where, self._path, self._call, self._root = where, path, call, root
         self._captures, self._writes, self._values, self._env = captures, writes, values, env
-        self._packed: list[_Packed] = []
+        self._packed: list[Packed] = []
         self._requires_grad: list[bool] = []
         self.live: Sequence[Tensor] | None = None  # the input, while the branch is running
 
@@ -238,7 +137,7 @@ class Frame:
 
     def _pack(self, tensor: Tensor) -> Handle:
         handle = Handle()
-        self._packed.append((weakref.ref(handle), tensor.shape, tensor.dtype))
+        self._packed.append((ref(handle), tensor.shape, tensor.dtype))
         return handle
 
     def _pack_measured(self, tensor: Tensor) -> Handle:
@@ -288,10 +187,12 @@ class RecomputationHooks:
         watched: numbers of the tensors to keep in ``seen``.
     """
 
-    __slots__ = ("_packed", "_stops", "_task", "_watched", "count", "seen", "stopped", "wrong")
+    __slots__ = ("_last", "_limit", "_packed", "_stops", "_task", "_watched", "count", "seen", "stopped", "wrong")
 
-    def __init__(self, packed: list[_Packed], stops: Callable[[], bool] | None, watched: frozenset[int]) -> None:
+    def __init__(self, packed: list[Packed], stops: Callable[[], bool] | None, watched: frozenset[int]) -> None:
         self._packed, self._stops, self._watched, self._task = packed, stops, watched, current_task()
+        self._limit = len(packed)
+        self._last = self._limit - 1 if stops is not None else -1
         self.count = 0
         self.seen: dict[int, Tensor] = {}
         self.stopped = False
@@ -301,22 +202,26 @@ class RecomputationHooks:
         """Give the next handle its tensor, and stop early if it is the last one."""
         if self.stopped:  # the branch has caught the exception
             raise StopRecomputation
-        index, self.count = self.count, self.count + 1
+        index = self.count
+        self.count = index + 1
         tensor = tensor.detach()
         if index in self._watched:
             self.seen[index] = tensor
-        if index < len(self._packed) and self.wrong is None:
+        if index < self._limit:
             reference, shape, dtype = self._packed[index]
             if tensor.dtype is not dtype or tensor.shape != shape:
+                self._limit = 0  # nothing is given to the others
                 self.wrong = (
                     f"saved a tensor of shape {tuple(tensor.shape)}, {tensor.dtype}, as number {index}, "
                     f"{tuple(shape)}, {dtype} in the forward pass"
                 )
-            if (handle := reference()) is not None:
+            handle = reference()
+            if handle is not None:
                 if not tensor.is_cpu:
                     handle.made_in = current_stream(tensor.device)
-                handle.version, handle.tensor = tensor._version, tensor  # the tensor last: another thread may look
-        if self._stops is not None and self.count == len(self._packed) and self.wrong is None:
+                handle.version = tensor._version
+                handle.tensor = tensor  # the last: another thread may look
+        if index == self._last and self._stops is not None and self.wrong is None:
             # A backward pass inside the branch is not stopped, nor code that has a mode to leave.
             self.stopped = may_stop() and current_task() == self._task and self._stops()
             if self.stopped:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mfx.compat import Table, global_call_tables, without_closed_observers
+from mfx.compat import Table, global_call_tables, version_reader, without_closed_observers
 from mfx.engine.recompute.contents import sign_of
 from mfx.engine.recompute.state import State
 from mfx.engine.recompute.tables import TensorSlot, set_contents, set_types, table_of, unless_sharded
@@ -20,6 +20,7 @@ from mfx_passes.errors import MfxError
 Flags = tuple[bool, ...]
 
 _END = object()
+_NOTHING_SEEN = object()
 _values_of = methodcaller("values")
 _look = methodcaller("look")
 _call: Any = partial.__call__  # at C speed in map
@@ -29,8 +30,9 @@ class StateLayout(State):
     """The tables under a step's targets, and what they held when this was made.
 
     Tables are dictionaries: a module's attributes, parameters, buffers, modules and hooks, and the attributes of
-    objects that modules hold. They are compared by identity, and written into. Containers and tensors in them are
-    compared, too; what replaces them for a recomputation is a copy.
+    objects that modules hold. What is in them is compared by identity, if their versions tell that something was
+    written, and written into. Containers and tensors in them are compared, too; what replaces them for a recomputation
+    is a copy.
 
     Parameters and buffers are not held but read, by ``tensors``. So a layout can be kept from call to call as long as
     it ``holds``, if it ``lasts``.
@@ -42,6 +44,7 @@ class StateLayout(State):
         hooked: the classes of modules that have hooks around both their forward and their backward.
         has_state: True if there is a tensor that is not a parameter.
         has_mutable: True if there is something that a branch may change in place, without an assignment.
+        seen: the versions of the tables when they were last found to hold the same.
     """
 
     def __init__(self, root: Any, targets: Sequence[str], step_path: str) -> None:
@@ -76,7 +79,10 @@ class StateLayout(State):
         self._read_leaves = [partial(table.get, name) for table, name in self._leaves]
         if self._buffers:
             self._watch_shared()
-        self._held = [*self._look()]
+        tables = [*self._named, *(table for table, _ in (*self._paths, *self._leaves))]
+        self._versions = version_reader([*{id(table): table for table in tables}.values()])
+        self._held, self._inside = [*self._look()], [*self._look_inside()]
+        self.seen: object = _NOTHING_SEEN
         del self._root
 
     # --- what they hold -----------------------------------------------------------------------------------------------
@@ -104,24 +110,41 @@ class StateLayout(State):
 
     def holds(self) -> bool:
         """True if all tables hold the same, parameters and buffers aside, but under the same names."""
+        now = self._versions()  # before the tables are: another thread may write meanwhile
+        if now != self.seen:
+            if not self._tables_hold():
+                return False
+            self.seen = now
+        return self._others_hold()
+
+    def _tables_hold(self) -> bool:
+        return [*map(list, self._named)] == self._names and all(map(is_, self._look(), self._held))
+
+    def _others_hold(self) -> bool:
+        """True if containers, empty tables and empty places hold the same, and modules are of the same types."""
         return (
             not any(self._empty)
-            and not any(name in table for table, name in self._absent)
-            and [*map(list, self._named)] == self._names
-            and all(map(is_, self._look(), self._held))
+            and not (self._absent and any(name in table for table, name in self._absent))
+            and [*map(type, self.typed)] == self._types
+            and not (self._contents and not all(map(is_, self._look_inside(), self._inside)))
         )
 
     def _look(self) -> Iterator[Any]:
-        """Yield, at C speed, all that the tables and containers hold, parameters and buffers aside, and the types."""
+        """Yield, at C speed, all that the tables hold, parameters and buffers aside."""
         tables = chain.from_iterable(map(_values_of, self._tables))
-        contents = chain.from_iterable(map(_look, self._contents.values())) if self._contents else ()
-        return chain(map(_call, self._read_paths), tables, contents, map(type, self.typed), (_END,))
+        return chain(map(_call, self._read_paths), tables, (_END,))
+
+    def _look_inside(self) -> Iterator[Any]:
+        """Yield, at C speed, all that the containers hold."""
+        return chain(chain.from_iterable(map(_look, self._contents.values())), (_END,))
 
     # --- and held -----------------------------------------------------------------------------------------------------
 
-    def is_put_back(self, tensors: Sequence[Any]) -> bool:
-        """True if all tables hold what they held when this was made, and these tensors."""
-        return self.holds() and all(map(is_, self.tensors(), tensors))
+    def is_put_back(self, tensors: Sequence[Any], versions: object) -> bool:
+        """True if all tables hold what they held when this was made, and these tensors, as at ``versions``."""
+        if self._versions() == versions:
+            return self._others_hold()
+        return self._tables_hold() and self._others_hold() and all(map(is_, self.tensors(), tensors))
 
     def holding(self, values: Mapping[int, Tensor]) -> list[tuple[Table, dict[Any, Any]]]:
         """Return the tables that hold a tensor of these identities, each with what it holds now."""

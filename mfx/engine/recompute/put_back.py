@@ -19,35 +19,41 @@ class PutBack:
     Args:
         layout: the layout.
         tensors: what its ``tensors`` returned then.
+        versions: of the tables, just before.
         values: the values to put in the place of tensors, by identity.
         lock: of the modules; it is held, unless nothing differs.
     """
 
-    __slots__ = ("_found", "_layout", "_lock", "_section", "_tensors", "_types", "_values")
+    __slots__ = ("_found", "_layout", "_lock", "_section", "_tensors", "_types", "_values", "_versions")
 
     def __init__(
-        self, layout: StateLayout, tensors: Sequence[Any], values: Mapping[int, Tensor], lock: StateLock
+        self,
+        layout: StateLayout,
+        tensors: Sequence[Any],
+        versions: object,
+        values: Mapping[int, Tensor],
+        lock: StateLock,
     ) -> None:
-        self._layout, self._tensors, self._values, self._lock = layout, tensors, values, lock
+        self._layout, self._tensors, self._versions, self._values, self._lock = layout, tensors, versions, values, lock
         self._section: Section | None = None
         self._found: Sequence[tuple[Table, dict[Any, Any]]] = ()
         self._types: list[type] | None = None
 
     def __enter__(self) -> None:
-        layout, values = self._layout, self._values
-        if not (values or layout.has_mutable or self._lock.writers) and layout.is_put_back(self._tensors):
+        layout, tensors, versions, values = self._layout, self._tensors, self._versions, self._values
+        if not (values or layout.has_mutable or self._lock.writers) and layout.is_put_back(tensors, versions):
             return
         section = self._lock.writing()
         section.__enter__()
         self._section = section
-        if not layout.has_mutable and layout.is_put_back(self._tensors):  # now that nobody else writes
+        if not layout.has_mutable and layout.is_put_back(tensors, versions):  # now that nobody else writes
             self._found = layout.holding(values)
             for table, contents in self._found:
                 table.update({name: values.get(id(tensor), tensor) for name, tensor in contents.items()})
             return
         self._found, self._types = layout.written(), list(map(type, layout.typed))
         try:
-            layout.write(self._tensors, values)
+            layout.write(tensors, values)
         except BaseException:
             self.__exit__()
             raise
@@ -58,7 +64,7 @@ class PutBack:
             set_contents(table, contents)
         if self._types is not None:
             set_types(layout.typed, self._types)
-        elif not layout.is_put_back(self._tensors):
+        elif not layout.is_put_back(self._tensors, self._versions):
             layout.write(self._tensors, {})
         if self._section is not None:
             self._section.__exit__()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from mfx.compat import is_capturing
 from mfx.modules.random_state import Generator, RandomState
 from mfx_passes.errors import MfxError
 
+_UNTOLD = object()  # a sign that no generator has
 _last: dict[str, RandomState] = {}  # of the global generators: their states take long to read
 
 
@@ -56,7 +57,8 @@ class RandomClock:
     def __init__(self, generators: Sequence[Generator], *, are_global: bool = False) -> None:
         self._generators = generators
         known = _last if are_global else {}
-        self._states = [generator.state(known.get(generator.name)) for generator in generators]
+        self._read_signs = [generator.sign for generator in generators]
+        self._look([known.get(generator.name) for generator in generators], self._signs_now())
         if are_global:
             _last.update({generator.name: s for generator, s in zip(generators, self._states, strict=True) if s.sign})
 
@@ -64,15 +66,21 @@ class RandomClock:
         """Return a draw from every generator, for a step that has not ended."""
         return [Draw(generator, now, now) for generator, now in zip(self._generators, self._states, strict=True)]
 
-    def tick(self) -> list[Draw]:
+    def tick(self) -> Sequence[Draw]:
         """Look at the generators again; return what was drawn since the last time."""
-        drawn = []
-        for number, generator in enumerate(self._generators):
-            before = self._states[number]
-            if before.sign is not None and before.sign == generator.sign():  # the usual case
-                continue
-            now = generator.state(before)
-            if now is not before:
-                self._states[number] = now
-                drawn.append(Draw(generator, before, now))
-        return drawn
+        signs = self._signs_now()
+        if signs == self._signs:  # the usual case
+            return ()
+        before = self._states
+        self._look(before, signs)
+        found = zip(self._generators, before, self._states, strict=True)
+        return [Draw(generator, then, now) for generator, then, now in found if then is not now]
+
+    def _signs_now(self) -> list[Hashable]:
+        return [read() for read in self._read_signs]
+
+    def _look(self, before: Sequence[RandomState | None], signs: Sequence[Hashable]) -> None:
+        """Read the states; ``signs`` are from just before, for another thread may draw meanwhile."""
+        self._states = [generator.state(then) for generator, then in zip(self._generators, before, strict=True)]
+        # The sign of a state may change though it does not: torch leaves gaps in memory as they are.
+        self._signs = [_UNTOLD if s.sign is None else sign for s, sign in zip(self._states, signs, strict=True)]

@@ -17,7 +17,8 @@ from mfx.engine.arithmetic import State
 from mfx.engine.arithmetic.base import Frozen
 from mfx.engine.arithmetic.signed import UpdateGamma
 from mfx.engine.offload import Offload
-from mfx.engine.recompute.frame import Frame, Handle, KeptStep, Rebuilt
+from mfx.engine.recompute.frame import Frame, KeptStep
+from mfx.engine.recompute.rebuilt import Handle, Rebuilt
 from mfx.engine.recompute.saved import SavedTensors, freed
 from mfx.engine.steps import StepFunction
 

@@ -349,7 +349,7 @@ def test_random_states_are_kept_for_branches_that_drew_only(how, monkeypatch):
         states.append(weakref.ref(state))
         return state
 
-    clock = [Generator("torch", reading, torch.set_rng_state)]
+    clock = [Generator("one without a sign", reading, torch.set_rng_state)]
     monkeypatch.setattr(random_state, "_global_generators_of", lambda kinds, has_numpy: clock)
     y = run(root, steps, x, **how).x
     alive = [index for index, state in enumerate(states) if state() is not None]

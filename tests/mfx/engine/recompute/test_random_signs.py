@@ -1,15 +1,69 @@
 import random
+from functools import partial
 
 import numpy as np
 import pytest
+import torch
 
-from mfx.compat import sign_of_numpy, sign_of_python
+from mfx.compat import sign_of_numpy, sign_of_python, sign_of_torch
+from mfx.engine.recompute.random_clock import RandomClock
+from mfx.modules.random_state import Generator
+
+SIGNS = {"torch": sign_of_torch, "random": sign_of_python, "numpy": sign_of_numpy}
+SEEDS = {"torch": torch.manual_seed, "random": random.seed, "numpy": np.random.seed}
+DRAWS = {
+    "torch": [
+        lambda: torch.rand(1),
+        lambda: torch.randn(1),  # every other one is a spare Gaussian
+        lambda: torch.randn(1, dtype=torch.float64),
+        lambda: torch.empty(1).exponential_(),
+        lambda: torch.randperm(3),
+        lambda: torch.rand(624),
+    ],
+    "random": [
+        random.random,
+        lambda: random.gauss(0, 1),
+        lambda: random.getrandbits(32),
+        lambda: random.randbytes(2496),
+    ],
+    "numpy": [np.random.rand, partial(np.random.rand, 2), partial(np.random.rand, 312)],
+}
 
 
-@pytest.mark.parametrize("seed, sign", [(random.seed, sign_of_python), (np.random.seed, sign_of_numpy)])
-def test_a_sign_tells_seeds_apart(seed, sign):
+@pytest.mark.parametrize("name", SIGNS)
+def test_a_sign_tells_seeds_apart(name):
     signs = set()
     for number in range(50):
-        seed(number)
-        signs.add(sign())
+        SEEDS[name](number)
+        signs.add(SIGNS[name]())
     assert len(signs) == 50
+
+
+@pytest.mark.parametrize("name", SIGNS)
+def test_a_sign_changes_with_every_draw_and_else_stays(name):
+    SEEDS[name](0)
+    for draw in DRAWS[name] * 8:
+        before = SIGNS[name]()
+        assert before is not None
+        assert SIGNS[name]() == before
+        draw()
+        assert SIGNS[name]() != before
+
+
+def test_a_state_that_is_put_back_is_no_draw_and_is_read_once():
+    reads = []
+
+    def read():
+        reads.append(1)
+        return torch.get_rng_state()
+
+    clock = RandomClock([Generator("torch", read, torch.set_rng_state, sign_of_torch)])
+    state = torch.get_rng_state()
+    torch.randn(1)
+    torch.set_rng_state(state)
+    assert not clock.tick()
+    count = len(reads)
+    assert not clock.tick()
+    assert len(reads) == count
+    torch.rand(1)
+    assert [draw.generator.name for draw in clock.tick()] == ["torch"]
