@@ -179,6 +179,8 @@ def trace_call(
             output = fullgraph_capture(function, tuple(args), dict(kwargs))
         if output.backend_input is None:
             raise RuntimeError("the model computes nothing with tensors")
+        # Dynamo has put the graph into the variables of the model's module, where it would stay for ever.
+        output.graph_capture_output.f_globals.pop(output.backend_input.backend_id, None)
         check_gradients_returned(output.backend_input.graph_module.graph)
         check_draws(output)
         check_numpy(output.backend_input.graph_module.graph)

@@ -76,6 +76,7 @@ def _describe(node: Node, path_of: Callable[[str, str], str | None]) -> None:
     value = with_plain_sizes(node.meta.get("example_value"))
     if value is not None:
         node.meta["val"] = value
+        del node.meta["example_value"]  # which has a history, and so holds on to all of Dynamo's run
 
 
 def _gather_modules(module: fx.GraphModule) -> Iterator[tuple[str, nn.Module]]:

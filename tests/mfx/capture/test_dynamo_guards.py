@@ -1,5 +1,6 @@
 """A graph that Dynamo captured is used again as long as it holds."""
 
+import gc
 import logging
 import re
 
@@ -261,3 +262,18 @@ def test_a_hook_on_all_modules_that_comes_later_is_called_as_without_mfx(model, 
     graphs = len(forward_of(net).table.graphs)
     assert call(net, None) == []
     assert len(forward_of(net).table.graphs) == graphs
+
+
+def test_a_net_that_is_gone_leaves_no_graph_behind():
+    def kept():
+        gc.collect()
+        return sum(type(thing) is torch.fx.Graph for thing in gc.get_objects())
+
+    def captured():
+        mfx.momentumize(Model(), gamma=0.5, capture="dynamo")(torch.randn(2, 4)).backward()
+
+    captured()
+    before = kept()
+    captured()
+    assert kept() == before
+    assert not [name for name in globals() if name.startswith("__compiled_fn")]
