@@ -41,7 +41,9 @@ class Assembly:
     ) -> None:
         self._segments: dict[str, Callable[..., Any]] = {}
         if recompute_between:
-            graph, self._segments = split_between_calls(graph, partial(BetweenChains, compiler=compiler, verify=verify))
+            offload = any(call.settings.offload for call in calls.values())
+            between = partial(BetweenChains, compiler=compiler, verify=verify, offload=offload)
+            graph, self._segments = split_between_calls(graph, between)
         elif compiler is not to_function:
             graph, self._segments = split_between_calls(graph, compiler)
         self._function = to_function(graph)

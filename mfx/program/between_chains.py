@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.fx import Graph, Interpreter, Node
 from torch.utils._pytree import tree_iter
@@ -14,6 +16,7 @@ from torch.utils._pytree import tree_iter
 from mfx.engine import ARITHMETICS, ChainCache, ChainPlan, ChainSettings, StepCost, StepFunction, measure, run_chain
 from mfx.engine.memory.cuts import NodeCost, SegmentCost
 from mfx.engine.memory.measure import StepMeasure, storages_by_address
+from mfx.engine.offload import Offload
 from mfx.options.gamma import Gamma
 from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.memory_plans import share_of
@@ -37,10 +40,11 @@ class BetweenChains:
         body: the segment's nodes as a graph of their own.
         compiler: makes functions of graphs.
         verify: see `ChainSettings`.
+        offload: keep the inputs of what is recomputed in host memory.
     """
 
-    def __init__(self, body: Graph, compiler: GraphCompiler, verify: str) -> None:
-        self._body, self._compiler, self._verify = body, compiler, verify
+    def __init__(self, body: Graph, compiler: GraphCompiler, verify: str, *, offload: bool = False) -> None:
+        self._body, self._compiler, self._verify, self._offloads = body, compiler, verify, offload
         self._plain = compiler(body)
         self._pieces: dict[tuple[int, ...], tuple[Callable[..., Any], dict[str, _Piece]]] = {}
         self._repeatable: bool | None = None
@@ -57,14 +61,27 @@ class BetweenChains:
         share = share_of((self._name, *map(_shape, inputs)), None)
         if share is None or not self._is_repeatable(root):
             return self._plain(root, *inputs)
-        if share.plan is None:
-            outputs = self._whole.run_recomputed(root, inputs, share.costs)
-            if share.costs:
-                share.segment = self._measured.cost
-            return outputs
-        function, pieces = self._cut(share.cuts)
-        calls = {name: partial(piece.run, root, i in share.plan.kept) for i, (name, piece) in enumerate(pieces.items())}
-        return function(Scope(calls, root), *inputs)
+        offload = self._offload(inputs)
+        with offload or nullcontext():
+            if share.plan is None:
+                outputs = self._whole.run_recomputed(root, inputs, share.costs, offload)
+                if share.costs:
+                    share.segment = self._measured.cost
+                return outputs
+            function, pieces = self._cut(share.cuts)
+            kept = share.plan.kept
+            calls = {
+                name: partial(piece.run, root, i in kept, offload) for i, (name, piece) in enumerate(pieces.items())
+            }
+            return function(Scope(calls, root), *inputs)
+
+    def _offload(self, inputs: Sequence[Any]) -> Offload | None:
+        """Return what moves the inputs of this call's pieces; the caller may hold those that autograd did not make."""
+        tensors = [value for value in inputs if isinstance(value, Tensor)]
+        if not (self._offloads and tensors and torch.is_grad_enabled()):
+            return None
+        held = [tensor for tensor in tensors if tensor.grad_fn is None]
+        return Offload.of(self._name, tensors[0].device, held)
 
     def _is_repeatable(self, root: Any) -> bool:
         """True unless the segment changes an input in place: recomputation would start from the changed one."""
@@ -100,27 +117,30 @@ class _Piece:
         self._steps: dict[tuple[int, int], StepFunction] = {}
         self._cache: ChainCache = {}
 
-    def run(self, root: Any, keep: bool, *inputs: Any) -> Any:
+    def run(self, root: Any, keep: bool, offload: Offload | None, *inputs: Any) -> Any:
         """Run the piece, and keep its activations if ``keep``, else its inputs."""
-        return self.function(root, *inputs) if keep else self.run_recomputed(root, inputs, None)
+        return self.function(root, *inputs) if keep else self.run_recomputed(root, inputs, None, offload)
 
-    def run_recomputed(self, root: Any, inputs: Sequence[Any], costs: list[StepCost] | None) -> Any:
+    def run_recomputed(
+        self, root: Any, inputs: Sequence[Any], costs: list[StepCost] | None, offload: Offload | None
+    ) -> Any:
         """Run the piece, keep its inputs, and let the backward pass recompute it."""
         tensors = [i for i, value in enumerate(inputs) if isinstance(value, Tensor)]
         position = next((i for i in tensors if inputs[i].requires_grad), tensors[0] if tensors else None)
         if position is None:
             return self.function(root, *inputs)
         others = (*inputs[:position], *inputs[position + 1 :])
-        result = run_chain(
-            self._name,
-            [self._step(position, len(others))],
-            [inputs[position]],
-            others,
-            root,
-            self._settings,
-            cache=self._cache,
-            costs=costs,
-        )
+        with nullcontext() if offload is None else offload.group():
+            result = run_chain(
+                self._name,
+                [self._step(position, len(others))],
+                [inputs[position]],
+                others,
+                root,
+                self._settings,
+                cache=self._cache,
+                costs=costs,
+            )
         return result.sides[0]
 
     def _step(self, position: int, others: int) -> StepFunction:

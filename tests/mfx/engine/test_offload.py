@@ -67,6 +67,48 @@ def test_the_bits_are_the_same(way, retain):
     assert bool(used) == (way.get("memory_budget") != 1.0)
 
 
+class Ends(nn.Module):
+    """A chain behind a stem of four layers, and with a head of four."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head = (
+            nn.Sequential(*(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))) for _ in "sh"
+        )
+        self.blocks = Stack(4, dropout=0.2).blocks
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("retain", [False, True])
+def test_what_lies_between_the_chains_leaves_too(retain):
+    """Of the inputs of its pieces, all but the caller's own."""
+    results, bytes_moved, live = [], [], []
+    for options in ({}, {"offload": "cpu"}):
+        net = mfx.momentumize(Ends(), gamma=0.0, recompute="all", verify="off", **options)
+        results.append([])
+        for _ in range(3):
+            found, used = trained(net, retain=retain)
+            results[-1] += found
+        bytes_moved.append(used)
+        torch.manual_seed(1)
+        with mfx.ActivationMeter(exclude=net.parameters()) as meter:
+            loss = net(inputs().requires_grad_()).square().sum()
+            live.append(meter.live)
+        del loss
+    assert all(map(torch.equal, *results))
+    alone = mfx.momentumize(Ends(), gamma=0.0, offload="cpu")
+    trained(alone)
+    assert bytes_moved[0] == 0
+    assert bytes_moved[1] > trained(alone)[1]  # the chain's inputs
+    assert live[1] <= live[0] - bytes_moved[1] + 1024  # notes
+
+
 def test_at_gamma_0_memory_does_not_grow_with_depth():
     live = []
     for depth in (8, 16):
