@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group as param_group
 
 import mfx
@@ -27,8 +27,14 @@ def build(how: tuple[str, float], model: nn.Module, **options: Any) -> nn.Module
     return mfx.momentumize(model, arithmetic=arithmetic, gamma=gamma, **options)
 
 
-def shard(model: nn.Module, *, root: bool = True, **settings: Any) -> nn.Module:
-    mesh = init_device_mesh("cpu", (SIZE,))
+def shard(model: nn.Module, *, root: bool = True, replicas: int | None = None, **settings: Any) -> nn.Module:
+    """Shard a model's blocks: over all processes, or over the processes of each of so many replicas (HSDP)."""
+    names = ("replicate", "shard")
+    mesh = (
+        init_device_mesh("cpu", (SIZE,))
+        if replicas is None
+        else init_device_mesh("cpu", (replicas, SIZE // replicas), mesh_dim_names=names)
+    )
     for block in model.blocks:
         fully_shard(block, mesh=mesh, **settings)
     return fully_shard(model, mesh=mesh, **settings) if root else model
@@ -102,6 +108,39 @@ def test_a_block_is_gathered_once_in_each_direction(world, how, when, reshards):
     """As often as without mfx, that is: PLAIN is one of the cases."""
     for counts in world.run(train, how, when, reshards):
         assert counts == (DEPTH, DEPTH if reshards else 0, DEPTH)
+
+
+def train_sharded_so(how, settings):
+    """Two optimizer steps beside one process, bit for bit; and the number of collectives of the last one."""
+    rank, single, net = torch.distributed.get_rank(), build(how, make_model()), build(how, make_model())
+    shard(net, **settings)
+    optimizers = [torch.optim.SGD(each.parameters(), 0.05, momentum=0.9) for each in (single, net)]
+    for step in range(2):
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        with collectives() as log:
+            loss_of(net, batch(rank, step)).backward()
+        backward_of_all(single, step)
+        found = gradients(net)
+        assert all(torch.equal(found[name], grad) for name, grad in gradients(single).items())
+        for optimizer in optimizers:
+            optimizer.step()
+    assert all(torch.equal(whole(value), single.state_dict()[name]) for name, value in net.state_dict().items())
+    return log.count("gather"), log.count("reduce")
+
+
+SETTINGS = {
+    "replicas of shards": {"replicas": 1},
+    "replicas of wholes": {"replicas": SIZE},
+    "parameters in host memory": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+}
+
+
+@grid(6, how=[PLAIN, *HOW], settings=list(SETTINGS))
+def test_replicas_and_parameters_in_host_memory(world, how, settings):
+    for counts in world.run(train_sharded_so, how, SETTINGS[settings]):
+        gathers = 0 if settings == "replicas of wholes" else 2 * DEPTH
+        assert counts == (gathers, DEPTH)
 
 
 def freeze(net: nn.Module, *blocks: int, stem: bool = False) -> None:
