@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from mfx import compat
 from mfx.modules.iterators import iterators_left_alone
-from mfx.modules.python_state import PythonState
+from mfx.modules.python_state import PythonState, state_of
 
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
@@ -42,7 +42,7 @@ def results_not_kept(
         refuse: called with the name of a function that would have kept its result, or returned one that it had kept,
             and with that of an iterator's type.
     """
-    state = PythonState(model) if isinstance(model, nn.Module) else model
+    state = state_of(model) if isinstance(model, nn.Module) else model
     with iterators_left_alone(state, refuse), _caches_aside(state, refuse):
         yield
 

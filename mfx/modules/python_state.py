@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import _lru_cache_wrapper, partial
 from io import IOBase
 from types import FunctionType, MethodType, ModuleType
@@ -92,6 +93,12 @@ class PythonState:
         ]
         return [*self._changed_attributes(), *hooks, *(holder for holder in self._holders if holder.changed())]
 
+    def is_current(self, model: nn.Module) -> bool:
+        """True if the model has the same modules, all hold what they held, and nothing was ever put back."""
+        if self.assigned or self.outside or list(self._modules.items()) != [(m, p) for p, m in model.named_modules()]:
+            return False
+        return not self.changes()
+
     def put_back(self) -> list[Holder]:
         """Have all hold what they held, hook tables too, and return what had changed.
 
@@ -167,10 +174,33 @@ class PythonState:
             self._note(item, name + suffix, depth - 1)
 
 
+_noted: ContextVar[dict[nn.Module, PythonState] | None] = ContextVar("noted", default=None)
+
+
+@contextmanager
+def states_noted_once() -> Iterator[None]:
+    """Within this context, `state_of` notes the state of a model only where it differs from when it was noted last."""
+    token = _noted.set({} if _noted.get() is None else _noted.get())
+    try:
+        yield
+    finally:
+        _noted.reset(token)
+
+
+def state_of(model: nn.Module) -> PythonState:
+    """Return the Python state of a model at this moment."""
+    noted = _noted.get()
+    if noted is None:
+        return PythonState(model)
+    if (state := noted.get(model)) is None or not state.is_current(model):
+        noted[model] = state = PythonState(model)
+    return state
+
+
 @contextmanager
 def python_state_restored(model: nn.Module) -> Iterator[PythonState]:
     """Put back, at the end of this context, the Python state that is changed in it."""
-    state = PythonState(model)
+    state = state_of(model)
     try:
         yield state
     finally:

@@ -109,13 +109,13 @@ def capture_call(
     method = forward.__get__(net)
     varying = sizes_of_ids(args, kwargs)
     trace = partial(trace_call, method, args, kwargs, history=history, any_float=any_float, varying=varying)
-    if not history:
-        settle(method, args, kwargs)
+    is_settled = not history and settle(method, args, kwargs)
     try:
         try:
             seen = trace()
         except DYNAMO_ERRORS:
-            run_first_call(method, args, kwargs)
+            if is_settled or not run_first_call(method, args, kwargs):
+                raise
             seen = trace()
     except DYNAMO_ERRORS as error:
         reason = f"{type(net).__name__} cannot be captured as one graph: {_said(error)}"

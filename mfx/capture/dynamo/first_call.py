@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,7 +24,7 @@ from mfx.capture.caught_outputs import outputs_caught
 from mfx.capture.symbolic.user_code import ErrorsPassedOver
 from mfx.modules.holders import Holder
 from mfx.modules.kept_results import results_not_kept
-from mfx.modules.python_state import PythonState
+from mfx.modules.python_state import state_of
 from mfx.modules.restore import restored_if_changed, restored_if_fake
 
 _DEPTH = 4  # of objects and containers in a result that is compared
@@ -34,27 +35,30 @@ def _is_plain(value: Any) -> bool:
     return all(isinstance(leaf, kinds) for leaf in pytree.tree_leaves(value))
 
 
-def run_first_call(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def run_first_call(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Run a model on fake tensors, for what it does at its first call only (install hooks, fill tables).
 
     What a second such call changes once more is put back, and so is what is not the model's own. What only the first
     one prints, logs or warns is said for real.
+
+    Returns:
+        True if the model may be another one than before.
     """
     if not all(map(_is_plain, args)):
-        return
+        return False
     # Without what may change in the call, a cache for instance.
     kwargs = {name: value for name, value in kwargs.items() if _is_plain(value)}
     net = method.__self__  # type: ignore[attr-defined]
-    before = PythonState(net)
+    before, initialized = state_of(net), _initialized(net)
     first = _run_on_fakes(method, args, kwargs)
+    kept = _initialized(net) != initialized
     if not before.changes():
-        return
-    after_first = PythonState(net)
+        return kept
+    after_first = state_of(net)
     second = _run_on_fakes(method, args, kwargs)
     again = {holder.key for holder in after_first.changes()}
     ended = first.operations is not None and second.operations is not None
     gives_another = ended and first.result != second.result  # a graph would never give what the first call gives
-    kept = False
     for holder in before.changes():
         if gives_another or holder.key in again or _holds_fake(holder) or not before.owners(holder.value):
             holder.put_back()
@@ -63,27 +67,38 @@ def run_first_call(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Ma
     for each in first.said if kept else ():
         if each not in second.said:  # nor will a real call say it
             each.again()
+    return kept
 
 
-def settle(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _initialized(net: nn.Module) -> list[tuple[str, int]]:
+    """Return what a first call may initialize beside attributes: modules, parameters and buffers."""
+    named = chain(net.named_modules(), net.named_parameters(), net.named_buffers())
+    return [(name, id(value)) for name, value in named]
+
+
+def settle(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
     """Have a model note what its first call notes in attributes, if its calls do the same before and after.
 
     The graph then holds for later calls, too: models of Hugging Face note the kind of the labels. Two runs on fake
     tensors tell: the same operations on the same tensors, the same results, the same prints, logs and warnings.
+
+    Returns:
+        True if a first call is known to change nothing.
     """
     net = method.__self__  # type: ignore[attr-defined]
     if not (all(map(_is_plain, args)) and all(map(_is_plain, kwargs.values())) and _notes(net)):
-        return
-    before = PythonState(net)
+        return False
+    before, initialized = state_of(net), _initialized(net)
     first = _run_on_fakes(method, args, kwargs)
     changes = before.changes()
     if not changes:
-        return
-    after = PythonState(net)
+        return _initialized(net) == initialized
+    after = state_of(net)
     second = _run_on_fakes(method, args, kwargs)
     if first.operations is None or first != second or after.changes() or any(map(_holds_fake, changes)):
         for holder in before.changes():
             holder.put_back()
+    return False
 
 
 def _notes(net: nn.Module) -> bool:

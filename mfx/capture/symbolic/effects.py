@@ -12,7 +12,7 @@ from mfx.capture.captured import Effect
 from mfx.capture.symbolic.tracer import SymbolicTracer
 from mfx.modules.holders import Holder, same
 from mfx.modules.kept_results import results_not_kept
-from mfx.modules.python_state import PythonState
+from mfx.modules.python_state import state_of
 from mfx.modules.restore import restored_if_changed
 from mfx_passes import paths
 
@@ -29,7 +29,7 @@ class Changes:
     """
 
     def __init__(self, model: nn.Module, check: Callable[[nn.Module], None]) -> None:
-        self._state = PythonState(model)
+        self._state = state_of(model)
         self._model, self._check = model, check
         self._holders: list[Holder] = []
         self._others: list[str] = []

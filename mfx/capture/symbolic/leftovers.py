@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections import deque
+from collections.abc import Collection
 from functools import _lru_cache_wrapper
 from types import CellType, FrameType
 from typing import Any
@@ -14,6 +15,7 @@ from torch import fx
 from mfx.modules.holders import slots_of
 
 _FEW = 4
+_DEPTH = 5  # an attribute that holds a tuple of generators of tuples of proxies
 
 
 class Leftovers:
@@ -41,10 +43,8 @@ class Leftovers:
         for _ in range(4):  # what holds a proxy may be held by one
             if not (alive := self._uncollected(_FEW if failed else 0)):
                 break
-            for proxy in alive:
-                found.update(dict.fromkeys(_take_out(proxy, {id(alive)}, 4)))
+            found.update(dict.fromkeys(_take_out(alive)))
             alive.clear()
-            proxy = None
         self.found = list(found)
 
     def _uncollected(self, few: int) -> list[Any]:
@@ -63,43 +63,59 @@ class Leftovers:
         return [proxy for reference in self._proxies if (proxy := reference()) is not None]
 
 
-def _take_out(value: Any, seen: set[int], depth: int) -> list[str]:
-    """Take a value out of all that refers to it; return the types of that."""
-    referrers = gc.get_referrers(value)
-    seen.add(id(referrers))
+def _take_out(values: list[Any]) -> list[str]:
+    """Take values out of all that refers to them; return the types of that.
+
+    Each search for what refers to something looks at all objects of the program, so it is made for all values at once.
+    What refers to one and cannot be changed, a tuple or a generator, is taken out of what refers to it.
+    """
     found: list[str] = []
-    for holder in referrers:
-        if id(holder) not in seen and not isinstance(holder, FrameType):
+    seen: set[int] = set()
+    for _ in range(_DEPTH):
+        wanted = {id(value) for value in values}
+        referrers = gc.get_referrers(*values)
+        seen |= wanted | {id(values), id(referrers)}
+        values = []
+        seen.add(id(values))
+        for holder in referrers:
+            if id(holder) in seen or isinstance(holder, FrameType):
+                continue
             seen.add(id(holder))
-            found += _take_out_of(holder, value, seen, depth)
+            if _take_out_of(holder, wanted):
+                found.append(type(holder).__name__)
+            else:
+                values.append(holder)
+        if not values:
+            break
     return found
 
 
-def _take_out_of(holder: Any, value: Any, seen: set[int], depth: int) -> list[str]:
+def _take_out_of(holder: Any, wanted: Collection[int]) -> bool:
+    """Take values, known by identity, out of what holds them; False if it cannot be changed."""
     if isinstance(holder, dict):
-        for key in [key for key, item in list(holder.items()) if item is value or key is value]:
+        for key in [key for key, item in list(holder.items()) if id(item) in wanted or id(key) in wanted]:
             del holder[key]
     elif isinstance(holder, list | deque):
-        kept = [item for item in holder if item is not value]
+        kept = [item for item in holder if id(item) not in wanted]
         holder.clear()
         holder.extend(kept)
     elif isinstance(holder, set):
-        kept = [item for item in holder if item is not value]
+        kept = [item for item in holder if id(item) not in wanted]
         holder.clear()
         holder.update(kept)
     elif isinstance(holder, CellType):
         del holder.cell_contents
     elif isinstance(holder, _lru_cache_wrapper):
         holder.cache_clear()
-    elif not isinstance(holder, fx.Proxy) and (names := _names_of(holder, value)):
+    elif not isinstance(holder, fx.Proxy) and (names := _names_of(holder, wanted)):
         for name in names:
             object.__delattr__(holder, name)
-    else:  # a tuple, a generator: whatever refers to it
-        return _take_out(holder, seen, depth - 1) if depth else []
-    return [type(holder).__name__]
+    else:
+        return False
+    return True
 
 
-def _names_of(holder: Any, value: Any) -> list[str]:
-    """Return the attributes of an object that are a value."""
+def _names_of(holder: Any, wanted: Collection[int]) -> list[str]:
+    """Return the attributes of an object that are one of some values."""
     names = [*getattr(holder, "__dict__", ()), *slots_of(type(holder))]
-    return [name for name in names if getattr(holder, name, None) is value]
+    return [name for name in names if id(getattr(holder, name, None)) in wanted]
