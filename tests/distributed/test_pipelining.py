@@ -76,3 +76,29 @@ def compare(schedule, how):
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_gradients_are_those_of_kept_activations(world, schedule, how):
     assert all(world.run(compare, schedule, how))
+
+
+def explained(number, how):
+    """Return the borders of stage ``number`` of three that an explanation tells of."""
+    arithmetic, gamma = how
+    net = mfx.momentumize(Stage(number), arithmetic=arithmetic, gamma=gamma)
+    stage = stage_of(net, number, 3)
+    found = mfx.explain(stage, torch.zeros(2, WIDTH))
+    assert mfx.explain(net, torch.zeros(2, WIDTH)).borders == ()  # which is not known to be a stage
+    assert found.to_dict()["borders"] == list(found.borders)
+    assert set(found.borders) <= set(found.advice)
+    return found.borders, str(found), len(found.chains[0].steps)
+
+
+@pytest.mark.parametrize(("number", "others"), [(0, "stage 1"), (1, "stages 0 and 2"), (2, "stage 1")])
+def test_an_explanation_says_where_a_stage_cuts_a_chain(world, number, others):
+    (borders, text, steps), _ = world.run(explained, number, HOW[0])
+    (line,) = borders
+    assert line.startswith(f"blocks: cut by the border of stage {number} of 3, numbered from 0, to {others}: ")
+    assert "momentum starts anew at the border" in " ".join(text.split())
+    assert steps == 2 * DEPTH
+
+
+def test_at_gamma_zero_a_border_changes_nothing(world):
+    (borders, _, _), _ = world.run(explained, 1, ("exact", 0.0))
+    assert borders == ()

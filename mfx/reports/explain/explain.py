@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from mfx.compat import compiled_model, hook_tables
+from mfx.compat.pipelining import Stage, stage_of
 from mfx.net.views import View, breaks_of, views_of, written
 from mfx.program.chain_call import Momentum
 from mfx.progress import waiting_for
@@ -18,9 +19,10 @@ from mfx.reports.explain.data import ChainMemory, ExplainedChain, ExplainedStep,
 from mfx.reports.explain.estimate import Estimate, estimate
 from mfx.reports.explain.explanation import Explanation
 from mfx.reports.explain.residual_steps import is_residual_step
+from mfx.reports.explain.stages import borders
 from mfx.reports.explain.storage import explain_storage
 from mfx.text import described
-from mfx_passes import ChainGraphs, MfxError, StepGraphs
+from mfx_passes import ChainGraphs, Findings, MfxError, StepGraphs
 from mfx_passes.ir import source_line
 from mfx_passes.paths import join
 
@@ -33,7 +35,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
 
     Args:
         model: a model, or a net that `mfx.momentumize` returned, or ``torch.compile(model, backend="mfx")`` after a
-            call, or a `mfx.MomentumNet`. For a model: what momentumize would do by default.
+            call, or a `mfx.MomentumNet`, or a ``torch.distributed.pipelining`` stage of one of them, of which the
+            chains that its borders cut are said. For a model: what momentumize would do by default.
         *args: inputs, as for a call of the model; they are not computed with, and may be on the meta device, as the
             model may. With inputs, shapes are checked too, and what a training step takes with mfx and without is
             predicted; else only what the chains keep for the backward pass is known, if the net was called before.
@@ -43,6 +46,8 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         MfxError: ``model`` is not a module, or cannot be captured.
         TypeError: its forward takes other arguments.
     """
+    if (stage := stage_of(model)) is not None:
+        model = stage.module
     if not isinstance(model, nn.Module):
         raise MfxError(f"explain takes a torch.nn.Module, not {described(model)}.")
     views = views_of(model, args, kwargs, "mfx.explain(model, *inputs)")
@@ -75,7 +80,12 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         tuple(refused for refused, module in rejections.values() if is_residual_step(refused, module)),
         tuple(join(view.path, path) for view in views for path in _with_hooks(view)),
         breaks_of(model, args, kwargs),
+        () if stage is None else tuple(line for view, finds in found for line in _borders(stage, view, finds)),
     )
+
+
+def _borders(stage: Stage, view: View, found: Findings) -> tuple[str, ...]:
+    return borders(stage, found, {call.chain for call in view.calls.values() if call.gamma.is_zero})
 
 
 def _nesting(calls: Mapping[str, Momentum]) -> dict[str, tuple[str, ...]]:

@@ -52,6 +52,7 @@ class Explanation:
         unheard: modules among ``flat`` that have hooks.
         breaks: lines that keep a call from being one graph, with what each costs: at γ > 0 momentum starts anew behind
             such a line.
+        borders: chains that the borders of a pipeline's stage cut, with what that costs.
     """
 
     model: str
@@ -67,6 +68,7 @@ class Explanation:
     left_steps: tuple[Rejection, ...] = ()
     unheard: tuple[str, ...] = ()
     breaks: tuple[str, ...] = ()
+    borders: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -75,9 +77,10 @@ class Explanation:
 
     @property
     def advice(self) -> tuple[str, ...]:
-        """Advice about chains and outputs; a rejection has its own remedy."""
+        """Advice about chains, borders and outputs; a rejection has its own remedy."""
         return (
             *advise_on_gammas(self.chains),
+            *self.borders,
             *(() if self.estimate is None else advise_on_output(self.estimate.held)),
         )
 
@@ -123,7 +126,7 @@ class Explanation:
             ``recomputed`` in FLOP) and ``steps`` (``path``, ``kind``, ``branch``, ``captures``, ``sides``, ``source``);
             ``rejections``, each with ``node``, ``path``, ``source``, ``reason``, ``remedy`` and ``is_step``; ``cuts``,
             each with ``node``, ``path``, ``source`` and ``reason``; ``flat``;
-            ``leaves``: reasons by path; ``conditions``; ``breaks``;
+            ``leaves``: reasons by path; ``conditions``; ``breaks``; ``borders``;
             ``totals``: ``plain`` and ``momentum``, each with ``kept``, ``peak`` (the output held) and ``peak_of_loss``
             (only the loss held) in bytes, and ``flops``; ``held``: bytes by key of the output; ``advice``;
             ``unpredicted``. ``storage``, ``memory`` and ``totals`` are None where unknown.
@@ -141,6 +144,7 @@ class Explanation:
             "leaves": dict(self.leaves),
             "conditions": list(self.conditions),
             "breaks": list(self.breaks),
+            "borders": list(self.borders),
             "totals": self._totals(),
             "held": {} if self.estimate is None else dict(self.estimate.held),
             "advice": list(self.advice),
