@@ -67,6 +67,9 @@ class PythonState:
         for path, tensor in (*model.named_parameters(), *model.named_buffers()):
             if tensor.__dict__:
                 self._holders.append(Holder(tensor.__dict__, DICT, path))
+        for table, _, path in self._hooks:
+            for hook in table.values():
+                self._note(hook, f"a hook of {path or 'the model'}", _DEPTH)
         for name, value in self._references.variables():
             self._note(value, name, _DEPTH)
 

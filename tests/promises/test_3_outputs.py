@@ -4,6 +4,7 @@ import os
 import pprint
 import sys
 import traceback
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -82,3 +83,31 @@ def test_a_stream_that_the_model_holds_is_written_to_and_streams_are_left_as_the
     expected = said_by(Model(lambda x: stream.write("said\n"), "branch"), capfd)
     assert said_by(mfx.momentumize(Model(lambda x: stream.write("said\n"), "branch"), gamma=0.0), capfd) == expected
     assert "write" not in {**vars(sys.stdout), **vars(sys.stderr), **vars(sys.stdout.buffer)}
+
+
+NOTED = {"by hooks": []}
+
+
+class Noting:
+    """A hook of the user's, which says what it notes outside of the model."""
+
+    def __call__(self, module, args):
+        print("noting")
+        NOTED["by hooks"].append(len(args))
+
+
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+@pytest.mark.parametrize("ends", [False, True], ids=["", "with an exception"])
+@pytest.mark.filterwarnings("ignore:mfx", "ignore:Dynamo does not know")
+def test_what_a_hook_notes_outside_of_the_model_is_noted_once_in_each_call(capture, ends, capfd):
+    def noted_by(model):
+        model.branches[1].register_forward_pre_hook(Noting())
+        if ends:
+            model.branches[2].register_forward_pre_hook(lambda module, args: sys.exit())
+        NOTED["by hooks"].clear()
+        for size in (2, 2, 3):
+            with pytest.raises(SystemExit) if ends else nullcontext():
+                model(torch.ones(size, 4))
+        return list(NOTED["by hooks"])
+
+    assert noted_by(mfx.momentumize(Model(lambda x: None, "model"), gamma=0.0, capture=capture)) == [1, 1, 1]
