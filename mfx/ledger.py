@@ -8,6 +8,7 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
@@ -98,6 +99,7 @@ class StorageLedger(TorchDispatchMode):
         self.live = 0
         self.timeline = array("q")
         self.peak_with_grads = 0
+        self._laps: list[int] = []
         self._grad_bytes = 0
         self._excluded = excluded
         self._never: frozenset[int] = frozenset()
@@ -109,6 +111,16 @@ class StorageLedger(TorchDispatchMode):
     def peak(self) -> int:
         """The largest ``live`` after an operation."""
         return max(self.timeline, default=0)
+
+    def lap(self) -> None:
+        """Begin a new lap; the first one begins by itself."""
+        self._laps.append(len(self.timeline))
+
+    def laps(self) -> list[tuple[int, int]]:
+        """Return of each lap ``live`` at its start, and the largest."""
+        edges = pairwise([0, *self._laps, len(self.timeline)])
+        levels = (self.timeline[max(0, first - 1) : max(1, end)] or [0] for first, end in edges)
+        return [(lap[0], max(lap)) for lap in levels]
 
     def largest_at_peak(self) -> Life | None:
         """Return the life of the largest storage that counted at the peak; None if there is none, or none was kept."""

@@ -63,11 +63,11 @@ class ActivationMeter:
         if where.type not in ("cpu", "cuda"):
             raise ValueError(f"ActivationMeter measures on CPU and CUDA devices, not on {where}")
         grad_owners = () if count_grads else tuple(t for t in excluded if t.is_leaf and t.requires_grad)
-        self._ledger: StorageLedger | _AllocatorLedger
+        self._ledger: StorageLedger | AllocatorLedger
         if where.type == "cpu":
             self._ledger = StorageLedger((*excluded, *(p.grad for p in grad_owners)), keep_lives=timeline)
         else:
-            self._ledger = _AllocatorLedger(where, grad_owners, timeline)
+            self._ledger = AllocatorLedger(where, grad_owners, timeline)
         self._keeps_timeline = timeline
         self._grad_owners = grad_owners
         self._stack = ExitStack()
@@ -107,7 +107,7 @@ class ActivationMeter:
         self._stack.close()
 
 
-class _AllocatorLedger:
+class AllocatorLedger:
     """The caching allocator's count since entering, less the gradients that have been left out.
 
     The allocator has one peak since its last reset, gradients included; so it is read, and reset, each time the
@@ -123,8 +123,22 @@ class _AllocatorLedger:
         self._grads = {id(p): self._grad_bytes(p) for p in grad_owners}
         self._before = self._left_out = sum(self._grads.values())
         self._base = 0
-        self._peak = self._peak_with_grads = 0
+        self._peak = self._peak_with_grads = self._top = 0
         self._inside = False
+        self._laps: list[tuple[int, int]] = []
+        self._start = 0
+
+    def lap(self) -> None:
+        """Begin a new lap; the first one begins by itself."""
+        self._read_peak()
+        self._laps.append((self._start, self._top))
+        self._start = self._top = self.live
+
+    def laps(self) -> list[tuple[int, int]]:
+        """Return of each lap ``live`` at its start, and the largest."""
+        if self._inside:
+            self._read_peak()
+        return [*self._laps, (self._start, self._top)]
 
     @property
     def live(self) -> int:
@@ -151,7 +165,7 @@ class _AllocatorLedger:
         self._grads[id(owner)] = self._grad_bytes(owner)
         self._left_out += self._grads[id(owner)]
 
-    def __enter__(self) -> _AllocatorLedger:
+    def __enter__(self) -> AllocatorLedger:
         self._base = torch.cuda.memory_allocated(self._device) - self._left_out
         torch.cuda.reset_peak_memory_stats(self._device)
         self._inside = True
@@ -168,6 +182,7 @@ class _AllocatorLedger:
     def _read_peak(self) -> None:
         top = torch.cuda.max_memory_allocated(self._device) - self._base
         self._peak = max(self._peak, top - self._left_out)
+        self._top = max(self._top, top - self._left_out)
         self._peak_with_grads = max(self._peak_with_grads, top - self._before)
         torch.cuda.reset_peak_memory_stats(self._device)
 
@@ -178,7 +193,7 @@ class _AllocatorLedger:
 class _Sampler(TorchDispatchMode):
     """Reads an allocator's count after each operation; the allocator keeps it on the host, so nothing waits."""
 
-    def __init__(self, ledger: _AllocatorLedger) -> None:
+    def __init__(self, ledger: AllocatorLedger) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._ledger = ledger
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import partial, wraps
 from typing import Any
@@ -65,6 +66,65 @@ def memory_of(storage: torch.UntypedStorage) -> int:
 def keeps_graph() -> bool:
     """True if the backward pass that this thread is in keeps its graph, or there is none (torch 2.11 to 2.15)."""
     return current_task() == NO_TASK or torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def operations_so_far() -> int:
+    """Return the number of operations that this thread has recorded for a backward pass (torch 2.11 to 2.15)."""
+    return int(torch._C._autograd._get_sequence_nr())
+
+
+def bytes_made_since(number: int, roots: Iterable[Tensor]) -> tuple[int, int]:
+    """Return what recorded operations took that ``roots`` come from (torch 2.11 to 2.15).
+
+    Nothing is unpacked: what an operation saves is told by names, sizes by what autograd notes of values. Views take
+    none.
+
+    Args:
+        number: of the first operation that counts, see `operations_so_far`.
+        roots: tensors.
+
+    Returns:
+        The bytes that the operations saved, and the most that one of them reads and gives.
+    """
+    waiting = [root.grad_fn for root in roots]
+    saved: dict[Any, int] = {}
+    seen, passing = set(), 0
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen or not _is_since(node, number):
+            continue
+        seen.add(node)
+        before = [following for following, _ in node.next_functions if following is not None]
+        waiting += before
+        inputs = [other for other in before if _is_since(other, number)]
+        passing = max(passing, sum(map(_bytes_given, [node, *inputs])))
+        for name in dir(node):
+            if name.startswith("_raw_saved_"):
+                is_own = name.removeprefix("_raw_saved_").startswith(("result", "output", "out"))
+                saved.update((other, _bytes_given(other)) for other in ([node] if is_own else inputs))
+        if hasattr(node, "saved_tensors"):  # a function written in Python: anything
+            saved.update((other, _bytes_given(other)) for other in (node, *inputs))
+    return sum(saved.values()), passing
+
+
+def _is_since(node: Any, number: int) -> bool:
+    return not hasattr(node, "variable") and int(node._sequence_nr()) >= number
+
+
+def _bytes_given(node: Any) -> int:
+    """Return the bytes of an operation's values; those of a view are its base's."""
+    if node.name().startswith(_VIEWS):
+        return max((_bytes_given(before) for before, _ in node.next_functions if before is not None), default=0)
+    return sum(math.prod(value.shape) * value.dtype.itemsize for value in node._input_metadata)
+
+
+_VIEWS = tuple(
+    f"{name}Backward"
+    for name in (
+        "Alias", "AsStrided", "Detach", "Diagonal", "Expand", "Permute", "ReshapeAlias", "Select", "Slice", "Split",
+        "SplitWithSizes", "Squeeze", "T", "Transpose", "Unbind", "Unsqueeze", "UnsafeView", "View", "ViewAsReal",
+    )
+)  # fmt: skip
 
 
 def leaves_of(tensors: Sequence[Tensor]) -> set[int]:

@@ -6,6 +6,7 @@ import operator
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -27,6 +28,7 @@ from mfx.program.codegen import BackendCompiler, to_function
 from mfx.program.memory_plans import NetPlans, call_key
 from mfx.program.rewritten import RewrittenGraph, rewrite_captured
 from mfx.program.scope import Scope
+from mfx.program.watched_step import WatchedStep
 from mfx.text import without_chains
 from mfx_passes import MfxError
 from mfx_passes.ir import is_momentum_call, momentum_chain
@@ -78,14 +80,16 @@ def momentum(
         recompute_between=rewritten.recompute_between,
         verify=rewritten.verify,
     )
-    plans = NetPlans(checked.budget) if checked.plans else None
+    plans = NetPlans(checked.budget)
+    is_planned = checked.plans or (rewritten.nests and checked.budget.share != 1.0)
     mode = compat_compiling.mode_of_compiled()
     holders.register(lambda net: CompiledGraph(rewritten, net, checked, mode))
 
     def run(*values: Any) -> Any:
         holder = Scope(rewritten.captured.modules, holders.of(values))
         taken = [values[position] for position in positions]
-        with nullcontext() if plans is None else plans.forward_pass(call_key(taken)):
+        watched = partial(WatchedStep, modules=[holders.of(values)])
+        with plans.forward_pass(call_key(taken), watched) if is_planned else nullcontext():
             return function(holder, *taken)
 
     return run

@@ -11,8 +11,8 @@ from mfx.engine.chain import run_chain
 from mfx.engine.flags import read_all
 from mfx.engine.memory.plan import ChainCost, ChainPlan, NetPlan, StepCost, make_plan
 from mfx.engine.memory.storage import Stream, choose_storage, states_by_end, streams_of
-from mfx.engine.scope import enclosing_keeps, measure
-from mfx.engine.steps import ChainCache, ChainOutput, ChainSettings, StepFunction
+from mfx.engine.scope import enclosing_is_recorded, measure
+from mfx.engine.steps import ChainCache, ChainOutput, ChainSettings, Mark, Phase, StepFunction, mark_gradients
 
 __all__ = [
     "ARITHMETICS",
@@ -24,13 +24,16 @@ __all__ = [
     "ChainSettings",
     "FusedKernels",
     "Kernels",
+    "Mark",
     "NetPlan",
+    "Phase",
     "StepCost",
     "StepFunction",
     "Stream",
     "choose_storage",
-    "enclosing_keeps",
+    "enclosing_is_recorded",
     "make_plan",
+    "mark_gradients",
     "measure",
     "read_all",
     "run_chain",

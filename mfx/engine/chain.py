@@ -28,7 +28,8 @@ from mfx.engine.recompute.layout import StateLayout
 from mfx.engine.recompute.runners import FromInputs, FromTape, Ordinary, Runner
 from mfx.engine.recompute.saved import tensors_in
 from mfx.engine.scope import enclosing_is_recorded, enclosing_keeps, inside_chain
-from mfx.engine.steps import ChainCache, ChainCall, ChainOutput, ChainSettings, StepFunction, StepOutputs
+from mfx.engine.steps import ChainCache, ChainCall, ChainOutput, ChainSettings, Mark, StepFunction, StepOutputs
+from mfx.engine.streams import Streams
 from mfx.engine.update import Enter, Update, UpdateContext, velocity_dummy
 from mfx.options.gamma import Gamma
 from mfx.text import listed
@@ -52,6 +53,7 @@ def run_chain(
     containers: Sequence[Container] = (),
     cache: ChainCache | None = None,
     costs: list[StepCost] | None = None,
+    mark: Mark | None = None,
 ) -> ChainOutput:
     """Run a chain of steps with momentum: v ← γ·v + (1−γ)·f(x), x ← x + v (Sander et al., ICML 2021).
 
@@ -74,6 +76,7 @@ def run_chain(
         containers: modules that runs of the steps make up: where they are sharded, each run is gathered for once.
         cache: the dictionary in which calls of this chain keep what later calls need; the caller owns it.
         costs: a list to which the measured cost of each step that may be recomputed is appended.
+        mark: see `ChainCall`.
 
     Raises:
         MfxError: if a branch's value does not fit the stream, or values leave the range of exact arithmetic; in the
@@ -83,7 +86,7 @@ def run_chain(
     read_pending(cache)
     plan = _plan(settings, xs, steps)
     v0 = [None] * len(xs) if v0 is None else v0
-    call = ChainCall(name, steps, captures, root, settings, plan, v0, taps, containers, cache, costs)
+    call = ChainCall(name, steps, captures, root, settings, plan, v0, taps, containers, cache, costs, mark)
     if (recorded := _decide_recorded(call, xs)) and settings.offload:
         call = replace(call, offload=Offload.of(name, xs[0].device, (*xs, *tensors_in(tuple(captures)))))
     with inside_chain(recorded, keeps=call.keeps_all), settings.lock.reading(), call.offload or nullcontext():
@@ -104,35 +107,6 @@ def _plan(settings: ChainSettings, xs: Sequence[Tensor], steps: Sequence[StepFun
 def _walks_back(settings: ChainSettings, xs: Sequence[Tensor], steps: Sequence[StepFunction]) -> bool:
     streams = streams_of(xs, [step.writes for step in steps])
     return not settings.gamma.is_zero and walks_back(settings.arithmetic, settings.gamma, streams)
-
-
-class _Streams:
-    """The streams of a call as they move on, and its output as it comes in."""
-
-    def __init__(self, xs: Sequence[Tensor], taps: Sequence[tuple[int, int]]) -> None:
-        self.xs = list(xs)
-        self._wanted = set(taps)
-        self._tap_order = taps
-        self._taps: dict[tuple[int, int], Tensor] = {}
-        self._sides: list[tuple[Any, ...]] = []
-        self.has_sides = False
-
-    def read(self, step: StepFunction) -> list[Tensor]:
-        """Return the states that a step reads."""
-        return [*map(self.xs.__getitem__, step.reads)]
-
-    def add(self, step: StepFunction, xs: Sequence[Tensor], side: Sequence[Any]) -> None:
-        """Take in the new states, and the side outputs, of a step."""
-        self._sides.append(tuple(side))
-        if side:
-            self.has_sides = True
-        for stream, x in zip(step.writes, xs, strict=True):
-            self.xs[stream] = x
-            if self._wanted and (tap := (len(self._sides), stream)) in self._wanted:
-                self._taps[tap] = x
-
-    def finish(self) -> ChainOutput:
-        return ChainOutput(tuple(self.xs), tuple(self._taps[tap] for tap in self._tap_order), tuple(self._sides))
 
 
 def _decide_recorded(call: ChainCall, xs: Sequence[Tensor]) -> bool:
@@ -172,9 +146,11 @@ def _layouts(call: ChainCall) -> Iterator[StateLayout]:
 def _run_original(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     recomputes = _recomputes(call)
     runner: Runner = FromInputs(call, xs[0].device, original=True) if recomputes else Ordinary(call, original=True)
-    runner, streams = gathering(runner, call, original=True), _Streams(xs, call.taps)
+    runner, streams = gathering(runner, call, original=True), Streams(xs, call.taps, call.mark)
     for index, step in enumerate(call.steps):
-        streams.add(step, *runner.run(index, step, streams.read(step), [_ZERO] * len(step.writes)))
+        outputs = runner.run(index, step, streams.read(step), [_ZERO] * len(step.writes))
+        streams.branch_is_done()
+        streams.add(step, *outputs)
     return streams.finish()
 
 
@@ -184,7 +160,7 @@ def _run_plain(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     runner = gathering(Ordinary(call, original=False), call, original=False)
     states = [x.to(wide(x.dtype)) for x in xs]
     vs = [None if v is None else _as(state.dtype, v) for v, state in zip(call.v0, states, strict=True)]
-    streams = _Streams(xs, call.taps)
+    streams = Streams(xs, call.taps)
     for index, (step, gammas) in enumerate(zip(call.steps, all_gammas, strict=True)):
         ys, side = runner.run(index, step, streams.read(step), gammas)
         for stream, kind, gamma, y in zip(step.writes, step.kinds, gammas, ys, strict=True):
@@ -216,7 +192,7 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     ]
     if arithmetic.rounds_input:
         xs = [Enter.apply(x, state) for x, state in zip(xs, states, strict=True)]
-    streams, vs = _Streams(xs, call.taps), list(call.v0)
+    streams, vs = Streams(xs, call.taps, call.mark), list(call.v0)
     dummies = [velocity_dummy(x) for x in xs]
     runner = gathering(runner, call, original=False)
     spacing = min(arithmetic.anchor_every(gamma, x.dtype) or len(call.steps) for x in xs)
@@ -231,6 +207,7 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
             for state in compress(states, earlier):
                 state.remember_start()
         ys, side = _run_branch(call, runner, index, step, streams.read(step), gammas)
+        streams.branch_is_done()
         # With these, gradients arrive elsewhere too, when the last update may have been freed.
         on_tape = call.taps or side or streams.has_sides
         after = []

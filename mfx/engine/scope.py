@@ -12,7 +12,7 @@ from mfx.modules.recomputing import RUNNING
 
 class _Scope(threading.local):
     recorded: bool | None = None  # None: no chain around
-    keeps = False  # whether activations are kept, if there is a chain around
+    keeps: bool | None = False  # whether activations are kept, if there is a chain around; None: it does not say
     measure: StepMeasure | None = None
 
 
@@ -25,7 +25,7 @@ def enclosing_is_recorded() -> bool | None:
 
 
 def enclosing_keeps() -> bool | None:
-    """True if the step around the caller keeps its activations; None if there is no chain around."""
+    """True if the step around the caller keeps its activations; None if no chain around says so or not."""
     return None if _scope.recorded is None else _scope.keeps
 
 
@@ -46,9 +46,9 @@ def inside_chain(recorded: bool, *, keeps: bool) -> Iterator[None]:
 
 
 @contextmanager
-def inside_kept_step() -> Iterator[None]:
-    """Run the body as part of a step that keeps its activations."""
-    before, _scope.keeps = _scope.keeps, True
+def inside_step(*, keeps: bool | None) -> Iterator[None]:
+    """Run the body as part of a step that keeps its activations; None: chains inside it decide by themselves."""
+    before, _scope.keeps = _scope.keeps, keeps
     try:
         yield
     finally:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 from torch import Tensor
@@ -17,7 +18,25 @@ from mfx.options.gamma import Gamma, check_velocity_with
 from mfx_passes.ir import Container
 
 ChainCache = dict[Any, Any]
+
+
+class Phase(Enum):
+    """The phases of a step in a training step: its branch runs, has run, and the gradient of its values has come."""
+
+    RUN = "run"
+    DONE = "done"
+    GRADIENT = "gradient"
+
+
+Mark = Callable[[int, Phase], None]
 StepOutputs = tuple[Sequence[Any], Sequence[Any]]  # the values for the streams, and side outputs
+
+
+def mark_gradients(mark: Mark, step: int, values: Iterable[Tensor]) -> None:
+    """Call ``mark`` with the number of a step when the gradients of its values have come."""
+    for value in values:
+        if value.requires_grad:
+            value.register_hook(lambda _: mark(step, Phase.GRADIENT))
 
 
 @dataclass(frozen=True)
@@ -90,6 +109,7 @@ class ChainCall:
 
     Attributes:
         plan: the decided plan: that of the settings, or of the step around the call.
+        mark: called with the number of a step when a phase of it begins.
         offload: moves what the call keeps to host memory; None: it stays where it is.
     """
 
@@ -104,6 +124,7 @@ class ChainCall:
     containers: Sequence[Container]
     cache: ChainCache
     costs: list[StepCost] | None
+    mark: Mark | None = None
     offload: Offload | None = None
 
     @property

@@ -35,6 +35,7 @@ from mfx.program.by_mode import named_by_mode
 from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.memory_plans import NetPlans, call_key
 from mfx.program.rewritten import RewrittenGraph
+from mfx.program.watched_step import WatchedStep
 from mfx.text import count, listed, without_chains
 from mfx_passes import MfxError
 
@@ -48,7 +49,7 @@ class NetForward(Overlay):
 
     Attributes:
         table: the rewritten graphs.
-        plans: what is kept for the backward pass, if a budget is for the net as a whole.
+        plans: what is kept for the backward pass.
         bypassed: while not 0, the net computes what its class says.
         root: the forward of the whole net.
         key: what compiled code calls it by.
@@ -64,7 +65,7 @@ class NetForward(Overlay):
         self.root: NetForward = self
         self.warn = WarnOnce()
         self.table = self._make_table(options)
-        self.plans = NetPlans(options.budget) if options.plans else None
+        self.plans = NetPlans(options.budget)
         self.bypassed = 0
         self.key = register(self)
         self.call_sites: list[CallSite] = []
@@ -144,7 +145,7 @@ class NetForward(Overlay):
         is_asked_for = self.options.capture != "auto" or self.options.layers
         if is_asked_for and self.options.may_change_function:
             raise error  # at γ = 0 whatever runs is the model
-        with self._forward_pass(args, kwargs):
+        with self._forward_pass(args, kwargs, plans=self.options.plans):
             return self._run_per_module(error, args, kwargs)
 
     def _run_graph(
@@ -153,18 +154,22 @@ class NetForward(Overlay):
         if not torch.compiler.is_exporting():  # that graph is not kept
             self._show(graph)
         self._mention_losses(graph)
-        with self._forward_pass(args, kwargs, graph.decisions):
+        plans = self.options.plans or (graph.nests and self.options.budget.share != 1.0)
+        with self._forward_pass(args, kwargs, graph.decisions, plans=plans):
             if graph.calls or graph.decisions:
                 return graph(self.net, args, kwargs, compiler)
             self._has_no_chain()
             return self.run_class_forward(args, kwargs, Way.AS_WRITTEN)
 
-    def _forward_pass(self, args: Any, kwargs: Any, path: Sequence[Decision] = ()) -> AbstractContextManager[None]:
-        """Return a context for one forward pass, in which the chains share a budget for the net as a whole."""
-        if self.plans is None:
+    def _forward_pass(
+        self, args: Any, kwargs: Any, path: Sequence[Decision] = (), *, plans: bool
+    ) -> AbstractContextManager[None]:
+        """Return a context for one forward pass, in which the chains share a plan, if they do."""
+        if not plans:
             return nullcontext()
         key = call_key((args, kwargs), training=self.net.training)
-        return self.plans.forward_pass(key and (key, *(decision.value for decision in path)))
+        watched = partial(WatchedStep, modules=[self.net])
+        return self.plans.forward_pass(key and (key, *(decision.value for decision in path)), watched)
 
     def run_class_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], way: Way) -> Any:
         """Run the forward of the net's class, and its submodules in this way."""

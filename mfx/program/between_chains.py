@@ -13,13 +13,24 @@ from torch import Tensor, nn
 from torch.fx import Graph, Interpreter, Node
 from torch.utils._pytree import tree_iter
 
-from mfx.engine import ARITHMETICS, ChainCache, ChainPlan, ChainSettings, StepCost, StepFunction, measure, run_chain
+from mfx.engine import (
+    ARITHMETICS,
+    ChainCache,
+    ChainPlan,
+    ChainSettings,
+    Phase,
+    StepCost,
+    StepFunction,
+    mark_gradients,
+    measure,
+    run_chain,
+)
 from mfx.engine.memory.cuts import NodeCost, SegmentCost
-from mfx.engine.memory.measure import StepMeasure, storages_by_address
+from mfx.engine.memory.measure import StepMeasure
 from mfx.engine.offload import Offload
 from mfx.options.gamma import Gamma
 from mfx.program.codegen import GraphCompiler, to_function
-from mfx.program.memory_plans import share_of
+from mfx.program.memory_plans import ChainShare, share_of
 from mfx.program.scope import Scope
 from mfx.program.segments import split_between_calls
 from mfx_passes.analysis.ancestry import GraphIndex
@@ -58,22 +69,21 @@ class BetweenChains:
         """Return the values of the segment's outputs."""
         # As for a chain: recomputation restores what is read by path in this scope, not in the model.
         root = Scope({name: getattr(root, name) for name in self._roots})
-        share = share_of((self._name, *map(_shape, inputs)), None)
-        if share is None or not self._is_repeatable(root):
-            return self._plain(root, *inputs)
-        offload = self._offload(inputs)
-        with offload or nullcontext():
-            if share.plan is None:
-                outputs = self._whole.run_recomputed(root, inputs, share.costs, offload)
-                if share.costs:
-                    share.segment = self._measured.cost
-                return outputs
-            function, pieces = self._cut(share.cuts)
-            kept = share.plan.kept
-            calls = {
-                name: partial(piece.run, root, i in kept, offload) for i, (name, piece) in enumerate(pieces.items())
-            }
-            return function(Scope(calls, root), *inputs)
+        with share_of((self._name, *map(_shape, inputs)), _no_states) as share:
+            if share is None or not self._is_repeatable(root):
+                return self._plain(root, *inputs)
+            with self._offload(inputs) or nullcontext() as offload:
+                return self._run(root, inputs, share, offload)
+
+    def _run(self, root: Any, inputs: Sequence[Any], share: ChainShare, offload: Offload | None) -> Any:
+        if share.plan is None:
+            outputs = self._whole.run_recomputed(root, inputs, share.costs, offload)
+            if share.costs:
+                share.segment = self._measured.cost
+            return outputs
+        function, pieces = self._cut(share.cuts)
+        calls = {name: partial(piece.run, root, share, i, offload) for i, (name, piece) in enumerate(pieces.items())}
+        return function(Scope(calls, root), *inputs)
 
     def _offload(self, inputs: Sequence[Any]) -> Offload | None:
         """Return what moves the inputs of this call's pieces; the caller may hold those that autograd did not make."""
@@ -117,9 +127,16 @@ class _Piece:
         self._steps: dict[tuple[int, int], StepFunction] = {}
         self._cache: ChainCache = {}
 
-    def run(self, root: Any, keep: bool, offload: Offload | None, *inputs: Any) -> Any:
-        """Run the piece, and keep its activations if ``keep``, else its inputs."""
-        return self.function(root, *inputs) if keep else self.run_recomputed(root, inputs, None, offload)
+    def run(self, root: Any, share: ChainShare, number: int, offload: Offload | None, *inputs: Any) -> Any:
+        """Run the piece with this number, and keep its activations or its inputs, as the segment's plan says."""
+        keeps = share.plan is not None and number in share.plan.kept
+        if share.mark is not None:
+            share.mark(number, Phase.RUN)
+        outputs = self.function(root, *inputs) if keeps else self.run_recomputed(root, inputs, None, offload)
+        if share.mark is not None:
+            share.mark(number, Phase.DONE)
+            mark_gradients(share.mark, number, [t for t in tree_iter(outputs) if isinstance(t, Tensor)][:1])
+        return outputs
 
     def run_recomputed(
         self, root: Any, inputs: Sequence[Any], costs: list[StepCost] | None, offload: Offload | None
@@ -198,7 +215,7 @@ class _MeasuredNodes(_Nodes):
         self._step.begin_group()
         value = super().run_node(n)
         changed = frozenset(key for key, version in self._versions(n).items() if before[key] != version)
-        found = self._step.hold(leaf for leaf in tree_iter(value) if isinstance(leaf, Tensor))
+        found = self._step.sizes(tree_iter(value))
         if n.op == "placeholder":
             found = found if any(t.requires_grad for t in tree_iter(value) if isinstance(t, Tensor)) else {}
         if n.op in ("placeholder", "get_attr", "output"):
@@ -217,7 +234,11 @@ class _MeasuredNodes(_Nodes):
     def _versions(self, n: Node) -> dict[int, int]:
         values = [self.env[source] for source in n.all_input_nodes]
         tensors = [leaf for leaf in tree_iter(values) if isinstance(leaf, Tensor) and not leaf.is_inference()]
-        return {key: tensor._version for tensor in tensors for key in storages_by_address(tensor)}
+        return {key: tensor._version for tensor in tensors for key in self._step.keys.sizes([tensor])}
+
+
+def _no_states() -> None:
+    """Return that a segment keeps the inputs of its pieces in any case."""
 
 
 def _targets(body: Graph) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -14,10 +14,12 @@ from mfx import compat
 from mfx.engine import ChainCache, ChainSettings, StepFunction, Stream, run_chain, states_by_end, streams_of
 from mfx.options.gamma import Gamma
 from mfx.program.codegen import BackendCompiler, GraphCompiler, to_function
-from mfx.program.memory_plans import ChainShare, NetPlans, share_of
+from mfx.program.memory_plans import ChainShare, NetPlans, is_planning, share_of
 from mfx.program.scope import Scope
+from mfx.program.watched_step import WatchedStep
 from mfx.text import described
 from mfx_passes import ChainGraphs, MfxError, paths
+from mfx_passes.ir import is_momentum_call
 
 
 class Momentum(nn.Module):
@@ -28,8 +30,8 @@ class Momentum(nn.Module):
     Args:
         graphs: the steps.
         settings: settings of the chain. They may be replaced at any time; calls that are under way keep theirs.
-        plans: plans under a memory budget for a chain that is called alone; None without one. Inside a net, the plans
-            of the net hold.
+        plans: plans for a chain that is called alone; None where nothing is to be planned. Inside a net, the plans of
+            the net hold.
 
     Attributes:
         owner: path of the innermost module that owns all steps.
@@ -49,6 +51,11 @@ class Momentum(nn.Module):
         self.compiler: GraphCompiler = to_function
         self._steps: dict[GraphCompiler, tuple[StepFunction, ...]] = {}
         self._cache: ChainCache = {}
+
+    @property
+    def nests(self) -> bool:
+        """True if one of its steps runs another chain."""
+        return any(is_momentum_call(node) for step in self.graphs.steps for node in step.branch.nodes)
 
     @property
     def chain(self) -> str:
@@ -132,7 +139,7 @@ class Momentum(nn.Module):
         if compat.runs_for_real():
             self.streams = tuple(streams_of(xs, self._writes))
         settings = self.settings_with(roots) if settings is None else settings
-        with self._share(xs, settings) as share:
+        with self._share(xs, settings, roots) as share:
             return self._run(xs, captures, roots, velocities, settings, compiler, share)
 
     def _run(
@@ -161,21 +168,27 @@ class Momentum(nn.Module):
             containers=self.graphs.containers,
             cache=self._cache,
             costs=None if share is None else share.costs,
+            mark=None if share is None else share.mark,
         )
         outputs = (*result.xs, *result.taps, *(value for side in result.sides for value in side))
         return outputs if len(outputs) > 1 else outputs[0]
 
     @contextmanager
-    def _share(self, xs: Sequence[Tensor], settings: ChainSettings) -> Iterator[ChainShare | None]:
+    def _share(
+        self, xs: Sequence[Tensor], settings: ChainSettings, roots: Mapping[str, Any]
+    ) -> Iterator[ChainShare | None]:
         """Yield the chain's share of the net's budget; of its own budget, if it is called alone."""
-        if self.plans is None or not all(type(size) is int for x in xs for size in x.shape):
+        is_alone = not is_planning()
+        if (is_alone and self.plans is None) or not all(type(size) is int for x in xs for size in x.shape):
             yield None
             return
         gamma, arithmetic = settings.gamma, settings.arithmetic
         call = self.chain, gamma, arithmetic, tuple((tuple(x.shape), x.dtype, x.requires_grad) for x in xs)
-        with self.plans.forward_pass(call):
-            states = states_by_end(arithmetic, gamma, streams_of(xs, self._writes), self._writes)
-            yield share_of(call, states)
+        watched = partial(WatchedStep, modules=[root for root in roots.values() if isinstance(root, nn.Module)])
+        with self.plans.forward_pass(call, watched) if is_alone and self.plans is not None else nullcontext():
+            streams = streams_of(xs, self._writes)
+            with share_of(call, partial(states_by_end, arithmetic, gamma, streams, self._writes)) as share:
+                yield share
 
     @property
     def _writes(self) -> list[tuple[int, ...]]:

@@ -164,6 +164,11 @@ class RewrittenGraph:
         (output,) = step.original.find_nodes(op="output")
         return [paths.join(self.within, enclosing_path(node)) for node in output.args[0][: len(step.writes)]]
 
+    @cached_property
+    def nests(self) -> bool:
+        """True if a step of one of its chains runs another chain."""
+        return any(call.nests for call in self.calls.values())
+
     @property
     def changes_function(self) -> bool:
         """True if one of its chains computes another function than the model."""
@@ -311,7 +316,10 @@ def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:
         offload=options.offload is not None,
         plan=ChainPlan.keep_all(len(graphs.steps)) if options.budget.share == 1.0 else None,
     )
-    return Momentum(graphs, settings, NetPlans(options.budget) if options.plans else None)
+    momentum = Momentum(graphs, settings)
+    if options.plans or (momentum.nests and options.budget.share != 1.0):
+        momentum.plans = NetPlans(options.budget)
+    return momentum
 
 
 def _selection(options: Options, captured: Captured, refused: Mapping[str, Grounds]) -> Selection:

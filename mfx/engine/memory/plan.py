@@ -17,6 +17,8 @@ class StepCost:
         input: bytes of its input.
         value: bytes of its branch's value if autograd does not save that, else 0.
         flops: of a recomputation, by torch's formulas.
+        rise: the most bytes that its forward run has alive beside those before it, if all that autograd saves stays
+            alive; None: not measured.
     """
 
     saved: int
@@ -24,6 +26,7 @@ class StepCost:
     input: int
     value: int
     flops: int
+    rise: int | None = None
 
 
 @dataclass(frozen=True)
@@ -34,24 +37,36 @@ class ChainCost:
         steps: the costs of its steps.
         states: bytes kept to walk back over the steps before the t-th, for t = 0 … T; None where inputs are kept in any
             case (γ = 0, and what lies between the chains).
+        held: see `ChainPlan`; what such a step saves outside of its chains is kept in every plan.
+        whole: see `ChainPlan`; such a step saves what its chains save, too.
     """
 
     steps: tuple[StepCost, ...]
     states: tuple[float, ...] | None
+    held: frozenset[int] = frozenset()
+    whole: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True)
 class ChainPlan:
     """The plan of one call of a chain: which steps keep their activations, and how the others are recomputed.
 
+    A step that holds chains is recomputed with them, which then rebuild their activations once more, unless it is in
+    ``held`` or ``whole``.
+
     Attributes:
         kept: numbers of the steps that keep their activations.
         from_inputs: the others keep their inputs. If False, states are walked back from the last of them to the first;
             a kept step in between keeps its branch's value, which the walk needs to pass it.
+        held: numbers of the steps that keep what autograd saves outside of the chains in them, which rebuild theirs by
+            themselves.
+        whole: numbers of the steps whose recomputation keeps all activations until their gradients are there.
     """
 
     kept: frozenset[int]
     from_inputs: bool
+    held: frozenset[int] = frozenset()
+    whole: frozenset[int] = frozenset()
 
     @classmethod
     def keep_all(cls, steps: int) -> ChainPlan:
@@ -60,9 +75,9 @@ class ChainPlan:
 
     def walked(self, steps: int) -> range:
         """Return the numbers of the steps from the first to the last recomputed one."""
-        if not self.kept:
+        if not self.kept and not self.held:
             return range(steps)
-        recomputed = [step for step in range(steps) if step not in self.kept]
+        recomputed = [step for step in range(steps) if step not in self.kept and step not in self.held]
         return range(recomputed[0], recomputed[-1] + 1) if recomputed else range(0)
 
 
@@ -83,8 +98,8 @@ class NetPlan:
     maximum: float
 
 
-def make_plan(costs: Sequence[ChainCost], *, fraction: float | None = None, limit: float = 0.0) -> NetPlan:
-    """Return the plan that keeps the steps with the most FLOPs per byte, as many as the budget allows.
+def make_plan(costs: Sequence[ChainCost], fraction: float) -> NetPlan:
+    """Return the plan that keeps the steps with the most FLOPs per byte, as many as a share of the memory allows.
 
     Steps are taken one by one, always the one that at that moment saves the most FLOPs per additional byte. The order
     does not depend on the budget, so a larger budget keeps all that a smaller one keeps. A kept step adds what autograd
@@ -94,7 +109,6 @@ def make_plan(costs: Sequence[ChainCost], *, fraction: float | None = None, limi
     Args:
         costs: of all chains of a net.
         fraction: b between 0 and 1: keep at most m₀ + b·(m₁ − m₀) bytes, where m₀ is the minimum and m₁ the maximum.
-        limit: the number of bytes, where no fraction is given. A limit below the minimum gives the minimum.
     """
     fillings = [_Filling(cost) for cost in costs]
     maximum = sum(filling.all_kept() for filling in fillings)
@@ -104,8 +118,7 @@ def make_plan(costs: Sequence[ChainCost], *, fraction: float | None = None, limi
     for number, change in _one_by_one(fillings):
         order.append(number)
         totals.append(totals[-1] + change)
-    if fraction is not None:
-        limit = minimum + fraction * max(0.0, maximum - minimum)
+    limit = minimum + fraction * max(0.0, maximum - minimum)
     slack = 1e-9 * max(map(abs, (limit, maximum, minimum)))  # rounding of the sums
     count = max((n for n, total in enumerate(totals) if total <= limit + slack), default=0)
     taken = [order[:count].count(number) for number in range(len(fillings))]
@@ -143,8 +156,13 @@ class _Filling:
         self._kept: set[int] = set()
         self._history: list[tuple[int, bool]] = []
         self._all_inputs = sum(step.input for step in steps)
-        self._sums = self._start = _Sums(0, len(steps), inputs=self._all_inputs)
-        self._sorted = sorted(range(len(steps)), key=lambda i: (_ratio(steps[i].flops, self._alone(steps[i])), i))
+        self._sums = _Sums(0, len(steps), inputs=self._all_inputs)
+        for i in sorted(cost.held):
+            self._sums = self._with(i)
+            self._kept.add(i)
+        self._start = self._sums
+        free = (i for i in range(len(steps)) if i not in cost.held)
+        self._sorted = sorted(free, key=lambda i: (_ratio(steps[i].flops, self._alone(steps[i])), i))
 
     def bytes(self) -> float:
         """Return the bytes kept now."""
@@ -179,7 +197,7 @@ class _Filling:
         """Return the chain's plan with only the first ``count`` of the kept steps."""
         kept = frozenset(i for i, _ in self._history[:count])
         from_inputs = self._history[count - 1][1] if count else self._keeps_inputs(self._start)
-        return ChainPlan(kept, from_inputs)
+        return ChainPlan(kept, from_inputs, self._cost.held, self._cost.whole)
 
     def _alone(self, step: StepCost) -> int:
         return step.saved + (0 if self._cost.states is None else step.reads + step.value)

@@ -15,7 +15,7 @@ from torch import Tensor
 from mfx.compat import is_capturing
 from mfx.engine.arithmetic.signed import UpdateGamma
 from mfx.engine.flags import verify_chain, verify_step, warn_once
-from mfx.engine.memory.measure import StepMeasure
+from mfx.engine.memory.measure import StepMeasure, StorageKeys
 from mfx.engine.recompute.checked_frame import CheckedFrame
 from mfx.engine.recompute.environment import Autocast, StepEnvironment
 from mfx.engine.recompute.frame import Frame, KeptStep
@@ -23,7 +23,7 @@ from mfx.engine.recompute.random_clock import RandomClock
 from mfx.engine.recompute.rebuilt import Handle, Rebuilt
 from mfx.engine.recompute.saved import Captures, tensors_in
 from mfx.engine.recompute.tape import StoredInput, Tape
-from mfx.engine.scope import inside_kept_step, measured_by
+from mfx.engine.scope import inside_step, measured_by
 from mfx.engine.steps import ChainCall, StepFunction, StepOutputs
 from mfx.modules.random_state import global_generators
 from mfx.text import listed
@@ -81,15 +81,19 @@ class _Recomputing:
                 "Use verify='warn'"
             )
         self.values = list(call.captures)
-        self._read: dict[int, Tensor] = {}  # while costs are measured
+        self._keys = StorageKeys()  # while costs are measured
+        self._read: set[int] = set()
         self._captures = Captures(call.captures, f"{call.name}: a tensor that its steps read beside the stream")
         self._clock = RandomClock(global_generators(device), are_global=True)
         self._autocast = Autocast(device)
 
-    def _run_kept(self, step: StepFunction, xs: Sequence[Tensor]) -> StepOutputs:
-        """Run a step that keeps its activations."""
+    def _run_kept(self, index: int, step: StepFunction, xs: Sequence[Tensor]) -> StepOutputs | None:
+        """Run a step that keeps its activations, or those outside of the chains in it; None: it is another one."""
+        keeps = index in self._call.plan.kept
+        if not keeps and index not in self._call.plan.held:
+            return None
         function = step.original if self._original else step.branch
-        with inside_kept_step():
+        with inside_step(keeps=keeps or None):
             outputs = function(self._call.root, *xs, *map(self.values.__getitem__, step.captures))
         self._clock.tick()
         return self._hand_on(step, outputs)
@@ -102,11 +106,12 @@ class _Recomputing:
         if costs is None:
             return self._hand_on(step, frame.run(xs, self.values, unpack))
         read = tensors_in(tuple(self.values[i] for i in step.captures))
-        measure = StepMeasure([*frame.tensors, *read])
+        measure = StepMeasure(self._keys, [*frame.tensors, *read])
         with measured_by(measure):
             outputs = frame.run(xs, self.values, unpack)
-        fresh = [x for x in xs if id(x) not in self._read]  # a state that several steps read is kept once
-        self._read.update((id(x), x) for x in fresh)
+        # A state that several steps read is kept once.
+        fresh = [x for x in xs if not self._read.issuperset(self._keys.sizes([x]))]
+        self._read.update(self._keys.sizes(fresh))
         costs.append(measure.cost(xs, step.split(outputs)[0], fresh, shared=self._original))
         return self._hand_on(step, outputs)
 
@@ -131,6 +136,8 @@ class _Recomputing:
             )
             warn_once("hooks", message, lock)
         function = step.original if self._original else step.branch
+        if index in call.plan.whole:
+            function = partial(_keeping, function)
         captures, writes = step.captures, len(step.writes)
         return self._make_frame(step, call.name, step.path, function, call.root, captures, writes, self._captures, env)
 
@@ -149,8 +156,8 @@ class FromInputs(_Recomputing, Runner):
     def run(  # noqa: D102
         self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]
     ) -> StepOutputs:
-        if index in self._call.plan.kept:
-            return self._run_kept(step, xs)
+        if (outputs := self._run_kept(index, step, xs)) is not None:
+            return outputs
         frame = self._frame(index, step)
         what = f"{self._call.name}: the input of step {step.path}"
         source = StoredInput(frame, xs, self._rebuilt, what, self._call.offload)
@@ -180,10 +187,14 @@ class FromTape(_Recomputing, Runner):
     def run(  # noqa: D102
         self, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]
     ) -> StepOutputs:
-        if index in self._call.plan.kept:
-            ys, sides = self._run_kept(step, xs)
+        if (outputs := self._run_kept(index, step, xs)) is not None:
             if index in self.walked:
-                self.tape.add(KeptStep(ys, f"{self._call.name}: the value of step {step.path}"), step, gammas)
-            return ys, sides
+                self.tape.add(KeptStep(outputs[0], f"{self._call.name}: the value of step {step.path}"), step, gammas)
+            return outputs
         frame = self._frame(index, step)
         return self._run_frame(frame, step, xs, self.tape.add(frame, step, gammas))
+
+
+def _keeping(function: Callable[..., tuple[Any, ...]], *args: Any) -> tuple[Any, ...]:
+    with inside_step(keeps=True):
+        return function(*args)

@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,8 +25,9 @@ from mfx.modules.kept_results import results_not_kept
 from mfx.net.views import Inputs, View
 from mfx.program.chain_call import Momentum
 from mfx.program.codegen import to_function
-from mfx.program.memory_plans import NetPlans
+from mfx.program.memory_plans import NetPlans, UnreachableError
 from mfx.program.shapes import shadow_of, undivided
+from mfx.program.watched_step import WatchedStep
 from mfx.reports.explain.rehearsal import Observer, Rehearsed, as_plain
 
 
@@ -62,11 +64,16 @@ class Estimate:
         plain: the original.
         momentum: the rewritten one.
         held: bytes alive between forward and backward only because they are part of the output, by the output's key.
+        unreachable: says why the memory budget cannot be had, if so; ``momentum`` then keeps as little as possible.
     """
 
     plain: Usage
     momentum: Usage
     held: Mapping[str, int] = field(default_factory=dict)
+    unreachable: str | None = None
+
+
+_KEY, _STEPS = "rehearsal", 10  # of the plans; more steps than any plan takes
 
 
 def estimate(view: View, args: tuple[Any, ...], kwargs: Mapping[str, Any], optional: tuple[str, ...] = ()) -> Estimate:
@@ -87,12 +94,20 @@ def estimate(view: View, args: tuple[Any, ...], kwargs: Mapping[str, Any], optio
 
 def _estimate(view: View, args: tuple[Any, ...], kwargs: Mapping[str, Any], optional: tuple[str, ...]) -> Estimate:
     plans = _plans(view.all_calls.values())
-    if plans is not None:  # the first step keeps as little as possible and measures what the budget buys
-        ViewRehearsal(view, args, kwargs, plans=plans).training_step()
-    usage, output_keys = ViewRehearsal(view, args, kwargs, plans=plans).training_step()
+    error = None
+    try:
+        for _ in range(_STEPS if plans is not None else 0):  # by which the plan is found
+            ViewRehearsal(view, args, kwargs, plans=plans).training_step()
+            if plans is None or plans.is_settled(_KEY):
+                break
+        usage, output_keys = ViewRehearsal(view, args, kwargs, plans=plans).training_step()
+    except UnreachableError as found:
+        error, plans = str(found), None  # what takes the least is what is shown
+        usage, output_keys = ViewRehearsal(view, args, kwargs).training_step()
     plain = ViewRehearsal(view, args, kwargs, settings=as_plain).training_step()[0] if view.all_calls else usage
     wanted = tuple(key for key in optional if key in output_keys)
-    return Estimate(plain, usage, ViewRehearsal(view, args, kwargs, plans=plans).held(wanted) if wanted else {})
+    held = ViewRehearsal(view, args, kwargs, plans=plans).held(wanted) if wanted else {}
+    return Estimate(plain, usage, held, error)
 
 
 def _plans(calls: Iterable[Momentum]) -> NetPlans | None:
@@ -213,7 +228,8 @@ class ViewRehearsal(Rehearsal):
     def _run(self) -> Any:
         view = self._view
         compiler = self._watched if view.recompute_between else to_function
-        forward_pass = nullcontext() if self._plans is None else self._plans.forward_pass("rehearsal")
+        watched = partial(WatchedStep, self._observer)
+        forward_pass = nullcontext() if self._plans is None else self._plans.forward_pass(_KEY, watched)
         with forward_pass, self._observer.in_call(view.recompute_between):
             return view.run(self._net, self._calls, self._inputs, compiler)
 

@@ -78,10 +78,12 @@ class Explanation:
     @property
     def advice(self) -> tuple[str, ...]:
         """Advice about chains, borders and outputs; a rejection has its own remedy."""
+        predicted = self.estimate
         return (
+            *(() if predicted is None or predicted.unreachable is None else (predicted.unreachable,)),
             *advise_on_gammas(self.chains),
             *self.borders,
-            *(() if self.estimate is None else advise_on_output(self.estimate.held)),
+            *(() if predicted is None else advise_on_output(predicted.held)),
         )
 
     @property
