@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfx import compat
 from mfx.capture.captured import CaptureError
@@ -26,6 +27,7 @@ from mfx.modules.restore import restored_if_changed, tensors_restored
 
 UNKNOWN = object()
 _RUNS = 3  # on different values, of a module that looks at them: to see if the shapes that it returns depend on these
+_MORE_RUNS = 24  # the same, if shapes inside of it depend on values: some are then often alike by chance
 _CONSTANT = (type(None), str, torch.dtype, torch.device)  # what a module returns whatever its input is
 
 
@@ -174,11 +176,14 @@ class CallValues:
             return output, _own(state)
         # It looks at data.
         with compat.untraced(), _without_effects(module) as state:
-            output, *others = (
-                self._checked_output(module, *map_aggregate((args, kwargs), _made_up)) for _ in range(_RUNS)
-            )
-        if any(_shapes(other) != _shapes(output) for other in others):
-            raise TypeError(f"the shape of what {type(module).__name__} returns depends on values")
+            output, runs, shapes = None, 0, _ShapesOfValues()
+            while runs < _RUNS or (shapes.seen and runs < _MORE_RUNS):
+                with shapes:
+                    other = self._checked_output(module, *map_aggregate((args, kwargs), _made_up))
+                output = other if output is None else output
+                if _shapes(other) != _shapes(output):
+                    raise TypeError(f"the shape of what {type(module).__name__} returns depends on values")
+                runs += 1
         with compat.untraced():
             fake = pytree.tree_map_only(Tensor, self._without_data, output)
         return fake, _own(state)
@@ -234,14 +239,28 @@ def _only_torch_draws(module: nn.Module) -> Iterator[None]:
         raise TypeError(f"{type(module).__name__} draws random numbers that are not torch's ({', '.join(others)})")
 
 
+class _ShapesOfValues(TorchDispatchMode):
+    """Notes whether an operation within this context returned a tensor whose shape depends on values."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen = self.seen or torch.Tag.dynamic_output_shape in func.tags
+        return func(*args, **(kwargs or {}))
+
+
 def _shapes(output: Any) -> list[Any]:
     return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(output)]
 
 
 def _made_up(fake: Any) -> Any:
-    """Return a tensor with values that are ordinary for its dtype: small numbers, valid indices."""
+    """Return a tensor with values that are ordinary for its dtype: small numbers, valid indices, a mask of both."""
     if not isinstance(fake, Tensor):
         return fake
+    if fake.dtype == torch.bool:
+        return torch.rand(fake.shape, device=fake.device) < 0.5
     make = torch.randn if fake.is_floating_point() or fake.is_complex() else torch.zeros
     made = make(fake.shape, dtype=fake.dtype, device=fake.device)
     return made.requires_grad_(fake.requires_grad)

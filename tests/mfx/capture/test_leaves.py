@@ -212,6 +212,47 @@ def test_random_numbers_that_are_not_torchs_make_no_leaf():
         net(torch.randn(4, 8))
 
 
+class Samples(nn.Module):
+    """Tokens drawn from those that a mask lets through, each one once: how many they are depends on values."""
+
+    def forward(self, x, mask):
+        drawn = torch.full_like(x[:, 0], float(x.detach().sum())).masked_fill(~mask, -1e30).repeat(6, 1)
+        chosen = (drawn - torch.rand_like(drawn).log().neg().log()).argmax(-1).unique()
+        return x[chosen], mask[chosen]
+
+
+class Sampled(nn.Module):
+    """As many tokens as a sampler leaves, which decide whether there is a third step."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.samples, self.fs = Samples(), nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x):
+        x, _ = self.samples(x, torch.ones(x.shape[0], dtype=torch.bool))
+        for i, f in enumerate(self.fs):
+            if i < 2 or x.shape[0] > 4:
+                x = x + f(x)
+        return x
+
+
+def test_a_module_whose_shapes_depend_on_values_is_no_leaf():
+    """It draws another number of tokens each time; made-up masks that let none through would hide that."""
+    model, x = Sampled(), torch.randn(7, 8, generator=torch.Generator().manual_seed(0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        net = mfx.momentumize(model, gamma=0.0)
+        counts = set()
+        for seed in range(8):
+            torch.manual_seed(seed)
+            expected = model(x)
+            torch.manual_seed(seed)
+            assert torch.equal(net(x), expected)
+            counts.add(len(expected))
+    assert {True, False} == {count > 4 for count in counts}
+
+
 class Scale(torch.autograd.Function):
     """With the old name of saved_tensors, an argument that is no tensor, and two outputs."""
 
