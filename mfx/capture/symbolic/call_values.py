@@ -6,6 +6,7 @@ import operator
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -178,8 +179,9 @@ class CallValues:
         with compat.untraced(), _without_effects(module) as state:
             output, runs, shapes = None, 0, _ShapesOfValues()
             while runs < _RUNS or (shapes.seen and runs < _MORE_RUNS):
+                given = map_aggregate((args, kwargs), partial(_made_up, positive=runs % 2 == 1))
                 with shapes:
-                    other = self._checked_output(module, *map_aggregate((args, kwargs), _made_up))
+                    other = self._checked_output(module, *given)
                 output = other if output is None else output
                 if _shapes(other) != _shapes(output):
                     raise TypeError(f"the shape of what {type(module).__name__} returns depends on values")
@@ -255,13 +257,17 @@ def _shapes(output: Any) -> list[Any]:
     return [leaf.shape if isinstance(leaf, Tensor) else None for leaf in pytree.tree_leaves(output)]
 
 
-def _made_up(fake: Any) -> Any:
-    """Return a tensor with values that are ordinary for its dtype: small numbers, valid indices, a mask of both."""
+def _made_up(fake: Any, *, positive: bool) -> Any:
+    """Return a tensor with values that are ordinary for its dtype: small numbers, valid indices, a mask of both.
+
+    Positive ones, as shares are, have logarithms and roots: where all is NaN, nothing depends on values.
+    """
     if not isinstance(fake, Tensor):
         return fake
     if fake.dtype == torch.bool:
         return torch.rand(fake.shape, device=fake.device) < 0.5
-    make = torch.randn if fake.is_floating_point() or fake.is_complex() else torch.zeros
+    small = torch.rand if positive else torch.randn
+    make = small if fake.is_floating_point() or fake.is_complex() else torch.zeros
     made = make(fake.shape, dtype=fake.dtype, device=fake.device)
     return made.requires_grad_(fake.requires_grad)
 

@@ -213,10 +213,19 @@ def test_random_numbers_that_are_not_torchs_make_no_leaf():
 
 
 class Samples(nn.Module):
-    """Tokens drawn from those that a mask lets through, each one once: how many they are depends on values."""
+    """Tokens drawn from those that a mask lets through, each one once: how many they are depends on values.
+
+    Args:
+        of_shares: the tokens have numbers that are positive.
+    """
+
+    def __init__(self, of_shares) -> None:
+        super().__init__()
+        self.of_shares = of_shares
 
     def forward(self, x, mask):
-        drawn = torch.full_like(x[:, 0], float(x.detach().sum())).masked_fill(~mask, -1e30).repeat(6, 1)
+        level = x.detach()[:, 0].log().sum() if self.of_shares else x.detach().sum()
+        drawn = torch.full_like(x[:, 0], float(level)).masked_fill(~mask, -1e30).repeat(6, 1)
         chosen = (drawn - torch.rand_like(drawn).log().neg().log()).argmax(-1).unique()
         return x[chosen], mask[chosen]
 
@@ -224,9 +233,9 @@ class Samples(nn.Module):
 class Sampled(nn.Module):
     """As many tokens as a sampler leaves, which decide whether there is a third step."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_shares) -> None:
         super().__init__()
-        self.samples, self.fs = Samples(), nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.samples, self.fs = Samples(of_shares), nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
 
     def forward(self, x):
         x, _ = self.samples(x, torch.ones(x.shape[0], dtype=torch.bool))
@@ -236,9 +245,10 @@ class Sampled(nn.Module):
         return x
 
 
-def test_a_module_whose_shapes_depend_on_values_is_no_leaf():
-    """It draws another number of tokens each time; made-up masks that let none through would hide that."""
-    model, x = Sampled(), torch.randn(7, 8, generator=torch.Generator().manual_seed(0))
+@pytest.mark.parametrize("of_shares", [False, True])
+def test_a_module_whose_shapes_depend_on_values_is_no_leaf(of_shares):
+    """It draws another number of tokens each time; made-up masks that let none through, and NaN, would hide that."""
+    model, x = Sampled(of_shares), torch.randn(7, 8, generator=torch.Generator().manual_seed(0)).abs()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.manual_seed(0)
