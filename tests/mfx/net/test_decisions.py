@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import random
+import sys
 import time
 import warnings
 from functools import partial
@@ -15,6 +17,9 @@ import torch
 from torch import nn
 
 import mfx
+from mfx.capture import decisions
+from mfx.modules import call_state
+from mfx.net import decided_call
 from tests.mfx.net.asserting import asserted
 from tests.models.step import assert_bit_equal, train_step
 from tests.sampling import sampled
@@ -472,3 +477,42 @@ def test_warnings_and_clocks_are_those_of_each_call(capsys):
         assert len(told[0]) == 1
     assert lengths(net) == [6]
     assert set(capsys.readouterr().out.split()) == {"True"}
+
+
+class Undecided(nn.Module):
+    """A chain, with a line in front of it."""
+
+    def __init__(self, look) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(DIM, DIM) for _ in range(2))
+        self.look = look
+
+    def forward(self, x):
+        return residual(self.blocks, self.look(x))
+
+
+def functions_called(function):
+    """The functions of the files for decisions that a call runs, by name."""
+    files = {inspect.getsourcefile(module) for module in (decided_call, decisions, call_state)}
+    called = []
+
+    def note(frame, event, arg):
+        if event == "call" and frame.f_code.co_filename in files:
+            called.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return called
+
+
+@pytest.mark.parametrize("look, called", [(torch.tanh, ["run_decided", "_found"]), (maximum, ["check_decision"])])
+def test_a_call_without_conditions_pays_for_none(look, called):
+    """Nothing is noted to be put back, and nothing is checked: a later call asks for the graph, and runs it."""
+    net = mfx.momentumize(Undecided(look))
+    x = torch.randn(3, DIM)
+    net(x)
+    found = functions_called(lambda: net(x))
+    assert found == called if look is torch.tanh else {"run_decided", "__init__", *called} <= set(found)
