@@ -179,7 +179,7 @@ class CallValues:
         with compat.untraced(), _without_effects(module) as state:
             output, runs, shapes = None, 0, _ShapesOfValues()
             while runs < _RUNS or (shapes.seen and runs < _MORE_RUNS):
-                given = map_aggregate((args, kwargs), partial(_made_up, positive=runs % 2 == 1))
+                given = map_aggregate((args, kwargs), partial(_made_up, positive=shapes.seen and runs % 2 == 1))
                 with shapes:
                     other = self._checked_output(module, *given)
                 output = other if output is None else output
