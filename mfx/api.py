@@ -64,10 +64,9 @@ def momentumize(
         memory_budget: share of the chains' activations that is kept for the backward pass; the function is the same.
             0.0 keeps none (m₀ bytes), 1.0 all (m₁ bytes, ordinary backpropagation), b in between at most
             m₀ + b·(m₁ − m₀) bytes: those of the steps that save the most FLOPs per byte. Or a number of bytes above 1,
-            such as ``"24GiB"``: from the third training step on inputs of new shapes on, the activations of a step
-            take no more at their peak, and as much of it as steps can use; from the net's call until its backward
-            pass is done, without gradients of parameters. The first two steps keep as little as they can, and are
-            measured; a third one raises an error if that is more than the budget.
+            such as ``"24GiB"``, for the peak of activations from the net's call until its backward pass is done,
+            gradients of parameters left out. It holds from the third training step on inputs of a shape on. The first
+            two keep as little as they can, and are measured; if that is more, the third raises an error.
         recompute: ``"all"``: what lies between the chains (stem, projections, head) is recomputed in the backward pass
             as well, in pieces, within the same budget; None: autograd keeps what it keeps.
         offload: ``"cpu"``: what the chains keep between forward and backward (steps' inputs at γ = 0, end states and

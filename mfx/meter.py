@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -107,6 +108,9 @@ class ActivationMeter:
         self._stack.close()
 
 
+_OPEN: WeakSet[AllocatorLedger] = WeakSet()  # which read and reset a device's only peak
+
+
 class AllocatorLedger:
     """The caching allocator's count since entering, less the gradients that have been left out.
 
@@ -167,8 +171,13 @@ class AllocatorLedger:
 
     def __enter__(self) -> AllocatorLedger:
         self._base = torch.cuda.memory_allocated(self._device) - self._left_out
-        torch.cuda.reset_peak_memory_stats(self._device)
+        others = [other for other in _OPEN if other._device == self._device]
+        if others:
+            others[0]._read_peak()
+        else:
+            torch.cuda.reset_peak_memory_stats(self._device)
         self._inside = True
+        _OPEN.add(self)
         if self._sampler is not None:
             self._sampler.__enter__()  # type: ignore[no-untyped-call]
         return self
@@ -177,14 +186,20 @@ class AllocatorLedger:
         if self._sampler is not None:
             self._sampler.__exit__(*error)  # type: ignore[no-untyped-call]
         self._read_peak()
+        _OPEN.discard(self)
         self._inside = False
 
     def _read_peak(self) -> None:
-        top = torch.cuda.max_memory_allocated(self._device) - self._base
+        """Read the device's peak for all that are open on it, and reset it."""
+        found = torch.cuda.max_memory_allocated(self._device)
+        for ledger in {self, *(other for other in _OPEN if other._device == self._device)}:
+            ledger._take(found - ledger._base)
+        torch.cuda.reset_peak_memory_stats(self._device)
+
+    def _take(self, top: int) -> None:
         self._peak = max(self._peak, top - self._left_out)
         self._top = max(self._top, top - self._left_out)
         self._peak_with_grads = max(self._peak_with_grads, top - self._before)
-        torch.cuda.reset_peak_memory_stats(self._device)
 
     def _grad_bytes(self, owner: torch.Tensor) -> int:
         return sum(-(-s.nbytes() // self._BLOCK) * self._BLOCK for s in storages([owner.grad]))

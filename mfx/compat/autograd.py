@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import graph as autograd_graph
+from torch.autograd.graph import GradientEdge
 from torch.utils.hooks import RemovableHandle
 
 NO_TASK = -1
@@ -73,7 +74,7 @@ def operations_so_far() -> int:
     return int(torch._C._autograd._get_sequence_nr())
 
 
-def bytes_made_since(number: int, roots: Iterable[Tensor]) -> tuple[int, int]:
+def bytes_made_since(number: int, roots: Iterable[Tensor | GradientEdge]) -> tuple[int, int]:
     """Return what recorded operations took that ``roots`` come from (torch 2.11 to 2.15).
 
     Nothing is unpacked: what an operation saves is told by names, sizes by what autograd notes of values. Views take
@@ -81,12 +82,12 @@ def bytes_made_since(number: int, roots: Iterable[Tensor]) -> tuple[int, int]:
 
     Args:
         number: of the first operation that counts, see `operations_so_far`.
-        roots: tensors.
+        roots: tensors, or edges of the graph.
 
     Returns:
         The bytes that the operations saved, and the most that one of them reads and gives.
     """
-    waiting = [root.grad_fn for root in roots]
+    waiting = [root.grad_fn if isinstance(root, Tensor) else root.node for root in roots]
     saved: dict[Any, int] = {}
     seen, passing = set(), 0
     while waiting:
@@ -102,7 +103,7 @@ def bytes_made_since(number: int, roots: Iterable[Tensor]) -> tuple[int, int]:
             if name.startswith("_raw_saved_"):
                 is_own = name.removeprefix("_raw_saved_").startswith(("result", "output", "out"))
                 saved.update((other, _bytes_given(other)) for other in ([node] if is_own else inputs))
-        if hasattr(node, "saved_tensors"):  # a function written in Python: anything
+        if hasattr(type(node), "saved_tensors"):  # a function written in Python: anything
             saved.update((other, _bytes_given(other)) for other in (node, *inputs))
     return sum(saved.values()), passing
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,6 +20,11 @@ def version_reader(tables: Sequence[Any]) -> Callable[[], object]:
     return lambda: [*map(read, tables)]
 
 
+class _Thing:
+    def __init__(self) -> None:
+        self.value: object = 0
+
+
 def _find() -> Callable[[dict[Any, Any]], int] | None:
     """Return the function of TorchDynamo's guards that reads a version, if it tells writes apart (torch 2.11 to 2.15).
 
@@ -30,7 +34,7 @@ def _find() -> Callable[[dict[Any, Any]], int] | None:
     read: Callable[[dict[Any, Any]], int] | None = getattr(guards, "dict_version", None)
     if read is None:
         return None
-    thing = SimpleNamespace(value=0)
+    thing = _Thing()
     table, writes = thing.__dict__, (thing.__setattr__, thing.__dict__.__setitem__)
     seen = {read(table)}
     for number in range(1, 64):  # Python compiles what runs often in another way

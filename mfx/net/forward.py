@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
+from operator import attrgetter
 from types import CodeType
 from typing import Any
 
@@ -15,7 +16,6 @@ import torch
 from torch import fx, nn
 
 from mfx.capture.captured import CaptureError, signature_of
-from mfx.capture.decisions import Decision
 from mfx.compiler.call_site import CallSite, register
 from mfx.modules.overlay import Mark, Overlay, remove_overlay, submodule_overlays
 from mfx.modules.state_lock import StateLock
@@ -38,6 +38,8 @@ from mfx.program.rewritten import RewrittenGraph
 from mfx.program.watched_step import WatchedStep
 from mfx.text import count, listed, without_chains
 from mfx_passes import MfxError
+
+_requires_grad = attrgetter("requires_grad")
 
 
 class NetForward(Overlay):
@@ -145,7 +147,7 @@ class NetForward(Overlay):
         is_asked_for = self.options.capture != "auto" or self.options.layers
         if is_asked_for and self.options.may_change_function:
             raise error  # at γ = 0 whatever runs is the model
-        with self._forward_pass(args, kwargs, plans=self.options.plans):
+        with self._forward_pass(args, kwargs, None, plans=self.options.plans):
             return self._run_per_module(error, args, kwargs)
 
     def _run_graph(
@@ -155,21 +157,23 @@ class NetForward(Overlay):
             self._show(graph)
         self._mention_losses(graph)
         plans = self.options.plans or (graph.nests and self.options.budget.share != 1.0)
-        with self._forward_pass(args, kwargs, graph.decisions, plans=plans):
+        with self._forward_pass(args, kwargs, graph, plans=plans):
             if graph.calls or graph.decisions:
                 return graph(self.net, args, kwargs, compiler)
             self._has_no_chain()
             return self.run_class_forward(args, kwargs, Way.AS_WRITTEN)
 
     def _forward_pass(
-        self, args: Any, kwargs: Any, path: Sequence[Decision] = (), *, plans: bool
+        self, args: Any, kwargs: Any, graph: RewrittenGraph | None, *, plans: bool
     ) -> AbstractContextManager[None]:
         """Return a context for one forward pass, in which the chains share a plan, if they do."""
         if not plans:
             return nullcontext()
         key = call_key((args, kwargs), training=self.net.training)
-        watched = partial(WatchedStep, modules=[self.net])
-        return self.plans.forward_pass(key and (key, *(decision.value for decision in path)), watched)
+        path = () if graph is None else tuple(decision.value for decision in graph.decisions)
+        # A bound holds for what was measured: frozen parameters, or a graph with other modules, are another step.
+        bound = () if self.plans.budget.share is not None else (id(graph), *map(_requires_grad, self.net.parameters()))
+        return self.plans.forward_pass(key and (key, path, bound), partial(WatchedStep, modules=[self.net]))
 
     def run_class_forward(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], way: Way) -> Any:
         """Run the forward of the net's class, and its submodules in this way."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,6 +25,7 @@ from mfx.program.watched_step import WatchedStep
 from mfx.text import size
 from mfx_passes import MfxError
 
+_IDLE = 8
 _KEPT = 256  # kinds of calls; what is kept of one is a few numbers per step
 
 
@@ -133,7 +135,8 @@ class _KindOfCall:
         self.plans: Sequence[ChainPlan] | None = None
         self.is_settled = budget.share is not None
         self.error: UnreachableError | None = None
-        self._least: int | None = None  # the peak where chains keep as little as possible
+        self.idle = 0  # steps in a row that were watched, or might have been, without a backward pass
+        self._least = self._least_seen = 0  # the peak where chains keep as little as possible
         self._search: PeakSearch | None = None
 
     def learn(self, measured: _Measured) -> None:
@@ -146,25 +149,33 @@ class _KindOfCall:
         """Take in the laps of a step that was run by ``plans``."""
         assert self.measured is not None, "costs are measured in the forward pass"
         if self._search is None:
-            self._least = top_of(laps)
+            self._least, self._least_seen = top_of(laps), top_of(laps, seen=True)
             self._search = PeakSearch(self.measured.costs, self._budget.size)
             self.plans = self._search.plans
-            return
-        if self.is_settled or self._least is None:
-            return
-        is_second, top = self._search.is_new, top_of(laps)
-        self._search.observe(laps)
-        self.plans, self.is_settled = self._search.plans, self._search.settled
-        if is_second and top > self._budget.size:
-            # Only what runs chains in chains three times takes less, if anything.
-            self.plans = None
-            if min(self._least, top) > self._budget.size:
-                self.error = self._unreachable(min(self._least, top))
+        elif not self.is_settled:
+            is_second, limit = self._search.is_new, self._budget.size
+            self._search.observe(laps)
+            self.plans, self.is_settled = self._search.plans, self._search.settled
+            if is_second and top_of(laps) > limit:
+                # Only what runs chains in chains three times takes less, if anything.
+                self.plans = None
+                self._say_what_is_above(min(self._least, top_of(laps)), min(self._least_seen, top_of(laps, seen=True)))
+
+    def _say_what_is_above(self, least: int, seen: int) -> None:
+        if seen > self._budget.size:
+            self.error = self._unreachable(seen)
+        elif least > self._budget.size:
+            warnings.warn(
+                f"mfx: memory_budget={self._budget}: with what lies between the net's call and the backward pass, "
+                "which is not seen but reckoned from autograd's graph, a training step takes "
+                f"{least} bytes ({size(least)}). The net keeps as little as it can.",
+                stacklevel=2,
+            )
 
     def _unreachable(self, least: int) -> UnreachableError:
         return UnreachableError(
             f"memory_budget={self._budget}: a training step of this net on such inputs cannot do with less than "
-            f"{least} bytes ({size(least)}) of activations at the peak, as two steps have shown. Use a smaller batch; "
+            f"{least} bytes ({size(least)}) of activations at the peak, as its first steps show. Use a smaller batch; "
             "recompute='all', which runs what lies between the chains again, too; gamma=0.9, by which long chains keep "
             "no inputs; offload='cpu'; or a larger budget."
         )
@@ -222,8 +233,11 @@ class NetPlans:
                 raise UnreachableError(*kind.error.args)
             self._plans[key] = kind.plans
             if self._watched is not None:
-                self._watched.finish()
-            step = self._watched = None if kind.is_settled else watched()
+                kind.idle = 0 if self._watched.finish() else kind.idle + 1
+            # Calls without a backward pass, as in a validation with gradients, are seldom watched.
+            is_watched = not kind.is_settled and (kind.idle < _IDLE or kind.idle % _IDLE == 0)
+            kind.idle += not is_watched
+            step = self._watched = watched() if is_watched else None
         this = _current.forward_pass = _ForwardPass(kind.measured, self._plans.get(key), step)
         try:
             with nullcontext() if step is None else step.forward_pass(kind.observe):

@@ -24,6 +24,8 @@ class FlopCounter(TorchDispatchMode):
         flops: operations so far, a multiplication and an addition counted as two.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.flops = 0
@@ -50,8 +52,10 @@ def _formulas() -> Mapping[Any, _Formula]:
         return int(flop_counter.sdpa_backward_flop_count(g, q, k, v))
 
     aten, of_shapes = torch.ops.aten, flop_counter.shape_wrapper
-    on_a_cpu: dict[Any, _Formula] = {  # torch (2.11 to 2.15) has no formulas for these
-        aten._scaled_dot_product_flash_attention_for_cpu: of_shapes(attention),  # type: ignore[no-untyped-call]
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: of_shapes(attention_backward),  # type: ignore[no-untyped-call]
-    }
-    return {**on_a_cpu, **flop_counter.flop_registry}
+    formulas = dict(flop_counter.flop_registry)
+    for kernel in ("flash_attention_for_cpu", "fused_attention_overrideable", "attention_math_for_mps"):
+        # torch (2.11 to 2.15) has no formulas for these
+        for name, formula in ((kernel, attention), (f"{kernel}_backward", attention_backward)):
+            if (operation := getattr(aten, f"_scaled_dot_product_{name}", None)) is not None:
+                formulas.setdefault(operation, of_shapes(formula))  # type: ignore[no-untyped-call]
+    return formulas

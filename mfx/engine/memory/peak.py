@@ -28,6 +28,7 @@ class Lap:
         phase: of the step.
         start: the bytes alive at the mark.
         top: the most bytes alive at once.
+        guessed: those of them that were not seen.
     """
 
     chain: int
@@ -35,6 +36,7 @@ class Lap:
     phase: Phase
     start: int
     top: int
+    guessed: int = 0
 
 
 class PeakSearch:
@@ -80,9 +82,9 @@ class PeakSearch:
         )
 
 
-def top_of(laps: Sequence[Lap]) -> int:
-    """Return the peak of a step."""
-    return max((lap.top for lap in laps), default=0)
+def top_of(laps: Sequence[Lap], *, seen: bool = False) -> int:
+    """Return the peak of a step; of what was ``seen``, if that is asked for."""
+    return max((lap.top - (lap.guessed if seen else 0) for lap in laps), default=0)
 
 
 def _walks(cost: ChainCost) -> bool:

@@ -29,6 +29,7 @@ from mfx.program.memory_plans import NetPlans, UnreachableError
 from mfx.program.shapes import shadow_of, undivided
 from mfx.program.watched_step import WatchedStep
 from mfx.reports.explain.rehearsal import Observer, Rehearsed, as_plain
+from mfx.reports.training_state import TrainingState, training_state
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,9 @@ class Usage:
     recomputed: Mapping[str, int]
 
 
+_NO_ROOM = TrainingState(0, 0, 0)
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A training step with ordinary backpropagation through the original model, and as mfx runs it.
@@ -64,6 +68,7 @@ class Estimate:
         plain: the original.
         momentum: the rewritten one.
         held: bytes alive between forward and backward only because they are part of the output, by the output's key.
+        room: bytes that a training step with Adam takes beside activations.
         unreachable: says why the memory budget cannot be had, if so; ``momentum`` then keeps as little as possible.
     """
 
@@ -71,6 +76,7 @@ class Estimate:
     momentum: Usage
     held: Mapping[str, int] = field(default_factory=dict)
     unreachable: str | None = None
+    room: TrainingState = _NO_ROOM
 
 
 _KEY, _STEPS = "rehearsal", 10  # of the plans; more steps than any plan takes
@@ -107,7 +113,8 @@ def _estimate(view: View, args: tuple[Any, ...], kwargs: Mapping[str, Any], opti
     plain = ViewRehearsal(view, args, kwargs, settings=as_plain).training_step()[0] if view.all_calls else usage
     wanted = tuple(key for key in optional if key in output_keys)
     held = ViewRehearsal(view, args, kwargs, plans=plans).held(wanted) if wanted else {}
-    return Estimate(plain, usage, held, error)
+    room = training_state(view.module, optimizer=None, shards=1, blocks=())
+    return Estimate(plain, usage, held, error, room)
 
 
 def _plans(calls: Iterable[Momentum]) -> NetPlans | None:

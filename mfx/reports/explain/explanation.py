@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -130,8 +131,9 @@ class Explanation:
             each with ``node``, ``path``, ``source`` and ``reason``; ``flat``;
             ``leaves``: reasons by path; ``conditions``; ``breaks``; ``borders``;
             ``totals``: ``plain`` and ``momentum``, each with ``kept``, ``peak`` (the output held) and ``peak_of_loss``
-            (only the loss held) in bytes, and ``flops``; ``held``: bytes by key of the output; ``advice``;
-            ``unpredicted``. ``storage``, ``memory`` and ``totals`` are None where unknown.
+            (only the loss held) in bytes, and ``flops``; ``room``: bytes of ``parameters`` (with buffers),
+            ``gradients``, and of the state of Adam as ``optimizer``; ``held``: bytes by key of the output; ``advice``;
+            ``unpredicted``. ``storage``, ``memory``, ``totals`` and ``room`` are None where unknown.
         """
         return {
             "model": self.model,
@@ -148,6 +150,7 @@ class Explanation:
             "breaks": list(self.breaks),
             "borders": list(self.borders),
             "totals": self._totals(),
+            "room": None if self.estimate is None else dataclasses.asdict(self.estimate.room),
             "held": {} if self.estimate is None else dict(self.estimate.held),
             "advice": list(self.advice),
             "unpredicted": self.unpredicted,

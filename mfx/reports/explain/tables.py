@@ -144,6 +144,9 @@ def memory_table(chains: Sequence[ExplainedChain], estimate: Estimate | None) ->
     rows.append(_bytes("peak, the output held", plain.peak, momentum.peak, ""))
     if (plain.peak_of_loss, momentum.peak_of_loss) != (plain.peak, momentum.peak):
         rows.append(_bytes("peak, only the loss held", plain.peak_of_loss, momentum.peak_of_loss, ""))
+    room = round(estimate.room.total)
+    rows.append(_bytes("parameters, gradients, Adam's state", room, room, ""))
+    rows.append(_bytes("all of that, at the peak", plain.peak + room, momentum.peak + room, ""))
     return Table(_MEMORY, rows, numbers=4)
 
 

@@ -15,8 +15,8 @@ from mfx.progress import waiting_for
 from mfx.reports.plan.result import Plan, PlannedWay
 from mfx.reports.plan.roofline import chip_of
 from mfx.reports.plan.search import largest
-from mfx.reports.plan.training_state import training_state
 from mfx.reports.plan.usages import OFFLOADED, ZERO, Sizes, Usages
+from mfx.reports.training_state import training_state
 from mfx.text import described
 from mfx_passes import MfxError
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mfx.reports.figure_file import check_figure_file, save_figure
 from mfx.reports.markup import element, joined
-from mfx.reports.plan.training_state import TrainingState
 from mfx.reports.table import Table
+from mfx.reports.training_state import TrainingState
 from mfx.text import size
 from mfx_passes import MfxError
 

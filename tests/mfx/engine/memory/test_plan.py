@@ -12,6 +12,7 @@ from torch import nn
 
 import mfx
 from mfx.engine import StepFunction
+from mfx.engine.memory.flops import _formulas
 from mfx.engine.memory.plan import ChainCost, ChainPlan, StepCost, make_plan
 from mfx_passes import MfxError
 from tests.mfx.engine.chains import block, error, gradients, make_root, make_steps, run, weights_like
@@ -191,6 +192,17 @@ def test_costs_are_what_autograd_keeps(layout, gamma):
         linear.pop()  # nothing is saved after it, and its value is not needed
     assert {cost.flops for cost in costs} == {sum(2 * 8 * m.in_features * m.out_features for m in linear)}
     assert {cost.input for cost in costs} == {unit}
+
+
+def test_every_kernel_of_attention_counts():
+    names = torch._C._dispatch_get_all_op_names()
+    kernels = {name for name in names if name.startswith("aten::_scaled_dot_product_") and "." not in name}
+    kernels.discard("aten::_scaled_dot_product_attention_math")  # of other operations
+    q = torch.empty(2, 3, 5, 8, device="meta")
+    for name in kernels:
+        formula = _formulas()[getattr(torch.ops.aten, name.removeprefix("aten::"))]
+        if not name.endswith("_backward"):
+            assert formula(q, q, q, out_val=(q,)) == 2 * 2 * (2 * 3 * 5 * 5 * 8)
 
 
 def test_attention_counts_on_a_cpu():

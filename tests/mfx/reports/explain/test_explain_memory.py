@@ -16,6 +16,7 @@ from transformers import BertConfig, BertModel, GPT2Config, GPT2LMHeadModel
 import mfx
 from examples.benchmarks.nets import unet
 from mfx.reports.explain.tables import memory_table
+from mfx.text import size
 from tests.mfx.models import ConvNet, Stack, images, inputs
 from tests.mfx.net.test_submodules import Branching
 
@@ -358,3 +359,21 @@ def test_what_fails_without_values_is_said_once(caplog):
     assert explanation.unpredicted.startswith("RuntimeError: ")
     assert f"memory could not be predicted: {explanation.unpredicted}"[:60] in str(explanation)
     assert not caplog.records
+
+
+def test_what_else_needs_room_is_added_up():
+    model, args, _ = narrow_resnet()
+    model.fc.requires_grad_(False)
+    explanation = mfx.explain(mfx.momentumize(model), *args)
+    trained = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad)
+    frozen = sum(t.numel() * t.element_size() for t in (*model.fc.parameters(), *model.buffers()))
+    assert explanation.to_dict()["room"] == {
+        "parameters": trained + frozen,
+        "gradients": trained,
+        "optimizer": 2 * trained,
+        "gathered": 0,
+    }
+    *_, beside, whole = memory_table(explanation.chains, explanation.estimate).rows
+    room, peak = 4 * trained + frozen, explanation.estimate.momentum.peak
+    assert beside[2] == size(room)
+    assert whole[2] == size(room + peak)

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import mfx
-from mfx.reports.plan.training_state import training_state
 from mfx.reports.plan.usages import CHECKPOINT, OFFLOADED, PLAIN, ZERO, Sizes
+from mfx.reports.training_state import training_state
 from tests.mfx.models import Stack
 from tests.mfx.reports.plan.measured import peak_of_a_step
 
