@@ -36,6 +36,7 @@ class ModuleGuard:
         children: its submodules, in order.
         training: its training flag.
         plain: its attributes that are numbers, strings and the like.
+        inherited: such attributes of its class that it has none of its own for, but may be given.
         missing: names of its parameters and buffers that are None.
         forward: the forward that the instance has in front of its class's; not guarded for the net itself.
     """
@@ -45,6 +46,7 @@ class ModuleGuard:
     children: tuple[tuple[str, nn.Module | None], ...]
     training: bool
     plain: tuple[tuple[str, Any], ...]
+    inherited: tuple[tuple[str, Any], ...]
     missing: list[str]
     forward: Any
 
@@ -59,6 +61,7 @@ class ModuleGuard:
             _children(module),
             module.training,
             kept,
+            tuple(_inherited(module, assigned)),
             _missing(module),
             _ABSENT if is_net else _forward(module),
         )
@@ -78,6 +81,9 @@ class ModuleGuard:
             value = own.get(name, _ABSENT)
             is_it = type(snapshot) is tuple and snapshot[1] is value  # most often: a number or string, as it was
             if not is_it and _snapshot(value) != snapshot:
+                return False
+        for name, snapshot in self.inherited:
+            if _snapshot(own[name] if name in own else getattr(self.kind, name, _ABSENT)) != snapshot:
                 return False
         if (own["_parameters"] or own["_buffers"]) and _missing(module) != self.missing:
             return False
@@ -295,6 +301,15 @@ def _missing(module: nn.Module) -> list[str]:
 def _forward(module: nn.Module) -> Any:
     forward = module.__dict__.get("forward")
     return None if isinstance(forward, Overlay) and forward.is_submodule else forward
+
+
+def _inherited(module: nn.Module, assigned: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Yield the plain attributes of a module's class, torch's own classes aside, that it has none of its own for."""
+    own = module.__dict__
+    theirs = [c for c in type(module).__mro__ if c.__module__.partition(".")[0] not in ("torch", "builtins")]
+    for name in dict.fromkeys(name for c in theirs for name, value in vars(c).items() if isinstance(value, _PLAIN)):
+        if not (name.startswith("__") or name in own or name in assigned):
+            yield name, _snapshot(getattr(type(module), name))
 
 
 def _snapshot(value: Any) -> Any:

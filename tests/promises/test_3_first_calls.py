@@ -266,3 +266,35 @@ def test_after_a_first_call_that_fails_all_is_as_before(observer, capture):
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
     assert states[1:] == (torch.is_grad_enabled(), torch.is_autocast_cache_enabled())
     assert observed(net, observer) == expected
+
+
+class Defaulted(nn.Module):
+    """Reads attributes of its class, until it has one of its own."""
+
+    scale, shift = 1.0, None
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x) * self.scale
+        return x if self.shift is None else x + self.shift
+
+
+@pytest.mark.parametrize("capture", ["symbolic", "dynamo"])
+def test_attributes_of_a_class_may_be_set_on_an_object_or_on_the_class(capture, monkeypatch):
+    torch.manual_seed(0)
+    model, x = Defaulted(), torch.randn(2, 4)
+    net = mfx.momentumize(model, gamma=0.0, capture=capture)
+    assert torch.equal(net(x), model(x))
+    for name, value in (("scale", 3.0), ("shift", 0.5)):
+        setattr(model, name, value)
+        setattr(net, name, value)
+        assert torch.equal(net(x), model(x))
+        delattr(model, name)
+        delattr(net, name)
+        assert torch.equal(net(x), model(x))
+    monkeypatch.setattr(Defaulted, "scale", 2.0)
+    assert torch.equal(net(x), model(x))

@@ -99,7 +99,7 @@ CASES = {
     "ViT": (vit, {}),
     "ViT, budget": (vit, ALL),
     "ViT, half": (vit, {"memory_budget": 0.5, "verify": "off"}),
-    "ResNet, bytes, float": (narrow_resnet, {"memory_budget": "300KiB", **FLOAT}),
+    "ResNet, bytes, float": (narrow_resnet, {"memory_budget": "750KiB", **FLOAT}),
     "ViT, all that lies between": (vit, {"memory_budget": 0.25, "recompute": "all"}),
     "U-Net, added skips": (nested, {}),
     "U-Net, added skips, all that lies between": (nested, {"recompute": "all"}),
@@ -121,10 +121,10 @@ def main_result(output):
     return output["loss"] if output.get("loss") is not None else next(iter(output.values()))
 
 
-def measured(net, args, kwargs):
-    """Bytes kept, and the peaks with the output held and with the loss alone, of training steps after the first two."""
+def measured(net, args, kwargs, before=1):
+    """Bytes kept, and the peaks with the output held and with the loss alone, of training steps behind some others."""
     peaks = []
-    for is_held in (False, True, False):
+    for is_held in (*[False] * before, True, False):
         net.zero_grad()
         with mfx.ActivationMeter(net.parameters()) as meter:
             output = net(*args, **kwargs)
@@ -134,14 +134,14 @@ def measured(net, args, kwargs):
                 del output
             result.backward(torch.ones_like(result))
         peaks.append(meter.peak)
-    return kept, *peaks[1:]
+    return kept, *peaks[before:]
 
 
-def check(explanation, model, net, args, kwargs):
+def check(explanation, model, net, args, kwargs, before=1):
     plain, momentum = explanation.estimate.plain, explanation.estimate.momentum
     assert (plain.kept, plain.peak, plain.peak_of_loss) == measured(model, args, kwargs)
     checksums = CHECKSUM * sum(len(chain.steps) for chain in explanation.chains)
-    kept, peak, peak_of_loss = measured(net, args, kwargs)
+    kept, peak, peak_of_loss = measured(net, args, kwargs, before)
     assert 0 <= kept - momentum.kept <= checksums < 0.05 * kept
     assert 0 <= peak - momentum.peak <= checksums
     assert 0 <= peak_of_loss - momentum.peak_of_loss <= checksums
@@ -152,7 +152,8 @@ def test_memory_is_what_is_measured(build, options):
     torch.manual_seed(0)
     model, args, kwargs = build()
     net = mfx.momentumize(model, **options)
-    check(mfx.explain(net, *args, **kwargs), model, net, args, kwargs)
+    before = 7 if isinstance(options.get("memory_budget"), str) else 1  # the plan of a number of bytes grows
+    check(mfx.explain(net, *args, **kwargs), model, net, args, kwargs, before)
 
 
 @pytest.fixture(scope="module")
