@@ -83,7 +83,8 @@ class ModuleGuard:
             if not is_it and _snapshot(value) != snapshot:
                 return False
         for name, snapshot in self.inherited:
-            if _snapshot(own[name] if name in own else getattr(self.kind, name, _ABSENT)) != snapshot:
+            value = own[name] if name in own else getattr(self.kind, name, _ABSENT)
+            if value is not snapshot[1] and _snapshot(value) != snapshot:
                 return False
         if (own["_parameters"] or own["_buffers"]) and _missing(module) != self.missing:
             return False
@@ -305,11 +306,11 @@ def _forward(module: nn.Module) -> Any:
 
 def _inherited(module: nn.Module, assigned: Collection[str]) -> Iterator[tuple[str, Any]]:
     """Yield the plain attributes of a module's class, torch's own classes aside, that it has none of its own for."""
-    own = module.__dict__
     theirs = [c for c in type(module).__mro__ if c.__module__.partition(".")[0] not in ("torch", "builtins")]
-    for name in dict.fromkeys(name for c in theirs for name, value in vars(c).items() if isinstance(value, _PLAIN)):
-        if not (name.startswith("__") or name in own or name in assigned):
-            yield name, _snapshot(getattr(type(module), name))
+    for name in dict.fromkeys(name for c in theirs for name in vars(c)):
+        value = getattr(type(module), name, None)
+        if isinstance(value, _PLAIN) and not (name.startswith("__") or name in module.__dict__ or name in assigned):
+            yield name, (type(value), value)
 
 
 def _snapshot(value: Any) -> Any:

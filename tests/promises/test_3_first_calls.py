@@ -268,10 +268,15 @@ def test_after_a_first_call_that_fails_all_is_as_before(observer, capture):
     assert observed(net, observer) == expected
 
 
-class Defaulted(nn.Module):
+class Sized(nn.Module):
+    size = 4
+
+
+class Defaulted(Sized):
     """Reads attributes of its class, until it has one of its own."""
 
     scale, shift = 1.0, None
+    size = property(lambda self: 4)
 
     def __init__(self):
         super().__init__()
