@@ -22,23 +22,22 @@ _BEHIND = 28  # and behind them: a gap, and spare Gaussians in two precisions
 
 def sign_of_torch() -> Hashable:
     """Return what changes when the CPU's default generator is drawn from or seeded; None if that is not found."""
-    return None if (read := _memory_of_torch()) is None else (read[0](), read[1]())
+    return None if _MEMORY_OF_TORCH is None else tuple(read() for read in _MEMORY_OF_TORCH)
 
 
-@cache
 def _memory_of_torch() -> tuple[Callable[[], bytes], Callable[[], bytes]] | None:
     """Return functions that read what changes, where torch 2.11 to 2.15 have it.
 
     The place is found in another generator, by its seed.
     """
-    other: Any = torch.Generator()
+    other: Any = torch.Generator("cpu")
     default: Any = torch.default_generator
     seed = 0x1E3779B97F4A7C15
     other.manual_seed(seed)
     place = ctypes.string_at(other._cdata, 256).find(seed.to_bytes(8, sys.byteorder))
     if place < 0:
         return None
-    torch.randint(2, (7,), generator=other)
+    torch.randint(2, (7,), generator=other, device="cpu")
     state = other.get_state().view(torch.int64)[3 : 3 + _WORDS].tolist()  # each word in 8 bytes
     words = (ctypes.c_uint32 * _WORDS).from_address(other._cdata + place + _BEFORE)
     if [*words] != state:
@@ -88,3 +87,6 @@ def _memory_of_numpy(bits: Any) -> tuple[Callable[[], bytes], Callable[[], bytes
 
 def _reader(address: int, size: int) -> Callable[[], bytes]:
     return memoryview((ctypes.c_char * size).from_address(address)).cast("B").tobytes
+
+
+_MEMORY_OF_TORCH = _memory_of_torch()  # now, while nobody observes
