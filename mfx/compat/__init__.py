@@ -91,6 +91,7 @@ from mfx.compat.modes import (
     modes_left,
     modes_observed,
     under_transform,
+    without_function_modes,
     without_modes,
     written_arguments,
 )
@@ -197,6 +198,7 @@ __all__ = [
     "weights_cached",
     "when_task_ends",
     "without_closed_observers",
+    "without_function_modes",
     "without_global_hooks",
     "without_modes",
     "written_arguments",

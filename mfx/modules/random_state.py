@@ -45,12 +45,13 @@ class Generator:
     def state(self, before: RandomState | None = None) -> RandomState:
         """Return the present state; ``before`` itself, if it is still the present one."""
         sign = self.sign()
-        is_signed = before is not None and None not in (sign, before.sign)
-        if before is not None and is_signed and sign == before.sign:
+        if before is not None and sign is not None and sign == before.sign:
             return before
-        value = self.read()
-        if before is not None and not is_signed and _same(value, before.value):  # other signs are of other states
-            return before
+        # Unseen, so that observers see as much in every call.
+        with compat.unprofiled(), compat.without_modes(), compat.without_function_modes():
+            value = self.read()
+            if before is not None and _same(value, before.value):
+                return before
         return RandomState(sign if self.is_told(value) else None, value)
 
 
