@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import Any
@@ -46,19 +46,26 @@ def untraced() -> Iterator[None]:
         yield
 
 
-def autowrap_in_this_thread(type_seen: type) -> AbstractContextManager[None]:
+def autowrap_in_this_thread(
+    type_seen: type, replaced: Mapping[Callable[..., Any], Callable[..., Any]]
+) -> AbstractContextManager[None]:
     """Have a tracer wrap functions for this thread's calls only: a call of a module elsewhere changes no namespace.
 
     Read in torch 2.11 to 2.15.
 
     Args:
         type_seen: what the namespaces of the model's code have for the builtin ``type`` in the meantime.
+        replaced: functions, with what these namespaces have in their place.
     """
     module = _symbolic_trace
     original = module._autowrap_check
+    others = {id(function): other for function, other in replaced.items()}
 
     def check(patcher: Any, namespace: dict[str, Any], function_ids: set[int]) -> None:
+        is_new = id(namespace) not in patcher.visited
         original(patcher, namespace, function_ids)
+        for name in [name for name, value in namespace.items() if id(value) in others] if is_new and others else ():
+            patcher.patch(namespace, name, others[id(namespace[name])])
         if "type" not in namespace and str(namespace.get("__name__")).partition(".")[0] not in ("torch", "mfx"):
             patcher.patch(namespace, "type", type_seen)
 

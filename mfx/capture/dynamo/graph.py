@@ -11,6 +11,7 @@ from torch import fx, nn
 from torch.fx import Graph, Node
 
 from mfx.capture.dynamo.mode_regions import fold_modes
+from mfx.capture.dynamo.packing import name_packing
 from mfx.capture.dynamo.sizes import read_sizes_off_inputs
 from mfx.compat.dynamo import CHECKPOINT, with_plain_sizes
 
@@ -23,8 +24,8 @@ def tidy(
     """Put a graph that Dynamo captured into the form that a symbolic trace has, in place.
 
     Parameters and buffers are read by their path in the model instead of being inputs; checkpointed functions are
-    inlined; what runs in a grad, autocast or `torch.func` mode of its own becomes one call; nodes have the paths
-    of their modules.
+    inlined; what runs in a grad, autocast or `torch.func` mode of its own becomes one call; packing is told from other
+    reshapes; nodes have the paths of their modules.
 
     Args:
         module: the captured graph.
@@ -37,6 +38,7 @@ def tidy(
     _inline_checkpoints(module)
     _bind_objects(module)
     read_sizes_off_inputs(module.graph)
+    name_packing(module.graph)
     for node in module.graph.nodes:
         _describe(node, path_of)
     modules = dict(_gather_modules(module))

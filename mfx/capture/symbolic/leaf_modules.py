@@ -20,7 +20,7 @@ LOOKED_INTO = (
 )
 # Functions of torch that do not take symbolic values by themselves: dtypes, sizes.
 TORCH_FUNCTIONS = (torch.finfo, torch.iinfo, torch.zeros, torch.ones, torch.empty, torch.full)
-_EINOPS_FUNCTIONS = ("rearrange", "reduce", "repeat", "einsum", "pack", "unpack", "asnumpy", "parse_shape")
+_EINOPS_FUNCTIONS = ("rearrange", "reduce", "repeat", "einsum", "asnumpy", "parse_shape")
 
 
 def einops_functions() -> tuple[Callable[..., Any], ...]:

@@ -29,6 +29,7 @@ from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.leftovers import Leftovers
 from mfx.capture.symbolic.lengths import known_length
 from mfx.capture.symbolic.outputs import Outputs
+from mfx.capture.symbolic.packing import packing_functions
 from mfx.capture.symbolic.proxies import Value
 from mfx.capture.symbolic.recorded import is_made_of_fields, last_node, nodes_after, to_nodes
 from mfx.capture.symbolic.refusals import DECISION, OutputError, Refusals, UntraceableError, WrongGuessError
@@ -104,9 +105,9 @@ class SymbolicTracer(fx.Tracer):
         if self.values is not None:
             self.values.constants = self.constants
         self._modes = EnteredModes(self.refusals)
-        watched = self._modes.watched(), self.outputs.recorded(), compat.autowrap_in_this_thread(type_of_value)
+        watched, wrapped = self._modes.watched(), compat.autowrap_in_this_thread(type_of_value, packing_functions())
         try:
-            with watched[0], watched[1], watched[2], functions_are_nodes():
+            with watched, self.outputs.recorded(), wrapped, functions_are_nodes():
                 graph = super().trace(root, concrete_args)
             if self.values is not None:
                 self.values.find(graph)

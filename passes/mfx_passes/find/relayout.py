@@ -164,7 +164,7 @@ def _undo(node: Node, before: Node, value: Node, writer: _Writer, index: GraphIn
     kind: Any = index.layout(node)
     if kind == vocabulary.NEUTRAL:
         return value
-    if kind == vocabulary.RESHAPE:
+    if kind[0] in vocabulary.RESHAPES:
         shape = writer.write("call_function", getattr, (before, "shape"), node, _shape(before))
         return writer.write("call_method", "reshape", (value, shape), node, _value(before))
     name, *dims = kind

@@ -1,8 +1,8 @@
 """Joins: pieces of a value put together again, all of them and in order, which gives the value itself.
 
 ``cat`` of the pieces of a ``split``, ``chunk`` or ``tensor_split``, of slices or of ``narrow``; ``stack`` of what
-``unbind`` gives. If more is behind the last piece, the join is shorter than the value: a step from one to the other is
-refused once shapes are known.
+``unbind`` gives; ``cat`` of one tensor. The pieces may be copies, or have been packed again. If more is behind the last
+piece, the join is shorter than the value: a step from one to the other is refused once shapes are known.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
+from mfx_passes.ops import packing
 from mfx_passes.ops.lengths import ZERO, Length, is_ordered, length, plus
 
 _CATS = frozenset({torch.cat, torch.concat, torch.concatenate})
@@ -65,7 +66,11 @@ def joined(node: Node) -> Node | None:
         split = _split(tensors)
         whole = split is not None and split.is_slice == is_slice and _is_same(dim, split.dim, split.source)
         return split.source if split and whole else None
-    return _whole(tensors, dim, is_slice) if isinstance(tensors, list | tuple) and len(tensors) > 1 else None
+    if not isinstance(tensors, list | tuple) or not tensors:
+        return None
+    if len(tensors) > 1:
+        return _whole(tensors, dim, is_slice)
+    return tensors[0] if target in _CATS and isinstance(tensors[0], Node) else None
 
 
 def _flat(nodes: Sequence[Any], dim: Any) -> Iterator[Any]:
@@ -129,8 +134,8 @@ def _is_same(dim: Any, other: int, source: Node) -> bool:
 
 
 def _piece(node: Node) -> Piece | None:
-    while node.target in _COPIES and isinstance(copied := node.args[0], Node):
-        node = copied
+    while isinstance(same := node.args[0] if node.target in _COPIES else packing.whole(node), Node):
+        node = same
     if not node.args or not isinstance(of := node.args[0], Node):
         return None
     if node.target is operator.getitem:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections import Counter
 from collections.abc import Hashable
@@ -42,7 +43,15 @@ def is_ordered(one: Length, other: Length) -> bool:
 
 def is_positive(value: Length) -> bool:
     """True if a length is known not to be negative."""
-    return all(factor >= 0 and (term is None or isinstance(term, tuple)) for term, factor in value)
+    return all(factor >= 0 and (term is None or isinstance(term, tuple) or _is_product(term)) for term, factor in value)
+
+
+def _is_product(term: Hashable) -> bool:
+    """True if a node is the product of some sizes of a tensor."""
+    sizes = term.args[0] if isinstance(term, Node) and term.target is math.prod else None
+    while isinstance(sizes, Node) and sizes.target is operator.getitem and isinstance(sizes.args[1], slice):
+        sizes = sizes.args[0]
+    return isinstance(sizes, Node) and sizes.target is getattr and "shape" in sizes.args
 
 
 def _ends(value: Length) -> bool:

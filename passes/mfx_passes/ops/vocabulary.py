@@ -14,13 +14,15 @@ import torch.nn.functional as F
 from torch import nn
 from torch.fx import Node
 
-from mfx_passes.ops import rearrange
+from mfx_passes.ops import packing, rearrange
 from mfx_passes.ops.joins import joined
 
 Modules = Mapping[str, nn.Module]
 
 NEUTRAL = ("neutral",)
 RESHAPE = ("reshape",)
+RESHAPES = frozenset({"reshape", "merged", "parted"})
+"""The names of layouts of operations that keep the order of the elements."""
 
 _NEUTRAL_METHODS = frozenset({"contiguous", "to", "clone", "float", "double", "half", "bfloat16", "type", "type_as"})
 _NEUTRAL_FUNCTIONS = frozenset({torch.clone})
@@ -110,14 +112,17 @@ def _inplace_position(function: Any) -> int | None:
 def layout(node: Node, modules: Modules) -> tuple[Any, ...] | None:
     """Return how a value-preserving operation moves the elements of the value that it preserves; None for others.
 
-    ``NEUTRAL`` leaves every element in its place (all pieces of a value put together do, see `joins`), ``RESHAPE``
-    keeps their order, ``("permute", dims)`` and ``("transpose", a, b)`` move dimensions, ``("rearrange", left, right)``
-    moves axes, which dimensions are made of, as in einops.
+    ``NEUTRAL`` leaves every element in its place (all pieces of a value put together do, see `joins`), ``RESHAPE``,
+    ``("merged", before, after)`` and ``("parted", before, after)`` keep their order, see `packing`; ``("permute",
+    dims)`` and ``("transpose", a, b)`` move dimensions, ``("rearrange", left, right)`` moves axes, which dimensions are
+    made of, as in einops.
     """
     if joined(node) is not None:
         return NEUTRAL
     if (rearranged := rearrange.pattern(node, modules)) is not None:
         return rearranged.layout
+    if (packed := packing.layout(node)) is not None:
+        return packed
     if not node.args or not isinstance(node.args[0], Node):
         return _adds_zero(node)
     if node.op == "call_module":
@@ -192,8 +197,8 @@ def _constant_dims(kind: str, dims: tuple[Any, ...]) -> tuple[Any, ...] | None:
 
 def undoes(after: tuple[Any, ...], before: tuple[Any, ...]) -> bool:
     """True if one value-preserving operation may undo another (for reshapes: if the shape is restored)."""
-    if before == RESHAPE:
-        return after == RESHAPE
+    if before[0] in RESHAPES:
+        return after[0] in RESHAPES and (RESHAPE in (before, after) or packing.are_inverse(after, before))
     if before[0] == "rearrange":
         return after[0] == "rearrange" and rearrange.are_inverse(after[1:], before[1:])
     if before[0] == "transpose":

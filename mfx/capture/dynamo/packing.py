@@ -1,0 +1,60 @@
+"""Packing, which TorchDynamo writes with the numbers of one call, told by what it does to dimensions."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import Graph, Node
+
+from mfx_passes.ops.packing import merged, parted
+
+
+def name_packing(graph: Graph) -> None:
+    """Write reshapes that make one dimension of several, or several of one, as `merged` and `parted`.
+
+    Slices that take all of a value, and reshapes that keep its shape, are taken out.
+
+    Before::
+
+        packed = x.reshape((2, -1, 8)); y = f(packed); piece = y[:, 0:12]; out = piece.reshape((2, 3, 4, 8))
+
+    After::
+
+        packed = merged(x, 1, 1); y = f(packed); out = parted(y, 1, 1, (3, 4))
+    """
+    for node in list(graph.nodes):
+        is_slice, is_reshape = node.target is operator.getitem, node.op == "call_method" and node.target == "reshape"
+        after = _shape(node) if is_slice or is_reshape else None
+        before = _shape(source := node.args[0]) if after is not None else None
+        if before is None or after is None:
+            continue
+        if before == after and (is_reshape or _are_slices(node.args[1])):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+        elif is_reshape and (found := _ends(before, after)) is not None:
+            node.op, (first, last) = "call_function", found
+            node.target = merged if len(before) > len(after) else parted
+            lengths = (after[first : len(after) - last],) if node.target is parted else ()
+            node.args, node.kwargs = (source, first, last, *lengths), {}
+
+
+def _are_slices(index: Any) -> bool:
+    entries = index if isinstance(index, tuple) else (index,)
+    return all(entry is Ellipsis or (isinstance(entry, slice) and entry.step in (None, 1)) for entry in entries)
+
+
+def _ends(before: tuple[int, ...], after: tuple[int, ...]) -> tuple[int, int] | None:
+    """Return how many first and last dimensions stay where one becomes several or the other way, else None."""
+    least = min(len(before), len(after)) - 1
+    first = next((i for i in range(least) if before[i] != after[i]), least)
+    last = next((i for i in range(least - first) if before[-1 - i] != after[-1 - i]), least - first)
+    return (first, last) if first + last == least and len(before) != len(after) else None
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of a value if it is the same in every call that the graph serves."""
+    example = value.meta.get("example_value") if isinstance(value, Node) else None
+    shape = tuple(example.shape) if isinstance(example, torch.Tensor) else None
+    return shape if shape and all(type(size) is int for size in shape) else None
