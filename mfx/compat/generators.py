@@ -22,7 +22,7 @@ _BEHIND = 28  # and behind them: a gap, and spare Gaussians in two precisions
 
 def sign_of_torch() -> Hashable:
     """Return what changes when the CPU's default generator is drawn from or seeded; None if that is not found."""
-    return None if _MEMORY_OF_TORCH is None else tuple(read() for read in _MEMORY_OF_TORCH)
+    return None if (read := _MEMORY_OF_TORCH) is None else (read[0](), read[1]())
 
 
 def _memory_of_torch() -> tuple[Callable[[], bytes], Callable[[], bytes]] | None:

@@ -28,13 +28,14 @@ def hook_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
 
 
 def call_tables(module: nn.Module) -> tuple[dict[int, Any], ...]:
-    """Return all tables that a call of a module looks hooks up in (torch 2.11 to 2.15)."""
-    flags = (
-        module._forward_pre_hooks_with_kwargs,
-        module._forward_hooks_with_kwargs,
-        module._forward_hooks_always_called,
-    )
-    return *hook_tables(module), *flags
+    """Return all tables that a call of a module looks hooks up in (torch 2.11 to 2.15).
+
+    Those that say how a hook is called are asked for the hooks that there are: without one they are not among these.
+    """
+    pre, post = forward_hook_tables(module)
+    flags_of_pre = [module._forward_pre_hooks_with_kwargs] if pre else []
+    flags_of_post = [module._forward_hooks_with_kwargs, module._forward_hooks_always_called] if post else []
+    return *hook_tables(module), *flags_of_pre, *flags_of_post
 
 
 def global_call_tables() -> tuple[dict[int, Any], ...]:

@@ -137,6 +137,7 @@ class Frame:
 
     def _pack(self, tensor: Tensor) -> Handle:
         handle = Handle()
+        handle.tensor = None
         self._packed.append((ref(handle), tensor.shape, tensor.dtype))
         return handle
 
@@ -217,8 +218,7 @@ class RecomputationHooks:
                 )
             handle = reference()
             if handle is not None:
-                if not tensor.is_cpu:
-                    handle.made_in = current_stream(tensor.device)
+                handle.made_in = None if tensor.is_cpu else current_stream(tensor.device)
                 handle.version = tensor._version
                 handle.tensor = tensor  # the last: another thread may look
         if index == self._last and self._stops is not None and self.wrong is None:

@@ -25,12 +25,20 @@ _BUSY = NO_TASK - 1  # as the number of no backward pass
 class Handle:
     """Stands in the autograd graph for one saved tensor of a branch.
 
-    When autograd frees a node, it frees the node's handles, and the tensors that were rebuilt for them.
+    When autograd frees a node, it frees the node's handles, and the tensors that were rebuilt for them. There is one for
+    every saved tensor of a net, so it is small, and made without a call of Python.
+
+    Attributes:
+        tensor: the tensor, while it is there; set to None by who makes the handle.
+        version: that of the tensor when it was saved; as ``made_in``, there when the tensor is.
+        made_in: the stream that it was made in, if that is not the CPU.
     """
 
-    tensor: Tensor | None = None
-    version = 0  # of the tensor when it was saved
-    made_in: Any = None  # the stream
+    __slots__ = ("__weakref__", "made_in", "tensor", "version")
+
+    tensor: Tensor | None
+    version: int
+    made_in: Any
 
 
 class Rebuilt:
