@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import _lru_cache_wrapper, partial
 from io import IOBase
+from threading import Thread
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
 from weakref import ref as weakref
@@ -222,6 +223,8 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:
+    if isinstance(value, Thread):
+        return None  # its own code changes them at any time, a progress bar's for instance: this is no model's doing
     return value.__dict__ if isinstance(value, nn.Module) else attributes_of(value)
 
 

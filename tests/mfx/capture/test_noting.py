@@ -1,6 +1,7 @@
 """Values that a forward refers to are noted without running code of their classes."""
 
 from collections import OrderedDict, deque
+from threading import Thread
 
 import pytest
 import torch
@@ -70,3 +71,28 @@ def test_what_is_changed_in_them_is_put_back(name):
     assert state.put_back()
     assert RUN == []
     assert list(cls.__iter__(held)) == before
+
+
+class Redraws(Thread):
+    """Redraws progress bars at any moment, as the one of tqdm."""
+
+    redrawn = 0
+
+
+class Bars:
+    monitor, drawn = Redraws(), [0]
+
+
+class Drawing(nn.Module):
+    def forward(self, x):
+        return x if Bars.drawn else x + 1
+
+
+@pytest.mark.parametrize("by_thread", [True, False])
+def test_what_a_thread_notes_is_no_change_of_the_model(by_thread):
+    state = PythonState(Drawing())
+    if by_thread:
+        Bars.monitor.redrawn += 1
+    else:
+        Bars.drawn[0] += 1
+    assert bool(state.changes()) is not by_thread
