@@ -25,8 +25,8 @@ _BUSY = NO_TASK - 1  # as the number of no backward pass
 class Handle:
     """Stands in the autograd graph for one saved tensor of a branch.
 
-    When autograd frees a node, it frees the node's handles, and the tensors that were rebuilt for them. There is one for
-    every saved tensor of a net, so it is small, and made without a call of Python.
+    When autograd frees a node, it frees the node's handles, and the tensors that were rebuilt for them. There is one
+    for every saved tensor of a net, so it is small, and made without a call of Python.
 
     Attributes:
         tensor: the tensor, while it is there; set to None by who makes the handle.
