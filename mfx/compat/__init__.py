@@ -50,6 +50,7 @@ from mfx.compat.autograd import (
 )
 from mfx.compat.compiled import compiled_model, is_compiled, is_inductor
 from mfx.compat.dict_versions import version_reader
+from mfx.compat.differentiation import differentiation_observed
 from mfx.compat.fake_tensors import fake_mode, fake_mode_of, is_fake, new_fake_mode, runs_for_real, unlogged
 from mfx.compat.fsdp import (
     cast_inputs,
@@ -128,6 +129,7 @@ __all__ = [
     "current_task",
     "default_device",
     "devices_with_generators",
+    "differentiation_observed",
     "dtype_inside",
     "dynamo_rules_kept",
     "enter_sharded",

@@ -18,10 +18,8 @@ from unittest.mock import patch
 
 import torch
 import torch._dynamo
-import torch.nn.attention
 from torch import Tensor, fx
 from torch._dynamo import pgo
-from torch._functorch import predispatch
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
 
 from mfx.compat import (
@@ -44,20 +42,6 @@ from mfx.compat.dynamo_differences import (
 from mfx.compat.dynamo_kept_results import kept_results_refused
 
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
-ENTRANCES = (
-    torch.amp.autocast_mode._enter_autocast,
-    torch.autograd.grad_mode._enter_inference_mode,
-    predispatch._vmap_increment_nesting,
-    torch._C._functorch._grad_increment_nesting,
-)
-EXITS = (
-    torch.amp.autocast_mode._exit_autocast,
-    torch.autograd.grad_mode._exit_inference_mode,
-    predispatch._vmap_decrement_nesting,
-    torch._C._functorch._grad_decrement_nesting,
-)
-
-SWITCHES = (torch._C._set_grad_enabled, torch.nn.attention._sdpa_kernel)  # the same function turns them on and off
 FUSED_LAYER = torch._transformer_encoder_layer_fwd  # what nn.TransformerEncoderLayer is in inference
 
 # The second is raised where a branch of Python code depends on a number that was read from a tensor.

@@ -11,6 +11,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
 from torch.utils._python_dispatch import _disable_current_modes
@@ -20,7 +21,7 @@ from mfx.compat.patching import patching
 
 def under_transform() -> bool:
     """True within a torch.func transform or forward-mode differentiation (torch 2.11 to 2.15)."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 _HOST = torch.device("cpu")
@@ -116,9 +117,13 @@ def modes_left() -> Iterator[None]:
     """Put the modes back after the block, even if it fails before it leaves those that it has entered."""
     grad, *_, flash, efficient, math, cudnn = modes()
     depth, states = _autocast_depth(), {kind: autocast_state(kind) for kind in autocast_kinds()}
+    transforms, level = torch._C._functorch.get_dynamic_layer_stack_depth(), forward_ad._current_level
     try:
         yield
     except BaseException:
+        while forward_ad._current_level > level:
+            forward_ad.exit_dual_level()
+        torch._C._functorch.pop_dynamic_layer_stack_and_undo_to_depth(transforms)
         for _ in range(_autocast_depth() - depth):
             torch.autocast_decrement_nesting()
         if not depth:

@@ -39,15 +39,19 @@ def tensors_restored(net: nn.Module) -> Iterator[list[str]]:
 
 @contextmanager
 def restored_if_fake(net: nn.Module) -> Iterator[None]:
-    """Put back, at the end of this context, attributes that hold fake tensors, and counts of calls.
+    """Put back, at the end of this context, attributes and gradients that are fake tensors, and counts of calls.
 
     Within this context the model may run on fake tensors. What it initializes besides stays.
     """
+    gradients = [(parameter, parameter.grad) for parameter in net.parameters() if parameter.is_leaf]
     tables = [table for module in net.modules() for table in _tables(module)]
     before = [(table, dict(table), {name: _copy(value) for name, value in table.items()}) for table in tables]
     try:
         yield
     finally:
+        for parameter, gradient in gradients:
+            if parameter.grad is not gradient:
+                parameter.grad = gradient
         for table, values, copies in before:
             for name in [name for name in table if _is_made_up(table[name], values.get(name))]:
                 if name not in values:

@@ -35,6 +35,7 @@ from mfx.program.scope import Scope
 from mfx.program.segments import split_between_calls
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
+from mfx_passes.ops.gradients import differentiates
 from mfx_passes.paths import resolve
 
 _RECOMPUTED = ChainPlan(frozenset(), from_inputs=True)
@@ -94,12 +95,16 @@ class BetweenChains:
         return Offload.of(self._name, tensors[0].device, held)
 
     def _is_repeatable(self, root: Any) -> bool:
-        """True unless the segment changes an input in place: recomputation would start from the changed one."""
+        """True unless the segment changes an input in place, or differentiates.
+
+        Recomputation would start from the changed input, and without the history of the others.
+        """
         if self._repeatable is None:
             targets = {str(node.target) for node in self._body.find_nodes(op="call_module")}
             index = GraphIndex(self._body, {target: resolve(root, target) for target in targets})
             changes = Mutations(index).at(index.nodes)
-            self._repeatable = not any(node.op == "placeholder" for change in changes for node in change.family)
+            changed = any(node.op == "placeholder" for change in changes for node in change.family)
+            self._repeatable = not changed and not any(differentiates(node, index.modules) for node in index.nodes)
         return self._repeatable
 
     def _cut(self, cuts: tuple[int, ...]) -> tuple[Callable[..., Any], dict[str, _Piece]]:

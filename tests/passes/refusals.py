@@ -209,6 +209,18 @@ class ChangesInput(Linears):
         return x + self.fs[2](x)
 
 
+@refused({"grad differentiates in the branch through what lies outside of it": 1}, steps=2)
+class DifferentiatesOutside(Linears):
+    """A branch that holds the gradient of the stream by an earlier value."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fs[3](x)
+        y = x.tanh()
+        y = y + self.fs[0](y)
+        y = y + self.fs[1](y)
+        return y + torch.autograd.grad(self.fs[2](y).sum(), x, create_graph=True)[0]
+
+
 @refused({r"changes the stream from \(2, 1, 4\) float32 on cpu to \(2, 3, 4\)": 1}, steps=2, shapes=True)
 class ChangesShape(Linears):
     """The first sum broadcasts the stream."""

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch.fx import Graph, Node
 
 from mfx import compat
-from mfx.compat.dynamo import ENTRANCES, EXITS, SWITCHES
+from mfx.compat.dynamo_modes import DIFFERENTIATIONS, ENTRANCES, EXITS, HOOK_SWITCHES, SWITCHES
 from mfx.modules.uninterrupted import must_finish
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutation, Mutations
@@ -21,7 +21,8 @@ from mfx_passes.rewrite.extract import boundary, extract
 class OtherMode(nn.Module):
     """A region of a model that runs in a mode of its own (grad, autocast, …), which it enters and leaves.
 
-    Its attribute ``_mfx_writes`` has the positions of the arguments that it changes in place, for `mfx_passes`.
+    For `mfx_passes`, its attribute ``_mfx_writes`` has the positions of the arguments that it changes in place, and
+    ``_mfx_differentiates`` is True if it is within a torch.func transform that computes gradients.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -29,6 +30,7 @@ class OtherMode(nn.Module):
         self.body = fx.GraphModule(nn.Module(), graph)
         changed = {node for change in _changes(graph) for node in change.family}
         self._mfx_writes = [i for i, node in enumerate(graph.find_nodes(op="placeholder")) if node in changed]
+        self._mfx_differentiates = any(node.target in DIFFERENTIATIONS for node in graph.nodes)
 
     def forward(self, *args: Any) -> Any:
         """Run the region; the mode is the caller's again afterwards, also after an error."""
@@ -57,7 +59,10 @@ def fold_modes(graph: Graph) -> Iterator[tuple[str, nn.Module]]:
 
         cos = other_mode_0(angles)
 
+    A torch.func transform also forbids hooks on saved tensors, which mfx has none of where one is.
     """
+    for node in [node for node in graph.nodes if node.target in HOOK_SWITCHES]:
+        graph.erase_node(node)
     for number, region in enumerate(_regions(graph)):
         name = f"other_mode_{number}"
         yield name, _fold(graph, region, name)

@@ -222,6 +222,7 @@ def _without_effects(module: nn.Module) -> Iterator[PythonState]:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(_only_torch_draws(module))
+        stack.enter_context(compat.differentiation_observed(partial(_refuse_differentiation, module)))
         state = stack.enter_context(python_state_restored(module))
         stack.enter_context(iterators_left_alone(state))
         stack.enter_context(tensors_restored(module))
@@ -239,6 +240,10 @@ def _only_torch_draws(module: nn.Module) -> Iterator[None]:
         yield
     if others := [name for name in drawn if name != "torch" and not name.startswith("torch.")]:
         raise TypeError(f"{type(module).__name__} draws random numbers that are not torch's ({', '.join(others)})")
+
+
+def _refuse_differentiation(module: nn.Module, what: str) -> None:
+    raise TypeError(f"{type(module).__name__} {what}; a recomputation could not repeat that")
 
 
 class _ShapesOfValues(TorchDispatchMode):

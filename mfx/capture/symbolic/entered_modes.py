@@ -36,8 +36,15 @@ class EnteredModes:
     @contextmanager
     def watched(self) -> Iterator[None]:
         """Within this context, notice the modes that are entered."""
-        with compat.modes_observed(self._entered.append, self._entered.pop, self._refuse_seeds):
+        with (
+            compat.modes_observed(self._entered.append, self._entered.pop, self._refuse_seeds),
+            compat.differentiation_observed(self.refuse_differentiation),
+        ):
             yield
+
+    def refuse_differentiation(self, what: str) -> None:
+        """Refuse that the model differentiates, but by `torch.autograd.grad`, which is an operation like others."""
+        self._refuse(f"it {what}, which a trace does not record")
 
     def _refuse_seeds(self) -> None:
         self._refuse("it sets the state of the random generator, which a trace does not record")

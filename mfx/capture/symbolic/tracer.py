@@ -258,6 +258,8 @@ class SymbolicTracer(fx.Tracer):
         """Record a node with the stack of the user's code (cheaper than torch's own stack traces)."""
         self.refusals.forget_probe()
         self._modes.check()
+        if args[:2] == ("call_method", "backward"):
+            self._modes.refuse_differentiation("makes a backward pass, which adds to gradients")
         node = super().create_node(*args, **kwargs)
         node.meta["stack_trace"] = user_stack()
         return node

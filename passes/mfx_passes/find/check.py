@@ -12,7 +12,7 @@ from torch.fx import Node
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutation, Mutations
 from mfx_passes.ir import Chain, Grounds, Refusal, Update
-from mfx_passes.ops import sums
+from mfx_passes.ops import gradients, sums
 
 Check = Callable[[Update, GraphIndex, Mutations], Grounds | None]
 
@@ -132,6 +132,12 @@ def changes_shape(update: Update, index: GraphIndex, mutations: Mutations) -> Gr
     return None
 
 
+def differentiates_outside(update: Update, index: GraphIndex, mutations: Mutations) -> Grounds | None:
+    """Refuse a branch that differentiates through what lies outside of it, which its recomputation does not have."""
+    node = gradients.through_others(update.nodes, index.modules)
+    return None if node is None else (Refusal.DIFFERENTIATES, {"node": node.name})
+
+
 def _broadcast_shape(nodes: Sequence[Node]) -> tuple[int, ...] | None:
     values = [node.meta.get("val") for node in nodes]
     shapes = [tuple(value.shape) for value in values if isinstance(value, torch.Tensor)]
@@ -150,7 +156,14 @@ def _describe(facts: tuple[tuple[int, ...], torch.dtype, torch.device]) -> str:
     return f"{tuple(shape)} {_short(dtype)} on {device}"
 
 
-CHECKS: tuple[Check, ...] = (changes_input, changed_later, changes_state, changes_shape, narrows)
+CHECKS: tuple[Check, ...] = (
+    changes_input,
+    changed_later,
+    changes_state,
+    changes_shape,
+    narrows,
+    differentiates_outside,
+)
 
 
 def refused(update: Update, index: GraphIndex, mutations: Mutations) -> Grounds | None:

@@ -75,6 +75,15 @@ class Refusal(Enum):
         "recomputation would see another value",
         "use the out-of-place operation (y = y.relu() for y.relu_())",
     )
+    DIFFERENTIATES = (
+        "{node} differentiates in the branch through what lies outside of it, or by torch.func",
+        (
+            "the branch differentiates by an earlier value or by a parameter (`torch.autograd.grad`), or calls "
+            "`torch.func.grad`, `vjp` or `jvp`"
+        ),
+        "run again alone, it has no history beyond its input, and torch.func takes no tensors that are rebuilt",
+        "differentiate by the branch's own input, with torch.autograd.grad",
+    )
     VIEW_READ = (
         "{node} changes the stream in place and a view of it is read afterwards",
         "the stream is changed in place and a view of it is read afterwards",

@@ -28,6 +28,7 @@ from torch.fx.node import map_arg
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.find.nesting import Nesting
 from mfx_passes.ir import ModuleCall, Step
+from mfx_passes.ops.gradients import through_others
 from mfx_passes.ops.vocabulary import returns_operand
 
 T = TypeVar("T")
@@ -134,6 +135,7 @@ class _Folder:
             and all(node in returned or nodes.issuperset(node.users) for node in nodes)
             and _is_plain([call.args, call.kwargs, call.output])
             and all(_is_own(mutation.family, nodes) for mutation in self._mutations.at(nodes))
+            and through_others(nodes, {}) is None  # a segment that holds it must not be recomputed alone
         )
 
     def _may_read(self, unread: Node, nodes: set[Node]) -> bool:

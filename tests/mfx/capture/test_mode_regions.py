@@ -176,3 +176,15 @@ def test_a_call_that_fails_leaves_no_mode_behind(mode):
     with pytest.raises(IndexError):
         net(x, torch.full((8,), 4))
     assert state() == before
+
+
+def test_an_error_in_a_transform_leaves_it():
+    @compat.modes_left()
+    def fail():
+        torch._C._functorch._jvp_increment_nesting()
+        torch.autograd.forward_ad.enter_dual_level()
+        raise ValueError("in the middle")
+
+    with pytest.raises(ValueError, match="in the middle"):
+        fail()
+    assert not compat.under_transform()
