@@ -26,6 +26,7 @@ from mfx.compat.dynamo import guard_hooks, quiet, silent_methods
 from mfx.compat.dynamo_containers import containers_as_in_python
 from mfx.compat.dynamo_differences import check_generators
 from mfx.compat.dynamo_kept_results import kept_results_refused
+from mfx.compat.fake_tensors import runs_for_real
 
 _GRAPHS = 64  # of one stretch, with other shapes, attributes or arguments
 
@@ -46,7 +47,8 @@ def in_pieces(
 ) -> Callable[..., Any]:
     """Return a function with the tensor work between its graph breaks replaced.
 
-    Python code outside of mfx that it calls at a graph break is treated in the same way.
+    Python code outside of mfx that it calls at a graph break is treated in the same way. Dispatch modes see what runs
+    in place of a stretch, and not how it is found; where they trace tensors without values, the function itself runs.
 
     Args:
         function: the function; graphs of it that others had made are not used.
@@ -83,9 +85,12 @@ def in_pieces(
             tell(reason)
             return ConvertFrameReturn(apply_to_code=False)  # for others it may be another matter
 
+    on_frame._export = True  # type: ignore[attr-defined]  # else a frame is skipped where a dispatch mode is on
     optimized = _optimize_catch_errors(on_frame, guard_hooks())(own)
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        if not runs_for_real():
+            return own(*args, **kwargs)
         with torch.compiler.set_stance("default"):
             return optimized(*args, **kwargs)
 

@@ -139,7 +139,7 @@ class Pieces:
             raise NoPiecesError
         if not self._may_gain(options):
             raise NoPiecesError
-        self._refuse_modes(kind, options)
+        self._refuse_fake_values(kind, options)
         from mfx.compat.dynamo_pieces import GivenUpError, TooManyGraphsError  # imports TorchDynamo
 
         self._options = options
@@ -161,15 +161,15 @@ class Pieces:
         self.ran = ran
         return result
 
-    def _refuse_modes(self, kind: tuple[str, ...], options: Options) -> None:
-        """Refuse a call that TorchDynamo would not look at, where it would compute another function."""
-        if not compat.in_dispatch_mode() or not options.may_change_function:
+    def _refuse_fake_values(self, kind: tuple[str, ...], options: Options) -> None:
+        """Refuse a call on tensors without values, which TorchDynamo does not look at, if that is another function."""
+        if compat.runs_for_real() or not options.may_change_function:
             return
         if kind not in self._calls or any(graph.calls for graph in graphs_of(self._calls[kind])):
             raise MfxError(
-                f"{type(self.net).__name__} is not one graph, and under a dispatch mode (a counter of operations, a "
-                "selective checkpoint) TorchDynamo does not find its pieces. Call it without the mode, or momentumize "
-                "a part of the model that is one graph."
+                f"{type(self.net).__name__} is not one graph, and on tensors without values (a fake mode) TorchDynamo "
+                "does not find its pieces. Call it on tensors that have values, or momentumize a part of the model "
+                "that is one graph."
             )
 
     def _check(self, kind: tuple[str, ...], ran: Sequence[Piece]) -> None:

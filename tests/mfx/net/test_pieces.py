@@ -11,7 +11,9 @@ import numpy
 import pytest
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch._subclasses import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 import mfx
 from mfx.net.forward import forward_of
@@ -221,14 +223,56 @@ def test_in_evaluation_pieces_may_be_missing_where_gamma_has_signs():
         net.train()(1000 * large)
 
 
-def test_under_a_dispatch_mode_nothing_runs_as_it_is_written():
+class Counted(TorchDispatchMode):
+    """Counts the matrix products of a layer."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten.addmm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.9])
+@pytest.mark.parametrize("first", [True, False], ids=["first call", "later call"])
+def test_under_a_dispatch_mode_a_call_is_what_it_is_elsewhere(first, gamma):
     x = inputs()[0]
-    model, net = made()
-    with FlopCounterMode(display=False):
-        torch.testing.assert_close(net.eval()(x), model.eval()(x), rtol=0, atol=0)
-    _, net = made(gamma=0.9)
-    with FlopCounterMode(display=False), pytest.raises(mfx.MfxError, match="under a dispatch mode"):
+    model, net = made(gamma=gamma)
+    _, other = made(gamma=gamma)
+    if not first:
+        train_step(net, (x,))
+    expected = train_step(other, (x,))
+    with Counted() as seen:
+        outcome = train_step(net, (x,))
+    assert_bit_equal(outcome, expected)
+    if gamma == 0.0:
+        assert_bit_equal(outcome, train_step(model, (x,)))
+    with Counted() as plain, torch.no_grad():
+        model(x)
+    with Counted() as again, torch.no_grad():
         net(x)
+    assert plain.count == again.count < seen.count  # the mode sees what is recomputed, too
+
+
+@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context")
+def test_under_a_selective_checkpoint_a_first_call_is_what_it_is_elsewhere():
+    x = inputs()[0].requires_grad_()
+    _, net = made(gamma=0.9)
+    expected = train_step(made(gamma=0.9)[1], (x,))
+    context = partial(create_selective_checkpoint_contexts, [torch.ops.aten.tanh.default])
+    around = nn.Module()
+    around.net = net
+    around.forward = lambda x: checkpoint(net, x, use_reentrant=False, context_fn=context)
+    outcome = train_step(around, (x,))
+    assert torch.equal(outcome.outputs[0], expected.outputs[0])
+    assert all(torch.equal(outcome.grads[f"net.{name}"], grad) for name, grad in expected.grads.items())
+
+
+def test_tensors_without_values_have_no_pieces():
+    x = inputs()[0]
+    _, net = made(look=listed, gamma=0.9)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, pytest.raises(mfx.MfxError, match="without values"):
+        net(mode.from_tensor(x))
 
 
 @pytest.mark.parametrize("stance", ["force_eager", "eager_on_recompile", "fail_on_recompile"])
