@@ -357,7 +357,7 @@ def params() -> Iterator:
             yield pytest.param(family, verdict, id=f"{family.name}-{name}{suffix}", marks=marks)
 
 
-ALWAYS = ("llama", "bert", "t5")
+ALWAYS = ("llama", "t5")
 
 
 # Mamba asks cached functions which packages are there.

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import mfx
+from tests.sampling import sampled
 
 Made = tuple[nn.Module, dict[str, Any]]
 # What norms, gates and positions add, and masks that scores are added to, are no streams.
@@ -82,7 +83,7 @@ def same(found: list[Tensor | None], expected: list[Tensor | None]) -> bool:
     return all(torch.equal(a, b) if a is not None and b is not None else a is b for a, b in pairs)
 
 
-@pytest.mark.parametrize("name", CASES)
+@sampled("name", list(CASES), 1)
 def test_every_update_is_in_a_chain(name: str) -> None:
     make, expected = CASES[name]
     torch.manual_seed(0)

@@ -67,7 +67,7 @@ BOTH = {
 }
 
 
-@sampled("make, shape", BOTH, 2)
+@sampled("make, shape", BOTH, 1)
 def test_both_ways_of_capturing(make, shape):
     torch.manual_seed(0)
     model, x = make().train(), torch.randn(shape)

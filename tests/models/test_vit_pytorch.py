@@ -90,7 +90,7 @@ BY_DYNAMO = {
 }
 
 
-@sampled("path", list(BY_DYNAMO), 2)
+@sampled("path", list(BY_DYNAMO), 1)
 def test_what_cannot_be_traced_is_captured_at_the_first_call(path):
     model = build(path, OPTIONS[path])
     net = mfx.momentumize(model, gamma=0.0)

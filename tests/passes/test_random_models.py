@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, seed, settings
 from torch import Tensor, nn
@@ -14,7 +15,17 @@ import mfx
 from tests import sampling
 from tests.passes.random_models import ChainSpec, D, Model, models
 
-EXAMPLES = int(os.environ.get("MFX_RANDOM_MODELS", "6"))
+EXAMPLES = int(os.environ.get("MFX_RANDOM_MODELS", "40"))  # of the long run
+
+
+def examples(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """So many random models, others every day."""
+
+    def decorate(test: Callable[..., None]) -> Callable[..., None]:
+        options = settings(max_examples=count, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+        return seed(sampling.number())(options(given(models())(test)))
+
+    return decorate
 
 
 def outputs_and_grads(model: nn.Module, call: Callable[..., list[Tensor]]) -> tuple[list[Tensor], dict[str, Any]]:
@@ -44,10 +55,18 @@ def assert_close(actual: Any, expected: Any) -> None:
             torch.testing.assert_close(grads[name], grad, rtol=1e-9, atol=1e-9 * max(1.0, float(grad.norm())))
 
 
-@seed(sampling.number())
-@settings(max_examples=EXAMPLES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-@given(models())
+@examples(2)
 def test_random_model(specs: tuple[ChainSpec, ...]) -> None:
+    check(specs)
+
+
+@pytest.mark.zoo
+@examples(EXAMPLES)
+def test_many_random_models(specs: tuple[ChainSpec, ...]) -> None:
+    check(specs)
+
+
+def check(specs: tuple[ChainSpec, ...]) -> None:
     torch.manual_seed(0)
     model = Model(specs).double()
     original = outputs_and_grads(model, model)

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 import mfx
+from tests.sampling import grid
 
 WAYS = {
     "print": lambda x: print("said"),
@@ -66,9 +67,7 @@ def said_by(model, capfd):
     return capfd.readouterr()
 
 
-@pytest.mark.parametrize("place", ["model", "branch"])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+@grid(len(WAYS), way=list(WAYS), place=["model", "branch"], capture=["auto", "dynamo"])
 @pytest.mark.filterwarnings("ignore:mfx", "ignore:Dynamo does not know")  # of models that are no one graph
 def test_a_text_is_written_once_in_each_call(way, place, capture, capfd):
     expected = said_by(Model(WAYS[way], place), capfd)

@@ -338,9 +338,10 @@ def replaces_a_buffer(block, x):
     block.norm.num_batches_tracked = block.norm.num_batches_tracked + 1
 
 
-@pytest.mark.parametrize("gamma", [0.0, 0.5])
-@pytest.mark.parametrize("note", [counts, notes_a_shape, notes_a_flag, replaces_a_buffer])
-@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+NOTES = {note.__name__: note for note in (counts, notes_a_shape, notes_a_flag, replaces_a_buffer)}
+
+
+@grid(4, capture=["auto", "dynamo"], note=NOTES, gamma=[0.0, 0.5])
 def test_statistics_of_a_module_that_sets_attributes_change_once(capture, note, gamma):
     """TorchDynamo then reads the module's tables by another road, by which they have to be known, too."""
     torch.manual_seed(0)

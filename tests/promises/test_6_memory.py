@@ -196,7 +196,7 @@ class Nested(nn.Module):
 
 
 @grid(
-    18,
+    len(WAYS),
     way=WAYS,
     first={"later": False, "first call": True},
     nested={"flat": False, "nested": True},

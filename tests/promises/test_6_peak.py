@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import mfx
 from mfx.net.forward import forward_of
+from tests.sampling import grid
 
 
 class Block(nn.Module):
@@ -115,9 +116,7 @@ def extremes(make, **options):
 WAYS = {"zero": {"gamma": 0.0}, "exact": {}, "float": {"arithmetic": "float"}}
 
 
-@pytest.mark.parametrize("share", [0.0, 0.35, 0.8])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("make", [deep, two_chains, nested])
+@grid(9, make={"deep": deep, "two_chains": two_chains, "nested": nested}, way=list(WAYS), share=[0.0, 0.35, 0.8])
 def test_from_the_third_step_on_the_peak_is_within_the_budget(make, way, share):
     least, most = extremes(make, **WAYS[way])
     budget = int(least + share * (most - least))
@@ -133,8 +132,7 @@ def test_from_the_third_step_on_the_peak_is_within_the_budget(make, way, share):
         assert all(map(torch.equal, gradients(net, lambda: mean_square(net, x)), expected))
 
 
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("make", [deep, two_chains])
+@grid(3, make={"deep": deep, "two_chains": two_chains}, way=list(WAYS))
 def test_no_further_step_would_fit(make, way):
     least, most = extremes(make, **WAYS[way])
     budget = (least + most) // 2

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import mfx
+from tests.sampling import grid
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`torch.jit"),
@@ -129,8 +130,7 @@ def test_at_gamma_zero_it_is_the_model(kind):
     assert "9 of 9 residual steps in 1 chain" in str(mfx.explain(net))
 
 
-@pytest.mark.parametrize("options", [{}, {"memory_budget": 0.5}], ids=str)
-@pytest.mark.parametrize("kind", KINDS)
+@grid(len(KINDS), kind=list(KINDS), options=[{}, {"memory_budget": 0.5}])
 def test_gradients_are_those_of_kept_activations(kind, options):
     model = model_of(kind)
     before = copy.deepcopy(model.state_dict())

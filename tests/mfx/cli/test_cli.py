@@ -317,7 +317,7 @@ def test_the_module_can_be_run() -> None:
 
 
 def test_plan(capsys, tmp_path, monkeypatch):
-    words = ["plan", STACK, "--kwargs", "depth=8", "--device", "meta", "--input", "64,8", "--gpu-memory", "1MiB"]
+    words = ["plan", STACK, "--kwargs", "depth=2", "--device", "meta", "--input", "64,8", "--gpu-memory", "1MiB"]
     assert main([*words, "--gamma", "0.5", "--world-size", "2", "--fsdp", "--chip", "A100"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("Stack on 2 × A100 of 1.0 MiB: ")

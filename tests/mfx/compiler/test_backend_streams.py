@@ -8,6 +8,7 @@ from mfx.compiler.backend import momentum
 from tests.oracles import assert_close_grads
 from tests.passes.cases import example, make
 from tests.passes.stream_cases import CASES
+from tests.sampling import grid
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 NAMES = ["JointAttention", "SelfAndCross", "CoAttention", "ThreeStreams", "TappedStreams", "PostNormStreams"]
@@ -56,8 +57,7 @@ def test_gamma_zero_is_the_model(name):
     assert_close_grads(grads, plain, 2**4 * 2**5 / 2 * torch.finfo(torch.float64).eps, noise=1.0)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
-@pytest.mark.parametrize("name", NAMES)
+@grid(len(NAMES), name=NAMES, inner=["eager", "aot_eager"])
 def test_momentum_is_the_recurrence_by_hand(name, inner):
     model, inputs = make(CASES[name]), example(CASES[name])
     outputs, _ = step(compiled(model, inner, gamma=0.75), model, inputs)

@@ -82,7 +82,7 @@ def output(function, x):
     return found if isinstance(found, torch.Tensor) else found[0]
 
 
-@grid(5, net=NETS, grad=[True, False], called=[True, False])
+@grid(3, net=NETS, grad=[True, False], called=[True, False])
 def test_export(net, grad, called):
     net, inputs = made(net)
     if called:

@@ -14,6 +14,7 @@ from mfx.engine.offload import Offload, host_memory, offload
 from mfx.engine.offload.host_memory import HOST_MEMORY, HostMemory
 from mfx.engine.recompute.saved import SavedTensors
 from tests.mfx.models import Block, Stack, inputs
+from tests.sampling import grid
 
 WAYS = {
     "gamma 0": {"gamma": 0.0},
@@ -54,8 +55,7 @@ def trained(net, *, retain=False):
     return [loss.detach(), x.grad, *(p.grad.clone() for p in net.parameters() if p.grad is not None)], used
 
 
-@pytest.mark.parametrize("retain", [False, True])
-@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+@grid(len(WAYS), way=WAYS, retain=[False, True])
 def test_the_bits_are_the_same(way, retain):
     model = stack()
     expected, none = trained(mfx.momentumize(model, **way))

@@ -14,6 +14,7 @@ from torch.nn.modules.utils import consume_prefix_in_state_dict_if_present
 
 import mfx
 from tests.mfx.models import WIDTH, ConvNet, Stack, images, inputs
+from tests.sampling import grid
 
 OTHER = "saved with other chains than it has"
 PIECES = [["blocks.0"], ["blocks.1"], ["blocks.2"]]
@@ -45,10 +46,14 @@ CHOICES = {
 }
 
 
-@pytest.mark.parametrize("travel", [lambda state: state, saved, copy.deepcopy], ids=["as it is", "saved", "copied"])
-@pytest.mark.parametrize("called", [False, True], ids=["before a call", "after one"])
-@pytest.mark.parametrize(("there", "here"), CHOICES.values(), ids=CHOICES)
-def test_other_chains_are_an_error_whose_advice_works(there, here, called, travel):
+@grid(
+    2 * len(CHOICES),
+    choice=CHOICES,
+    called={"before a call": False, "after one": True},
+    travel={"as it is": lambda state: state, "saved": saved, "copied": copy.deepcopy},
+)
+def test_other_chains_are_an_error_whose_advice_works(choice, called, travel):
+    there, here = choice
     net, other, x = mfx.momentumize(Stack(), **there), mfx.momentumize(Stack(), **here), inputs()
     if called:
         net(x), other(x)
@@ -62,8 +67,9 @@ def test_other_chains_are_an_error_whose_advice_works(there, here, called, trave
     again.load_state_dict(travel(net.state_dict()))
 
 
-@pytest.mark.parametrize("options", [{}, {"min_steps": 1}, {"only": PIECES}, {"skip": "blocks.1"}], ids=str)
-@pytest.mark.parametrize("called", [(0, 0), (0, 1), (1, 0), (1, 1)], ids=str)
+@grid(
+    8, options=[{}, {"min_steps": 1}, {"only": PIECES}, {"skip": "blocks.1"}], called=[(0, 0), (0, 1), (1, 0), (1, 1)]
+)
 def test_the_same_chains_load_in_silence(options, called):
     nets = [mfx.momentumize(Stack(), **options) for _ in called]
     for net, is_called in zip(nets, called, strict=True):

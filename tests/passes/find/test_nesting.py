@@ -14,7 +14,7 @@ from tests.passes.harness import rewritten, traced
 from tests.passes.random_models import ChainSpec, Model, models
 
 RANDOM = settings(
-    max_examples=15,
+    max_examples=6,
     deadline=None,
     derandomize=True,
     phases=[Phase.generate],

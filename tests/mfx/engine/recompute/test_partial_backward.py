@@ -13,6 +13,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 import mfx
 from mfx.engine.recompute.tape import Tape
 from mfx_passes import MfxError
+from tests.sampling import grid
 
 # What is tested is that it is right, however often it is rebuilt.
 pytestmark = pytest.mark.filterwarnings(r"ignore:mfx. chain \S+. the backward pass of one graph has rebuilt")
@@ -83,10 +84,13 @@ BUILDS = {
 }
 
 
-@pytest.mark.parametrize("build", BUILDS.values(), ids=BUILDS)
-@pytest.mark.parametrize("order", [list, lambda groups: groups[::-1]], ids=["upwards", "downwards"])
-@pytest.mark.parametrize("schedule", [one_after_the_other, interleaved])
-@pytest.mark.parametrize("gamma", [0.0, 0.9])
+@grid(
+    8,
+    gamma=[0.0, 0.9],
+    schedule={"one after the other": one_after_the_other, "interleaved": interleaved},
+    order={"upwards": list, "downwards": lambda groups: groups[::-1]},
+    build=BUILDS,
+)
 def test_input_gradients_then_weight_gradients(gamma, schedule, order, build):
     schedule = partial(schedule, order=order)
     expected = gradients(schedule, build, gamma=gamma, memory_budget=1.0)

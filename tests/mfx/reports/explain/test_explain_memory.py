@@ -19,6 +19,7 @@ from mfx.reports.explain.tables import memory_table
 from mfx.text import size
 from tests.mfx.models import ConvNet, Stack, images, inputs
 from tests.mfx.net.test_submodules import Branching
+from tests.sampling import sampled
 
 # A second run that is compared with the first leaves a checksum of eight bytes per step, which is not formed of tensors
 # without values. All else is the same storages, but for what a first run holds until it has formed its checksum: the
@@ -147,7 +148,7 @@ def check(explanation, model, net, args, kwargs, before=1):
     assert 0 <= peak_of_loss - momentum.peak_of_loss <= checksums
 
 
-@pytest.mark.parametrize("build, options", CASES.values(), ids=CASES)
+@sampled("build, options", CASES, 9)
 def test_memory_is_what_is_measured(build, options):
     torch.manual_seed(0)
     model, args, kwargs = build()
