@@ -13,7 +13,15 @@ from torch import Tensor, nn
 from mfx.compat import Table, global_call_tables, version_reader, without_closed_observers
 from mfx.engine.recompute.contents import sign_of
 from mfx.engine.recompute.state import State
-from mfx.engine.recompute.tables import TensorSlot, set_contents, set_types, table_of, unless_sharded
+from mfx.engine.recompute.tables import (
+    TensorSlot,
+    dict_of,
+    set_contents,
+    set_dicts,
+    set_types,
+    table_of,
+    unless_sharded,
+)
 from mfx.modules.random_state import generators_of
 from mfx_passes.errors import MfxError
 
@@ -22,6 +30,7 @@ Flags = tuple[bool, ...]
 _END = object()
 _NOTHING_SEEN = object()
 _values_of = methodcaller("values")
+_own_dict = attrgetter("__dict__")
 _look = methodcaller("look")
 _call: Any = partial.__call__  # at C speed in map
 
@@ -40,7 +49,8 @@ class StateLayout(State):
     Attributes:
         generators: the random generators that the modules hold.
         has_hooks: True if a module has forward hooks.
-        typed: the modules whose classes are put back.
+        typed: the modules and objects whose classes are put back.
+        owners: those of them whose ``__dict__`` is put back.
         hooked: the classes of modules that have hooks around both their forward and their backward.
         has_state: True if there is a tensor that is not a parameter.
         has_mutable: True if there is something that a branch may change in place, without an assignment.
@@ -72,6 +82,8 @@ class StateLayout(State):
         self.lasts = self.lasts and all(isinstance(tensor, nn.Parameter) for tensor in self.loose)
         self.typed = [*self.modules, *self._holders]
         self._types = list(map(type, self.typed))
+        self.owners = [holder for holder in self.typed if dict_of(holder) is not None]
+        self._dicts = list(map(_own_dict, self.owners))
         self._named = [*self._tables, *self._tensor_tables]
         self._names = [*map(list, self._named)]
         self._top_values = self._tops(root)
@@ -121,11 +133,12 @@ class StateLayout(State):
         return [*map(list, self._named)] == self._names and all(map(is_, self._look(), self._held))
 
     def _others_hold(self) -> bool:
-        """True if containers, empty tables and empty places hold the same, and modules are of the same types."""
+        """True if containers and empty places hold the same, and modules have their classes and dictionaries."""
         return (
             not any(self._empty)
             and not (self._absent and any(name in table for table, name in self._absent))
             and [*map(type, self.typed)] == self._types
+            and all(map(is_, map(_own_dict, self.owners), self._dicts))
             and not (self._contents and not all(map(is_, self._look_inside(), self._inside)))
         )
 
@@ -158,6 +171,7 @@ class StateLayout(State):
 
     def write(self, tensors: Sequence[Any], values: Mapping[int, Tensor]) -> None:
         """Put everything back, as `mfx.engine.recompute.put_back.PutBack` says."""
+        set_dicts(self.owners, self._dicts)
         held, present = iter(self._held), iter(tensors)
         for table, name in self._paths:
             table[name] = next(held)

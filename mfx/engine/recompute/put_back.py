@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mfx.compat import Table
 from mfx.engine.recompute.layout import StateLayout
-from mfx.engine.recompute.tables import set_contents, set_types
+from mfx.engine.recompute.tables import dict_of, set_contents, set_dicts, set_types
 from mfx.modules.state_lock import Section, StateLock
 
 
@@ -24,7 +24,7 @@ class PutBack:
         lock: of the modules; it is held, unless nothing differs.
     """
 
-    __slots__ = ("_found", "_layout", "_lock", "_section", "_tensors", "_types", "_values", "_versions")
+    __slots__ = ("_dicts", "_found", "_layout", "_lock", "_section", "_tensors", "_types", "_values", "_versions")
 
     def __init__(
         self,
@@ -38,6 +38,7 @@ class PutBack:
         self._section: Section | None = None
         self._found: Sequence[tuple[Table, dict[Any, Any]]] = ()
         self._types: list[type] | None = None
+        self._dicts: list[Any] = []
 
     def __enter__(self) -> None:
         layout, tensors, versions, values = self._layout, self._tensors, self._versions, self._values
@@ -52,6 +53,7 @@ class PutBack:
                 table.update({name: values.get(id(tensor), tensor) for name, tensor in contents.items()})
             return
         self._found, self._types = layout.written(), list(map(type, layout.typed))
+        self._dicts = list(map(dict_of, layout.owners))
         try:
             layout.write(tensors, values)
         except BaseException:
@@ -64,6 +66,7 @@ class PutBack:
             set_contents(table, contents)
         if self._types is not None:
             set_types(layout.typed, self._types)
+            set_dicts(layout.owners, self._dicts)
         elif not layout.is_put_back(self._tensors, self._versions):
             layout.write(self._tensors, {})
         if self._section is not None:

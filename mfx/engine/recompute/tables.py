@@ -57,6 +57,19 @@ def set_types(modules: Sequence[nn.Module], types: Sequence[type]) -> list[nn.Mo
     return [module for module, _ in others]
 
 
+def dict_of(holder: Any) -> Any:
+    """Return the dictionary that holds the attributes of an object, which another one can replace; None without one."""
+    own = getattr(holder, "__dict__", None)
+    return own if type(own) is dict else None  # that of a class is none
+
+
+def set_dicts(holders: Sequence[Any], dicts: Sequence[Any]) -> None:
+    """Give objects the dictionaries that held their attributes, in the place of those that replaced them."""
+    for holder, own in zip(holders, dicts, strict=True):
+        if dict_of(holder) is not own:
+            object.__setattr__(holder, "__dict__", own)
+
+
 def table_of(holder: Any, name: str) -> Table | None:
     """Return the table that has an attribute; None for what is computed, such as a property."""
     return next((table for table in _tables(holder) if name in table), None)

@@ -52,6 +52,14 @@ def switch(participant, where):
         module.smooth = not module.smooth
 
 
+@action(2, where=range(60))
+def replace_dict(participant, where):
+    """Put a copy in the place of the dictionary that holds a layer's attributes."""
+    layers = participant.layers()
+    layer = layers[where % len(layers)]
+    layer.__dict__ = dict(layer.__dict__)
+
+
 class Adapter(nn.Module):
     """A low-rank update beside a layer, as LoRA adds it."""
 
