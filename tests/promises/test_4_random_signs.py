@@ -16,6 +16,7 @@ from tests.promises.test_4_streams import Net as Streams
 from tests.promises.test_4_streams import inputs as stream_inputs
 from tests.promises.test_4_streams import same
 from tests.promises.test_4_streams import step as stream_step
+from tests.sampling import grid
 
 DEPTH, BATCH, WIDTH = 14, 4, 6
 
@@ -81,10 +82,13 @@ def by_hand(model: Stack, x: Tensor, a: float, per: str) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("kind", ["residual", "map"])
-@pytest.mark.parametrize("per", ["call", "sample"])
-@pytest.mark.parametrize("arithmetic", ["exact", "float"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@grid(
+    8,
+    dtype=[torch.float64, torch.float32, torch.bfloat16, torch.float16],
+    arithmetic=["exact", "float"],
+    per=["call", "sample"],
+    kind=["residual", "map"],
+)
 def test_gradients_are_those_of_the_recurrence_and_of_ordinary_backprop(
     dtype: torch.dtype, arithmetic: str, per: str, kind: str
 ) -> None:

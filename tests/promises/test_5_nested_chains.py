@@ -93,7 +93,7 @@ def three_steps(net):
     return [*(y.detach() for y in outputs), *net.buffers()], grads
 
 
-@grid(len(HOW) * len(STORAGE), model=MODELS, storage=STORAGE, how=HOW)
+@grid(2 * len(STORAGE), model=MODELS, storage=STORAGE, how=HOW)
 def test_three_deep_from_the_first_call_on(model, storage, how):
     torch.manual_seed(0)
     plain = model().double()

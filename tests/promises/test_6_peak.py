@@ -225,10 +225,11 @@ def test_each_shape_and_each_net_is_watched_by_itself():
     assert all(peak(n, one) <= budget for n in (net, other) for one in both)
 
 
-@pytest.mark.parametrize(
-    "how", [{"gamma": 0.0}, {}, {"arithmetic": "float"}, {"gamma": 0.0, "memory_budget": 0.5}], ids=str
+@grid(
+    4,
+    make={"deep": deep, "nested": nested},
+    how=[{"gamma": 0.0}, {}, {"arithmetic": "float"}, {"gamma": 0.0, "memory_budget": 0.5}],
 )
-@pytest.mark.parametrize("make", [deep, nested])
 def test_the_first_step_watches_without_holding(make, how):
     net, x = made(make, **how)
     peaks = [peak(net, x) for _ in range(4)]

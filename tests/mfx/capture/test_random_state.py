@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import mfx
+from tests.sampling import grid
 
 
 class Layers(nn.Module):
@@ -122,9 +123,9 @@ def three_steps(net, generator):
 
 
 @pytest.mark.filterwarnings("ignore:mfx")
-@pytest.mark.parametrize("budget", [0.0, 1.0])
-@pytest.mark.parametrize("draw, make", DRAWN.values(), ids=DRAWN)
-def test_a_net_draws_as_its_model(draw, make, budget):
+@grid(len(DRAWN), drawn=DRAWN, budget=[0.0, 1.0])
+def test_a_net_draws_as_its_model(drawn, budget):
+    draw, make = drawn
     torch.manual_seed(0)
     model = Drawing(draw, make())
     net = mfx.momentumize(copy.deepcopy(model), gamma=0.0, memory_budget=budget)

@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 import mfx
 from mfx.net.forward import forward_of
 from mfx.program.chain_call import Momentum
+from tests.sampling import grid
 
 
 @torch.library.custom_op("mfx_tests::double", mutates_args=())
@@ -103,8 +104,7 @@ def assert_goes_on(net, copied, x):
     assert torch.equal(copied(x), net(x))
 
 
-@pytest.mark.parametrize("how", COPIES)
-@pytest.mark.parametrize("operation", OPERATIONS)
+@grid(len(OPERATIONS), operation=list(OPERATIONS), how=list(COPIES))
 def test_whatever_a_graph_holds(operation, how):
     net, x = mfx.momentumize(Net(operation), gamma=0.5), torch.randn(4, 8)
     net(x).sum().backward()

@@ -14,6 +14,7 @@ from torch import nn
 import mfx
 from tests.mfx.models import WIDTH, Masked, Stack, counting, inputs, recurrence, stack_recurrence
 from tests.oracles import assert_close_grads, grads, momentum_reference
+from tests.sampling import grid
 
 # Exact arithmetic is within n·2⁻⁴⁰·T^1.5 of the recurrence at γ = n/d: n ≤ 99 and T ≤ 24 here, which makes 1.1e-8 for
 # values of about 1. In float arithmetic on float64, rebuilt states are within 1e-10. Gradients get ten times as much.
@@ -133,8 +134,11 @@ def nested_recurrence(model, x, outer, inner):
     return recurrence(x, branches, outer)
 
 
-@pytest.mark.parametrize("build", [lambda net: net, mfx.trace], ids=["module", "graph module"])
-@pytest.mark.parametrize("new", [0.2, {"inner": 0.2}, {"inner.*": 0.2}, {"inner.*": 0.0}])
+@grid(
+    4,
+    new=[0.2, {"inner": 0.2}, {"inner.*": 0.2}, {"inner.*": 0.0}],
+    build={"module": lambda net: net, "graph module": mfx.trace},
+)
 def test_a_chain_inside_a_chain_keeps_its_gamma_too(new, build):
     torch.manual_seed(0)
     model, x = Nested().double(), inputs(dtype=torch.float64)

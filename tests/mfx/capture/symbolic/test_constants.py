@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import mfx
+from tests.sampling import grid
 
 TABLE = torch.tensor([1.0, 2.0, 3.0, 4.0])
 
@@ -58,8 +59,11 @@ def held(module):
 
 
 @pytest.mark.filterwarnings("ignore:mfx")
-@pytest.mark.parametrize("block", [Constant, Global, Reads, Decides, Draws])
-@pytest.mark.parametrize("capture", ["auto", "symbolic", "dynamo"])
+@grid(
+    5,
+    block={block.__name__: block for block in (Constant, Global, Reads, Decides, Draws)},
+    capture=["auto", "symbolic", "dynamo"],
+)
 def test_nothing_is_left_on_net_or_model(block, capture):
     model, x = model_of(block), torch.randn(2, 4)
     before = held(model)

@@ -80,7 +80,7 @@ def recurrence(spy, kind, gamma):
     return X
 
 
-@grid(40, gamma=GAMMAS, chain=CHAINS, dtype=DTYPES)
+@grid(20, gamma=GAMMAS, chain=CHAINS, dtype=DTYPES)
 def test_every_state_is_rebuilt(monkeypatch, gamma, chain, dtype):
     kind, depth = chain
     sizes, x, v = given(dtype)

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, parametrize, remove_weight_norm, we
 from mfx.engine import ChainPlan
 from mfx_passes.errors import MfxError
 from tests.mfx.engine.chains import WIDTH, make_root, make_steps, run
+from tests.sampling import grid
 
 DEPTH = 6
 HOW = [("exact", 0.9), ("float", 0.9), ("exact", 0.0), ("float", 0.0)]
@@ -197,9 +198,7 @@ def found(root):
 
 
 @pytest.mark.filterwarnings("ignore:`torch.nn.utils.weight_norm`:FutureWarning")
-@pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("how", HOW, ids=str)
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@grid(4 * len(CHANGES), change=CHANGES, how=HOW, plan=PLANS)
 def test_it_is_put_back_for_the_recomputation(change, how, plan):
     arithmetic, gamma = how
     results = []

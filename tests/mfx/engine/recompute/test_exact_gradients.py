@@ -8,15 +8,13 @@ from mfx.engine import StepFunction
 from mfx.engine.arithmetic import ExactState
 from mfx.options.gamma import Gamma
 from tests.mfx.engine.chains import WIDTH, block, gradients, make_root, make_steps, recurrence, run, weights_like
+from tests.sampling import grid
 
 GAMMAS = [0.001, 0.01, 0.1, 0.3, 0.5, 0.9, 0.99, 0.9999]
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("depth", [4, 64])
-@pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("kind", ["residual", "map"])
+@grid(32, kind=["residual", "map"], gamma=GAMMAS, depth=[4, 64], dtype=DTYPES)
 def test_bit_equal_to_backpropagation(kind, gamma, depth, dtype):
     root = make_root(depth).to(dtype)
     steps = make_steps(root, kind)
@@ -31,9 +29,7 @@ def test_bit_equal_to_backpropagation(kind, gamma, depth, dtype):
 
 # Fixed point rounds by 2^-41 = 4.5e-13 per step, and multiplying by n/d loses less than n units of 2^-40: at γ = 9/10
 # and depth 32 that is below 32^1.5 * 10 * 2^-40 = 1.7e-9, which branches of Lipschitz constant about 1 keep so.
-@pytest.mark.parametrize("gamma", GAMMAS)
-@pytest.mark.parametrize("velocity", [None, "residual", "given"])
-@pytest.mark.parametrize("kind", ["residual", "map"])
+@grid(24, kind=["residual", "map"], velocity=[None, "residual", "given"], gamma=GAMMAS)
 def test_follows_the_recurrence(kind, velocity, gamma):
     root = make_root(32).double()
     steps = make_steps(root, kind)
