@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Collection
 from functools import _lru_cache_wrapper
 from types import CellType, FrameType
@@ -90,19 +90,21 @@ def _take_out(values: list[Any]) -> list[str]:
     return found
 
 
+_CONTAINERS: tuple[Any, ...] = (OrderedDict, dict, list, deque, set)
+
+
 def _take_out_of(holder: Any, wanted: Collection[int]) -> bool:
     """Take values, known by identity, out of what holds them; False if it cannot be changed."""
-    if isinstance(holder, dict):
-        for key in [key for key, item in list(holder.items()) if id(item) in wanted or id(key) in wanted]:
-            del holder[key]
-    elif isinstance(holder, list | deque):
-        kept = [item for item in holder if id(item) not in wanted]
-        holder.clear()
-        holder.extend(kept)
-    elif isinstance(holder, set):
-        kept = [item for item in holder if id(item) not in wanted]
-        holder.clear()
-        holder.update(kept)
+    kinds: Any = type(holder).__mro__
+    kind = next((kind for kind in kinds if kind in _CONTAINERS), None)  # the methods of other classes may refuse
+    if isinstance(holder, dict) and kind is not None:
+        items = list(kind.items(holder))
+        for key in [key for key, item in items if id(item) in wanted or id(key) in wanted]:
+            kind.__delitem__(holder, key)
+    elif kind is not None:
+        kept = [item for item in kind.__iter__(holder) if id(item) not in wanted]
+        kind.clear(holder)
+        (kind.update if kind is set else kind.extend)(holder, kept)
     elif isinstance(holder, CellType):
         del holder.cell_contents
     elif isinstance(holder, _lru_cache_wrapper):

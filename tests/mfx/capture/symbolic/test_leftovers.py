@@ -2,6 +2,7 @@
 
 import gc
 import weakref
+from collections import OrderedDict
 from types import SimpleNamespace
 from unittest import mock
 
@@ -17,10 +18,24 @@ class Holder:
         self.value = value
 
 
+class Output(OrderedDict):
+    """As of transformers: fields that are there for good."""
+
+    def __delitem__(self, key):
+        raise TypeError("a field cannot be deleted")
+
+
+class Numbered(list):
+    def clear(self):
+        raise TypeError("an entry cannot be deleted")
+
+
 HOLD = {
     "attribute": Holder,
     "list": lambda proxy: [proxy],
     "dictionary": lambda proxy: {"a": proxy},
+    "dictionary that refuses": lambda proxy: Output(a=1, b=proxy),
+    "list that refuses": lambda proxy: Numbered([1, proxy]),
     "tuple in an attribute": lambda proxy: Holder((proxy, 1)),
     "tuples in a list": lambda proxy: [((proxy,), 2)],
 }
