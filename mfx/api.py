@@ -67,8 +67,9 @@ def momentumize(
             such as ``"24GiB"``, for the peak of activations from the net's call until its backward pass is done,
             gradients of parameters left out. It holds from the third training step on inputs of a shape on. The first
             two keep as little as they can, and are measured; if that is more, the third raises an error.
-        recompute: ``"all"``: what lies between the chains (stem, projections, head) is recomputed in the backward pass
-            as well, in pieces, within the same budget; None: autograd keeps what it keeps.
+        recompute: None: beside the steps of the chains, blocks like theirs that are in no chain (with a projection,
+            without a skip, alone) are recomputed in the backward pass; ``"all"``: all that lies between the chains
+            (stem, downsampling, head) is, in pieces, within the same budget.
         offload: ``"cpu"``: what the chains keep between forward and backward (steps' inputs at γ = 0, end states and
             anchors) lies in host memory, and is fetched one step ahead; None: on the chains' device. Small tensors and
             those that others hold stay. The function is the same.

@@ -26,7 +26,8 @@ from mfx.options.options import OF_GRAPHS, Options
 from mfx.program.assembly import Assembly
 from mfx.program.codegen import BackendCompiler, to_function
 from mfx.program.memory_plans import NetPlans, call_key
-from mfx.program.rewritten import RewrittenGraph, rewrite_captured
+from mfx.program.rewriting import rewrite_captured
+from mfx.program.rewritten import RewrittenGraph
 from mfx.program.scope import Scope
 from mfx.program.watched_step import WatchedStep
 from mfx.text import without_chains

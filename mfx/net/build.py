@@ -14,7 +14,7 @@ from mfx.net.never import never_has_chains
 from mfx.net.state_dict import note_gamma
 from mfx.net.submodules import install_submodules
 from mfx.options.options import Options
-from mfx.program.rewritten import make_momentum
+from mfx.program.rewriting import make_momentum
 from mfx.text import without_chains
 from mfx_passes import ChainGraphs, MfxError, MomentumPass
 

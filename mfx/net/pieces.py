@@ -25,7 +25,8 @@ from mfx.net.call_kinds import kind_of
 from mfx.options.options import Options
 from mfx.program.assembly import Assembly
 from mfx.program.codegen import to_function
-from mfx.program.rewritten import RewrittenGraph, rewrite_captured
+from mfx.program.rewriting import rewrite_captured
+from mfx.program.rewritten import RewrittenGraph
 from mfx.program.scope import Scope
 from mfx.text import count
 from mfx_passes import MfxError

@@ -24,7 +24,8 @@ from mfx.net.lost_effects import refuse_lasting_writes, refuse_lost_effects
 from mfx.net.sharded import refuse_shards
 from mfx.options.options import Options
 from mfx.program.chain_call import holds_chain
-from mfx.program.rewritten import RewrittenGraph, rewrite_captured
+from mfx.program.rewriting import rewrite_captured
+from mfx.program.rewritten import RewrittenGraph
 from mfx.program.shapes import find_with_shapes
 from mfx_passes.paths import is_inside, join
 

@@ -42,7 +42,7 @@ class View(ABC):
         streams: those of the chains in the call in question, by chain name.
         is_whole: True if the graph is all that a call of the model runs.
         flat: paths of modules whose own ``forward`` does not run, because their operations belong to several steps.
-        recompute_between: True if what lies between the chains runs again in the backward pass.
+        recomputes_more: True if more than the steps of the chains runs again in the backward pass.
         leaves: paths of modules that are called as a whole because a trace cannot follow them, and why.
         conditions: the lines with conditions on values that the graph checks as it runs.
     """
@@ -54,7 +54,7 @@ class View(ABC):
     streams: Mapping[str, tuple[Stream, ...]] = field(default_factory=dict)
     is_whole: bool = True
     flat: tuple[str, ...] = ()
-    recompute_between: bool = False
+    recomputes_more: bool = False
     leaves: Mapping[str, str] = field(default_factory=dict)
     conditions: tuple[str, ...] = ()
 
@@ -303,7 +303,7 @@ def _of_graph(
         graph.calls,
         path=graph.within,
         flat=graph.flat,
-        recompute_between=graph.recompute_between,
+        recomputes_more=graph.recomputes_more,
         leaves={paths.join(graph.within, path): why for path, why in graph.captured.leaves.items()},
         conditions=tuple(f"{decision.line} (here {decision.value})" for decision in graph.decisions),
         graph=graph,

@@ -82,8 +82,8 @@ class Options:
         MemoryBudget.of(self.memory_budget)
         if self.recompute is not None and self.recompute != "all":
             raise MfxError(
-                f"recompute={self.recompute!r}: must be None (only the steps of the chains run again) or 'all' (what "
-                "lies between the chains, too)."
+                f"recompute={self.recompute!r}: must be None (the steps of the chains and blocks like theirs run "
+                "again) or 'all' (all that lies between the chains, too)."
             )
         if self.offload is not None and self.offload != "cpu":
             raise MfxError(

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.fx import Graph
 
+from mfx.engine import ARITHMETICS, ChainSettings
+from mfx.options.gamma import Gamma
 from mfx.program.between_chains import BetweenChains
 from mfx.program.chain_call import Momentum
 from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.scope import Scope
 from mfx.program.segments import split_between_calls
+from mfx_passes.ir import block_of
 
 
 class Assembly:
@@ -25,7 +29,8 @@ class Assembly:
         compiler: turns graphs into functions: those of the steps, and the segments between the chains.
         flags: the module whose training flags, and those of modules in it, say whether signs of γ are drawn; None: the
             holder of each call.
-        recompute_between: True if the segments are recomputed in the backward pass, as the steps are.
+        recompute_between: True if the segments are recomputed in the backward pass, as the steps are. If not, blocks
+            are, see `mfx_passes.find.blocks`, unless all steps keep their activations.
         verify: see `BetweenChains`.
     """
 
@@ -40,12 +45,14 @@ class Assembly:
         verify: str = "warn",
     ) -> None:
         self._segments: dict[str, Callable[..., Any]] = {}
+        between = partial(BetweenChains, compiler=compiler, settings=_settings(calls, verify))
+        segment = None if compiler is to_function else compiler
         if recompute_between:
-            offload = any(call.settings.offload for call in calls.values())
-            between = partial(BetweenChains, compiler=compiler, verify=verify, offload=offload)
             graph, self._segments = split_between_calls(graph, between)
-        elif compiler is not to_function:
-            graph, self._segments = split_between_calls(graph, compiler)
+        elif _has_blocks(graph) and not all(call.keeps_all for call in calls.values()):
+            graph, self._segments = split_between_calls(graph, segment, blocks=partial(between, always=True))
+        elif segment is not None:
+            graph, self._segments = split_between_calls(graph, segment)
         self._function = to_function(graph)
         called = {str(node.target) for node in graph.find_nodes(op="call_module")}.intersection(calls)
         self._momenta, self._flags = tuple(calls.items()), flags
@@ -67,6 +74,18 @@ class Assembly:
             if call.settings.gamma.has_signs
         }
         return self._function(Scope({**self._calls, **signed, **segments}, holder), *inputs)
+
+
+def _has_blocks(graph: Graph) -> bool:
+    return any(block_of(node) is not None for node in graph.nodes)
+
+
+def _settings(calls: Mapping[str, Momentum], verify: str) -> ChainSettings:
+    """Return the settings of what is recomputed beside the chains: a step at γ = 0, on the same modules as theirs."""
+    settings = ChainSettings(Gamma(0, 1), ARITHMETICS["exact"], verify=verify)
+    for call in calls.values():
+        settings = replace(settings, lock=call.settings.lock, offload=settings.offload or call.settings.offload)
+    return settings
 
 
 def _unobserved(call: Momentum, compiler: GraphCompiler) -> Callable[..., Any]:

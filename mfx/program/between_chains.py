@@ -1,9 +1,10 @@
-"""Recomputes what lies between the chains (stems, projection blocks, heads), piece by piece."""
+"""Recomputes what lies between the chains (stems, projection blocks, heads), piece by piece; or a block there."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -14,7 +15,6 @@ from torch.fx import Graph, Interpreter, Node
 from torch.utils._pytree import tree_iter
 
 from mfx.engine import (
-    ARITHMETICS,
     ChainCache,
     ChainPlan,
     ChainSettings,
@@ -28,7 +28,6 @@ from mfx.engine import (
 from mfx.engine.memory.cuts import NodeCost, SegmentCost
 from mfx.engine.memory.measure import StepMeasure
 from mfx.engine.offload import Offload
-from mfx.options.gamma import Gamma
 from mfx.program.codegen import GraphCompiler, to_function
 from mfx.program.memory_plans import ChainShare, share_of
 from mfx.program.scope import Scope
@@ -51,12 +50,13 @@ class BetweenChains:
     Args:
         body: the segment's nodes as a graph of their own.
         compiler: makes functions of graphs.
-        verify: see `ChainSettings`.
-        offload: keep the inputs of what is recomputed in host memory.
+        settings: those of a piece; with ``offload``, its inputs lie in host memory.
+        always: recompute the segment as a whole where there is no plan; else it then keeps its activations.
     """
 
-    def __init__(self, body: Graph, compiler: GraphCompiler, verify: str, *, offload: bool = False) -> None:
-        self._body, self._compiler, self._verify, self._offloads = body, compiler, verify, offload
+    def __init__(self, body: Graph, compiler: GraphCompiler, settings: ChainSettings, *, always: bool = False) -> None:
+        self._body, self._compiler, self._offloads, self._always = body, compiler, settings.offload, always
+        self._settings = replace(settings, plan=_RECOMPUTED, offload=False)
         self._plain = compiler(body)
         self._pieces: dict[tuple[int, ...], tuple[Callable[..., Any], dict[str, _Piece]]] = {}
         self._repeatable: bool | None = None
@@ -64,19 +64,22 @@ class BetweenChains:
         self._name = f"between the chains, {names[0]} to {names[-1]}" if names else "between the chains"
         self._roots = tuple(dict.fromkeys(target.split(".")[0] for target in _targets(body)))
         self._measured = _Measured(body)
-        self._whole = _Piece(self._measured, _targets(body), self._name, verify)
+        self._whole = _Piece(self._measured, _targets(body), self._name, self._settings)
+        self._unplanned = _Piece(self._plain, _targets(body), self._name, self._settings)
 
     def __call__(self, root: Any, *inputs: Any) -> Any:
         """Return the values of the segment's outputs."""
         # As for a chain: recomputation restores what is read by path in this scope, not in the model.
         root = Scope({name: getattr(root, name) for name in self._roots})
         with share_of((self._name, *map(_shape, inputs)), _no_states) as share:
-            if share is None or not self._is_repeatable(root):
+            if (share is None and not self._always) or not self._is_repeatable(root):
                 return self._plain(root, *inputs)
             with self._offload(inputs) or nullcontext() as offload:
                 return self._run(root, inputs, share, offload)
 
-    def _run(self, root: Any, inputs: Sequence[Any], share: ChainShare, offload: Offload | None) -> Any:
+    def _run(self, root: Any, inputs: Sequence[Any], share: ChainShare | None, offload: Offload | None) -> Any:
+        if share is None:
+            return self._unplanned.run_recomputed(root, inputs, None, offload)
         if share.plan is None:
             outputs = self._whole.run_recomputed(root, inputs, share.costs, offload)
             if share.costs:
@@ -119,16 +122,15 @@ class BetweenChains:
     def _piece(self, body: Graph) -> _Piece:
         nodes = _computed(body)
         name = f"between the chains, {nodes[0].name} to {nodes[-1].name}"
-        return _Piece(self._compiler(body), _targets(body), name, self._verify)
+        return _Piece(self._compiler(body), _targets(body), name, self._settings)
 
 
 class _Piece:
     """Nodes that are recomputed together."""
 
-    def __init__(self, function: Any, targets: tuple[str, ...], name: str, verify: str) -> None:
+    def __init__(self, function: Any, targets: tuple[str, ...], name: str, settings: ChainSettings) -> None:
         self.function = function
-        self._targets, self._name = targets, name
-        self._settings = ChainSettings(Gamma(0, 1), ARITHMETICS["exact"], verify=verify, plan=_RECOMPUTED)
+        self._targets, self._name, self._settings = targets, name, settings
         self._steps: dict[tuple[int, int], StepFunction] = {}
         self._cache: ChainCache = {}
 

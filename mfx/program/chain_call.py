@@ -58,6 +58,11 @@ class Momentum(nn.Module):
         return any(is_momentum_call(node) for step in self.graphs.steps for node in step.branch.nodes)
 
     @property
+    def keeps_all(self) -> bool:
+        """True if all steps keep their activations."""
+        return self.settings.plan is not None and len(self.settings.plan.kept) == len(self.graphs.steps)
+
+    @property
     def chain(self) -> str:
         """Name of the chain."""
         return self.graphs.name

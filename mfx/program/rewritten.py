@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -14,24 +14,24 @@ from torch import fx, nn
 from mfx import compat
 from mfx.capture.captured import Captured
 from mfx.capture.decisions import Decision
-from mfx.capture.guards import HOLDS, Guard, guards_of
-from mfx.capture.named_steps import check_steps
-from mfx.engine import ARITHMETICS, ChainPlan, ChainSettings
+from mfx.capture.guards import HOLDS, Guard
 from mfx.modules.overlay import MARK
 from mfx.modules.state_lock import StateLock
 from mfx.options.gamma import Gamma
 from mfx.options.options import Options
 from mfx.program.assembly import Assembly
-from mfx.program.chain_call import Momentum, is_training
+from mfx.program.chain_call import Momentum
 from mfx.program.codegen import GraphCompiler, to_function
-from mfx.program.memory_plans import NetPlans
 from mfx.program.record import Chains, Record, steps_of, unwrapped
 from mfx.program.scope import Scope
-from mfx.program.velocity import velocity_target
-from mfx_passes import ChainGraphs, Findings, StepGraphs, find_chains, paths, rewrite_graph
-from mfx_passes.ir import Grounds, Selection, enclosing_path
-from mfx_passes.momentum_pass import call_name
+from mfx_passes import Findings, StepGraphs, find_chains, paths
+from mfx_passes.ir import Grounds, Selection, block_of, enclosing_path
 from mfx_passes.rewrite.portable_graph import PortableGraph, is_portable
+
+
+def is_observed(module: nn.Module) -> bool:
+    """True if a call of a module does more than its forward: it has hooks, or was compiled."""
+    return any(map(bool, compat.hook_tables(module))) or compat.is_compiled(module)
 
 
 def _defaults() -> tuple[torch.dtype, torch.device]:
@@ -58,6 +58,7 @@ class RewrittenGraph:
         traced: the chains before they were checked against shapes; None if there was no such time.
         defaults: torch's default dtype and device in the trace: constants that the model made then are of these.
         evaluated: names of the chains whose steps were in evaluation in the capture.
+        opened: modules that are not called as a whole, so that blocks in them are recomputed one by one.
         last_use: grows with every call whose conditions were those of the graph; 0 if none was.
     """
 
@@ -77,6 +78,7 @@ class RewrittenGraph:
     defaults: tuple[torch.dtype, torch.device] = field(default_factory=_defaults)
     last_use: int = 0
     evaluated: frozenset[str] = frozenset()
+    opened: tuple[nn.Module, ...] = ()
     _functions: dict[GraphCompiler, Callable[..., Any]] = field(default_factory=dict, repr=False)
 
     @property
@@ -170,6 +172,11 @@ class RewrittenGraph:
         return any(call.nests for call in self.calls.values())
 
     @property
+    def recomputes_more(self) -> bool:
+        """True if more than the steps of its chains is recomputed: what lies between them, or blocks there."""
+        return self.recompute_between or any(block_of(node) is not None for node in self.graph.nodes)
+
+    @property
     def changes_function(self) -> bool:
         """True if one of its chains computes another function than the model."""
         return bool(self.moving)
@@ -201,7 +208,7 @@ class RewrittenGraph:
             return self.in_place()  # the model may set their attributes
         if _defaults() != self.defaults:
             return False
-        return all(map(HOLDS, self.guards))
+        return all(map(HOLDS, self.guards)) and not any(map(is_observed, self.opened))
 
     def in_place(self) -> bool:
         """True if these modules are still in place, in any training mode."""
@@ -232,7 +239,7 @@ class RewrittenGraph:
     def findings(self, net: nn.Module, options: Options) -> Findings:
         """Find chains in the captured graph anew."""
         graph, _ = self.captured.copy()  # which has the values' shapes, as the graph had that was rewritten
-        return find_chains(graph, self.captured.modules_of(net), _selection(options, self.captured, self.refused))
+        return find_chains(graph, self.captured.modules_of(net), selection_of(options, self.captured, self.refused))
 
     def use_lock(self, lock: StateLock) -> None:
         """Let the chains hold the lock of a net when they run."""
@@ -243,86 +250,8 @@ class RewrittenGraph:
         return {**self.__dict__, "_functions": {}}
 
 
-def rewrite_captured(
-    net: nn.Module,
-    captured: Captured,
-    options: Options,
-    refused: Mapping[str, Grounds],
-) -> RewrittenGraph:
-    """Rewrite a captured graph.
-
-    Args:
-        net: the tree copy it was captured from.
-        captured: the graph.
-        options: those to rewrite it by.
-        refused: sums to leave alone, with the grounds.
-
-    Raises:
-        MfxError: see `mfx_passes.rewrite_graph`.
-    """
-    graph, calls = captured.copy()
-    modules = captured.modules_of(net)
-    momenta: dict[str, Momentum] = {}
-    taken = {*dir(net), *captured.modules}
-
-    def insert(graphs: ChainGraphs) -> tuple[str, str | None]:
-        name = call_name(graphs.name, {*taken, *momenta})
-        momenta[name] = make_momentum(graphs, options)
-        return name, velocity_target(net, graphs.name, options)
-
-    rewritten = rewrite_graph(graph, modules, insert, _selection(options, captured, refused), calls)
-    if options.layers:
-        lengths = {call.chain: len(call.graphs.steps) for call in momenta.values()}
-        check_steps(captured.graph, lengths, rewritten.findings.rejections)
-    flat = tuple(sorted({call.target for call in rewritten.flat}))
-    leaves = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
-    guards: list[Guard] = [*guards_of(net, leaves, captured.assigned)]
-    guards += _guards_of_reads(graph, momenta, captured)
-    return RewrittenGraph(
-        captured,
-        graph,
-        momenta,
-        flat,
-        {update.add.node.name: update.path for chain in rewritten.findings.chains for update in chain.updates},
-        dict(refused),
-        net.training,
-        guards,
-        options.within,
-        recompute_between=options.plans and options.recompute == "all",
-        verify=options.verify,
-        evaluated=frozenset(c.chain for c in momenta.values() if not is_training(net, c.owner)),
-    )
-
-
-def _guards_of_reads(graph: fx.Graph, momenta: Mapping[str, Momentum], captured: Captured) -> Iterator[Guard]:
-    """Yield guards on what a rewritten graph still reads: a module that is called as a whole reads its own."""
-    if not any(captured.guards.values()):
-        return
-    read = {str(node.target) for node in graph.find_nodes(op="get_attr")}
-    read.update(target for call in momenta.values() for step in call.graphs.steps for target in step.targets)
-    for path, guards in captured.guards.items():
-        if any(paths.is_inside(target, path) for target in read):
-            yield from guards
-
-
-def make_momentum(graphs: ChainGraphs, options: Options) -> Momentum:
-    """Return the module that runs a chain by the options."""
-    velocity = options.velocity_of(graphs.name)
-    settings = ChainSettings(
-        gamma=options.gamma_of(graphs.name, sum(graphs.updates)),
-        arithmetic=ARITHMETICS[options.arithmetic],
-        velocity=velocity if isinstance(velocity, str) else "module",
-        verify=options.verify,
-        offload=options.offload is not None,
-        plan=ChainPlan.keep_all(len(graphs.steps)) if options.budget.share == 1.0 else None,
-    )
-    momentum = Momentum(graphs, settings)
-    if options.plans or (momentum.nests and options.budget.share != 1.0):
-        momentum.plans = NetPlans(options.budget)
-    return momentum
-
-
-def _selection(options: Options, captured: Captured, refused: Mapping[str, Grounds]) -> Selection:
+def selection_of(options: Options, captured: Captured, refused: Mapping[str, Grounds]) -> Selection:
+    """Return the residual adds of a captured graph that may be rewritten."""
     return replace(
         options.selection, refused=dict(refused), forward_only=captured.forward_only, partial=captured.partial
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 from torch import nn
 from torch.fx import Graph, GraphModule
@@ -13,12 +14,13 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from mfx_passes.analysis.ancestry import GraphIndex
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.analysis.sizes import read_sizes_at_start
+from mfx_passes.find.blocks import tag_blocks
 from mfx_passes.find.chains import chains_of, find_chains
 from mfx_passes.find.nesting import Nesting
 from mfx_passes.find.prepare import prepare
 from mfx_passes.ir import ChainGraphs, Findings, ModuleCall, Selection
 from mfx_passes.rewrite.containers import containers_of, note_containers
-from mfx_passes.rewrite.fold import fold_calls
+from mfx_passes.rewrite.fold import fold_calls, must_stay
 from mfx_passes.rewrite.rewrite import Insert, rewrite
 
 MakeCall = Callable[[ChainGraphs], nn.Module]
@@ -31,10 +33,12 @@ class Rewritten:
     Args:
         findings: the chains and the residual adds that are in none.
         flat: the module calls whose nodes were not folded into a call of the module again.
+        opened: paths of the modules among them for which the blocks in them are the only reason.
     """
 
     findings: Findings
     flat: list[ModuleCall]
+    opened: list[str]
 
 
 def rewrite_graph(
@@ -43,6 +47,7 @@ def rewrite_graph(
     insert: Insert,
     selection: Selection = Selection(),  # noqa: B008 - frozen
     calls: Sequence[ModuleCall] = (),
+    may_open: Callable[[str], bool] | None = None,
 ) -> Rewritten:
     """Find the chains of a graph and put a momentum call in the place of each, in place.
 
@@ -52,16 +57,28 @@ def rewrite_graph(
         insert: see `rewrite.Insert`.
         selection: which residual adds may be rewritten.
         calls: the module calls the tracer walked through, to be called as modules again where that is possible.
+        may_open: tag blocks that are in no chain, see `find.blocks`; and tells whether the module at a path may be left
+            open, so that those in it are called one by one. None: no block is tagged.
 
     Raises:
         MfxError: a pattern of ``only`` or ``skip`` fits nothing.
     """
     findings = chains_of(prepare(graph, modules, marked=selection.marked, in_place=True), selection)
-    return _rewrite_found(findings, modules, insert, calls)
+    blocks = None if may_open is None else partial(tag_blocks, selection=selection, is_fixed=must_stay)
+    return _rewrite_found(findings, modules, insert, calls, blocks, may_open or _never)
+
+
+def _never(path: str) -> bool:
+    return False
 
 
 def _rewrite_found(
-    findings: Findings, modules: dict[str, nn.Module], insert: Insert, calls: Sequence[ModuleCall] = ()
+    findings: Findings,
+    modules: dict[str, nn.Module],
+    insert: Insert,
+    calls: Sequence[ModuleCall] = (),
+    blocks: Callable[..., None] | None = None,
+    may_open: Callable[[str], bool] = _never,
 ) -> Rewritten:
     graph, chains = findings.graph, findings.chains
     index = GraphIndex(graph, modules)
@@ -72,10 +89,13 @@ def _rewrite_found(
         read_sizes_at_start(graph, chain, index.sizes, starts_in)
     sums = {node for chain in chains for step in chain.steps for node in step.sums}
     containers = containers_of(calls, nesting)
-    flat = fold_calls(graph, calls, nesting, findings.reread, Mutations(index, sums))
+    mutations = Mutations(index, sums)
+    if blocks is not None:
+        blocks(findings, nesting, mutations, index)
+    flat, opened = fold_calls(graph, calls, nesting, findings.reread, mutations, may_open)
     note_containers(containers, flat)
     rewrite(graph, nesting, modules, insert)
-    return Rewritten(findings, flat)
+    return Rewritten(findings, flat, opened)
 
 
 def call_name(chain: str, taken: Container[str]) -> str:

@@ -46,7 +46,8 @@ class Usage:
             if the output names one.
         flops: floating-point operations of matrix products, convolutions and attention.
         chains: bytes of ``kept`` that were allocated in each chain, by name.
-        recomputed: those of the ``flops`` that the recomputation of each chain's branches takes, by name.
+        recomputed: those of the ``flops`` that the recomputation of each chain's branches takes, by name; under "" that
+            of all that is in no chain.
     """
 
     kept: int
@@ -169,7 +170,7 @@ class Rehearsal(ABC):
             with observer.in_call(True):
                 if roots:
                     torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
-        recomputed = {chain: observer.recomputed[chain] for chain in names}
+        recomputed = {chain: observer.recomputed[chain] for chain in ("", *names)}
         peak = observer.peak_with(lives)
         return Usage(kept, peak, observer.peak, self._counter.flops, in_chains, recomputed), keys
 
@@ -234,10 +235,10 @@ class ViewRehearsal(Rehearsal):
     @override
     def _run(self) -> Any:
         view = self._view
-        compiler = self._watched if view.recompute_between else to_function
+        compiler = self._watched if view.recomputes_more else to_function
         watched = partial(WatchedStep, self._observer)
         forward_pass = nullcontext() if self._plans is None else self._plans.forward_pass(_KEY, watched)
-        with forward_pass, self._observer.in_call(view.recompute_between):
+        with forward_pass, self._observer.in_call(view.recomputes_more):
             return view.run(self._net, self._calls, self._inputs, compiler)
 
     def _watched(self, graph: Graph) -> Callable[..., Any]:

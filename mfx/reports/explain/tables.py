@@ -137,7 +137,8 @@ def memory_table(chains: Sequence[ExplainedChain], estimate: Estimate | None) ->
     ]
     outermost = [chain.memory for chain in chains if chain.memory is not None and not chain.depth]
     around = plain.kept - sum(m.plain for m in outermost), momentum.kept - sum(m.kept for m in outermost)
-    rows += [_bytes("around the chains", *around, "")] if rows else []
+    again = momentum.recomputed.get("")
+    rows += [_bytes("around the chains", *around, amount(again, "FLOP") if again else "")] if rows else []
     extra = momentum.flops - plain.flops
     share = f" (+{extra / plain.flops:.0%})" if plain.flops else ""
     rows.append(_bytes("all of the model", plain.kept, momentum.kept, f"{amount(extra, 'FLOP')}{share}"))

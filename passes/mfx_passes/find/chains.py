@@ -22,7 +22,19 @@ from mfx_passes.find.relayout import remove_unused
 from mfx_passes.find.steps import find_steps
 from mfx_passes.find.streams import Row
 from mfx_passes.find.updates import assemble
-from mfx_passes.ir import Chain, Cut, Findings, Grounds, Refusal, Rejection, Selection, Step, Update, is_momentum_call
+from mfx_passes.ir import (
+    Chain,
+    Cut,
+    Findings,
+    Grounds,
+    Refusal,
+    Rejection,
+    Selection,
+    Step,
+    Update,
+    enclosing_path,
+    is_momentum_call,
+)
 
 
 def find_chains(graph: Graph, modules: Mapping[str, nn.Module], selection: Selection = Selection()) -> Findings:  # noqa: B008
@@ -148,8 +160,10 @@ def _check_patterns(chains: Sequence[Chain], selection: Selection, graph: Graph)
     # A pattern may mean a chain in another part of the model, or one that was rewritten before.
     if selection.within or selection.partial or any(map(is_momentum_call, graph.nodes)):
         return
-    for pattern in (*sum(selection.groups or [], ()), *selection.skip):
-        if not any(_fits(name, pattern) for name in known):
+    passed = known | {enclosing_path(node) for node in graph.nodes}  # a block may be in no chain, and left out, too
+    patterns = [*((p, known) for p in sum(selection.groups or [], ())), *((p, passed) for p in selection.skip)]
+    for pattern, names_known in patterns:
+        if not any(_fits(name, pattern) for name in names_known):
             names = ", ".join(sorted(chain.name for chain in chains)) or "none"
             raise MfxError(f"{pattern!r} in only/skip fits no chain and no module path of a step. Chains: {names}.")
 

@@ -4,7 +4,15 @@ The ground floor: it imports nothing of `mfx_passes` but `paths`.
 """
 
 from mfx_passes.ir.findings import Cut, Facts, Findings, Grounds, Rejection, Selection
-from mfx_passes.ir.nodes import enclosing_path, is_momentum_call, momentum_chain, source_line, tag_momentum_call
+from mfx_passes.ir.nodes import (
+    block_of,
+    enclosing_path,
+    is_momentum_call,
+    momentum_chain,
+    source_line,
+    tag_block,
+    tag_momentum_call,
+)
 from mfx_passes.ir.refusals import Refusal
 from mfx_passes.ir.steps import (
     Chain,
@@ -36,10 +44,12 @@ __all__ = [
     "Step",
     "StepGraphs",
     "Update",
+    "block_of",
     "enclosing_path",
     "is_momentum_call",
     "momentum_chain",
     "outside",
     "source_line",
+    "tag_block",
     "tag_momentum_call",
 ]

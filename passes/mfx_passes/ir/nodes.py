@@ -1,4 +1,4 @@
-"""Facts about single nodes: tags of momentum calls, module paths, source lines."""
+"""Facts about single nodes: tags of momentum calls and of blocks, module paths, source lines."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import re
 
 from torch.fx import Node
 
-_MARK = "momentum_chain"
+_MARK, _BLOCK = "momentum_chain", "residual_block"
 
 
 def tag_momentum_call(node: Node, chain: str) -> None:
@@ -22,6 +22,16 @@ def momentum_chain(node: Node) -> str | None:
 def is_momentum_call(node: Node) -> bool:
     """True if a node runs a chain that was rewritten before."""
     return momentum_chain(node) is not None
+
+
+def tag_block(node: Node, path: str | None) -> None:
+    """Tag a node as one of a block in no chain, with the path of the block's module; None takes the tag away."""
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), _BLOCK: path}
+
+
+def block_of(node: Node) -> str | None:
+    """Return the path of the module of the block that a node is tagged with, None if there is no tag."""
+    return (node.meta.get("custom") or {}).get(_BLOCK)
 
 
 _INDEX = re.compile(r"@\d+$")

@@ -27,7 +27,7 @@ from torch.fx.node import map_arg
 
 from mfx_passes.analysis.mutations import Mutations
 from mfx_passes.find.nesting import Nesting
-from mfx_passes.ir import ModuleCall, Step
+from mfx_passes.ir import ModuleCall, Step, block_of, tag_block
 from mfx_passes.ops.gradients import through_others
 from mfx_passes.ops.vocabulary import returns_operand
 
@@ -45,25 +45,53 @@ def stays_in_graph(function: T) -> T:
     return function
 
 
+def must_stay(node: Node) -> bool:
+    """True if a node calls a function that was declared so by `stays_in_graph`."""
+    return node.op == "call_function" and node.target in _IN_GRAPH
+
+
 def fold_calls(
-    graph: Graph, calls: Sequence[ModuleCall], nesting: Nesting, reread: Mapping[Node, Node], mutations: Mutations
-) -> list[ModuleCall]:
+    graph: Graph,
+    calls: Sequence[ModuleCall],
+    nesting: Nesting,
+    reread: Mapping[Node, Node],
+    mutations: Mutations,
+    may_open: Callable[[str], bool],
+) -> tuple[list[ModuleCall], list[str]]:
     """Fold every call that can be folded, the outermost first, and bring the chains up to date.
 
+    Args:
+        graph: the graph.
+        calls: the module calls the tracer walked through.
+        nesting: the chains.
+        reread: see `Findings`.
+        mutations: the in-place operations of the graph.
+        may_open: tells whether the module at a path may be left open, so that blocks in it are called one by one.
+
     Returns:
-        The calls that were not folded: their modules' own ``forward`` and hooks do not run.
+        The calls that were not folded: their modules' own ``forward`` and hooks do not run. And the paths of those of
+        them that are open for the blocks in them alone.
     """
-    folder = _Folder(graph, nesting, reread, mutations)
+    folder = _Folder(graph, nesting, reread, mutations, may_open)
     # A call that does nothing but call another has the same nodes, and the shorter path.
     outermost_first = sorted(calls, key=lambda call: (-len(call.nodes), call.target.count(".")))
     flat = [call for call in outermost_first if not folder.fold(call)]
     folder.update()
-    return flat
+    return flat, folder.opened
 
 
 class _Folder:
-    def __init__(self, graph: Graph, nesting: Nesting, reread: Mapping[Node, Node], mutations: Mutations) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        nesting: Nesting,
+        reread: Mapping[Node, Node],
+        mutations: Mutations,
+        may_open: Callable[[str], bool],
+    ) -> None:
         self._graph = graph
+        self._may_open = may_open
+        self.opened: list[str] = []
         self._mutations = mutations
         self._nesting = nesting
         self._reread = reread
@@ -84,9 +112,15 @@ class _Folder:
         call = self._after_mutations(call, first, nodes)
         if not self._may_fold(call, nodes):
             return False
+        holds_blocks = len(set(map(block_of, nodes))) > 1
+        if holds_blocks and self._may_open(call.target):
+            self.opened.append(call.target)
+            return False
         with self._graph.inserting_before(first):
             folded = self._graph.call_module(call.target, self._current(call.args), self._current(call.kwargs))
         folded.meta = _meta(first, call)
+        if holds_blocks:
+            tag_block(folded, None)
         self._replace(call.output, folded, nodes, self._nesting.holders(first))
         for node in sorted(nodes, reverse=True):
             self._graph.erase_node(node)
@@ -124,7 +158,7 @@ class _Folder:
     def _may_fold(self, call: ModuleCall, nodes: set[Node]) -> bool:
         if len({self._nesting.innermost(node) for node in nodes}) > 1 or nodes & self._single:
             return False
-        if any(node.op == "call_function" and node.target in _IN_GRAPH for node in nodes):
+        if any(map(must_stay, nodes)):
             return False
         inputs = {self._replaced.get(node, node) for node in _nodes_in([call.args, call.kwargs])}
         read = {source for node in nodes for source in node.all_input_nodes if source.op != "get_attr"} - nodes
