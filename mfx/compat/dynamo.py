@@ -51,6 +51,11 @@ _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _ONCE = ("exception", "warning_once", "info_once")
 
 
+def is_raised_by_model(error: Exception) -> bool:
+    """True if Dynamo has given up because what it looked at raised an error."""
+    return "Observed exception" in str(error)
+
+
 class DynamoCapture:
     """The result of a capture by Dynamo: the graph of one call, and its guards.
 

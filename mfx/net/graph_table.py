@@ -10,7 +10,7 @@ from torch import nn
 
 from mfx import compat
 from mfx.capture.arguments import refuse_nested
-from mfx.capture.captured import CaptureError, PathsError
+from mfx.capture.captured import CaptureError, PathsError, RaisedError
 from mfx.capture.decisions import Decision
 from mfx.capture.guards import HOLDS, Guard, ModuleGuard
 from mfx.modules.aside import aside
@@ -225,6 +225,8 @@ class GraphTable:
         if self.options.capture == "auto" and not decides:
             try:
                 graph = self._dynamo.capture(args, kwargs, self.options)
+            except RaisedError as error:
+                refused = error
             except CaptureError as error:
                 refused = CaptureError(f"{error} (Before that: {untraceable})")
                 refused.__cause__ = error.__cause__

@@ -302,17 +302,17 @@ class DynamoRoute:
         refuse_shards(net)
         self.graphs = [graph for graph in self.graphs if graph.in_place()]
         with bare_submodules(net):
-            captured = self._captured(args, kwargs)
+            captured = self._captured(args, kwargs, raises=options.may_change_function)
         if (steps := named_steps_of(net, options)) is not None:
             steps.mark(captured.graph)
         graph = rewrite_captured(net, captured, options, {})
         graph.shapes_known = True  # Dynamo captures with shapes
         return graph
 
-    def _captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Captured:
+    def _captured(self, args: tuple[Any, ...], kwargs: Mapping[str, Any], *, raises: bool) -> Captured:
         from mfx.capture.dynamo.call import capture_call, sizes_of_ids  # imports TorchDynamo, which takes a second
 
-        call = partial(capture_call, self._net, args, kwargs)
+        call = partial(capture_call, self._net, args, kwargs, raises=raises)
         try:
             return call(history=self._history, any_float=len(self.graphs) >= _KEPT)
         except CaptureError:

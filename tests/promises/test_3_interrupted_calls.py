@@ -109,3 +109,43 @@ def test_a_signal_ends_a_call_that_is_being_captured(number, handler, error):
     finally:
         signal.signal(number, before)
     assert any(entry.name == "_traced" for entry in raised.traceback), "it was raised by the trace, not by the call"
+
+
+class StoppedError(Exception):
+    """An error of a user's own hook."""
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_an_error_of_a_hook_is_raised_where_dynamo_cannot_follow_it(gamma, is_first):
+    def stop(module, args):
+        raise StoppedError("here")
+
+    torch.manual_seed(0)
+    branches = [nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.BatchNorm1d(4)) for _ in range(3)]
+    net = mfx.momentumize(Stepping(branches), gamma=gamma, capture="dynamo")
+    x = torch.ones(2, 4)
+    if not is_first:
+        net(x)
+    state = torch.get_rng_state()
+    handle = net.branches[0][0].register_forward_pre_hook(stop)
+    with pytest.raises(StoppedError, match="here"):
+        net(x)
+    handle.remove()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [branch[2].num_batches_tracked.item() for branch in net.branches] == [not is_first] * 3
+    net(x).sum().backward()
+    assert [len(chain.steps) for chain in mfx.explain(net).chains] == [3]
+
+
+class Stepping(nn.Module):
+    """Steps x + f(x)."""
+
+    def __init__(self, branches):
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x):
+        for branch in self.branches:
+            x = x + branch(x)
+        return x

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mfx.capture.captured import Captured, CaptureError
-from mfx.capture.dynamo.first_call import run_first_call, settle
+from mfx.capture.captured import Captured, CaptureError, RaisedError
+from mfx.capture.dynamo.first_call import own_error, run_first_call, settle
 from mfx.capture.dynamo.graph import tidy
 from mfx.capture.dynamo.sources import is_held_by_module, module_path
-from mfx.compat.dynamo import DYNAMO_ERRORS, DynamoCapture, sources, trace_call
+from mfx.compat.dynamo import DYNAMO_ERRORS, DynamoCapture, is_raised_by_model, sources, trace_call
 from mfx.modules.overlay import Overlay
 from mfx_passes.ops.step_markers import called
 from mfx_passes.rewrite.portable_graph import copy_graph
@@ -87,6 +87,7 @@ def capture_call(
     *,
     history: MutableMapping[Any, Any] | None,
     any_float: bool,
+    raises: bool,
 ) -> Captured:
     """Return the graph of one call; nothing is computed.
 
@@ -97,9 +98,12 @@ def capture_call(
         history: sizes in earlier calls, which is updated; sizes that differ from theirs are variables of the graph.
             So are those of token ids, in the first call already. None for a graph for the sizes of this call alone.
         any_float: True if other numbers that differ are to be variables, too.
+        raises: True if an error that the model raises itself is to be told from others; else the model has to run as it
+            is written.
 
     Raises:
         CaptureError: the model cannot be captured as one graph.
+        RaisedError: the model itself raises an error.
     """
     forward = inspect.unwrap(type(net).forward, stop=lambda function: isinstance(function, FunctionType))
     if not isinstance(forward, FunctionType):
@@ -119,6 +123,8 @@ def capture_call(
             seen = trace()
     except DYNAMO_ERRORS as error:
         reason = f"{type(net).__name__} cannot be captured as one graph: {_said(error)}"
+        if raises and is_raised_by_model(error) and (own := own_error(method, args, kwargs)) is not None:
+            raise RaisedError(reason) from own
         raise CaptureError(f"{reason}. {_ADVICE}") from error
     module = seen.graph
     names = {str(id(inner)): name for name, inner in net.named_modules()}

@@ -9,7 +9,7 @@ import inspect
 import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -21,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mfx import compat
 from mfx.capture.caught_outputs import outputs_caught
-from mfx.capture.symbolic.user_code import ErrorsPassedOver
+from mfx.capture.symbolic.user_code import ErrorsPassedOver, is_raised_by_user
 from mfx.modules.holders import Holder
 from mfx.modules.kept_results import results_not_kept
 from mfx.modules.python_state import state_of
+from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import restored_if_changed, restored_if_fake
 
 _DEPTH = 4  # of objects and containers in a result that is compared
@@ -101,6 +102,22 @@ def settle(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[st
     return False
 
 
+def own_error(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> BaseException | None:
+    """Return the error that a model, or a hook of its user's, raises itself in a call, None if none is known.
+
+    A run on fake tensors tells; what it changes is put back.
+    """
+    if not all(map(_is_plain, (*args, *kwargs.values()))):
+        return None
+    net = method.__self__  # type: ignore[attr-defined]
+    before = state_of(net)
+    with undisturbed(net):
+        error = _run_on_fakes(method, args, kwargs).error
+    for holder in before.changes():
+        holder.put_back()
+    return error if error is not None and is_raised_by_user(error) else None
+
+
 def _notes(net: nn.Module) -> bool:
     """True if a forward in a model sets attributes."""
     forwards: list[Any] = [getattr(kind, "forward", None) for kind in {type(module) for module in net.modules()}]
@@ -162,11 +179,13 @@ class _Run:
         operations: its operations, and where the tensors come from that it returned; None if it failed.
         result: what it returned, as `_described` has it.
         said: what it printed, logged and warned.
+        error: what it failed with.
     """
 
     operations: list[Any] | None
     result: Any
     said: list[_Said]
+    error: BaseException | None = field(default=None, compare=False)
 
 
 def _run_on_fakes(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> _Run:
@@ -194,7 +213,7 @@ def _run_on_fakes(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
         restored_if_changed(),
         outputs_caught(note_print, note_log, note_write),
         torch.no_grad(),
-        ErrorsPassedOver(),
+        ErrorsPassedOver() as passed,
         _Operations() as operations,
     ):
         warnings.simplefilter("always")
@@ -210,7 +229,7 @@ def _run_on_fakes(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Map
         )
         for each in warned
     ]
-    return run
+    return replace(run, error=passed.error)
 
 
 def _described(value: Any, depth: int = _DEPTH) -> Any:

@@ -90,14 +90,24 @@ def is_interrupt(error: BaseException) -> bool:
 
 
 class ErrorsPassedOver:
-    """A context that an error leaves, which a real call raises again if it is the model's; interrupts go on."""
+    """A context that an error leaves, which a real call raises again if it is the model's; interrupts go on.
 
-    def __enter__(self) -> None:
+    Attributes:
+        error: the error that was passed over, None without one.
+    """
+
+    error: BaseException | None = None
+
+    def __enter__(self) -> ErrorsPassedOver:
         """Begin."""
+        return self
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> bool:
         """Return True for an error that goes no further."""
-        return error is not None and not is_interrupt(error)
+        if error is None or is_interrupt(error):
+            return False
+        self.error = error
+        return True
 
 
 def is_own_fault(error: BaseException) -> bool:
