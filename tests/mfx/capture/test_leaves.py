@@ -12,6 +12,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import mfx
+from mfx.capture.binding import ByName
+from mfx.net.forward import forward_of
 from tests.models.step import assert_bit_equal, train_step
 from tests.sampling import grid
 
@@ -333,6 +335,23 @@ def test_sizes_are_numbers_where_the_model_wants_them(read):
         inputs = (torch.randn(2, length, 8),)
         assert_bit_equal(train_step(net, inputs), train_step(model, inputs))
     assert [len(chain.steps) for chain in mfx.explain(net).chains] == [3]
+
+
+@pytest.mark.parametrize(
+    "look, is_traced",
+    [
+        (lambda x: x * len(x), False),
+        (lambda x: x + torch.from_numpy(numpy.sin(x.detach().numpy())), True),
+    ],
+    ids=["both have all steps", "Dynamo has none"],
+)
+def test_of_two_graphs_with_as_many_steps_dynamos_is_taken(look, is_traced):
+    torch.manual_seed(0)
+    net = mfx.momentumize(Net(look), gamma=0.9)
+    net(torch.randn(5, 8))
+    (graph,) = forward_of(net).table.graphs
+    assert isinstance(graph.captured.binding, ByName) is is_traced
+    assert [len(chain.steps) for chain in mfx.explain(net).chains] == [4]
 
 
 class Recurrent(nn.Module):
