@@ -114,7 +114,8 @@ class _Changes(TorchDispatchMode):
         """Put their values back, the last first: a tensor may be a view of another."""
         with without_modes(), torch.no_grad():
             for tensor, before in reversed(list(zip(self.written, self._before, strict=True))):
-                tensor.copy_(before)
+                with torch.inference_mode(tensor.is_inference()):
+                    tensor.copy_(before)
 
 
 def _has_data(value: Any) -> bool:

@@ -201,7 +201,13 @@ class _ValuesRead(TorchFunctionMode):
             self._tracer.refusals.refuse(
                 UntraceableError("it reads the value of a tensor while it runs; a graph would hold for this value only")
             )
-        result = func(*args, **(kwargs or {}))
+        try:
+            result = func(*args, **(kwargs or {}))
+        except Exception as error:
+            trace = error.__traceback__
+            if trace is None or trace.tb_next is not None:
+                raise
+            raise error.with_traceback(None) from error.__cause__  # an operation has no frame of its own
         if isinstance(result, Tensor):
             self._note(result, *args)
             if self._is_made_of_numbers(func, pytree.tree_leaves((args, kwargs))):
