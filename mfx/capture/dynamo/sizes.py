@@ -8,6 +8,8 @@ import torch
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
+from mfx_passes.ir.nodes import tag_size
+
 
 def read_sizes_off_inputs(graph: Graph) -> None:
     """Replace sizes by numbers where known, else by sizes of the graph's inputs, whichever tensor they were read off.
@@ -22,6 +24,7 @@ def read_sizes_off_inputs(graph: Graph) -> None:
 
     So what is computed of sizes alone (positions, masks) does not depend on the stream they were read off. Nor does it
     stand behind an operation that nothing may be moved past: all that is computed of inputs' sizes alone comes first.
+    Sizes are tagged with what they are the sum of.
     """
     known: dict[Any, Node] = {}
     own: set[Node] = set()
@@ -33,6 +36,7 @@ def read_sizes_off_inputs(graph: Graph) -> None:
         if not isinstance(value, torch.SymInt):
             continue
         size = value.node.expr
+        _tag(node, size)
         if node.op == "placeholder":
             own.add(known.setdefault(size, node))
         elif size.is_number or size in known:
@@ -51,3 +55,10 @@ def _replace(node: Node, value: Any) -> None:
         user.args = map_arg(user.args, lambda other: value if other is node else other)
         user.kwargs = map_arg(user.kwargs, lambda other: value if other is node else other)
     node.graph.erase_node(node)
+
+
+def _tag(node: Node, size: Any) -> None:
+    """Tag a node with a size as a sum of products of sizes, if it is one."""
+    terms = {product: factor for product, factor in size.expand().as_coefficients_dict().items() if factor}
+    if all(factor.is_Integer and (product == 1 or product.is_nonnegative) for product, factor in terms.items()):
+        tag_size(node, {None if product == 1 else str(product): int(factor) for product, factor in terms.items()})

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import operator
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from itertools import accumulate
+from math import prod  # which a trace replaces in its module
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,8 +18,13 @@ from mfx_passes.ops.packing import merged, parted
 
 def packing_functions() -> Mapping[Callable[..., Any], Callable[..., Any]]:
     """Return what to call in the place of functions of einops; nothing if that was not imported."""
-    einops = sys.modules.get("einops")
-    return {einops.pack: _pack, einops.unpack: _unpack} if hasattr(einops, "unpack") else {}  # type: ignore[union-attr]
+    packing = sys.modules.get("einops.packing")
+    return {} if packing is None else {packing.pack: _pack, packing.unpack: _unpack}
+
+
+def packing_namespaces() -> Sequence[ModuleType]:
+    """Return the modules whose attributes these functions are: ``einops``, if that was imported."""
+    return [sys.modules["einops"]] if packing_functions() else []
 
 
 def _pack(tensors: Any, pattern: Any) -> Any:
@@ -39,7 +45,7 @@ def _unpack(tensor: Any, packed_shapes: Any, pattern: Any) -> Any:
         return [_call(parted, tensor, before, after, shapes[0])]
     if any(map(_is_open, shapes)):
         return _recorded("unpack", tensor, packed_shapes, pattern)
-    ends = [*accumulate(_call(math.prod, shape) for shape in shapes[:-1])]
+    ends = [*accumulate(_call(prod, shape) for shape in shapes[:-1])]
     cuts = [slice(*cut) for cut in zip([0, *ends], [*ends, None], strict=True)]
     pieces = [operator.getitem(tensor, (slice(None),) * before + (cut,)) for cut in cuts]
     return [_call(parted, piece, before, after, shape) for piece, shape in zip(pieces, shapes, strict=True)]
@@ -57,7 +63,9 @@ def _as_list(values: Any) -> list[Any]:
 
 def _is_open(shape: Any) -> bool:
     """True if the lengths of a shape are not all given."""
-    return not isinstance(shape, fx.Proxy) and (not isinstance(shape, Sequence) or -1 in shape)
+    if isinstance(shape, fx.Proxy):
+        return False
+    return not isinstance(shape, Sequence) or any(type(length) is int and length == -1 for length in shape)
 
 
 def _call(function: Callable[..., Any], value: Any, *args: Any) -> Any:
@@ -71,7 +79,7 @@ def _call(function: Callable[..., Any], value: Any, *args: Any) -> Any:
 
 def _recorded(name: str, *args: Any) -> Any:
     """Call a function of einops, or record the call as a whole."""
-    function = getattr(sys.modules["einops"], name)
+    function = getattr(sys.modules["einops.packing"], name)
     found: list[fx.Proxy] = []
     fx.node.map_aggregate(args, lambda value: found.append(value) if isinstance(value, fx.Proxy) else None)
     return found[0].tracer.create_proxy("call_function", function, args, {}) if found else function(*args)

@@ -29,7 +29,7 @@ from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.leftovers import Leftovers
 from mfx.capture.symbolic.lengths import known_length
 from mfx.capture.symbolic.outputs import Outputs
-from mfx.capture.symbolic.packing import packing_functions
+from mfx.capture.symbolic.packing import packing_functions, packing_namespaces
 from mfx.capture.symbolic.proxies import Value
 from mfx.capture.symbolic.recorded import is_made_of_fields, last_node, nodes_after, to_nodes
 from mfx.capture.symbolic.refusals import DECISION, OutputError, Refusals, UntraceableError, WrongGuessError
@@ -76,7 +76,8 @@ class SymbolicTracer(fx.Tracer):
         guesses: Guesses | None = None,
     ) -> None:
         super().__init__(autowrap_functions=(*einops_functions(), *timm_functions(), *TORCH_FUNCTIONS))
-        compat.search_autowrapped_in(self, torch)  # which is where torch.finfo is looked up
+        for module in (torch, *packing_namespaces()):  # torch is where torch.finfo is looked up
+            compat.search_autowrapped_in(self, module)
         self._steps, self._is_leaf = steps, is_leaf
         self.leaves = Leaves(allowed=False) if leaves is None else leaves
         self.values = values

@@ -1,12 +1,13 @@
-"""Facts about single nodes: tags of momentum calls and of blocks, module paths, source lines."""
+"""Facts about single nodes: tags of momentum calls, of blocks and of sizes, module paths, source lines."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 
 from torch.fx import Node
 
-_MARK, _BLOCK = "momentum_chain", "residual_block"
+_MARK, _BLOCK, _SIZE = "momentum_chain", "residual_block", "size"
 
 
 def tag_momentum_call(node: Node, chain: str) -> None:
@@ -32,6 +33,16 @@ def tag_block(node: Node, path: str | None) -> None:
 def block_of(node: Node) -> str | None:
     """Return the path of the module of the block that a node is tagged with, None if there is no tag."""
     return (node.meta.get("custom") or {}).get(_BLOCK)
+
+
+def tag_size(node: Node, terms: Mapping[str | None, int]) -> None:
+    """Tag a node as the sum of multiples of 1, for which None stands, and of sizes, none of which is negative."""
+    node.meta["custom"] = {**(node.meta.get("custom") or {}), _SIZE: dict(terms)}
+
+
+def known_size(node: Node) -> Mapping[str | None, int] | None:
+    """Return the sum that a node is tagged as, None if there is no tag."""
+    return (node.meta.get("custom") or {}).get(_SIZE)
 
 
 _INDEX = re.compile(r"@\d+$")

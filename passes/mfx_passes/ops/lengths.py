@@ -10,8 +10,10 @@ from typing import Any
 
 from torch.fx import Node
 
+from mfx_passes.ir.nodes import known_size
+
 Length = frozenset[tuple[Hashable, int]]
-"""Multiples of sizes, as pairs of a tensor and a dimension, of other nodes, and of 1, for which None stands."""
+"""Multiples of sizes, as text or as a tensor and a dimension, of other nodes, and of 1, for which None stands."""
 
 ZERO: Length = frozenset()
 
@@ -43,11 +45,16 @@ def is_ordered(one: Length, other: Length) -> bool:
 
 def is_positive(value: Length) -> bool:
     """True if a length is known not to be negative."""
-    return all(factor >= 0 and (term is None or isinstance(term, tuple) or _is_product(term)) for term, factor in value)
+    return all(
+        factor >= 0 and (term is None or isinstance(term, tuple | str) or _is_product(term)) for term, factor in value
+    )
 
 
 def _is_product(term: Hashable) -> bool:
-    """True if a node is the product of some sizes of a tensor."""
+    """True if a node is the product of some sizes of tensors."""
+    if isinstance(term, Node) and term.op == "call_function" and term.target is operator.mul:
+        lengths = [length(factor) for factor in term.args]
+        return all(value is not None and is_positive(value) for value in lengths)
     sizes = term.args[0] if isinstance(term, Node) and term.target is math.prod else None
     while isinstance(sizes, Node) and sizes.target is operator.getitem and isinstance(sizes.args[1], slice):
         sizes = sizes.args[0]
@@ -71,6 +78,8 @@ def _counted(value: Any) -> Counter[Hashable] | None:
         return Counter({None: value})
     if not isinstance(value, Node):
         return None
+    if (known := known_size(value)) is not None:
+        return Counter(known)
     if value.op == "call_function" and value.target in _SIGNS:
         terms = [length(arg) for arg in value.args]
         if len(terms) == 2 and terms[0] is not None and terms[1] is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ def merged(x: Tensor, before: int, after: int) -> Tensor:
     """
     if x.dim() < before + after:
         raise RuntimeError(f"a tensor of shape {tuple(x.shape)} has fewer than {before + after} dimensions to keep")
-    return x.reshape((*x.shape[:before], -1, *x.shape[x.dim() - after :]))
+    end = x.dim() - after
+    return x.reshape((*x.shape[:before], math.prod(x.shape[before:end]), *x.shape[end:]))
 
 
 def parted(x: Tensor, before: int, after: int, lengths: Sequence[int]) -> Tensor:
