@@ -43,6 +43,7 @@ class View(ABC):
         is_whole: True if the graph is all that a call of the model runs.
         flat: paths of modules whose own ``forward`` does not run, because their operations belong to several steps.
         recomputes_more: True if more than the steps of the chains runs again in the backward pass.
+        blocks: paths of the blocks in no chain that run again in the backward pass, each on its own.
         leaves: paths of modules that are called as a whole because a trace cannot follow them, and why.
         conditions: the lines with conditions on values that the graph checks as it runs.
     """
@@ -55,6 +56,7 @@ class View(ABC):
     is_whole: bool = True
     flat: tuple[str, ...] = ()
     recomputes_more: bool = False
+    blocks: tuple[str, ...] = ()
     leaves: Mapping[str, str] = field(default_factory=dict)
     conditions: tuple[str, ...] = ()
 
@@ -304,6 +306,7 @@ def _of_graph(
         path=graph.within,
         flat=graph.flat,
         recomputes_more=graph.recomputes_more,
+        blocks=graph.blocks,
         leaves={paths.join(graph.within, path): why for path, why in graph.captured.leaves.items()},
         conditions=tuple(f"{decision.line} (here {decision.value})" for decision in graph.decisions),
         graph=graph,

@@ -76,7 +76,11 @@ def rewrite_captured(
 
 
 def _may_open(captured: Captured, path: str) -> bool:
-    """True if nothing is lost where a module is not called as a whole."""
+    """True if a module need not be called as a whole: no hook of its own, no compilation and no effect would be lost.
+
+    Hooks for all modules (`torch.nn.modules.module.register_module_forward_hook`) do not see it, nor the containers of
+    chains.
+    """
     changes = any(effect.path == path for effect in captured.effects)
     return path in captured.walked and not changes and not is_observed(captured.walked[path])
 

@@ -172,9 +172,15 @@ class RewrittenGraph:
         return any(call.nests for call in self.calls.values())
 
     @property
+    def blocks(self) -> tuple[str, ...]:
+        """Paths in the net of the blocks in no chain that are recomputed, each on its own."""
+        found = (None if self.recompute_between else block_of(node) for node in self.graph.nodes)
+        return tuple(dict.fromkeys(paths.join(self.within, path) for path in found if path is not None))
+
+    @property
     def recomputes_more(self) -> bool:
         """True if more than the steps of its chains is recomputed: what lies between them, or blocks there."""
-        return self.recompute_between or any(block_of(node) is not None for node in self.graph.nodes)
+        return self.recompute_between or bool(self.blocks)
 
     @property
     def changes_function(self) -> bool:

@@ -81,6 +81,7 @@ def explain(model: nn.Module, *args: Any, **kwargs: Any) -> Explanation:
         tuple(join(view.path, path) for view in views for path in _with_hooks(view)),
         breaks_of(model, args, kwargs),
         () if stage is None else tuple(line for view, finds in found for line in _borders(stage, view, finds)),
+        tuple(dict.fromkeys(path for view in views for path in view.blocks)),
     )
 
 

@@ -54,6 +54,8 @@ class Explanation:
         breaks: lines that keep a call from being one graph, with what each costs: at γ > 0 momentum starts anew behind
             such a line.
         borders: chains that the borders of a pipeline's stage cut, with what that costs.
+        blocks: modules in no chain that keep their function and run again in the backward pass, each on its own, unless
+            a budget keeps their activations.
     """
 
     model: str
@@ -70,6 +72,7 @@ class Explanation:
     unheard: tuple[str, ...] = ()
     breaks: tuple[str, ...] = ()
     borders: tuple[str, ...] = ()
+    blocks: tuple[str, ...] = ()
 
     @property
     def verdict(self) -> str:
@@ -102,6 +105,7 @@ class Explanation:
             policies=policies(chains),
             advice=self.advice,
             rejections=groups(self.left_steps),
+            blocks=self.blocks,
             cuts=tuple(f"{name}: {cut.reason}" for cut, name in zip(self.cuts, places(self.cuts), strict=True)),
             others=groups(found for found in self.rejections if found not in self.left_steps),
             unheard=self.unheard,
@@ -128,7 +132,7 @@ class Explanation:
             ``storage`` (the attributes of `ExplainedStorage`, and ``kept``), ``memory`` (``plain`` and ``kept`` bytes,
             ``recomputed`` in FLOP) and ``steps`` (``path``, ``kind``, ``branch``, ``captures``, ``sides``, ``source``);
             ``rejections``, each with ``node``, ``path``, ``source``, ``reason``, ``remedy`` and ``is_step``; ``cuts``,
-            each with ``node``, ``path``, ``source`` and ``reason``; ``flat``;
+            each with ``node``, ``path``, ``source`` and ``reason``; ``flat``; ``blocks``;
             ``leaves``: reasons by path; ``conditions``; ``breaks``; ``borders``;
             ``totals``: ``plain`` and ``momentum``, each with ``kept``, ``peak`` (the output held) and ``peak_of_loss``
             (only the loss held) in bytes, and ``flops``; ``room``: bytes of ``parameters`` (with buffers),
@@ -145,6 +149,7 @@ class Explanation:
             ],
             "cuts": [_noted(cut) for cut in self.cuts],
             "flat": list(self.flat),
+            "blocks": list(self.blocks),
             "leaves": dict(self.leaves),
             "conditions": list(self.conditions),
             "breaks": list(self.breaks),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from mfx.reports.explain.tables import Contents, RejectedGroup
+from mfx.reports.explain.tables import BLOCKS, Contents, RejectedGroup
 from mfx.reports.markup import Markup, element, joined
 from mfx.reports.table import Table
 
@@ -34,6 +34,7 @@ def page(contents: Contents) -> Markup:
         _list("what could be done", contents.advice),
         _list("chains are cut before", contents.cuts),
         _rejections("left as they are", contents.rejections),
+        _paragraph(BLOCKS, ", ".join(contents.blocks)),
         _rejections("only look like residual steps", contents.others),
         _paragraph("hooks on these modules do not run", ", ".join(contents.unheard)),
         _list("called as a whole, since a trace cannot follow them", map(": ".join, contents.leaves)),

@@ -18,6 +18,7 @@ _MEMORY = ("alive between forward and backward", "plain", "mfx", "", "recomputed
 _STEPS = ("step", "weight", "also reads", "source")
 
 Rows = list[tuple[str, ...]]
+BLOCKS = "in no chain and unchanged, but recomputed in the backward pass, unless a budget keeps their activations"
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Contents:
         policies: name of each chain with known shapes, and what it keeps of its stream.
         advice: advice, one line each.
         rejections: residual steps that stay as they are, by reason.
+        blocks: paths of modules in no chain that run again in the backward pass.
         cuts: residual adds that cannot go on with the chain before them, and why.
         others: sums that stay as they are and only look like residual steps, by reason.
         unheard: paths of modules whose hooks do not run.
@@ -66,6 +68,7 @@ class Contents:
     policies: Rows
     advice: tuple[str, ...]
     rejections: list[RejectedGroup]
+    blocks: tuple[str, ...]
     cuts: tuple[str, ...]
     others: list[RejectedGroup]
     unheard: tuple[str, ...]

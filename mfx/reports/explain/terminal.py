@@ -5,7 +5,7 @@ from __future__ import annotations
 import textwrap
 from dataclasses import replace
 
-from mfx.reports.explain.tables import Contents, RejectedGroup
+from mfx.reports.explain.tables import BLOCKS, Contents, RejectedGroup
 from mfx.reports.table import WIDTH
 from mfx.text import count, listed, shorten
 
@@ -19,7 +19,19 @@ def text(contents: Contents, *, verbose: bool = False) -> str:
         contents: the explanation.
         verbose: also list the sums that only look like residual steps.
     """
-    sections = (_memory, _chains, _policies, _advice, _cuts, _rejections, _unheard, _leaves, _conditions, _breaks)
+    sections = (
+        _memory,
+        _chains,
+        _policies,
+        _advice,
+        _cuts,
+        _rejections,
+        _blocks,
+        _unheard,
+        _leaves,
+        _conditions,
+        _breaks,
+    )
     lines = _wrapped(contents.verdict)
     for section in sections:
         if found := section(contents):
@@ -67,6 +79,13 @@ def _cuts(contents: Contents) -> list[str]:
 def _rejections(contents: Contents) -> list[str]:
     found = contents.rejections
     return ["left as they are:", *(line for group in found for line in _group(group))] if found else []
+
+
+def _blocks(contents: Contents) -> list[str]:
+    if not contents.blocks:
+        return []
+    shown = listed([shorten(path, 60) for path in contents.blocks])
+    return _wrapped(f"{BLOCKS}: {shown}")
 
 
 def _others(contents: Contents, verbose: bool) -> list[str]:

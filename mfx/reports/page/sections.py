@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from mfx.reports.explain.data import ExplainedChain
 from mfx.reports.explain.explanation import Explanation
-from mfx.reports.explain.tables import RejectedGroup, indented, state, weights
+from mfx.reports.explain.tables import BLOCKS, RejectedGroup, indented, state, weights
 from mfx.reports.markup import Markup, element, joined
 from mfx.reports.page.memory_lines import legend, lines
 from mfx.reports.profile.result import Profile, measures, notes_of
@@ -101,6 +101,7 @@ def rejections(found: Explanation) -> Markup:
     return joined(
         element("h2", "Left as they are"),
         *(blocks or [element("p", "No residual step was left alone.", class_="dim")]),
+        element("p", f"{BLOCKS}: {', '.join(found.blocks)}", class_="dim") if found.blocks else None,
         *([element("p", "Sums that only look like residual steps:", class_="dim"), *others] if others else []),
     )
 
