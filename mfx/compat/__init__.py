@@ -68,7 +68,14 @@ from mfx.compat.fsdp import (
     shards_of,
     share_shards,
 )
-from mfx.compat.fx import autowrap_in_this_thread, dynamo_rules_kept, is_erased, search_autowrapped_in, untraced
+from mfx.compat.fx import (
+    autowrap_in_this_thread,
+    dynamo_rules_kept,
+    is_erased,
+    records_calls,
+    search_autowrapped_in,
+    untraced,
+)
 from mfx.compat.generators import sign_of_numpy, sign_of_python, sign_of_torch
 from mfx.compat.hooks import (
     call_code,
@@ -176,6 +183,7 @@ __all__ = [
     "put_load_hook_first",
     "random_state_of",
     "reads_in_parts",
+    "records_calls",
     "reproducible",
     "running_node",
     "runs_for_real",

@@ -29,6 +29,11 @@ def is_erased(node: fx.Node) -> bool:
     return node._erased
 
 
+def records_calls() -> bool:
+    """True if a symbolic trace records calls of modules, outside of `untraced` (torch 2.11 to 2.15)."""
+    return nn.Module.__call__ is not _symbolic_trace._orig_module_call
+
+
 @contextmanager
 def untraced() -> Iterator[None]:
     """Within this context, modules run as they do outside of the symbolic trace that is going on (torch 2.11 to 2.15).

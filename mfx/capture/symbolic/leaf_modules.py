@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 # torch.nn is opaque to a tracer, which is right for all but the modules that hold residual adds themselves.
 LOOKED_INTO = (
@@ -39,3 +40,10 @@ def timm_modules() -> frozenset[type[nn.Module]]:
     """Return the modules that timm declares to be untraceable, at least in some of their configurations."""
     timm = sys.modules.get("timm.layers")
     return frozenset(timm.get_notrace_modules()) if timm else frozenset()
+
+
+def is_looked_into(module: nn.Module) -> bool:
+    """True for a module of torch.nn that a trace walks through."""
+    # The class of a parametrized module was made by torch.nn, maybe from one that was not.
+    is_made = is_parametrized(module) and not type(module).__mro__[1].__module__.startswith("torch.nn")
+    return is_made or type(module) in LOOKED_INTO

@@ -12,7 +12,6 @@ from typing import Any, SupportsIndex
 
 import torch
 from torch import fx, nn
-from torch.nn.utils.parametrize import is_parametrized
 
 from mfx import compat
 from mfx.capture.captured import CaptureError
@@ -24,11 +23,12 @@ from mfx.capture.symbolic.call_values import UNKNOWN, CallValues
 from mfx.capture.symbolic.classes import type_of_value
 from mfx.capture.symbolic.constants import Constants
 from mfx.capture.symbolic.entered_modes import EnteredModes
-from mfx.capture.symbolic.leaf_modules import LOOKED_INTO, TORCH_FUNCTIONS, einops_functions, timm_functions
+from mfx.capture.symbolic.leaf_modules import TORCH_FUNCTIONS, einops_functions, is_looked_into, timm_functions
 from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.leftovers import Leftovers
 from mfx.capture.symbolic.lengths import known_length
 from mfx.capture.symbolic.outputs import Outputs
+from mfx.capture.symbolic.own_calls import own_calls_seen
 from mfx.capture.symbolic.packing import packing_functions, packing_namespaces
 from mfx.capture.symbolic.proxies import Value
 from mfx.capture.symbolic.recorded import is_made_of_fields, last_node, nodes_after, to_nodes
@@ -83,8 +83,7 @@ class SymbolicTracer(fx.Tracer):
         self.values = values
         self.decisions: list[Decision] = []
         self._guesses = guesses
-        self._inputs = inputs
-        self._constants = constants
+        self._inputs, self._constants = inputs, constants
         self.calls: list[ModuleCall] = []
         self.walked: dict[str, nn.Module] = {}
         self.refusals = Refusals()
@@ -108,7 +107,7 @@ class SymbolicTracer(fx.Tracer):
         self._modes = EnteredModes(self.refusals)
         watched, wrapped = self._modes.watched(), compat.autowrap_in_this_thread(type_of_value, packing_functions())
         try:
-            with watched, self.outputs.recorded(), wrapped, functions_are_nodes():
+            with watched, self.outputs.recorded(), wrapped, functions_are_nodes(), own_calls_seen(root, self._call):
                 graph = super().trace(root, concrete_args)
             if self.values is not None:
                 self.values.find(graph)
@@ -139,13 +138,8 @@ class SymbolicTracer(fx.Tracer):
         """True for modules of torch.nn and einops that cannot hold residual adds: they are called as a whole."""
         if m in self._steps or m in self.leaves or self._is_leaf(m):
             return True  # the last runs a chain already
-        if isinstance(m, torch.jit.ScriptModule):
-            return True  # its code is not Python
-        if type(m) in LOOKED_INTO:
-            return False
-        if is_parametrized(m) and not type(m).__mro__[1].__module__.startswith("torch.nn"):
-            return False  # its class was made by torch.nn, but from one that was not
-        return type(m).__module__.startswith("einops.") or super().is_leaf_module(m, module_qualified_name)
+        is_layer = type(m).__module__.startswith("einops.") or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, torch.jit.ScriptModule) or (is_layer and not is_looked_into(m))
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -153,30 +147,36 @@ class SymbolicTracer(fx.Tracer):
         """Record a call; for a module that is walked through, record its nodes, too."""
         if threading.get_ident() != self._thread:
             return forward(*args, **kwargs)  # torch.fx patches modules for all threads
+        if type(m).__call__ is nn.Module.__call__:
+            return self._call(m, m.forward, args, kwargs)
+        self.path_of_module(m)  # an error for one that is not of the model
+        return m.forward(*args, **kwargs)  # a part of the call that own_calls_seen tells of
+
+    def _call(self, m: nn.Module, run: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         path = self.path_of_module(m)
         if m not in self.leaves and not self.is_leaf_module(m, path):
             if not self.leaves.may_take(m):
-                return self._walk(m, path, args, kwargs)
-            output = self._walk_if_possible(m, path, args, kwargs)
+                return self._walk(m, path, run, args, kwargs)
+            output = self._walk_if_possible(m, path, run, args, kwargs)
             if m not in self.leaves:
                 return output
-        output = super().call_module(m, forward, args, kwargs)
+        output = super().call_module(m, run, args, kwargs)
         if m not in self.leaves or self.values is None:
             return output
         return self.values.call_leaf(m, output, args, kwargs)
 
-    def _walk(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _walk(self, m: nn.Module, path: str, run: Callable[..., Any], args: Any, kwargs: dict[str, Any]) -> Any:
         self.walked[path] = m
         last = last_node(self.graph)
         self.at_boundary(self.path_inside)
         # Hooks are run when the module is called, not when it is traced: a proxy means nothing to them.
-        output = super().call_module(m, m.forward, args, kwargs)
+        output = super().call_module(m, run, args, kwargs)
         self.at_boundary(path)
         nodes = frozenset(nodes_after(self.graph, last))
         self.calls.append(ModuleCall(path, to_nodes(args), to_nodes(kwargs), to_nodes(output), nodes))
         return output
 
-    def _walk_if_possible(self, m: nn.Module, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _walk_if_possible(self, m: nn.Module, path: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Walk through a module; where that fails, it becomes a leaf and nothing is recorded."""
         attributes = {module: dict(module.__dict__) for module in m.modules()}
         last = last_node(self.graph)
@@ -184,7 +184,7 @@ class SymbolicTracer(fx.Tracer):
         refused, decided, used = self.refusals.count, len(self.decisions), dict(self.used)
         try:
             with undisturbed(m) as drawn, tensors_restored(m) as replaced:
-                output = self._walk(m, path, args, kwargs)
+                output = self._walk(m, path, run, args, kwargs)
             if drawn or replaced:
                 what = f"draws random numbers ({', '.join(drawn)})" if drawn else f"replaces {', '.join(replaced)}"
                 raise CaptureError(f"it {what} while it runs")

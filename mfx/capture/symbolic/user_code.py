@@ -151,5 +151,5 @@ def _module_of(frame: FrameType) -> str:
 def _is_between(frame: FrameType) -> bool:
     """True for frames that lie between a model's code and the tracer."""
     return _module_of(frame).startswith(
-        ("torch.fx", "torch.nn.modules.module", "torch.overrides", "mfx.capture.symbolic", "contextlib")
+        ("torch.fx", "torch.nn.modules.module", "torch.overrides", "mfx.capture.symbolic", "mfx.compat", "contextlib")
     )
