@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from mfx.capture.captured import RaisedError
 from mfx.net.forward import forward_of
 from mfx.options.memory_budget import MemoryBudget
 from mfx.options.options import call_of
@@ -159,8 +160,9 @@ class _Trials:
         return _Largest(found, error if found and refused <= following else None)
 
 
-def _line(error: Exception) -> str:
-    """Return an error as one short line: its beginning says most."""
+def _line(error: BaseException) -> str:
+    """Return an error as one short line: its beginning says most; one of the model's own as the model raised it."""
+    error = error.__cause__ or error if isinstance(error, RaisedError) else error
     first = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
     text = f"{type(error).__name__}: {first}"
     return text if len(text) <= _LINE else f"{text[: _LINE - 1]}…"
