@@ -63,10 +63,7 @@ class Refusal(Enum):
     CHANGES_INPUT = (
         "{node} changes in place a value that the branch is given from outside",
         "the branch changes in place a value it is given from outside",
-        (
-            "running it again would change it again (without gradients none runs again: there a branch may write "
-            "into a cache that it alone reads)"
-        ),
+        "running it again would change it again (without gradients it may write into a cache that it alone reads)",
         "use the out-of-place operation (y = y.relu() for y.relu_())",
     )
     CHANGED_LATER = (
@@ -77,11 +74,8 @@ class Refusal(Enum):
     )
     DIFFERENTIATES = (
         "{node} differentiates in the branch through what lies outside of it, or by torch.func",
-        (
-            "the branch differentiates by an earlier value or by a parameter (`torch.autograd.grad`), or calls "
-            "`torch.func.grad`, `vjp` or `jvp`"
-        ),
-        "run again alone, it has no history beyond its input, and torch.func takes no tensors that are rebuilt",
+        "the branch differentiates by a value from outside or a parameter, or by `torch.func`",
+        "run again alone, it has no history beyond its input, and torch.func takes no rebuilt tensors",
         "differentiate by the branch's own input, with torch.autograd.grad",
     )
     VIEW_READ = (
@@ -92,10 +86,7 @@ class Refusal(Enum):
     )
     LIVES_OUTSIDE = (
         "{node} changes in place a value that lives on outside of the model's forward",
-        (
-            "the sum changes in place a value that lives on outside of the model's forward (`x += f(x)` on the model's "
-            "input)"
-        ),
+        "the sum changes in place a value from outside of the model (`x += f(x)` on its input)",
         "the caller would miss the change",
         "write x = x + f(x) in the place of x += f(x), or give a clone",
     )
@@ -108,13 +99,13 @@ class Refusal(Enum):
     CHANGES_SHAPE = (
         "the step changes the stream from {before} to {after}",
         "the step changes the stream's shape, dtype or device",
-        "states must be alike; found at the first call, with a warning",
+        "states must be alike; found at the first call (a warning)",
         "let the branch give the stream's own shape and dtype, on its device",
     )
     BROADCAST = (
         "the branch {branch} is broadcast over the stream {stream}",
         "the branch is broadcast over the stream",
-        "velocity and states must be alike; found at the first call, with a warning",
+        "velocity and states must be alike; found at the first call (a warning)",
         "expand the branch to the stream's shape: x + f(x).expand_as(x)",
     )
     NOT_FLOATING = (
