@@ -123,7 +123,7 @@ class Usages:
         self._views: dict[Sizes, View] = {}
         self._usages: dict[tuple[str, Sizes], Usage] = {}
         view = self._view(sizes)
-        self.blocks = blocks_of(model, [("", call) for call in view.calls.values()])
+        self.blocks = blocks_of(model, [view])
         self.momentum = f"gamma={gamma:g}" if isinstance(gamma, float | int) else f"gamma={gamma}"
 
     @property

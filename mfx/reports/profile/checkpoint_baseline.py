@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from mfx.program.chain_call import Momentum
+from mfx.net.views import View
 from mfx_passes import StepGraphs
 from mfx_passes.paths import ancestors, is_inside, join
 
@@ -40,25 +40,28 @@ class Checkpointed:
         return run
 
 
-def blocks_of(net: nn.Module, calls: Iterable[tuple[str, Momentum]]) -> tuple[str, ...]:
-    """Return the modules that a user would checkpoint to train a model's chains: its blocks.
+def blocks_of(net: nn.Module, views: Iterable[View]) -> tuple[str, ...]:
+    """Return the modules that a user would checkpoint in the place of what mfx runs again: the model's blocks.
 
     A block is the smallest module with one or more whole branches of a chain in it, but not with all of them: a
     ``Bottleneck`` of a ResNet, an ``EncoderBlock`` of a ViT. Where the branches have no such module, because the code
-    of the blocks stands in a loop around them, it is the modules that they call.
+    of the blocks stands in a loop around them, it is the modules that they call. Blocks in no chain that run again are
+    among them.
 
     Args:
         net: the model.
-        calls: its momentum calls, each with the path of the module that the steps' targets start from.
+        views: what there is to say about its graphs.
 
     Returns:
         Paths of modules, none of them inside another.
     """
     found: dict[str, None] = {}
-    for prefix, call in calls:
-        for step in call.graphs.steps:
-            targets = [join(prefix, target) for target in step.targets]
-            found.update(dict.fromkeys([step.path] if _is_block(step.path, call.graphs.steps) else targets))
+    for view in views:
+        for call in view.calls.values():
+            for step in call.graphs.steps:
+                targets = [join(view.path, target) for target in step.targets]
+                found.update(dict.fromkeys([step.path] if _is_block(step.path, call.graphs.steps) else targets))
+        found.update(dict.fromkeys(view.blocks))
     called = {path for path in found if _is_called(net, path)}
     return tuple(path for path in found if path in called and called.isdisjoint(ancestors(path)[:-1]))
 

@@ -53,10 +53,10 @@ def profile(
         *args: inputs, as for a call of the model.
         against: the variants, in the order of the table, whose ratios are to the first. ``"plain"``: the model, before
             it was momentumized. ``"checkpoint"``: the model with ``torch.utils.checkpoint`` around its blocks, the
-            smallest modules with whole steps of a chain in them (`Profile.wrapped` lists them); left out with a reason
-            if it does not run. ``"momentum"``: the model momentumized. A mapping gives variants names of your own, and
-            is from these to one of the three, to options of `mfx.momentumize`, or to a module or function that is
-            called as the model is, as it is.
+            smallest modules with whole steps of a chain in them, and what else mfx runs again (`Profile.wrapped` lists
+            them); left out with a reason if it does not run. ``"momentum"``: the model momentumized. A mapping gives
+            variants names of your own, and is from these to one of the three, to options of `mfx.momentumize`, or to a
+            module or function that is called as the model is, as it is.
         loss: from the model's output to a scalar. By default the output's ``.loss``, else the sum of all floating-point
             tensors in it.
         options: options of `mfx.momentumize`, for ``"momentum"``; a momentumized net keeps its own if there are none.

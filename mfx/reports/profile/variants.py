@@ -11,7 +11,7 @@ from typing import Any, Union
 from torch import fx, nn
 
 from mfx.api import momentumize
-from mfx.net.views import last_views
+from mfx.net.views import View, last_views
 from mfx.program.chain_call import Momentum
 from mfx.reports.profile.checkpoint_baseline import Checkpointed, blocks_of
 from mfx.reports.profile.untouched import copy_inputs, copy_momentumized, copy_original
@@ -64,8 +64,8 @@ def variants_of(
             net = copy_original(model)
             return Variant(name, net, net)
         if way == "checkpoint":
-            calls = _calls_after_a_run(rewritten(), args, kwargs, warn=wanted)
-            return _checkpointed(name, copy_original(model), calls)
+            views = _views_after_a_run(rewritten(), args, kwargs, warn=wanted)
+            return _checkpointed(name, copy_original(model), views)
         if way == "momentum" or isinstance(way, Mapping):
             net = rewritten() if isinstance(way, str) else _rewritten(model, way)
             return Variant(name, net, net, lambda: _described(net))
@@ -100,18 +100,18 @@ def _rewritten(model: nn.Module, options: Mapping[str, Any] | None) -> nn.Module
         return momentumize(copy_original(model), **(options or {}))
 
 
-def _calls_after_a_run(rewritten: nn.Module, args: Any, kwargs: Any, *, warn: bool) -> list[tuple[str, Momentum]]:
-    """Run a net, which may capture it only now, and return its momentum calls."""
+def _views_after_a_run(rewritten: nn.Module, args: Any, kwargs: Any, *, warn: bool) -> Sequence[View]:
+    """Run a net, which may capture it only now, and return the views of the graphs that ran."""
     given, named = copy_inputs(args, kwargs)
     with warnings.catch_warnings():
         if not warn:
             warnings.filterwarnings("ignore", message="mfx: ")
         rewritten(*given, **named)
-    return _calls_of(rewritten)
+    return last_views(rewritten)
 
 
-def _checkpointed(name: str, net: nn.Module, calls: Iterable[tuple[str, Momentum]]) -> Variant:
-    checkpointed = Checkpointed(net, blocks_of(net, calls))
+def _checkpointed(name: str, net: nn.Module, views: Iterable[View]) -> Variant:
+    checkpointed = Checkpointed(net, blocks_of(net, views))
 
     def note() -> str:
         called = list(checkpointed.called)
@@ -123,15 +123,10 @@ def _checkpointed(name: str, net: nn.Module, calls: Iterable[tuple[str, Momentum
 
 
 def _described(net: nn.Module) -> str:
-    calls = [call for _, call in _calls_of(net)]
+    calls = [call for view in last_views(net) for call in view.calls.values()]
     if not calls:
         return "no chain of residual adds was found, so this is the model as it is"
     steps = sum(len(call.graphs.steps) for call in calls)
     gammas = ", ".join(sorted({f"{call.gamma:g}" for call in calls}))
     arithmetics = ", ".join(sorted({call.settings.arithmetic.name for call in calls}))
     return f"{count(len(calls), 'chain')} of {count(steps, 'step')}; gamma {gammas}, {arithmetics} arithmetic"
-
-
-def _calls_of(net: nn.Module) -> list[tuple[str, Momentum]]:
-    """Return the calls of the graphs that ran last, each with the path that their targets start from."""
-    return [(view.path, call) for view in last_views(net) for call in view.calls.values()]
