@@ -8,6 +8,7 @@ which nodes belong together, so that their activations can be rebuilt as those o
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import groupby
@@ -51,8 +52,9 @@ def tag_blocks(
         return
     found, merging = _candidates(findings, nesting, index, selection)
     computed = [node for node in index.nodes if node.op != "get_attr"]
+    candidates = found | merging
     merges = {rejection.node for rejection in findings.rejections if rejection.refusal is Refusal.MERGE}
-    for path, run in groupby(computed, lambda node: _owner(node, {*found, *merging}, nesting)):
+    for path, run in groupby(computed, lambda node: _owner(node, candidates, nesting)):
         nodes = list(run)
         if path is None or any(map(is_fixed, nodes)) or not _is_apart(nodes, mutations, index):
             continue
@@ -101,9 +103,11 @@ class _Classes:
         self._modules = modules
         updates = [update for chain in findings.chains for update in chain.updates]
         alone = [rejection.path for rejection in findings.rejections if rejection.refusal in _ALONE]
-        self._sums = [enclosing_path(update.add.node) for update in updates]
-        self._sums += [rejection.path for rejection in findings.rejections]
-        single = [path for path in alone if path in modules and self._sums.count(path) == 1]
+        sums = [enclosing_path(update.add.node) for update in updates]
+        sums += [rejection.path for rejection in findings.rejections]
+        self._held = Counter(path for inner in sums for path in paths.ancestors(inner))
+        own = Counter(sums)
+        single = [path for path in alone if path in modules and own[path] == 1]
         self._most = {type(modules[path]): self.sums_in(path) for path in single if path}
         self._branches: dict[type, set[type]] = {}
         for path, group in groupby(updates, lambda update: enclosing_path(update.add.node)):
@@ -127,7 +131,7 @@ class _Classes:
 
     def sums_in(self, path: str) -> int:
         """Return how many sums a module holds, those in chains and the rejected ones."""
-        return sum(paths.is_inside(inner, path) for inner in self._sums)
+        return self._held[path]
 
     def is_block(self, path: str) -> bool:
         """True if a module is a block, or a layer of a tower."""
