@@ -184,6 +184,7 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     # whether the chain is inside another one: the function is the same.
     arithmetic = settings.arithmetic if walks else FloatState
     _check_devices(call, arithmetic, xs)
+    xs = [x.clone() if x.is_inference() else x for x in xs]  # neither versions nor saved tensors otherwise
     runner = _choose_runner(call, xs[0].device, walks=walks)
     tape, walked = (runner.tape, runner.walked) if isinstance(runner, FromTape) else (None, range(0))
     states = [

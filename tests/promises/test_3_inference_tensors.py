@@ -1,4 +1,4 @@
-"""Models that hold tensors made in inference mode: calls in that mode change them in place, as without mfx."""
+"""Models that hold or are given tensors made in inference mode: calls do with them what they do without mfx."""
 
 import copy
 
@@ -58,3 +58,87 @@ def test_calls_change_what_was_copied_in_inference_mode(kind):
             assert torch.equal(net(x), model(x))
         for a, b in zip(net.state_dict().values(), model.state_dict().values(), strict=True):
             assert torch.equal(a, b)
+
+
+class Seen(nn.Module):
+    """A list of what earlier calls saw, added to the values."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = [torch.zeros(4)]
+
+    def forward(self, x, mask=None):
+        self.seen = [*self.seen[-2:], x.detach().mean(0)]
+        return x.tanh() + self.seen[0]
+
+
+class Masked(nn.Module):
+    """Adds an argument of the call."""
+
+    def forward(self, x, mask):
+        return x.tanh() + mask
+
+
+class Added(nn.Module):
+    """Steps x + f(x, mask)."""
+
+    def __init__(self, kind):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.kinds = nn.ModuleList(kind() for _ in range(4))
+
+    def forward(self, x, mask):
+        for layer, kind in zip(self.layers, self.kinds, strict=True):
+            x = x + kind(layer(x), mask)
+        return x
+
+
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+@pytest.mark.parametrize("kind", [Seen, Masked])
+def test_a_step_in_training_reads_what_was_made_in_inference_mode(kind, gamma, capture):
+    model = Added(kind)
+    reference = mfx.momentumize(copy.deepcopy(model), gamma=gamma, memory_budget=1.0) if gamma else model
+    net = mfx.momentumize(copy.deepcopy(model), gamma=gamma, capture=capture)
+    with torch.inference_mode():
+        x, mask = torch.randn(3, 4), torch.randn(3, 4)
+        assert torch.equal(net(x, mask), reference(x, mask))
+    for _ in range(2):
+        y = torch.randn(3, 4)
+        found, expected = net(y, mask), reference(y, mask)
+        assert torch.equal(found, expected)
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        for a, b in zip(net.parameters(), reference.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+
+
+class Shift(nn.Module):
+    """Takes a stream that no operation saves for its backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.shifts = nn.ParameterList(torch.randn(4) for _ in range(4))
+
+    def forward(self, x):
+        for shift in self.shifts:
+            x = x + (x * 0.5 + torch.cos(shift))
+        return x
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_the_stream_itself_may_be_one(gamma):
+    model = Shift()
+    with torch.inference_mode():
+        x = torch.randn(3, 4)
+    net = mfx.momentumize(copy.deepcopy(model), gamma=gamma)
+    reference = mfx.momentumize(copy.deepcopy(model), gamma=gamma, memory_budget=1.0) if gamma else model
+    with torch.no_grad():
+        assert torch.equal(net(x), reference(x))
+    found, expected = net(x), reference(x)
+    assert torch.equal(found, expected)
+    found.square().sum().backward()
+    expected.square().sum().backward()
+    for a, b in zip(net.parameters(), reference.parameters(), strict=True):
+        assert torch.equal(a.grad, b.grad)
