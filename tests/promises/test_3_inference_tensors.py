@@ -114,6 +114,36 @@ def test_a_step_in_training_reads_what_was_made_in_inference_mode(kind, gamma, c
             assert torch.equal(a.grad, b.grad)
 
 
+class Outer(nn.Module):
+    """Steps whose branches are chains that read an argument."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.inner = nn.ModuleList(Added(kind) for _ in range(2))
+
+    def forward(self, x, mask):
+        for inner in self.inner:
+            x = x + inner(x.cos(), mask).tanh()
+        return x
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_a_chain_in_a_step_reads_it_again_as_a_copy(gamma):
+    model = Outer(Masked)
+    with torch.inference_mode():
+        mask = torch.randn(3, 4)
+    reference = mfx.momentumize(copy.deepcopy(model), gamma=gamma, memory_budget=1.0) if gamma else model
+    net = mfx.momentumize(copy.deepcopy(model), gamma=gamma)
+    for _ in range(2):
+        y = torch.randn(3, 4)
+        found, expected = net(y, mask), reference(y, mask)
+        assert torch.equal(found, expected)
+        found.square().sum().backward()
+        expected.square().sum().backward()
+        for a, b in zip(net.parameters(), reference.parameters(), strict=True):
+            assert torch.equal(a.grad, b.grad)
+
+
 class Shift(nn.Module):
     """Takes a stream that no operation saves for its backward pass."""
 

@@ -43,16 +43,10 @@ class SavedTensors:
         self._what = what
         with torch.enable_grad(), nullcontext() if offload is None else offload.group():
             anchor = torch.empty(0, requires_grad=True)
-            detached = [t.detach() for t in tensors]
-            try:
-                output = _Saver.apply(anchor, *detached)
-            except RuntimeError:
-                if not any(t.is_inference() for t in detached):
-                    raise
-                # What was made in inference mode cannot be saved, a copy can.
-                output = _Saver.apply(anchor, *(t.clone() if t.is_inference() else t for t in detached))
+            # What was made in inference mode cannot be saved, a copy can.
+            detached = ((t.clone() if t.is_inference() else t).detach() for t in tensors)
             # Kept, for up to torch 2.12 a node frees what it saved when its outputs are gone.
-            self._output: Tensor = output
+            self._output: Tensor = _Saver.apply(anchor, *detached)
 
     def get(self) -> tuple[Tensor, ...]:
         """Return the tensors, detached.
