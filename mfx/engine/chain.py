@@ -31,6 +31,7 @@ from mfx.engine.scope import enclosing_is_recorded, enclosing_keeps, inside_chai
 from mfx.engine.steps import ChainCache, ChainCall, ChainOutput, ChainSettings, Mark, StepFunction, StepOutputs
 from mfx.engine.streams import Streams
 from mfx.engine.update import Enter, Update, UpdateContext, velocity_dummy
+from mfx.modules.recomputing import recomputing
 from mfx.options.gamma import Gamma
 from mfx.text import listed
 from mfx_passes.errors import MfxError
@@ -207,7 +208,13 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
         if index == remembered:
             for state in compress(states, earlier):
                 state.remember_start()
-        ys, side = _run_branch(call, runner, index, step, streams.read(step), gammas)
+        try:
+            ys, side = _run_branch(call, runner, index, step, streams.read(step), gammas)
+        except BaseException:
+            if tape is not None and index in walked and not recomputing():
+                what = f"{call.name}: the stream before step {step.path}"
+                tape.interrupt(index - walked.start, _present(states, earlier, streams.xs), what)
+            raise
         streams.branch_is_done()
         # With these, gradients arrive elsewhere too, when the last update may have been freed.
         on_tape = call.taps or side or streams.has_sides
@@ -229,10 +236,16 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
                 place = f"chain {call.name}, at or before step {step.path}"
                 notice_overflow(place, overflowed, call.cache, firsts.values() if settings.verify == "raise" else ())
         if index in stored and tape is not None:
-            found = zip(states, earlier, streams.xs, strict=True)
-            present = [state if gone else x.detach() for state, gone, x in found]
+            present = _present(states, earlier, streams.xs)
             tape.store(index + 1 - walked.start, present, f"{call.name}: the stream after step {step.path}")
     return streams.finish()
+
+
+def _present(
+    states: Sequence[State], earlier: Sequence[Sequence[UpdateGamma]], xs: Sequence[Tensor]
+) -> list[State | Tensor]:
+    """Return the states of the streams that were updated, and the tensors of the others."""
+    return [state if gone else x.detach() for state, gone, x in zip(states, earlier, xs, strict=True)]
 
 
 def _ends(steps: Sequence[StepFunction], walked: range, streams: int) -> dict[int, int]:

@@ -43,7 +43,8 @@ class Frame:
         self._captures, self._writes, self._values, self._env = captures, writes, values, env
         self._packed: list[Packed] = []
         self._requires_grad: list[bool] = []
-        self.live: Sequence[Tensor] | None = None  # the input, while the branch is running
+        self.live: Sequence[Tensor] | None = None  # the input, while the branch is running, or if it was interrupted
+        self._interruption: type[BaseException] | None = None
 
     @property
     def tensors(self) -> list[Tensor | None]:
@@ -61,8 +62,11 @@ class Frame:
                 else:
                     with context:
                         outputs = self._first_run(xs, values)
-        finally:
-            self.live = None
+        except BaseException as error:
+            # What was computed so far may have been noted elsewhere, by a hook, and be differentiated later.
+            self.live, self._interruption = [x.detach() for x in xs], type(error)
+            raise
+        self.live = None
         self._env.settle()
         return outputs
 
@@ -121,14 +125,16 @@ class Frame:
             before, self.live = self.live, xs
             try:
                 outputs = self._call(self._root, *xs, *map(values.__getitem__, self._captures))
-            except Exception:
-                if not hooks.stopped:  # otherwise the branch has turned StopRecomputation into this
+            except BaseException as error:
+                # The branch may have turned StopRecomputation into this.
+                if type(error) is not self._interruption and not (hooks.stopped and isinstance(error, Exception)):
                     raise
+                outputs = None
             finally:
                 self.live = before
         if hooks.wrong is not None or not (unfinished or hooks.count == len(self._packed)):
             raise MfxError(self._complaint(hooks))
-        ys = None if hooks.stopped else [y.detach() for y in outputs[: self._writes]]
+        ys = None if hooks.stopped or outputs is None else [y.detach() for y in outputs[: self._writes]]
         self._compare(hooks.seen, ys)
         return ys
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from mfx.compat import NO_TASK, current_task, keeps_graph, when_task_ends
 from mfx.engine.arithmetic import State
@@ -73,6 +74,10 @@ class _Stored:
         return [thaw(tuple(islice(tensors, count))) for count, thaw in self._thaw]
 
 
+def _as_is(tensor: Tensor) -> Tensor:
+    return tensor
+
+
 def _thaw_unmoved(tensors: tuple[Tensor, ...]) -> Any:
     return _Unmoved(*tensors)
 
@@ -130,7 +135,17 @@ class Tape:
         """Append a step; return the function that turns its handles, if it is recomputed, into tensors."""
         self._steps.append((frame, step, gammas))
         self._open.update(step.writes)
-        return partial(self._rebuilt.provide, partial(self._rebuild, len(self._steps) - 1))
+        return partial(self._rebuilt.provide, partial(self._rebuild, len(self._steps) - 1, frame))
+
+    def interrupt(self, position: int, states: Sequence[State | Tensor], what: str) -> None:
+        """End in front of a step that an exception has ended, in these states: what ran before may be differentiated.
+
+        They are kept by no hooks of others, who may have raised the exception.
+        """
+        del self._steps[position:]
+        if position:
+            with saved_tensors_hooks(_as_is, _as_is):
+                self.store(position, states, what)
 
     def store(self, position: int, states: Sequence[State | Tensor], what: str) -> None:
         """Let walks start or continue from ``states`` at ``position``; the last ones are the end.
@@ -156,8 +171,7 @@ class Tape:
             if walk.position == end:
                 walk.start(stored.states())
 
-    def _rebuild(self, index: int) -> None:
-        frame = self._steps[index][0]
+    def _rebuild(self, index: int, frame: Frame | KeptStep) -> None:
         if frame.live is not None:
             frame.rerun(frame.live, self._rebuilt, to_value=False)
             return
