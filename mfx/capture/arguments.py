@@ -9,12 +9,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from mfx import compat
 from mfx.capture.binding import ByName, NotPlainError, frozen
 from mfx.capture.captured import CaptureError
 
 _NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
+@compat.without_function_modes()  # which are told of what is read
 def has_nested(args: Any, kwargs: Any) -> bool:
     """True if a nested tensor is among the arguments."""
     return any(isinstance(leaf, Tensor) and leaf.is_nested for leaf in pytree.tree_leaves((args, kwargs)))

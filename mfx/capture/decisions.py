@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from mfx import compat
-from mfx.modules.recomputing import recomputing
+from mfx.modules.recomputing import RUNNING
 from mfx_passes import MfxError
 from mfx_passes.rewrite.fold import stays_in_graph
 
@@ -69,7 +69,7 @@ def check_decision(condition: Any, value: bool, number: int, line: str) -> None:
         MispredictedError: it has the other one.
     """
     if (
-        recomputing()
+        RUNNING.again
         or compat.is_fake(condition)
         or isinstance(condition, torch.SymBool | torch.SymInt | torch.SymFloat)
     ):

@@ -21,7 +21,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from mfx import compat
-from mfx.modules.recomputing import recomputing
+from mfx.modules.recomputing import RUNNING
 from mfx_passes.rewrite.fold import stays_in_graph
 
 
@@ -104,7 +104,7 @@ def _formatted(value: Any, form: str | None) -> str:
 
 
 def _is_silent(values: Any) -> bool:
-    return recomputing() or not compat.runs_for_real() or any(map(compat.is_fake, pytree.tree_leaves(values)))
+    return RUNNING.again or not compat.runs_for_real() or any(map(compat.is_fake, pytree.tree_leaves(values)))
 
 
 def _say(output: Callable[[], None]) -> None:

@@ -26,6 +26,7 @@ from mfx.compat.aside import (
     in_dispatch_mode,
     is_observed,
     saves_for_others,
+    unobserved,
     unprofiled,
     without_global_hooks,
 )
@@ -202,6 +203,7 @@ __all__ = [
     "tensor_tables",
     "under_transform",
     "unlogged",
+    "unobserved",
     "unprofiled",
     "untraced",
     "version_reader",

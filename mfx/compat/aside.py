@@ -12,7 +12,7 @@ import torch
 from torch.nn.modules import module as modules
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
-from mfx.compat.modes import without_function_modes
+from mfx.compat.modes import has_function_modes, without_function_modes
 from mfx.compat.parametrizations import weights_cached
 
 
@@ -20,21 +20,29 @@ from mfx.compat.parametrizations import weights_cached
 def aside_from_caller() -> Iterator[None]:
     """Leave what the caller has open around a call, so that nothing observes, keeps or changes the work in this block.
 
-    Left are dispatch and function modes (counters, a selective checkpoint, torch.export), saved-tensor hooks, the
-    profiler, anomaly and inference mode, and the caches of autocast and of parametrizations. What the model's own
-    function depends on stays: gradients on or off, autocast, the default device, deterministic algorithms.
+    Left are its observers (see `unobserved`), inference mode, and the caches of autocast and of parametrizations. What
+    the model's own function depends on stays: gradients on or off, autocast, the default device, deterministic
+    algorithms.
 
     All is there again afterwards, also after an error. Read in torch 2.13 to 2.14.
+    """
+    with unobserved(), _without_cached_casts(), weights_cached(None), _outside_of_inference_mode():
+        yield
+
+
+@contextmanager
+def unobserved() -> Iterator[None]:
+    """Leave what sees or keeps operations of a call and is no part of its function.
+
+    These are dispatch and function modes (counters, a selective checkpoint, torch.export), saved-tensor hooks, the
+    profiler and anomaly mode.
     """
     with (
         unprofiled(),
         _disable_current_modes(),
         without_function_modes(),
         _without_saved_tensor_hooks(),
-        _without_cached_casts(),
-        weights_cached(None),
         _without_anomaly_mode(),
-        _outside_of_inference_mode(),
     ):
         yield
 
@@ -45,13 +53,19 @@ def in_dispatch_mode() -> bool:
 
 
 def is_observed() -> bool:
-    """True if somebody sees, keeps or counts each operation of a call: by a dispatch mode, or saved-tensor hooks."""
-    return in_dispatch_mode() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    """True if somebody sees, keeps or counts each operation of a call: see `unobserved`, anomaly mode aside."""
+    return in_dispatch_mode() or saves_for_others() or has_function_modes() or torch._C._autograd._profiler_enabled()
 
 
 def saves_for_others() -> bool:
     """True if saved-tensor hooks are active: what autograd saves now is theirs to keep or to recompute."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return bool(saved_tensor_hooks())
+
+
+def saved_tensor_hooks() -> tuple[Callable[..., Any], ...]:
+    """Return the saved-tensor hooks that are active: none, or two."""
+    top: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+    return tuple(top(True) or ())
 
 
 class _Unprofiled(threading.local):

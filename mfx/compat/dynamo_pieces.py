@@ -26,6 +26,7 @@ from mfx.compat.dynamo import guard_hooks, quiet, silent_methods
 from mfx.compat.dynamo_containers import containers_as_in_python
 from mfx.compat.dynamo_differences import check_generators
 from mfx.compat.dynamo_kept_results import kept_results_refused
+from mfx.compat.dynamo_unobserved import converting_unobserved, observes
 from mfx.compat.fake_tensors import runs_for_real
 
 _GRAPHS = 64  # of one stretch, with other shapes, attributes or arguments
@@ -47,8 +48,9 @@ def in_pieces(
 ) -> Callable[..., Any]:
     """Return a function with the tensor work between its graph breaks replaced.
 
-    Python code outside of mfx that it calls at a graph break is treated in the same way. Dispatch modes see what runs
-    in place of a stretch, and not how it is found; where they trace tensors without values, the function itself runs.
+    Python code outside of mfx that it calls at a graph break is treated in the same way. Observers see what runs in
+    place of a stretch, and not how it is found; where dispatch modes trace tensors without values, the function itself
+    runs.
 
     Args:
         function: the function; graphs of it that others had made are not used.
@@ -66,10 +68,11 @@ def in_pieces(
     convert = convert_frame_assert(backend, one_graph=False)
 
     def on_frame(frame: Any, cache_entry: Any, hooks: Any, frame_state: Any, skip: int = 0) -> ConvertFrameReturn:
-        if frame.f_globals.get("__name__", "").startswith("mfx."):  # a module's own graphs, which it runs by itself
+        is_own = frame.f_globals.get("__name__", "").startswith("mfx.")  # a module's graphs, which it runs by itself
+        if is_own or observes(frame.f_code):
             return ConvertFrameReturn(_FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP), apply_to_code=False)
         try:
-            with surroundings(), _quiet(), containers_as_in_python(), kept_results_refused(), _config():
+            with surroundings(), converting_unobserved(), _conditions():
                 converted = convert(frame, cache_entry, hooks, frame_state, skip=skip + 1)
                 if converted.guarded_code is not None:
                     check_generators(converted.guarded_code.code)
@@ -113,6 +116,12 @@ def break_of(module: fx.GraphModule) -> str:
 def _quiet() -> Iterator[None]:
     """Hide what Dynamo says of itself, its advice to record numbers that are read off tensors included."""
     with quiet(), patch.object(TensorVariable, "_warn_capture_scalar_outputs", staticmethod(lambda: None), create=True):
+        yield
+
+
+@contextmanager
+def _conditions() -> Iterator[None]:
+    with _quiet(), containers_as_in_python(), kept_results_refused(), _config():
         yield
 
 

@@ -170,6 +170,11 @@ def written_arguments(operation: Any, args: Sequence[Any], kwargs: Mapping[str, 
     return [given.get(argument.name, given.get(i)) for i, argument in arguments if argument.is_write]
 
 
+def has_function_modes() -> bool:
+    """True if a function mode sees operations, but for the default device (torch 2.11 to 2.15)."""
+    return not all(isinstance(mode, DeviceContext) for mode in _get_current_function_mode_stack())
+
+
 @contextmanager
 def without_function_modes() -> Iterator[None]:
     """Within this context, no function mode sees operations, but for the default device (torch 2.11 to 2.15)."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from mfx import compat
 from mfx.compiler.compiled_graphs import CompiledGraph, remember
 
 _KEPT = 8
@@ -49,6 +50,7 @@ class Holders:
                 self._graphs.pop(self._made.pop(next(iter(self._made))), None)
         return self._made[key]
 
+    @compat.without_function_modes()  # for later calls it is made
     def _make(self, values: Sequence[Any]) -> nn.Module:
         root = nn.Module()
         for position, path in self._paths:

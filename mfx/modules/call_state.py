@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from mfx.compat import tensor_tables
+from mfx.compat import tensor_tables, unobserved
 from mfx.modules.python_state import PythonState
 from mfx.modules.random_state import generators_for
 from mfx_passes import MfxError
@@ -22,6 +22,7 @@ class CallState:
         python: True to note the Python state, too.
     """
 
+    @unobserved()
     def __init__(self, model: nn.Module, arguments: Iterable[Tensor], *, python: bool) -> None:
         self._random = [(generator, generator.read()) for generator in generators_for(model)]
         self._tables = [(table, dict(table)) for module in model.modules() for table in tensor_tables(module)]
@@ -31,6 +32,7 @@ class CallState:
         ]
         self._python = PythonState(model) if python else None
 
+    @unobserved()
     def put_back(self) -> None:
         """Put all of it back, after a call that is to be as if it had not been.
 

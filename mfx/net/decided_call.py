@@ -18,6 +18,7 @@ from mfx.capture.decisions import Decision, Guesses, MispredictedError
 from mfx.capture.outputs import outputs_held
 from mfx.modules.aside import aside
 from mfx.modules.call_state import CallState
+from mfx.modules.recomputing import on_trial
 from mfx.program.rewritten import RewrittenGraph
 from mfx.text import listed
 from mfx_passes import MfxError
@@ -40,8 +41,8 @@ def run_decided(
     A graph of another path finds out at the first condition that is not its own. What the call has changed by then is
     put back, and a graph that has these conditions follows.
 
-    Where the caller observes the operations of a call (a checkpoint, a cache, the chain of another net), it is to see
-    those of the right path only. There the path is found beforehand, by calls that are undone.
+    Where the caller observes the operations of a call (a checkpoint, a profiler, the chain of another net), it is to
+    see those of the right path only. There the path is found beforehand, by calls on trial, which are undone.
 
     Args:
         net: the net.
@@ -63,7 +64,7 @@ def run_decided(
         before = _state(net, args, kwargs, graph)
         is_observed = compat.is_observed()
         try:
-            with outputs_held() as drop_outputs, _aside_and_unrecorded(net) if is_observed else nullcontext():
+            with outputs_held() as drop_outputs, _tried(net) if is_observed else nullcontext():
                 try:
                     result = run(graph)
                 except MispredictedError:
@@ -79,6 +80,7 @@ def run_decided(
         graph.last_use = next(_USES)
         if is_observed:
             before.put_back()
+            _warn_of_hooks(net, warn)
             result = _run_again(net, graph, run)
         return result
     raise NoGraphError from CaptureError(
@@ -105,8 +107,8 @@ def _state(net: nn.Module, args: Any, kwargs: Any, graph: RewrittenGraph) -> Cal
 
 
 @contextmanager
-def _aside_and_unrecorded(net: nn.Module) -> Iterator[None]:
-    with aside(net), torch.no_grad():
+def _tried(net: nn.Module) -> Iterator[None]:
+    with aside(net), torch.no_grad(), on_trial():
         yield
 
 
@@ -121,9 +123,12 @@ def _run_again(net: nn.Module, graph: RewrittenGraph, run: Callable[[RewrittenGr
 
 
 def _warn_of_hooks(net: nn.Module, warn: Callable[[str], None]) -> None:
-    hooked = [path or "the net" for path, module in net.named_modules() if any(compat.forward_hook_tables(module))]
+    hooked = ["all modules"] * bool(compat.global_hooks())
+    hooked += [path or "the net" for path, module in net.named_modules() if any(compat.forward_hook_tables(module))]
     if hooked:
         warn(
             f"forward hooks on {listed(hooked)} may run again: {type(net).__name__} takes decisions on the values of "
-            "tensors, and a call that was not on the path expected is made anew. What the hooks did cannot be undone."
+            "tensors, and a call that was not on the path expected, or is observed (by a profiler, a mode, a "
+            "checkpoint), is made anew. What the hooks did cannot be undone; mfx.recomputing() is true where an "
+            "observed call is tried."
         )

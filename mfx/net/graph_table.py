@@ -72,6 +72,7 @@ class GraphTable:
         """The chains of the graphs, else of those of the table that this is a copy of; None before the first graph."""
         return Record.merged(graph.record for graph in self.graphs if graph.in_place()) or self._known
 
+    @compat.without_function_modes()  # which are told of each size that is read, and there is more to read at first
     def graph_for(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], path: Sequence[Decision] = ()
     ) -> RewrittenGraph:

@@ -19,7 +19,7 @@ from mfx.engine import ChainCost, ChainPlan, Mark, StepCost, enclosing_is_record
 from mfx.engine.memory.cuts import SegmentCost, choose_cuts
 from mfx.engine.memory.nesting import Place, choose_nesting
 from mfx.engine.memory.peak import Lap, PeakSearch, top_of
-from mfx.modules.recomputing import recomputing
+from mfx.modules.recomputing import RUNNING
 from mfx.options.memory_budget import MemoryBudget
 from mfx.program.watched_step import WatchedStep
 from mfx.text import size
@@ -282,7 +282,7 @@ def share_of(call: Hashable, states: Callable[[], tuple[float, ...] | None]) -> 
         call: what the call depends on: the chain and the shapes.
         states: gives those of a `ChainCost`.
     """
-    if _current.forward_pass is None or recomputing():
+    if _current.forward_pass is None or RUNNING.again:
         yield None
         return
     with _current.forward_pass.share(call, states) as share:
