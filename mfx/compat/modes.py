@@ -24,6 +24,12 @@ def under_transform() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def takes_saved_tensors_hooks() -> bool:
+    """True unless the caller has disabled them, by ``torch.autograd.graph`` (torch 2.11 to 2.15)."""
+    autograd: Any = torch._C._autograd
+    return bool(autograd._saved_tensors_hooks_is_enabled())
+
+
 _HOST = torch.device("cpu")
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfx.compat import has_float64, under_transform
+from mfx.compat import has_float64, takes_saved_tensors_hooks, under_transform
 from mfx.engine.arithmetic import FloatState, State
 from mfx.engine.arithmetic.base import wide
 from mfx.engine.arithmetic.choice import choose
@@ -85,7 +85,7 @@ def run_chain(
     """
     cache = {} if cache is None else cache
     read_pending(cache)
-    plan = _plan(settings, xs, steps)
+    plan = _plan(name, settings, xs, steps)
     v0 = [None] * len(xs) if v0 is None else v0
     call = ChainCall(name, steps, captures, root, settings, plan, v0, taps, containers, cache, costs, mark)
     if (recorded := _decide_recorded(call, xs)) and settings.offload:
@@ -96,13 +96,22 @@ def run_chain(
         return _run_recorded(call, xs) if recorded else _run_plain(call, xs)
 
 
-def _plan(settings: ChainSettings, xs: Sequence[Tensor], steps: Sequence[StepFunction]) -> ChainPlan:
+def _plan(name: str, settings: ChainSettings, xs: Sequence[Tensor], steps: Sequence[StepFunction]) -> ChainPlan:
     keeps = enclosing_keeps()
     if keeps:
         return ChainPlan.keep_all(len(steps))
     if keeps is None and settings.plan is not None:
-        return settings.plan
-    return ChainPlan(frozenset(), from_inputs=not _walks_back(settings, xs, steps))
+        plan = settings.plan
+    else:
+        plan = ChainPlan(frozenset(), from_inputs=not _walks_back(settings, xs, steps))
+    if takes_saved_tensors_hooks() or under_transform() or len(plan.kept) == len(steps) or not torch.is_grad_enabled():
+        return plan
+    message = (
+        f"chain {name}: where saved-tensor hooks are disabled nothing is rebuilt; activations are kept as in ordinary "
+        "backpropagation. Use memory_budget=1.0 if that is what you want"
+    )
+    warn_once("saved tensors", message, settings.lock)
+    return ChainPlan.keep_all(len(steps))
 
 
 def _walks_back(settings: ChainSettings, xs: Sequence[Tensor], steps: Sequence[StepFunction]) -> bool:
