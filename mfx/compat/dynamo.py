@@ -229,15 +229,16 @@ def _capture_conditions() -> Iterator[None]:
     has open (a counter of FLOPs or bytes) is not a condition of a graph, nor are the hooks by which
     `torch.utils.flop_counter` follows modules.
     """
+    with patching(), plain_transformer_layers(), without_trackers(), aside_from_caller():
+        yield
+
+
+@contextmanager
+def without_trackers() -> Iterator[None]:
+    """Within this context, the hooks are gone by which `torch.utils.flop_counter` follows modules."""
     from torch.nn.modules import module
 
-    with (
-        patching(),
-        plain_transformer_layers(),
-        _without_trackers(module._global_forward_pre_hooks),
-        _without_trackers(module._global_forward_hooks),
-        aside_from_caller(),
-    ):
+    with _without_trackers(module._global_forward_pre_hooks), _without_trackers(module._global_forward_hooks):
         yield
 
 

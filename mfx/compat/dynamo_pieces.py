@@ -45,6 +45,8 @@ def in_pieces(
     backend: Callable[[fx.GraphModule, Any], Callable[..., Any]],
     surroundings: Callable[[], AbstractContextManager[Any]],
     tell: Callable[[str], None],
+    *,
+    in_mode: bool,
 ) -> Callable[..., Any]:
     """Return a function with the tensor work between its graph breaks replaced.
 
@@ -57,6 +59,7 @@ def in_pieces(
         backend: returns what runs in place of a stretch, of its graph and example inputs.
         surroundings: a context for each compilation.
         tell: called with a line and a reason where something that is called at a graph break runs as written.
+        in_mode: True if what is returned is for calls under dispatch modes, else for others.
 
     Raises:
         GivenUpError: by the function that is returned, before anything was run.
@@ -72,7 +75,7 @@ def in_pieces(
         if is_own or observes(frame.f_code):
             return ConvertFrameReturn(_FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP), apply_to_code=False)
         try:
-            with surroundings(), converting_unobserved(), _conditions():
+            with surroundings(), converting_unobserved(in_mode=in_mode), _conditions():
                 converted = convert(frame, cache_entry, hooks, frame_state, skip=skip + 1)
                 if converted.guarded_code is not None:
                     check_generators(converted.guarded_code.code)

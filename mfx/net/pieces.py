@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain, zip_longest
 from types import CodeType, FunctionType
 from typing import Any
@@ -193,20 +194,22 @@ class Pieces:
             self._running.pieces = before
 
     def _compiled(self, options: Options) -> Callable[..., Any]:
-        """Return the forward in pieces, one for each set of hooks on all modules.
+        """Return the forward in pieces, one for each set of hooks on all modules, and one under dispatch modes.
 
         Where γ has signs, also one for each of the modes that the modules have been in: TorchDynamo tells modes apart
         only where a model reads them.
         """
         from mfx.compat.dynamo_pieces import in_pieces
 
-        conditions = compat.global_hooks()
+        in_mode = compat.in_dispatch_mode()
+        conditions = [in_mode, *compat.global_hooks()]
         if options.draws_signs:
             conditions += [module.training for module in self.net.modules()]
         if (known := next((f for others, f in self._functions if others == conditions), None)) is not None:
             return known
         forward: Any = type(self.net).forward
-        function = in_pieces(forward, self._make, lambda: _bare(self.net), lambda line: self._skipped.setdefault(line))
+        surroundings, tell = partial(_bare, self.net), self._skipped.setdefault
+        function = in_pieces(forward, self._make, surroundings, tell, in_mode=in_mode)
         self._functions = [*self._functions[-_FUNCTIONS:], (conditions, function)]
         return function
 

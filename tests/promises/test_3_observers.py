@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from contextlib import nullcontext
 
 import numpy
 import pytest
@@ -165,6 +166,18 @@ def test_an_observer_is_no_reason_for_another_graph():
             net(x)
     assert len(forward_of(net).table.pieces.graphs) == made > 1
     assert mode.seen.count("linear") == 3 * 5
+
+
+@pytest.mark.parametrize("observer", [OBSERVERS["operations"], OBSERVERS["flops"]])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_dispatch_mode_is_a_reason_for_one_graph_of_each_stretch(observer, is_first):
+    net, x = mfx.momentumize(Breaks(), gamma=0.0), torch.randn(4, 8)
+    counts = []
+    for is_observed in [is_first, not is_first, *[True, False] * 3]:
+        with observer() if is_observed else nullcontext():
+            net(x)
+        counts.append(len(forward_of(net).table.pieces.graphs))
+    assert counts[1:] == [2 * counts[0]] * 7
 
 
 class Makes(Breaks):
