@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -35,6 +35,13 @@ class Binding(Protocol):
         """Return the forward with ``graph_function`` in place of the graph; it takes the net, then the arguments."""
 
 
+class Sizes(Protocol):
+    """Conditions on the shapes of a call."""
+
+    def are_those_of(self, net: Any, inputs: Mapping[str, Tensor]) -> bool:
+        """True if a call of the net with these inputs, by name, meets them."""
+
+
 @dataclass(eq=False)
 class ByName:
     """Arguments bound by name: tensors go through the graph, all else is fixed in it.
@@ -44,7 +51,9 @@ class ByName:
         constants: names and values of the others.
         positional: names of the arguments that may come by position.
         defaults: the default values that the signature has, by name.
-        kinds: dtype, device and perhaps shape of the inputs, by name, if the graph holds for these only.
+        kinds: dtype and device of the inputs, by name, if the graph holds for these only.
+        sizes: conditions on the shapes of the inputs, None without any.
+        lacking: attributes that the inputs must not have.
     """
 
     inputs: tuple[str, ...]
@@ -52,6 +61,8 @@ class ByName:
     positional: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     kinds: Mapping[str, Any] = field(default_factory=dict)
+    sizes: Sizes | None = None
+    lacking: tuple[str, ...] = ()
 
     guards_modules = False
 
@@ -76,7 +87,9 @@ class ByName:
         for name in inputs:
             if not isinstance(given.get(name), Tensor):
                 return False
-        if any(_kind(given[name])[: len(kind)] != kind for name, kind in self.kinds.items()):
+        if any((given[name].dtype, given[name].device) != kind for name, kind in self.kinds.items()):
+            return False
+        if any(hasattr(given[name], attribute) for attribute in self.lacking for name in inputs):
             return False
         try:
             for name, value in constants:
@@ -84,17 +97,23 @@ class ByName:
                     return False
         except NotPlainError:
             return False
-        return True
+        return self.sizes is None or self.sizes.are_those_of(net, {name: given[name] for name in inputs})
 
     def tensors(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the inputs of a call, by name."""
         given = self._given(args, kwargs)
         return {name: given[name] for name in self.inputs}
 
-    def for_inputs(self, inputs: Mapping[str, Tensor], *, shapes: bool) -> ByName:
-        """Return the same binding for inputs of these dtypes and devices only, and with ``shapes`` of these shapes."""
-        kinds = {name: _kind(tensor) for name, tensor in inputs.items()}
-        return replace(self, kinds=kinds if shapes else {name: kind[:2] for name, kind in kinds.items()})
+    def for_inputs(self, inputs: Mapping[str, Tensor], sizes: Sizes | None, lacking: Iterable[str]) -> ByName:
+        """Return the same binding for inputs of these dtypes and devices only.
+
+        Args:
+            inputs: tensors for the inputs, by name.
+            sizes: conditions on their shapes, None without any.
+            lacking: attributes that inputs must not have.
+        """
+        kinds = {name: (tensor.dtype, tensor.device) for name, tensor in inputs.items()}
+        return replace(self, kinds=kinds, sizes=sizes, lacking=tuple(sorted(lacking)))
 
     def function(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a function of the net and the arguments of a call; the net is not used."""
@@ -107,10 +126,6 @@ class ByName:
 
     def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {**self.defaults, **dict(zip(self.positional, args, strict=False)), **kwargs}
-
-
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.dtype, tensor.device, tuple(tensor.shape)
 
 
 class NotPlainError(TypeError):

@@ -73,8 +73,11 @@ from mfx.compat.fx import (
     autowrap_in_this_thread,
     dynamo_rules_kept,
     is_erased,
+    methods_of,
     records_calls,
     search_autowrapped_in,
+    trace_hidden,
+    trace_hidden_from,
     untraced,
 )
 from mfx.compat.generators import sign_of_numpy, sign_of_python, sign_of_torch
@@ -172,6 +175,7 @@ __all__ = [
     "make_ready",
     "may_be_sharded",
     "memory_of",
+    "methods_of",
     "modes",
     "modes_left",
     "modes_observed",
@@ -203,6 +207,8 @@ __all__ = [
     "sign_of_torch",
     "takes_saved_tensors_hooks",
     "tensor_tables",
+    "trace_hidden",
+    "trace_hidden_from",
     "under_transform",
     "unlogged",
     "unobserved",

@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from types import ModuleType
 from typing import Any
 from unittest.mock import patch
@@ -22,6 +23,15 @@ from mfx.compat.patching import patched
 def search_autowrapped_in(tracer: fx.Tracer, module: ModuleType) -> None:
     """Have a tracer look for the functions that it wraps in ``module``, too (torch 2.11 to 2.15)."""
     tracer._autowrap_search.append(module)
+
+
+def methods_of(cls: type[fx.Proxy]) -> type:
+    """Return a class with the methods of a class of proxies that is not derived from it (torch 2.11 to 2.15).
+
+    Without ``keys``, which a value has not, if it is a tensor.
+    """
+    left_out = ("__dict__", "__weakref__", "keys")
+    return type(cls.__name__, (), {name: value for name, value in vars(cls).items() if name not in left_out})
 
 
 def is_erased(node: fx.Node) -> bool:
@@ -75,6 +85,29 @@ def autowrap_in_this_thread(
             patcher.patch(namespace, "type", type_seen)
 
     return patched(module, "_autowrap_check", check, elsewhere=lambda *args: None)
+
+
+_NAMES = ("is_fx_tracing", "is_fx_symbolic_tracing")
+_ASKED = tuple(getattr(_symbolic_trace, name) for name in _NAMES if hasattr(_symbolic_trace, name))
+
+
+@contextmanager
+def trace_hidden() -> Iterator[None]:
+    """Within this context, torch.fx tells torch's own code alone that this thread traces (torch 2.11 to 2.15)."""
+    with ExitStack() as stack:
+        for function in _ASKED:
+            stack.enter_context(patched(_symbolic_trace, function.__name__, partial(_answer, function)))
+        yield
+
+
+def trace_hidden_from() -> dict[Callable[..., Any], Callable[..., Any]]:
+    """Return the functions that say whether torch.fx traces, with what a model's code is to have in their place."""
+    return dict.fromkeys(_ASKED, lambda: False)
+
+
+def _answer(function: Callable[[], bool]) -> bool:
+    asking = str(sys._getframe(2).f_globals.get("__name__"))  # behind the one of the patch
+    return function() if asking.startswith("torch.") else False
 
 
 @contextmanager

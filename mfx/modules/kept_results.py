@@ -85,7 +85,7 @@ def _running(cache: Any, refuse: Callable[[str], None]) -> Callable[..., Any]:
 
 
 def _is_traced(value: object) -> bool:
-    return issubclass(type(value), Tensor | fx.Proxy)
+    return isinstance(value, Tensor | fx.Proxy)
 
 
 def _replaced(value: Any, runs: dict[int, Callable[..., Any]]) -> Any:

@@ -54,7 +54,7 @@ def tree_copy(model: M, tensor: Callable[[Tensor], Tensor] | None = None) -> M:
             "__deepcopy__."
         ) from error
     for module, table, name in added:
-        del getattr(memo[id(module)], table)[name]
+        getattr(memo[id(module)], table).pop(name, None)  # the copy of a GraphModule leaves it out by itself
     if tensor is None:
         _share_shards(model, memo)
     return copied

@@ -27,6 +27,12 @@ from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import restored_if_changed, tensors_restored
 
 UNKNOWN = object()
+
+
+class Length(int):
+    """The length of a value, which a trace has used as a number."""
+
+
 _RUNS = 3  # on different values, of a module that looks at them: to see if the shapes that it returns depend on these
 _MORE_RUNS = 24  # the same, if shapes inside of it depend on values: some are then often alike by chance
 _CONSTANT = (type(None), str, torch.dtype, torch.device)  # what a module returns whatever its input is
@@ -41,11 +47,13 @@ class CallValues:
 
     Attributes:
         constants: what the graph reads and the model does not have.
-        numbers_used: True once a trace has used a size as a number: it then holds for the shapes of this call only.
+        numbers: the sizes that a trace has used as numbers, by node: it holds for calls with the same ones only.
+        lacking: the attributes that the trace has found tensors to lack: it holds for arguments that lack them, too.
     """
 
     def __init__(self, root: nn.Module, inputs: Mapping[str, Tensor]) -> None:
-        self.numbers_used = False
+        self.numbers: dict[fx.Node, Any] = {}
+        self.lacking: set[str] = set()
         self.constants = Constants(root)
         self._root = root
         self.inputs = inputs
@@ -67,19 +75,29 @@ class CallValues:
         return self._known.get(node, UNKNOWN)
 
     def number(self, node: fx.Node) -> Any:
-        """Return the value of a node if it is no tensor, for a trace that then holds for these shapes only."""
+        """Return the value of a node if it is no tensor, for a trace that then holds for this value only."""
         value = self.of(node)
         if isinstance(value, Tensor) or any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value)):
             return UNKNOWN
-        self.numbers_used = self.numbers_used or value is not UNKNOWN
+        if value is not UNKNOWN:
+            self.numbers[node] = value
         return value
 
+    def lacks(self, node: fx.Node, attribute: str) -> bool:
+        """True if a node's value is a tensor, neither a parameter nor a buffer, and no argument has an attribute."""
+        if node.op == "get_attr" or not isinstance(self.of(node), Tensor):
+            return False
+        if any(hasattr(tensor, attribute) for tensor in self.inputs.values()):
+            return False
+        self.lacking.add(attribute)
+        return True
+
     def length(self, node: fx.Node) -> int | None:
-        """Return the length of a node's value, for a trace that then holds for these shapes only; None if unknown."""
+        """Return the length of a node's value, for a trace that then holds for this length only; None if unknown."""
         value = self.of(node)
         if not isinstance(value, tuple | list | Tensor) or (isinstance(value, Tensor) and not value.dim()):
             return None
-        self.numbers_used = True
+        self.numbers.setdefault(node, Length(len(value)))
         return len(value)
 
     def tensors(self, graph: fx.Graph) -> dict[str, Tensor]:

@@ -30,16 +30,44 @@ def is_class_check(frame: FrameType) -> bool:
     return frame.f_code.co_name == "__instancecheck__"
 
 
+def is_of_trace(frame: FrameType) -> bool:
+    """True if the running code is of the trace, not of the model."""
+    return str(frame.f_globals.get("__name__", "")).startswith(_OURS)
+
+
+class OfTrace:
+    """An attribute of a traced value that the value has not: the code of a model does not find it."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, value: Any, owner: type | None = None) -> Any:
+        if value is None or not is_of_trace(sys._getframe(1)):
+            raise AttributeError(self._name)
+        return value.__dict__[self._name]
+
+    def __set__(self, value: Any, found: Any) -> None:
+        value.__dict__[self._name] = found
+
+
 class ClassOfValue:
-    """An object that has the class of its value, for code outside of the trace; it has a method ``class_of_value``."""
+    """An object that has the class of its value, for code outside of the trace; it has a method ``class_of_value``.
+
+    Attributes:
+        as_proxy: the class of torch.fx whose instances these objects are to torch.fx, and to nobody else.
+    """
+
+    as_proxy: type[fx.Proxy]
 
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
-        """The class of the value, where Python code asks for it; torch's own code in C sees a proxy."""
+        """The class of the value, where Python code asks for it; torch's code in C sees neither that nor a proxy."""
         frame = sys._getframe(1)
         while is_class_check(frame) and frame.f_back is not None:
             frame = frame.f_back
-        if frame.f_globals.get("__name__", "").startswith(_OURS) or not asks_for_class(frame):
+        if is_of_trace(frame):
+            return type(self).as_proxy
+        if not asks_for_class(frame):
             return type(self)
         return type(self).class_of_value(self)  # type: ignore[attr-defined]
 

@@ -6,12 +6,13 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import fx
 from torch.fx.node import map_aggregate
 
+from mfx import compat
 from mfx.capture.symbolic.bytecode import (
     asserted,
     is_compared_with_truth,
@@ -20,7 +21,7 @@ from mfx.capture.symbolic.bytecode import (
     unpacked_indices,
 )
 from mfx.capture.symbolic.call_values import UNKNOWN
-from mfx.capture.symbolic.classes import ClassOfValue, class_of_item, is_class_check, known_class
+from mfx.capture.symbolic.classes import ClassOfValue, OfTrace, class_of_item, is_class_check, known_class
 from mfx.capture.symbolic.outputs import OUTPUTS
 from mfx.capture.symbolic.refusals import OutputError, Refusals, UntraceableError
 
@@ -44,10 +45,19 @@ def apply_ufunc(name: str, *args: Any, **kwargs: Any) -> Any:
     return getattr(numpy, name)(*args, **kwargs)
 
 
-class _Proxy(ClassOfValue, fx.Proxy):
+if TYPE_CHECKING:
+    from torch.fx import Proxy as _ProxyMethods
+    from torch.fx.proxy import Attribute as _AttributeMethods
+else:  # a model that asks if a value is a proxy gets the answer that it gets for a tensor
+    _ProxyMethods, _AttributeMethods = map(compat.methods_of, (fx.Proxy, fx.proxy.Attribute))
+
+
+class _Proxy(ClassOfValue, _ProxyMethods):
     """A proxy on which ``x += y`` is recorded as a change of x in place, not as a new value."""
 
-    tracer: Any  # a SymbolicTracer
+    as_proxy: type[fx.Proxy] = fx.Proxy
+    tracer: Any = OfTrace()  # a SymbolicTracer
+    node: Any = OfTrace()
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.tracer.iter(self))  # torch's own has a frame refer to itself
@@ -137,7 +147,11 @@ class _Proxy(ClassOfValue, fx.Proxy):
         if not hasattr(torch.Tensor, name):
             if name.startswith("__") or is_class_check(frame):
                 raise AttributeError(name)
-            if self._is_tensor() or not is_plain_access(frame):
+            if not is_plain_access(frame):
+                if self.tracer.values is not None and self.tracer.values.lacks(self.node, name):
+                    raise AttributeError(name)
+                self._refuse(f"it depends on whether a traced value has an attribute {name}")
+            if self._is_tensor():
                 self._refuse(f"it depends on whether a traced value has an attribute {name}")
         elif name.startswith("__"):
             self._refuse(f"{name} of a traced value is read")
@@ -153,8 +167,10 @@ class _Proxy(ClassOfValue, fx.Proxy):
         return node is not None and node.op in ("placeholder", "get_attr")
 
 
-class _Attribute(_Proxy, fx.proxy.Attribute):
+class _Attribute(_AttributeMethods, _Proxy):
     """``x.shape`` and the like."""
+
+    as_proxy = fx.proxy.Attribute
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         value = super().__call__(*args, **kwargs)

@@ -22,6 +22,7 @@ from mfx.capture.symbolic.call_values import CallValues
 from mfx.capture.symbolic.effects import Changes
 from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.refusals import UntraceableError
+from mfx.capture.symbolic.sizes_taken import sizes_taken
 from mfx.capture.symbolic.tracer import SymbolicTracer
 from mfx.capture.symbolic.user_code import is_interrupt, is_own_fault, is_raised_by_user, own_fault, said_by
 from mfx.modules.random_state import undisturbed
@@ -107,19 +108,22 @@ def capture(
     kept = copy_graph(graph)
     called = {str(node.target): model.get_submodule(str(node.target)) for node in kept.find_nodes(op="call_module")}
     _refuse_changed_constants(model, kept, called, last)
-    values = last.values
+    values, whole = last.values, {path: leaves.reasons[module] for path, module in called.items() if module in leaves}
+    if values is not None:
+        sizes = sizes_taken(model, graph, values, last.constants.name, exactly=bool(whole))
+        binding = binding.for_inputs(values.inputs, sizes, values.lacking)
     return Captured(
         kept,
         load_calls(dump_calls(last.calls), kept),
         last.walked,
-        binding if values is None else binding.for_inputs(values.inputs, shapes=values.numbers_used),
+        binding,
         modules={last.constants.name: last.constants} if last.constants else {},
         guards={
             last.constants.name: guards_of_tensors(model, last.used.values(), last.constants.values, changes.assigned),
             **guards_of_ties(model, {str(node.target) for node in kept.find_nodes(op="get_attr")}, changes.assigned),
         },
         values={} if values is None else values.tensors(graph),
-        leaves={path: leaves.reasons[module] for path, module in called.items() if module in leaves},
+        leaves=whole,
         effects=effects,
         assigned=changes.assigned,
         decisions=tuple(last.decisions),

@@ -105,9 +105,10 @@ class SymbolicTracer(fx.Tracer):
         if self.values is not None:
             self.values.constants = self.constants
         self._modes = EnteredModes(self.refusals)
-        watched, wrapped = self._modes.watched(), compat.autowrap_in_this_thread(type_of_value, packing_functions())
+        wrapped = compat.autowrap_in_this_thread(type_of_value, {**packing_functions(), **compat.trace_hidden_from()})
+        watched, recorded, hidden = self._modes.watched(), self.outputs.recorded(), compat.trace_hidden()
         try:
-            with watched, self.outputs.recorded(), wrapped, functions_are_nodes(), own_calls_seen(root, self._call):
+            with watched, recorded, wrapped, hidden, functions_are_nodes(), own_calls_seen(root, self._call):
                 graph = super().trace(root, concrete_args)
             if self.values is not None:
                 self.values.find(graph)
@@ -325,6 +326,5 @@ class SymbolicTracer(fx.Tracer):
 
     def length_of(self, obj: fx.Proxy) -> int | None:
         """Return the length of a value in the call that is traced; None if it is not known."""
-        if (length := known_length(obj.node)) is not None:
-            return length
-        return None if self.values is None else self.values.length(obj.node)
+        length = known_length(obj.node)
+        return self.values.length(obj.node) if length is None and self.values is not None else length

@@ -140,13 +140,13 @@ def _owned(
     interval = [node for node in index.between(skip, out) if node.op not in ("placeholder", "get_attr", "output")]
     fed = {skip}
     for node in interval:
-        if (node not in states or node is out) and any(source in fed for source in node.all_input_nodes):
+        if (node not in states or node is out) and not fed.isdisjoint(set(node.all_input_nodes) - index.sizes):
             fed.add(node)
     needed = {out, *(node for node in fed if not node.users)}
     for node in reversed(interval):
         if node in needed and (node not in states or node is out):
             needed.update(node.all_input_nodes)
-    owned = {node for node in interval if node in fed and node in needed}
+    owned = {node for node in interval if node in fed and node in needed and node not in index.sizes}
     todo = list(owned) if feeding else []
     while todo:
         for source in todo.pop().all_input_nodes:
