@@ -16,7 +16,7 @@ from mfx.compat.accelerators import (
     is_refused_draw,
     make_ready,
     random_state_of,
-    reproducible,
+    reproducible_on,
     set_random_state_of,
     side_stream,
     sign_of_device,
@@ -46,11 +46,11 @@ from mfx.compat.autograd import (
     operations_so_far,
     put_accumulate_hook_first,
     running_node,
+    set_grad_enabled,
     shapes_accumulated_next,
     when_task_ends,
 )
 from mfx.compat.compiled import compiled_model, is_compiled, is_inductor
-from mfx.compat.dict_versions import version_reader
 from mfx.compat.differentiation import differentiation_observed
 from mfx.compat.fake_tensors import fake_mode, fake_mode_of, is_fake, new_fake_mode, runs_for_real, unlogged
 from mfx.compat.fsdp import (
@@ -96,6 +96,7 @@ from mfx.compat.modes import (
     AutocastState,
     autocast_as,
     autocast_kinds,
+    autocast_reader,
     autocast_state,
     default_device,
     has_modes,
@@ -112,12 +113,14 @@ from mfx.compat.parametrizations import are_weights_cached, cached_weights, weig
 from mfx.compat.patching import patched, patching
 from mfx.compat.scripted import Table, scripted_copy, tensor_tables
 from mfx.compat.transformer import plain_transformer_layers
+from mfx.compat.words import Sign, sign_reader, version_reader
 
 __all__ = [
     "NO_TASK",
     "OPAQUE_TAGS",
     "AutocastState",
     "HostCopy",
+    "Sign",
     "Table",
     "above_autograd",
     "accelerator",
@@ -127,6 +130,7 @@ __all__ = [
     "aside_from_caller",
     "autocast_as",
     "autocast_kinds",
+    "autocast_reader",
     "autocast_state",
     "autowrap_in_this_thread",
     "bytes_made_since",
@@ -190,12 +194,13 @@ __all__ = [
     "random_state_of",
     "reads_in_parts",
     "records_calls",
-    "reproducible",
+    "reproducible_on",
     "running_node",
     "runs_for_real",
     "saves_for_others",
     "scripted_copy",
     "search_autowrapped_in",
+    "set_grad_enabled",
     "set_random_state_of",
     "shapes_accumulated_next",
     "shards_of",
@@ -205,6 +210,7 @@ __all__ = [
     "sign_of_numpy",
     "sign_of_python",
     "sign_of_torch",
+    "sign_reader",
     "takes_saved_tensors_hooks",
     "tensor_tables",
     "trace_hidden",

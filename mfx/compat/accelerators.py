@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mfx.compat.modes import without_modes
+from mfx.compat.words import Sign
 
 _HOSTS = frozenset({"cpu", "meta"})
 _NOTHING: AbstractContextManager[object] = nullcontext()
@@ -73,8 +74,8 @@ def _index(device: torch.device) -> tuple[torch.device, ...]:
     return () if device.type == "mps" else (device,)  # of which there is one
 
 
-def sign_of_device(device: torch.device) -> Callable[[], Hashable]:
-    """Return a function that reads what changes when a device's default generator is drawn from or seeded.
+def sign_of_device(device: torch.device) -> Sign | None:
+    """Return what changes when a device's default generator is drawn from or seeded; None if that is not found.
 
     A counter-based generator is a seed and an offset (CUDA's and XPU's, torch 2.11 to 2.15).
     """
@@ -82,8 +83,8 @@ def sign_of_device(device: torch.device) -> Callable[[], Hashable]:
     try:
         generator.get_offset()
     except (AttributeError, RuntimeError):
-        return lambda: None
-    return lambda: (generator.initial_seed(), generator.get_offset())
+        return None
+    return Sign((), lambda: (generator.initial_seed(), generator.get_offset()))
 
 
 def _default_generator(device: torch.device) -> Any:
@@ -240,16 +241,21 @@ class _Benchmark:
 _benchmark = _Benchmark()
 
 
-def reproducible(device: torch.device) -> AbstractContextManager[object] | None:
-    """Return a context for both runs of a branch whose stream is on ``device``; None if there is nothing to do.
+def reproducible_on(device: torch.device) -> Callable[[], AbstractContextManager[object] | None]:
+    """Return what makes contexts for both runs of a branch on ``device``; None instead if there is nothing to do.
 
     With ``torch.backends.cudnn.benchmark`` each thread measures algorithms for itself, and may choose another one
     (torch 2.11 to 2.15), so that is off. While a graph is captured, random numbers are refused.
     """
-    measures = torch._C._get_cudnn_benchmark() or _benchmark.askers > 0
-    if device.type not in _HOSTS and is_capturing(device):
-        return _captured(device, measures=measures)
-    return _benchmark.off() if measures else None
+    is_host, is_set = device.type in _HOSTS, torch._C._get_cudnn_benchmark
+
+    def reproducible() -> AbstractContextManager[object] | None:
+        measures = is_set() or _benchmark.askers > 0
+        if not is_host and is_capturing(device):
+            return _captured(device, measures=measures)
+        return _benchmark.off() if measures else None
+
+    return reproducible
 
 
 @contextmanager

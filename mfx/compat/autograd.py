@@ -24,6 +24,9 @@ OPAQUE_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
 # asked for every saved tensor.
 current_task: Callable[[], int] = torch._C._current_graph_task_id
 
+# What ``torch.enable_grad`` and its kin call (torch 2.11 to 2.15): around every step that runs again.
+set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
+
 
 def when_task_ends(callback: Callable[[], None]) -> None:
     """Have ``callback`` called when the backward pass that this thread is in has ended (torch 2.11 to 2.15)."""

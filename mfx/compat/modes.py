@@ -60,6 +60,17 @@ def autocast_state(device_type: str) -> AutocastState:
     )
 
 
+_call: Any = partial.__call__  # at C speed in map
+
+
+def autocast_reader(device_types: Sequence[str]) -> Callable[[], list[object]]:
+    """Return a function that reads all that makes up autocast's states for these types of devices."""
+    of_types: tuple[Callable[[str], object], ...] = (torch.get_autocast_dtype, torch.is_autocast_enabled)
+    reads: list[Any] = [partial(read, kind) for kind in device_types for read in of_types]
+    reads.append(partial(torch.is_autocast_cache_enabled))
+    return lambda: [*map(_call, reads)]
+
+
 def modes() -> tuple[bool, ...]:
     """Return the switches that a model may change while it runs: gradients, autocast, kernels of attention."""
     return (

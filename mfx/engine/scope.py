@@ -6,6 +6,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
+
+from mfx.compat import set_grad_enabled
 from mfx.engine.memory.measure import StepMeasure
 from mfx.modules.recomputing import RUNNING
 
@@ -56,15 +59,18 @@ def inside_step(*, keeps: bool | None) -> Iterator[None]:
 
 
 class inside_recomputation:  # noqa: N801
-    """Run the body as a recomputation in a recorded chain."""
+    """Run the body as a recomputation in a recorded chain, with gradients."""
 
-    __slots__ = ("_before",)
+    __slots__ = ("_before", "_has_gradients")
 
     def __enter__(self) -> None:
         self._before = _scope.recorded, _scope.keeps, RUNNING.again
         _scope.recorded, _scope.keeps, RUNNING.again = True, False, True
+        self._has_gradients = torch.is_grad_enabled()
+        set_grad_enabled(True)
 
     def __exit__(self, *raised: object) -> None:
+        set_grad_enabled(self._has_gradients)
         _scope.recorded, _scope.keeps, RUNNING.again = self._before
 
 

@@ -30,21 +30,20 @@ class Generator:
     """A source of random numbers, with functions that read and set its state.
 
     Attributes:
-        sign: reads what changes whenever the state does, if that is cheaper to read.
-        is_told: True if a state is one in which a draw changes the sign.
+        sign: returns what changes whenever the state does, if that is cheaper to read.
         device: the device whose default generator it is, but for the CPU.
     """
 
     name: str
     read: Callable[[], Any]
     write: Callable[[Any], object]
-    sign: Callable[[], Hashable] = lambda: None
-    is_told: Callable[[Any], bool] = lambda state: True
+    sign: Callable[[], compat.Sign | None] = lambda: None
     device: torch.device | None = None
 
     def state(self, before: RandomState | None = None) -> RandomState:
         """Return the present state; ``before`` itself, if it is still the present one."""
-        sign = self.sign()
+        found = self.sign()
+        sign = None if found is None else compat.sign_reader([found])()
         if before is not None and sign is not None and sign == before.sign:
             return before
         # Unseen, so that observers see as much in every call.
@@ -52,7 +51,7 @@ class Generator:
             value = self.read()
             if before is not None and _same(value, before.value):
                 return before
-        return RandomState(sign if self.is_told(value) else None, value)
+        return RandomState(sign, value)
 
 
 _GENERATOR_OF_CPU = Generator("torch", torch.random.get_rng_state, torch.random.set_rng_state, compat.sign_of_torch)
@@ -100,7 +99,7 @@ def _global_generators_of(kinds: tuple[str, ...], has_numpy: bool) -> list[Gener
 
 def _generator_of_device(device: torch.device) -> Generator:
     read, write = partial(compat.random_state_of, device), partial(compat.set_random_state_of, device)
-    return Generator(f"torch.{device}", read, write, compat.sign_of_device(device), device=device)
+    return Generator(f"torch.{device}", read, write, partial(compat.sign_of_device, device), device=device)
 
 
 def _others() -> Iterator[Generator]:
@@ -108,11 +107,8 @@ def _others() -> Iterator[Generator]:
     if "numpy" in sys.modules:
         from numpy import random as numpy_random
 
-        # A spare Gaussian is used without a sign.
-        has_no_spare = lambda state: not state[3]  # noqa: E731
-        yield Generator(
-            "numpy.random", numpy_random.get_state, numpy_random.set_state, compat.sign_of_numpy, has_no_spare
-        )
+        read = partial(numpy_random.get_state, legacy=False)  # the usual form does for one kind of bits only
+        yield Generator("numpy.random", read, numpy_random.set_state, compat.sign_of_numpy)
 
 
 _PLAIN = {bool, int, float, str, type(None)}  # nearly all that a module holds
@@ -176,7 +172,7 @@ def _own_generator(name: str, value: Any) -> Iterator[Generator]:
         bits = value.bit_generator
         yield Generator(name, lambda: bits.state, lambda state: setattr(bits, "state", state))
     elif type(value).__module__.startswith("numpy.random") and hasattr(value, "get_state"):
-        yield Generator(name, value.get_state, value.set_state)
+        yield Generator(name, partial(value.get_state, legacy=False), value.set_state)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -16,11 +16,12 @@ from mfx.compat import (
     accelerator,
     are_weights_cached,
     autocast_as,
+    autocast_reader,
     autocast_state,
     cached_weights,
     is_capturing,
     is_sharded,
-    reproducible,
+    reproducible_on,
     weights_cached,
 )
 from mfx.engine.recompute.contents import is_same_sign
@@ -36,16 +37,32 @@ from mfx_passes.errors import MfxError
 _State = tuple[int, bool]  # of a tensor: its version, and whether it requires a gradient
 
 
-class Autocast:
-    """The autocast state of the forward pass, for ``device``, the CPU and the accelerator."""
+class Switches:
+    """What is switched by the thread around the branches of one call: autocast, and the choice of algorithms.
+
+    Args:
+        device: of the stream.
+
+    Attributes:
+        reproducible: returns a context for both runs of a branch, in which they choose the same algorithms; None if
+            there is nothing to do.
+    """
 
     def __init__(self, device: torch.device) -> None:
         kinds = sorted({"cpu", device.type, accelerator() or "cpu"})
-        self._states = {kind: autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
+        self._autocast = {kind: autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
+        self._read = autocast_reader([*self._autocast])
+        self._found = self._read()
+        self.reproducible = reproducible_on(device)
 
     def contexts(self) -> list[AbstractContextManager[object]]:
-        """Return what brings that state back, as far as it differs now."""
-        return [autocast_as(kind, state) for kind, state in self._states.items() if autocast_state(kind) != state]
+        """Return contexts for what differs now from the start of the call, and `reproducible`."""
+        context = self.reproducible()
+        contexts = [] if context is None else [context]
+        if self._read() != self._found:
+            found = self._autocast.items()
+            contexts += [autocast_as(kind, state) for kind, state in found if autocast_state(kind) != state]
+        return contexts
 
 
 @dataclass
@@ -101,6 +118,7 @@ class StepEnvironment:
     Attributes:
         tensors: the parameters, buffers and other tensors, before the branch ran.
         hooked: the classes of modules that had hooks around both their forward and their backward.
+        reproducible: see `Switches`.
     """
 
     def __init__(
@@ -111,11 +129,12 @@ class StepEnvironment:
         key: Any,
         cache: ChainCache,
         clock: RandomClock,
-        cast: Autocast,
+        switches: Switches,
         lock: StateLock,
     ) -> None:
         self._path, self._lock = path, lock
-        self._autocast = cast
+        self._switches = switches
+        self.reproducible = switches.reproducible
         self._cached_weights = cached_weights()
         memory: _Memory | None = cache.get(key)
         if memory is None:
@@ -203,18 +222,13 @@ class StepEnvironment:
             places = [(label, table) for label, (table, _) in unsure.items()]
             self._memory.asked.append((self._known, places, HostCopy(answers)))
 
-    def restored(self, device: torch.device) -> AbstractContextManager[object]:
+    def restored(self) -> AbstractContextManager[object]:
         """Return a context with the environment of the forward pass; it leaves everything as it was found.
-
-        Args:
-            device: of the stream.
 
         Raises:
             MfxError: a tensor was modified since the forward pass.
         """
         contexts = self._contexts()
-        if (context := reproducible(device)) is not None:
-            contexts.append(context)
         # The branch writes into the values, and may be recomputed once more.
         values = copies_of(self._values) if self._values else self._values
         put_back = PutBack(self._layout, self.tensors, self._versions, values, self._lock)
@@ -222,7 +236,7 @@ class StepEnvironment:
 
     def _contexts(self) -> list[AbstractContextManager[object]]:
         """Return contexts for what differs now from the forward pass, tables aside."""
-        contexts = [*self._frozen_as_then(), *self._autocast.contexts()]
+        contexts = [*self._frozen_as_then(), *self._switches.contexts()]
         draws = self._draws
         if draws is None:  # the branch itself runs a backward pass, while it is still running
             draws = (*self._clock.all(), *(() if self._own_clock is None else self._own_clock.all()))

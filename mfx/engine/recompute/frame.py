@@ -7,11 +7,10 @@ from operator import attrgetter
 from typing import Any
 from weakref import ref
 
-import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from mfx.compat import current_stream, current_task, is_refused_draw, reproducible
+from mfx.compat import current_stream, current_task, is_refused_draw
 from mfx.engine.recompute.environment import StepEnvironment
 from mfx.engine.recompute.rebuilt import Handle, Packed, Rebuilt
 from mfx.engine.recompute.saved import Captures, SavedTensors, freed
@@ -57,7 +56,7 @@ class Frame:
         pack = self._pack if measure() is None else self._pack_measured
         try:
             with saved_tensors_hooks(pack, unpack):
-                if (context := reproducible(xs[0].device)) is None:
+                if (context := self._env.reproducible()) is None:
                     outputs = self._first_run(xs, values)
                 else:
                     with context:
@@ -114,9 +113,8 @@ class Frame:
         rebuilt.provided.append(self._packed)
         values = self._values.get()
         with (
-            torch.enable_grad(),
             inside_recomputation(),
-            self._env.restored(xs[0].device),
+            self._env.restored(),
             saved_tensors_hooks(hooks.pack, _as_is),
         ):
             # As in the forward pass, an input is not a leaf: autocast caches its casts of leaves. (view_as would

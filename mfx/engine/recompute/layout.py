@@ -54,7 +54,7 @@ class StateLayout(State):
         hooked: the classes of modules that have hooks around both their forward and their backward.
         has_state: True if there is a tensor that is not a parameter.
         has_mutable: True if there is something that a branch may change in place, without an assignment.
-        seen: the versions of the tables when they were last found to hold the same.
+        seen: what told writes when all was last found to hold the same.
     """
 
     def __init__(self, root: Any, targets: Sequence[str], step_path: str) -> None:
@@ -64,8 +64,8 @@ class StateLayout(State):
         for table in global_call_tables():
             self._add_table(table)
         self._global = set(map(id, global_call_tables()))
-        names = dict.fromkeys(target.partition(".")[0] for target in targets if target)
-        self._tops = attrgetter("__class__", "__class__", *names)  # of two names at least it returns a tuple
+        names = dict.fromkeys(target.partition(".")[0] for target in targets if target) or ["__class__"]
+        self._tops = attrgetter(*names, *names)  # of two names at least it returns a tuple
         try:
             for target in targets:
                 self._follow(root, target, tensor_slots)
@@ -92,7 +92,8 @@ class StateLayout(State):
         if self._buffers:
             self._watch_shared()
         tables = [*self._named, *(table for table, _ in (*self._paths, *self._leaves))]
-        self._versions = version_reader([*{id(table): table for table in tables}.values()])
+        self._versions = version_reader([*{id(table): table for table in tables}.values()], self.typed)
+        self._has_others = bool(self._absent or self._contents)
         self._held, self._inside = [*self._look()], [*self._look_inside()]
         self.seen: object = _NOTHING_SEEN
         del self._root
@@ -122,7 +123,7 @@ class StateLayout(State):
 
     def holds(self) -> bool:
         """True if all tables hold the same, parameters and buffers aside, but under the same names."""
-        now = self._versions()  # before the tables are: another thread may write meanwhile
+        now = self._versions()  # before the tables are looked at: another thread may write meanwhile
         if now != self.seen:
             if not self._tables_hold():
                 return False
@@ -130,17 +131,23 @@ class StateLayout(State):
         return self._others_hold()
 
     def _tables_hold(self) -> bool:
-        return [*map(list, self._named)] == self._names and all(map(is_, self._look(), self._held))
-
-    def _others_hold(self) -> bool:
-        """True if containers and empty places hold the same, and modules have their classes and dictionaries."""
+        """True if the tables hold the same, and modules have their classes and dictionaries."""
         return (
-            not any(self._empty)
-            and not (self._absent and any(name in table for table, name in self._absent))
+            [*map(list, self._named)] == self._names
+            and all(map(is_, self._look(), self._held))
             and [*map(type, self.typed)] == self._types
             and all(map(is_, map(_own_dict, self.owners), self._dicts))
-            and not (self._contents and not all(map(is_, self._look_inside(), self._inside)))
         )
+
+    def _others_hold(self) -> bool:
+        """True if empty tables, empty places and containers hold the same."""
+        return not any(self._empty) and (not self._has_others or (self._are_absent() and self._contents_hold()))
+
+    def _are_absent(self) -> bool:
+        return not any(name in table for table, name in self._absent)
+
+    def _contents_hold(self) -> bool:
+        return all(map(is_, self._look_inside(), self._inside))
 
     def _look(self) -> Iterator[Any]:
         """Yield, at C speed, all that the tables hold, parameters and buffers aside."""

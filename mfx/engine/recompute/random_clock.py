@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from mfx.compat import is_capturing
+from mfx.compat import is_capturing, sign_reader
 from mfx.modules.random_state import Generator, RandomState
 from mfx_passes.errors import MfxError
 
-_UNTOLD = object()  # a sign that no generator has
+_UNTOLD = object()  # a sign that is never read
 _last: dict[str, RandomState] = {}  # of the global generators: their states take long to read
 
 
@@ -57,8 +57,7 @@ class RandomClock:
     def __init__(self, generators: Sequence[Generator], *, are_global: bool = False) -> None:
         self._generators = generators
         known = _last if are_global else {}
-        self._read_signs = [generator.sign for generator in generators]
-        self._look([known.get(generator.name) for generator in generators], self._signs_now())
+        self._look([known.get(generator.name) for generator in generators])
         if are_global:
             _last.update({generator.name: s for generator, s in zip(generators, self._states, strict=True) if s.sign})
 
@@ -68,19 +67,18 @@ class RandomClock:
 
     def tick(self) -> Sequence[Draw]:
         """Look at the generators again; return what was drawn since the last time."""
-        signs = self._signs_now()
-        if signs == self._signs:  # the usual case
+        if self._read() == self._sign:  # the usual case
             return ()
         before = self._states
-        self._look(before, signs)
+        self._look(before)
         found = zip(self._generators, before, self._states, strict=True)
         return [Draw(generator, then, now) for generator, then, now in found if then is not now]
 
-    def _signs_now(self) -> list[Hashable]:
-        return [read() for read in self._read_signs]
-
-    def _look(self, before: Sequence[RandomState | None], signs: Sequence[Hashable]) -> None:
-        """Read the states; ``signs`` are from just before, for another thread may draw meanwhile."""
-        self._states = [generator.state(then) for generator, then in zip(self._generators, before, strict=True)]
+    def _look(self, before: Sequence[RandomState | None]) -> None:
+        """Read the states, and before that the signs: another thread may draw meanwhile."""
+        signs = [generator.sign() for generator in self._generators]
+        known = [sign for sign in signs if sign is not None]
         # The sign of a state may change though it does not: torch leaves gaps in memory as they are.
-        self._signs = [_UNTOLD if s.sign is None else sign for s, sign in zip(self._states, signs, strict=True)]
+        self._read = sign_reader(known)
+        self._sign = self._read() if len(known) == len(signs) else _UNTOLD
+        self._states = [generator.state(then) for generator, then in zip(self._generators, before, strict=True)]

@@ -17,7 +17,7 @@ from mfx.engine.arithmetic.signed import UpdateGamma
 from mfx.engine.flags import verify_chain, verify_step, warn_once
 from mfx.engine.memory.measure import StepMeasure, StorageKeys
 from mfx.engine.recompute.checked_frame import CheckedFrame
-from mfx.engine.recompute.environment import Autocast, StepEnvironment
+from mfx.engine.recompute.environment import StepEnvironment, Switches
 from mfx.engine.recompute.frame import Frame, KeptStep
 from mfx.engine.recompute.random_clock import RandomClock
 from mfx.engine.recompute.rebuilt import Handle, Rebuilt
@@ -85,7 +85,7 @@ class _Recomputing:
         self._read: set[int] = set()
         self._captures = Captures(call.captures, f"{call.name}: a tensor that its steps read beside the stream")
         self._clock = RandomClock(global_generators(device), are_global=True)
-        self._autocast = Autocast(device)
+        self._switches = Switches(device)
 
     def _run_kept(self, index: int, step: StepFunction, xs: Sequence[Tensor]) -> StepOutputs | None:
         """Run a step that keeps its activations, or those outside of the chains in it; None: it is another one."""
@@ -124,9 +124,9 @@ class _Recomputing:
 
     def _frame(self, index: int, step: StepFunction) -> Frame:
         key = ("buffers", index, self._original)
-        call, clock, cast = self._call, self._clock, self._autocast
+        call, clock, switches = self._call, self._clock, self._switches
         lock = call.settings.lock
-        env = StepEnvironment(call.root, step.targets, step.path, key, call.cache, clock, cast, lock)
+        env = StepEnvironment(call.root, step.targets, step.path, key, call.cache, clock, switches, lock)
         if env.hooked:
             message = (
                 f"chain {call.name}, step {step.path}: the backward pass runs steps a second time, and with this one "

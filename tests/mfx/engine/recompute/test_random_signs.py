@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-from mfx.compat import sign_of_numpy, sign_of_python, sign_of_torch
+from mfx.compat import sign_of_numpy, sign_of_python, sign_of_torch, sign_reader
 from mfx.engine.recompute.random_clock import RandomClock
 from mfx.modules.random_state import Generator
 
-SIGNS = {"torch": sign_of_torch, "random": sign_of_python, "numpy": sign_of_numpy}
+FINDS = {"torch": sign_of_torch, "random": sign_of_python, "numpy": sign_of_numpy}
+SIGNS = {name: lambda find=find: sign_reader([find()])() for name, find in FINDS.items()}
 SEEDS = {"torch": torch.manual_seed, "random": random.seed, "numpy": np.random.seed}
 DRAWS = {
     "torch": [
@@ -26,7 +27,7 @@ DRAWS = {
         lambda: random.getrandbits(32),
         lambda: random.randbytes(2496),
     ],
-    "numpy": [np.random.rand, partial(np.random.rand, 2), partial(np.random.rand, 312)],
+    "numpy": [np.random.rand, np.random.randn, partial(np.random.rand, 2), partial(np.random.rand, 312)],
 }
 
 
@@ -67,3 +68,23 @@ def test_a_state_that_is_put_back_is_no_draw_and_is_read_once():
     assert len(reads) == count
     torch.rand(1)
     assert [draw.generator.name for draw in clock.tick()] == ["torch"]
+
+
+def test_numpys_generator_may_get_other_bits():
+    clock = RandomClock(
+        [Generator("numpy", partial(np.random.get_state, legacy=False), np.random.set_state, sign_of_numpy)]
+    )
+    before, draw = np.random.get_bit_generator(), DRAWS["numpy"][0]
+    try:
+        np.random.set_bit_generator(np.random.MT19937(1))
+        assert clock.tick()
+        draw()
+        assert clock.tick()
+        assert not clock.tick()
+        np.random.set_bit_generator(np.random.PCG64(1))  # of which no sign is known
+        draw()
+        assert clock.tick()
+        draw()
+        assert clock.tick()
+    finally:
+        np.random.set_bit_generator(before)

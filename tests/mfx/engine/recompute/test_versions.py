@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import mfx
-from mfx.compat import dict_versions, version_reader
+from mfx.compat import version_reader, words
 
 WRITES = {
     "attribute": lambda module: setattr(module, "scale", object()),
@@ -44,9 +44,24 @@ def test_a_parameter_that_is_replaced_gives_a_new_version():
 def test_versions_of_other_tables_are_never_equal(monkeypatch):
     read = version_reader([{}, OrderedDict(a=1)])
     assert read() != read()
-    monkeypatch.setattr(dict_versions, "_VERSION", None)
+    monkeypatch.setattr(words, "_VERSION", 0)
     read = version_reader([{}])
     assert read() != read()
+
+
+def test_another_class_or_dictionary_of_an_object_is_told():
+    module = nn.Linear(2, 2)
+    read = version_reader([], [module])
+    before = read()
+    module.scale = 1.0
+    module(torch.ones(2))
+    assert read() == before
+    module.__class__ = type("Other", (nn.Linear,), {})
+    assert read() != before
+    module.__class__ = nn.Linear
+    assert read() == before
+    module.__dict__ = dict(module.__dict__)
+    assert read() != before
 
 
 class Counting(nn.Module):
@@ -80,7 +95,7 @@ class Net(nn.Module):
 @pytest.mark.parametrize("has_versions", [True, False])
 def test_state_is_followed_with_versions_and_without(has_versions, monkeypatch):
     if not has_versions:
-        monkeypatch.setattr(dict_versions, "_VERSION", None)
+        monkeypatch.setattr(words, "_VERSION", 0)
     torch.manual_seed(0)
     plain = Net()
     net = mfx.momentumize(Net(), gamma=0.0)
