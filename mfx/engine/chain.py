@@ -17,7 +17,7 @@ from mfx.compat import has_float64, takes_saved_tensors_hooks, under_transform
 from mfx.engine.arithmetic import FloatState, State
 from mfx.engine.arithmetic.base import wide
 from mfx.engine.arithmetic.choice import choose
-from mfx.engine.arithmetic.signed import UpdateGamma, add_scaled, complement_of, value_of
+from mfx.engine.arithmetic.signed import UpdateGamma, add_scaled, complement_of, multiplier, value_of
 from mfx.engine.containers import gathering
 from mfx.engine.flags import notice_overflow, read_pending, warn_once
 from mfx.engine.gammas import gammas_of
@@ -28,9 +28,9 @@ from mfx.engine.recompute.layout import StateLayout
 from mfx.engine.recompute.runners import FromInputs, FromTape, Ordinary, Runner
 from mfx.engine.recompute.saved import tensors_in
 from mfx.engine.scope import enclosing_is_recorded, enclosing_keeps, inside_chain
-from mfx.engine.steps import ChainCache, ChainCall, ChainOutput, ChainSettings, Mark, StepFunction, StepOutputs
+from mfx.engine.steps import ChainCache, ChainCall, ChainOutput, ChainSettings, Mark, StepFunction
 from mfx.engine.streams import Streams
-from mfx.engine.update import Enter, Update, UpdateContext, velocity_dummy
+from mfx.engine.update import Enter, Update, velocity_dummy
 from mfx.modules.recomputing import recomputing
 from mfx.options.gamma import Gamma
 from mfx.text import listed
@@ -177,8 +177,10 @@ def _run_plain(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
             _check_fits(call, step, xs[stream], y)
             state, v = states[stream], vs[stream]
             f = y - state if kind == "map" else _as(state.dtype, y)
-            complement = gamma.factor(complement_of, state)
-            v = f * complement if v is None else add_scaled(v * gamma.factor(value_of, state), f, complement)
+            if v is None:
+                v = f * gamma.factor(complement_of, state)
+            else:
+                v = add_scaled(v * multiplier(gamma, value_of, v), f, gamma.factor(complement_of, state))
             states[stream], vs[stream] = state + v, v
         del ys, y, f, state, v  # the next branch runs without them
         streams.add(step, [_as(xs[stream].dtype, states[stream]) for stream in step.writes], side)
@@ -207,7 +209,7 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     dummies = [velocity_dummy(x) for x in xs]
     runner = gathering(runner, call, original=False)
     spacing = min(arithmetic.anchor_every(gamma, x.dtype) or len(call.steps) for x in xs)
-    on_cpu, last = xs[0].device.type == "cpu", len(call.steps) - 1
+    may_overflow, on_cpu, last = arithmetic.verifiable, xs[0].device.type == "cpu", len(call.steps) - 1
     ends = {} if tape is None else _ends(call.steps, walked, len(xs))
     stored = {*range(walked.start + spacing - 1, walked.stop, spacing), walked.stop - 1} if tape is not None else ()
     remembered = walked.start if arithmetic.verifiable and walked.start > 0 else -1
@@ -217,8 +219,12 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
         if index == remembered:
             for state in compress(states, earlier):
                 state.remember_start()
+        read = streams.read(step)
+        versions = [*map(_version_of, read)]
         try:
-            ys, side = _run_branch(call, runner, index, step, streams.read(step), gammas)
+            ys, side = runner.run(index, step, read, gammas)
+            if [*map(_version_of, read)] != versions:
+                raise _writes_into_stream(call, step)
         except BaseException:
             if tape is not None and index in walked and not recomputing():
                 what = f"{call.name}: the stream before step {step.path}"
@@ -233,14 +239,14 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
             _check_fits(call, step, x, y)
             is_end = ends.get(stream) == index and not on_tape
             begin = partial(tape.begin, stream) if is_end and tape is not None else None
-            context = UpdateContext(state, kind, own, earlier[stream], dummies[stream], begin)
+            context = state, kind, own, earlier[stream], dummies[stream], begin
             x, vs[stream] = Update.apply(x, vs[stream], y, context)
             if stream not in firsts and x.requires_grad:
                 firsts[stream] = x
             after.append(x)
-        del ys, y  # the next branch runs without them
+        del ys, y, read, x  # the next branch runs without them
         streams.add(step, after, side)
-        for state in compress(states, earlier) if on_cpu or index == last else ():
+        for state in compress(states, earlier) if may_overflow and (on_cpu or index == last) else ():
             if (overflowed := state.overflowed()) is not None:
                 place = f"chain {call.name}, at or before step {step.path}"
                 notice_overflow(place, overflowed, call.cache, firsts.values() if settings.verify == "raise" else ())
@@ -268,18 +274,12 @@ def _ends(steps: Sequence[StepFunction], walked: range, streams: int) -> dict[in
     return ends
 
 
-def _run_branch(
-    call: ChainCall, runner: Runner, index: int, step: StepFunction, xs: Sequence[Tensor], gammas: Sequence[UpdateGamma]
-) -> StepOutputs:
-    versions = [*map(_version_of, xs)]
-    outputs = runner.run(index, step, xs, gammas)
-    if [*map(_version_of, xs)] != versions:
-        raise MfxError(
-            f"chain {call.name}, step {step.path}: the branch writes into the stream, which is its input, so there "
-            "is no telling what is to be added to what. Have it write into a copy (x.clone()), or leave this step "
-            "out with skip="
-        )
-    return outputs
+def _writes_into_stream(call: ChainCall, step: StepFunction) -> MfxError:
+    return MfxError(
+        f"chain {call.name}, step {step.path}: the branch writes into the stream, which is its input, so there "
+        "is no telling what is to be added to what. Have it write into a copy (x.clone()), or leave this step "
+        "out with skip="
+    )
 
 
 def _choose_runner(call: ChainCall, device: torch.device, *, walks: bool) -> Runner:
@@ -314,6 +314,8 @@ def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
 
 
 def _check_fits(call: ChainCall, step: StepFunction, x: Tensor, y: object) -> None:
+    if type(y) is Tensor and y.shape == x.shape and y.dtype is x.dtype and y.device == x.device:
+        return  # the usual case
     if not isinstance(y, Tensor):
         found = f"a {type(y).__name__}"
     elif y.shape != x.shape:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,27 +11,13 @@ from typing_extensions import override
 
 from mfx.engine.arithmetic import State
 from mfx.engine.arithmetic.base import wide
+from mfx.engine.arithmetic.gradients import UpdateGradients
 from mfx.engine.arithmetic.signed import UpdateGamma
 
-
-class UpdateContext(NamedTuple):
-    """The arguments of an ``Update`` beside tensors.
-
-    Attributes:
-        state: the stream's numbers.
-        kind: of the step.
-        gamma: γ of the step.
-        earlier: γ of the updates of the stream so far.
-        dummy: the stream's ``velocity_dummy``.
-        begin: for the update whose gradient arrives before all others of its stream, what to do then; else None.
-    """
-
-    state: State
-    kind: str
-    gamma: UpdateGamma
-    earlier: list[UpdateGamma]
-    dummy: Tensor
-    begin: Callable[[], None] | None = None
+# What an ``Update`` is given beside tensors, as a plain tuple, for there is one for every step: the stream's numbers;
+# the kind of the step; its γ; γ of the updates of the stream so far; the stream's ``velocity_dummy``; and what to do
+# before all else in the backward pass, for the update whose gradient arrives before all others of its stream.
+UpdateContext = tuple[State, str, UpdateGamma, list[UpdateGamma], Tensor, Callable[[], None] | None]
 
 
 def velocity_dummy(x: Tensor) -> Tensor:
@@ -43,21 +29,20 @@ def velocity_dummy(x: Tensor) -> Tensor:
 class Update(torch.autograd.Function):
     """(x, v, y) → (x + v', v') with v' = γ·v + (1−γ)·f, where f is y, or y − x for a step of kind "map".
 
-    The numbers come from the chain's state. The next branch reads x' in the stream's dtype; v' is a dummy
-    that takes no memory and carries a gradient on. The context has the attributes of ``UpdateGradients``.
+    The numbers come from the chain's state. The next branch reads x' in the stream's dtype; v' is a dummy that
+    takes no memory and carries a gradient on.
     """
 
     @staticmethod
     @override
     def forward(ctx: Any, x: Tensor, v: Tensor | None, y: Tensor, context: UpdateContext) -> tuple[Tensor, Tensor]:
-        state, ctx.kind, ctx.gamma, ctx.gammas, dummy, ctx.begin = context
-        ctx.number, ctx.follows = len(ctx.gammas), bool(ctx.gammas)
-        ctx.gammas.append(ctx.gamma)  # by the backward pass those of later updates are there, too
+        state, kind, gamma, gammas, dummy, ctx.begin = context
+        number = len(gammas)
+        gammas.append(gamma)  # by the backward pass those of later updates are there, too
         ctx.set_materialize_grads(False)
-        ctx.wide, ctx.needs_v = dummy.dtype, ctx.needs_input_grad[1]
-        ctx.dtypes = x.dtype, dummy.dtype if v is None else v.dtype, y.dtype
-        ctx.gradients = state.gradients
-        return state.advance(y, context.kind, context.gamma), dummy.detach()
+        dtypes = x.dtype, dummy.dtype if v is None else v.dtype, y.dtype
+        ctx.update = state.gradients, kind, gamma, gammas, number, dtypes, dummy.dtype, ctx.needs_input_grad[1]
+        return state.advance(y, kind, gamma), dummy.detach()
 
     @staticmethod
     @override
@@ -66,8 +51,11 @@ class Update(torch.autograd.Function):
             ctx.begin()
         if gx is None and gv is None:
             return None, None, None, None
-        ctx.later_gamma = ctx.gammas[min(ctx.number + 1, len(ctx.gammas) - 1)]
-        return *ctx.gradients(ctx, gx, gv), None
+        gradients, kind, gamma, gammas, number, dtypes, wide_dtype, needs_v = ctx.update
+        later_gamma = gammas[min(number + 1, len(gammas) - 1)]
+        told = kind, gamma, later_gamma, number > 0, dtypes, wide_dtype, needs_v
+        # Its own constructor is a call of Python.
+        return *gradients(tuple.__new__(UpdateGradients, told), gx, gv), None
 
 
 class Enter(torch.autograd.Function):

@@ -308,7 +308,8 @@ class NetForward(Overlay):
 
     def _mention_losses(self, graph: RewrittenGraph) -> None:
         hooked = lost_hooks(graph)
-        refuse_containers(self.net, hooked, graph.chain_targets)
+        if hooked:
+            refuse_containers(self.net, hooked, graph.chain_targets)
         if new := self.warn.new(hooked):
             self.warn(of_lost_hooks(new))
         if compiled := lost_compilation(graph):

@@ -101,7 +101,10 @@ class State(ABC):
         raise NotImplementedError
 
     def overflowed(self) -> Tensor | None:
-        """Return the largest finite magnitude, 0 if it was in range, as a 0-dim tensor; None: all were in range."""
+        """Return the largest finite magnitude, 0 if it was in range, as a 0-dim tensor; None: all were in range.
+
+        Only if ``verifiable``: others have no range.
+        """
         return None
 
 

@@ -15,7 +15,7 @@ from typing_extensions import Self, override
 
 from mfx.engine.arithmetic.base import Frozen, State, wide
 from mfx.engine.arithmetic.kernels import BLOCK_KERNELS, Kernels
-from mfx.engine.arithmetic.signed import UpdateGamma, add_scaled, complement_of, value_of
+from mfx.engine.arithmetic.signed import UpdateGamma, add_scaled, complement_of, multiplier, value_of
 from mfx.options.gamma import Gamma
 
 # The relative error in a rebuilt state that the anchors hold it to: for float32, 25 steps at γ = 0.9. What it comes to
@@ -121,7 +121,7 @@ class FloatState(State):
         if self.v is None:
             self.v = f.to(self.x.dtype) * complement
         else:
-            value = gamma.factor(value_of, self.x)
+            value = multiplier(gamma, value_of, self.v)
             v = self.v.mul_(value) if self.owns_v else self.v * value
             self.v = add_scaled(v, f, complement, in_place=True)
         self.owns_v = True
@@ -138,7 +138,7 @@ class FloatState(State):
         f = torch.sub(y, self.x) if kind == "map" else y
         v = self._velocity()
         v = add_scaled(v, f, -gamma.factor(complement_of, v), in_place=self.owns_v)
-        self.v, self.owns_v = v.div_(gamma.factor(value_of, v)), True
+        self.v, self.owns_v = v.div_(multiplier(gamma, value_of, v)), True
 
     @override
     def freeze(self) -> Frozen:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mfx.engine.arithmetic.signed import UpdateGamma, add_scaled, carried_by, ratio_of, value_of
+from mfx.engine.arithmetic.signed import UpdateGamma, add_scaled, carried_by, multiplier, ratio_of, value_of
 
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -48,7 +48,7 @@ def gradients_of(update: UpdateGradients, gx: Tensor | None, gv: Tensor | None) 
     else:
         ratio = update.later_gamma.factor(ratio_of, gv)
         g = gv * ratio if gx is None else add_scaled(gx, gv, ratio)
-    share = g * gamma.factor(carried_by, g)
+    share = g * multiplier(gamma, carried_by, g)
     gy = torch.zeros_like(g) if gamma.is_one else share
     gy = gy if gy.dtype is y_dtype else gy.to(y_dtype)
     if update.kind == "map":
@@ -56,7 +56,7 @@ def gradients_of(update: UpdateGradients, gx: Tensor | None, gv: Tensor | None) 
     gx = gx if gx is None or gx.dtype is x_dtype else gx.to(x_dtype)
     if not update.needs_v:
         return gx, None, gy
-    return gx, _as(v_dtype, share if update.follows else g * gamma.factor(value_of, g)), gy
+    return gx, _as(v_dtype, share if update.follows else g * multiplier(gamma, value_of, g)), gy
 
 
 def _as(dtype: torch.dtype, g: Tensor) -> Tensor:

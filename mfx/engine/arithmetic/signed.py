@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from operator import attrgetter
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from mfx.compat import unprofiled, without_function_modes, without_modes
 from mfx.options.gamma import Gamma
 
 
@@ -85,6 +87,23 @@ UpdateGamma: TypeAlias = Gamma | Signed
 # For ``factor``.
 value_of, complement_of = attrgetter("value"), attrgetter("complement")
 ratio_of, carried_by = attrgetter("ratio"), attrgetter("carried")
+
+
+def multiplier(gamma: UpdateGamma, of: Callable[[Gamma], float], like: Tensor) -> float | Tensor:
+    """Return ``factor`` of γ, as what ``like`` is multiplied with, or divided by, soonest; the result is the same.
+
+    On a CPU a number is made a tensor of float64 every time, and that one of the dtype.
+    """
+    factor = gamma.factor(of, like)
+    if type(factor) is float and like.is_cpu and type(like) is Tensor:
+        return _kept_number(factor, like.dtype)
+    return factor
+
+
+@lru_cache(maxsize=256)
+def _kept_number(value: float, dtype: torch.dtype) -> Tensor:
+    with unprofiled(), without_modes(), without_function_modes(), torch.inference_mode(False):
+        return torch.tensor(value, dtype=dtype, device="cpu")
 
 
 def _number(value: float, like: Tensor) -> Tensor:
