@@ -22,7 +22,7 @@ def words_at(address: int, size: int = _SIZE) -> Word:
 
 
 class Sign(NamedTuple):
-    """What tells changes of something: words of memory, and, if they do not tell all, what ``rest`` returns."""
+    """Tells changes of something: by words of memory, and, if they do not tell all, by what ``rest`` returns."""
 
     words: Sequence[Word]
     rest: Callable[[], Hashable] | None = None

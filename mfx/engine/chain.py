@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mfx.compat import has_float64, takes_saved_tensors_hooks, under_transform
+from mfx.compat import takes_saved_tensors_hooks, under_transform
 from mfx.engine.arithmetic import FloatState, State
 from mfx.engine.arithmetic.base import wide
 from mfx.engine.arithmetic.choice import choose
 from mfx.engine.arithmetic.signed import UpdateGamma, add_scaled, complement_of, multiplier, value_of
+from mfx.engine.checks import check_devices, check_fits, writes_into_stream
 from mfx.engine.containers import gathering
 from mfx.engine.flags import notice_overflow, read_pending, warn_once
 from mfx.engine.gammas import gammas_of
@@ -33,8 +34,6 @@ from mfx.engine.streams import Streams
 from mfx.engine.update import Enter, Update, velocity_dummy
 from mfx.modules.recomputing import recomputing
 from mfx.options.gamma import Gamma
-from mfx.text import listed
-from mfx_passes.errors import MfxError
 from mfx_passes.ir import Container
 
 _ZERO = Gamma(0, 1)
@@ -174,7 +173,7 @@ def _run_plain(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     for index, (step, gammas) in enumerate(zip(call.steps, all_gammas, strict=True)):
         ys, side = runner.run(index, step, streams.read(step), gammas)
         for stream, kind, gamma, y in zip(step.writes, step.kinds, gammas, ys, strict=True):
-            _check_fits(call, step, xs[stream], y)
+            check_fits(call, step, xs[stream], y)
             state, v = states[stream], vs[stream]
             f = y - state if kind == "map" else _as(state.dtype, y)
             if v is None:
@@ -195,16 +194,11 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
     # Where inputs are kept in any case, the plain recurrence in a wide dtype. It does not depend on the plan, nor on
     # whether the chain is inside another one: the function is the same.
     arithmetic = settings.arithmetic if walks else FloatState
-    _check_devices(call, arithmetic, xs)
+    check_devices(call, arithmetic, xs)
     xs = [x.clone() if x.is_inference() else x for x in xs]  # neither versions nor saved tensors otherwise
     runner = _choose_runner(call, xs[0].device, walks=walks)
     tape, walked = (runner.tape, runner.walked) if isinstance(runner, FromTape) else (None, range(0))
-    states = [
-        choose(arithmetic, x).start(x, v, reversible=tape is not None, kernels=settings.kernels)
-        for x, v in zip(xs, call.v0, strict=True)
-    ]
-    if arithmetic.rounds_input:
-        xs = [Enter.apply(x, state) for x, state in zip(xs, states, strict=True)]
+    states, xs = _start(call, arithmetic, xs, reversible=tape is not None)
     streams, vs = Streams(xs, call.taps, call.mark), list(call.v0)
     dummies = [velocity_dummy(x) for x in xs]
     runner = gathering(runner, call, original=False)
@@ -224,7 +218,7 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
         try:
             ys, side = runner.run(index, step, read, gammas)
             if [*map(_version_of, read)] != versions:
-                raise _writes_into_stream(call, step)
+                raise writes_into_stream(call, step)
         except BaseException:
             if tape is not None and index in walked and not recomputing():
                 what = f"{call.name}: the stream before step {step.path}"
@@ -236,7 +230,7 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
         after = []
         for stream, kind, own, y in zip(step.writes, step.kinds, gammas, ys, strict=True):
             x, state = streams.xs[stream], states[stream]
-            _check_fits(call, step, x, y)
+            check_fits(call, step, x, y)
             is_end = ends.get(stream) == index and not on_tape
             begin = partial(tape.begin, stream) if is_end and tape is not None else None
             context = state, kind, own, earlier[stream], dummies[stream], begin
@@ -246,14 +240,32 @@ def _run_recorded(call: ChainCall, xs: Sequence[Tensor]) -> ChainOutput:
             after.append(x)
         del ys, y, read, x  # the next branch runs without them
         streams.add(step, after, side)
-        for state in compress(states, earlier) if may_overflow and (on_cpu or index == last) else ():
-            if (overflowed := state.overflowed()) is not None:
-                place = f"chain {call.name}, at or before step {step.path}"
-                notice_overflow(place, overflowed, call.cache, firsts.values() if settings.verify == "raise" else ())
+        if may_overflow and (on_cpu or index == last):
+            _notice_overflows(call, step, compress(states, earlier), firsts.values())
         if index in stored and tape is not None:
             present = _present(states, earlier, streams.xs)
             tape.store(index + 1 - walked.start, present, f"{call.name}: the stream after step {step.path}")
     return streams.finish()
+
+
+def _start(
+    call: ChainCall, arithmetic: type[State], xs: Sequence[Tensor], *, reversible: bool
+) -> tuple[list[State], Sequence[Tensor]]:
+    """Return the states before the first step, and the streams as the first branches read them."""
+    states = [
+        choose(arithmetic, x).start(x, v, reversible=reversible, kernels=call.settings.kernels)
+        for x, v in zip(xs, call.v0, strict=True)
+    ]
+    if arithmetic.rounds_input:
+        xs = [Enter.apply(x, state) for x, state in zip(xs, states, strict=True)]
+    return states, xs
+
+
+def _notice_overflows(call: ChainCall, step: StepFunction, states: Iterable[State], firsts: Iterable[Tensor]) -> None:
+    for state in states:
+        if (overflowed := state.overflowed()) is not None:
+            place = f"chain {call.name}, at or before step {step.path}"
+            notice_overflow(place, overflowed, call.cache, firsts if call.settings.verify == "raise" else ())
 
 
 def _present(
@@ -274,14 +286,6 @@ def _ends(steps: Sequence[StepFunction], walked: range, streams: int) -> dict[in
     return ends
 
 
-def _writes_into_stream(call: ChainCall, step: StepFunction) -> MfxError:
-    return MfxError(
-        f"chain {call.name}, step {step.path}: the branch writes into the stream, which is its input, so there "
-        "is no telling what is to be added to what. Have it write into a copy (x.clone()), or leave this step "
-        "out with skip="
-    )
-
-
 def _choose_runner(call: ChainCall, device: torch.device, *, walks: bool) -> Runner:
     if not _recomputes(call):
         return Ordinary(call, original=False)
@@ -295,38 +299,5 @@ def _recomputes(call: ChainCall) -> bool:
     return not call.keeps_all and torch.is_grad_enabled() and enclosing_is_recorded() is True
 
 
-def _check_devices(call: ChainCall, arithmetic: type[State], xs: Sequence[Tensor]) -> None:
-    device = xs[0].device
-    if arithmetic.needs_float64 and not has_float64(device):
-        raise MfxError(
-            f"chain {call.name}: arithmetic='exact' computes with float64, which {device} does not have. Use "
-            "arithmetic='float'"
-        )
-    if any(x.device != device for x in xs):
-        raise MfxError(
-            f"chain {call.name}: its streams are on {listed(sorted({str(x.device) for x in xs}))}, and are walked back "
-            "together. Have them on one device, or leave the chain out with skip="
-        )
-
-
 def _as(dtype: torch.dtype, t: Tensor) -> Tensor:
     return t if t.dtype == dtype else t.to(dtype)
-
-
-def _check_fits(call: ChainCall, step: StepFunction, x: Tensor, y: object) -> None:
-    if type(y) is Tensor and y.shape == x.shape and y.dtype is x.dtype and y.device == x.device:
-        return  # the usual case
-    if not isinstance(y, Tensor):
-        found = f"a {type(y).__name__}"
-    elif y.shape != x.shape:
-        found = f"a tensor of shape {tuple(y.shape)}"
-    elif not y.is_floating_point() or (y.dtype is not x.dtype and torch.promote_types(x.dtype, y.dtype) != x.dtype):
-        found = f"a tensor of dtype {y.dtype}"
-    elif y.device != x.device:
-        found = f"a tensor on {y.device}"
-    else:
-        return
-    raise MfxError(
-        f"chain {call.name}, step {step.path}: the branch gave {found}; it is to be added to a stream of shape "
-        f"{tuple(x.shape)}, {x.dtype}, on {x.device}. Leave this step out with skip="
-    )

@@ -38,7 +38,7 @@ _State = tuple[int, bool]  # of a tensor: its version, and whether it requires a
 
 
 class Switches:
-    """What is switched by the thread around the branches of one call: autocast, and the choice of algorithms.
+    """The switches of the thread around the branches of one call: autocast, and the choice of algorithms.
 
     Args:
         device: of the stream.

@@ -1,4 +1,4 @@
-"""What a state is multiplied with: as a number would, and kept from step to step."""
+"""The factors of states: as numbers would be, and kept from step to step."""
 
 import pytest
 import torch
