@@ -191,6 +191,7 @@ def quiet() -> Iterator[None]:
     with warnings.catch_warnings(), unlogged():
         warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf Tensor")
         warnings.filterwarnings("ignore", message="Dynamo detected a call to a `functools.lru_cache`")
+        warnings.filterwarnings("ignore", message="Dynamo does not know how to trace")  # a break, which is told of
         warnings.filterwarnings("ignore", message="While compiling, we found certain side effects happened")
         yield
 

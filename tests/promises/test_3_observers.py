@@ -1,6 +1,8 @@
 """An observer of a call sees the model's operations: also where calls are no one graph, decide or capture anew."""
 
 import copy
+import logging
+import warnings
 from collections import Counter
 from contextlib import nullcontext
 
@@ -224,3 +226,24 @@ def test_hooks_can_tell_a_call_on_trial():
         net(x)
     assert calls == [False, True, False]
     assert not mfx.recomputing()
+
+
+class Logs(Blocks):
+    """Logs a value, for which TorchDynamo breaks the graph."""
+
+    def between(self, x):
+        logging.getLogger("of a model").warning("%s", x.detach().mean())
+        return x
+
+
+def test_a_model_that_logs_is_heard_and_not_torchdynamo(caplog):
+    plain, x = Logs().eval(), torch.randn(4, 8)
+    net = mfx.momentumize(copy.deepcopy(plain), gamma=0.0, capture="dynamo")
+    for _ in range(2):
+        caplog.clear()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert torch.equal(net(x), plain(x))
+        assert not [warning for warning in caught if not str(warning.message).startswith("mfx")]
+        ours, theirs = [record.getMessage() for record in caplog.records if record.name == "of a model"]
+        assert ours == theirs
