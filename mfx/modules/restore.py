@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ _ABSENT = object()
 
 @contextmanager
 def tensors_restored(net: nn.Module) -> Iterator[list[str]]:
-    """Put back, at the end of this context, the buffers and parameters that are replaced in it.
+    """Put back, at the end of this context, the buffers, parameters and submodules that are replaced in it, or made.
 
     Yields:
         Filled at the end: their names.
     """
-    tables = [(table, dict(table)) for m in net.modules() for table in tensor_tables(m)]
+    tables = [(table, dict(table)) for m in net.modules() for table in _tables(m)]
     names: list[str] = []
     try:
         yield names
@@ -44,19 +45,35 @@ def restored_if_fake(net: nn.Module) -> Iterator[None]:
     Within this context the model may run on fake tensors. What it initializes besides stays.
     """
     gradients = [(parameter, parameter.grad) for parameter in net.parameters() if parameter.is_leaf]
-    tables = [table for module in net.modules() for table in _tables(module)]
-    before = [(table, dict(table), {name: _copy(value) for name, value in table.items()}) for table in tables]
+    before = [
+        [
+            (table, dict(table), {name: _copy(value) for name, value in table.items()})
+            for table in (module.__dict__, *_tables(module))
+        ]
+        for module in net.modules()
+    ]
     try:
         yield
     finally:
         for parameter, gradient in gradients:
             if parameter.grad is not gradient:
                 parameter.grad = gradient
-        for table, values, copies in before:
-            for name in [name for name in table if _is_made_up(table[name], values.get(name))]:
-                if name not in values:
-                    del table[name]
-                    continue
+        for tables in before:
+            _forget_made_up(tables)
+
+
+def _forget_made_up(tables: Sequence[tuple[Table, dict[str, Any], dict[str, Any]]]) -> None:
+    """Put back the attributes of a module that are made up: what is assigned may go from one table to another.
+
+    Args:
+        tables: each with the values that it had, and copies of these.
+    """
+    names = {name for table, values, _ in tables for name in table if _is_made_up(table[name], values.get(name))}
+    for table, values, copies in tables if names else ():
+        for name in names & (table.keys() | values.keys()):
+            if name not in values:
+                del table[name]
+            else:
                 table[name] = _with_contents(values[name], copies[name])
 
 
@@ -123,7 +140,8 @@ def _has_data(value: Any) -> bool:
 
 
 def _tables(module: nn.Module) -> list[Table]:
-    return [module.__dict__, *tensor_tables(module)]
+    modules: Any = module._modules  # those of a scripted module are no dictionary, and cannot be replaced
+    return [*tensor_tables(module), *([modules] if isinstance(modules, dict) else [])]
 
 
 def _copy(value: Any) -> Any:
@@ -145,6 +163,8 @@ def _is_made_up(value: Any, before: Any) -> bool:
         return value is not before and value != before
     if isinstance(value, Tensor):
         return is_fake(value)
+    if isinstance(value, nn.Module):
+        return value is not before and any(map(is_fake, chain(value.parameters(), value.buffers())))
     return type(value) in (list, tuple, dict, set) and any(
-        is_fake(leaf) for leaf in pytree.tree_leaves(list(value) if type(value) is set else value)
+        _is_made_up(leaf, leaf) for leaf in pytree.tree_leaves(list(value) if type(value) is set else value)
     )

@@ -94,8 +94,9 @@ def capture(
         effects += [Effect("", f"a {kind} outside of the model", is_own=False) for kind in last.leftovers.found]
     if replaced:
         raise CaptureError(
-            f"{type(model).__name__} replaces buffers while it runs ({', '.join(dict.fromkeys(replaced))}), which a "
-            "symbolic trace cannot follow. Change them in place (copy_, mul_, add_)."
+            f"{type(model).__name__} replaces or makes buffers, parameters or modules while it runs "
+            f"({', '.join(dict.fromkeys(replaced))}), which a symbolic trace cannot follow. Change them in "
+            "place (copy_, mul_, add_), and make them before."
         )
     if drawn:
         raise CaptureError(
