@@ -6,7 +6,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from operator import is_
-from types import CellType
+from types import CellType, MemberDescriptorType
 from typing import Any
 
 from mfx.modules.buffers import DATA, is_buffer, numbers_of, set_numbers, size_of
@@ -173,13 +173,9 @@ def _write_class(cls: type, before: tuple[Any, ...]) -> None:
 
 
 def slots_of(cls: type) -> tuple[str, ...]:
-    """Return the names of a class's slots."""
-    names = (name for base in cls.__mro__ for name in _listed(base.__dict__.get("__slots__", ())))
-    return tuple(name for name in names if not name.startswith("__"))
-
-
-def _listed(slots: Any) -> Iterable[str]:
-    return (slots,) if isinstance(slots, str) else slots
+    """Return the names of a class's slots, private ones as Python mangles them."""
+    bases = [vars(base) for base in cls.__mro__ if "__slots__" in vars(base)]
+    return tuple(name for own in bases for name, value in own.items() if type(value) is MemberDescriptorType)
 
 
 def _write_slots(value: Any, before: tuple[Any, ...]) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from mfx.compat import hook_tables
 from mfx.modules.holders import ABSENT, DICT, VARIABLE, Holder, Variable, holder_of, items, same
-from mfx.modules.references import References, attributes_of, is_users
+from mfx.modules.references import References, attributes_of, is_users_class
 from mfx_passes import paths
 
 _DEPTH = 5  # a list in a dict in an object that an object in an attribute refers to
@@ -60,7 +60,7 @@ class PythonState:
         for cls in {type(module): None for module in self._modules}:
             self._note_class(cls)
         for module, path in self._modules.items():
-            if not is_users(type(module).__module__):
+            if not is_users_class(type(module)):
                 continue  # nothing of torch's notes anything in a container
             for name in module.__dict__.keys() - _INTERNAL:
                 if type(value := module.__dict__[name]) not in _NOTHING_INSIDE:
@@ -122,6 +122,8 @@ class PythonState:
     def owners(self, value: Any) -> dict[nn.Module, set[str]]:
         """Return the modules whose attributes lead to the value of a holder, or to a tensor, and these attributes."""
         found: dict[nn.Module, set[str]] = {}
+        if isinstance(value, type):
+            return found  # others have it, too
         for module, table in self._tables:
             if isinstance(value, Variable):
                 names = {value.name} if value.namespace is module.__dict__ else set()
@@ -160,7 +162,7 @@ class PythonState:
             if isinstance(value, MethodType):
                 self._note(value.__self__, f"{name}.__self__", depth)
         elif isinstance(value, type):
-            if is_users(value.__module__) and not issubclass(value, enum.Enum | nn.Module):
+            if is_users_class(value) and not issubclass(value, enum.Enum | nn.Module):
                 self._note_class(value)
         elif not isinstance(value, ModuleType | Tensor | enum.Enum):
             self._note_held(value, name, depth)

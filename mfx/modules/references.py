@@ -30,17 +30,41 @@ def is_users(module_name: object) -> bool:
     return module_name is None
 
 
-_OBJECTS = (SimpleNamespace, local, BaseException)
-_OBJECTS_OF = ("weakref", "_weakrefset", "collections")  # packages whose objects are there to hold others
+def is_users_class(cls: type) -> bool:
+    """True if a class is neither torch's, mfx's nor the standard library's.
+
+    What makes classes (`dataclasses.make_dataclass`, `types.new_class`) may name its own module as theirs: that of a
+    library's class holds it under its name, or holds the function that it was made in.
+    """
+    name, module = cls.__qualname__, cls.__module__
+    if is_users(module):
+        return True
+    if not cls.__flags__ & _HEAP_TYPE or "<locals>" in name or (table := sys.modules.get(module)) is None:
+        return False
+    first, *inner = name.split(".")
+    found = vars(table).get(first)
+    for each in inner:
+        found = vars(found).get(each) if isinstance(found, type) else None
+    return found is not cls
+
+
+_HEAP_TYPE = 1 << 9  # Python's flag of the classes that are not made by C code before it starts
+_OBJECTS = (SimpleNamespace, local, BaseException, functools.partial)
+# The standard library's and torch's modules whose objects are there to hold others.
+_OBJECTS_OF = ("weakref", "_weakrefset", "collections", "argparse", "torch.distributions")
 
 
 def attributes_of(value: Any) -> dict[str, Any] | None:
     """Return the attributes of an object that the user's code writes into; None for others."""
     cls = type(value)
-    if not (is_users(cls.__module__) or isinstance(value, _OBJECTS) or cls.__module__ in _OBJECTS_OF):
+    if not (isinstance(value, _OBJECTS) or is_users_class(cls) or _holds_others(cls.__module__)):
         return None
     attributes = getattr(value, "__dict__", None)
     return attributes if type(attributes) is dict else None
+
+
+def _holds_others(module_name: str) -> bool:
+    return module_name in _OBJECTS_OF or module_name.rpartition(".")[0] in _OBJECTS_OF
 
 
 class References:
@@ -69,7 +93,7 @@ class References:
             The class and its bases, as far as they are the user's and new.
         """
         for base in cls.__mro__:
-            if base in self._classes or not is_users(base.__module__):
+            if base in self._classes or not is_users_class(base):
                 continue
             self._classes[base] = None
             for name, value in list(vars(base).items()):

@@ -1,5 +1,6 @@
 """State of the model's own that branches change: after a training step it is what plain training leaves."""
 
+import argparse
 import array
 import collections
 import copy
@@ -27,6 +28,18 @@ class Slots:
         self.count, self.tensor = 0, torch.zeros(())
 
 
+class PrivateSlots:
+    __slots__ = ("__count", "__total__")
+
+    def __init__(self):
+        self.__count, self.__total__ = 0, 0.0
+
+    def tick(self):
+        self.__count += 1
+        self.__total__ += self.__count
+        return self.__total__
+
+
 @dataclasses.dataclass(slots=True)
 class SlotsOfDataclass:
     count: int = 0
@@ -50,6 +63,10 @@ class Listed(list):
     count = 0
 
 
+Made = dataclasses.make_dataclass("Made", [("count", int, 0)])  # its module is said to be that of `types`
+MadeSlots = dataclasses.make_dataclass("MadeSlots", [("count", int, 0)], slots=True)
+NewClass = types.new_class("NewClass", (), {}, lambda namespace: namespace.update(count=0))
+ByType = type("ByType", (), {"count": 0, "__module__": "builtins"})
 Pair = collections.namedtuple("Pair", "tensor counts")
 
 
@@ -109,10 +126,13 @@ def _on_tensor(module):
     return module.o.count
 
 
+def _counting(value):
+    value.count = 0
+    return value
+
+
 def _counted():
-    tensor = torch.zeros(2)
-    tensor.count = 0
-    return tensor
+    return _counting(torch.zeros(2))
 
 
 def _with_views(split):
@@ -139,6 +159,12 @@ STATES = {  # the attributes of a layer, and what a call does with them: it retu
     "a tensor in slots, in place": (lambda: {"o": Slots()}, _in_tensor),
     "a tensor in slots, replaced": (lambda: {"o": Slots()}, _replace_tensor),
     "a dataclass with slots": (lambda: {"o": SlotsOfDataclass()}, lambda m: _ticked(m.o)),
+    "a dataclass made by a call": (lambda: {"o": Made()}, lambda m: _ticked(m.o)),
+    "a dataclass with slots made by a call": (lambda: {"o": MadeSlots()}, lambda m: _ticked(m.o)),
+    "a class made by a call": (lambda: {"o": NewClass()}, lambda m: _ticked(m.o)),
+    "a class made by type, of no module": (lambda: {"o": ByType()}, lambda m: _ticked(m.o)),
+    "private slots": (lambda: {"o": PrivateSlots()}, lambda m: m.o.tick()),
+    "options of a command line": (lambda: {"o": argparse.Namespace(count=0)}, lambda m: _ticked(m.o)),
     "a frozen dataclass": (lambda: {"o": Frozen()}, _replace_frozen),
     "an object in an object": (lambda: {"o": types.SimpleNamespace(p=Held())}, lambda m: _ticked(m.o.p)),
     "an object in a list": (lambda: {"o": [Held()]}, lambda m: _ticked(m.o[0])),
@@ -161,6 +187,7 @@ STATES = {  # the attributes of a layer, and what a call does with them: it retu
     "a namedtuple": (lambda: {"o": Pair(torch.zeros(()), [0])}, _pair),
     "a weak reference": (_weakly, lambda m: _ticked(m.o())),
     "weak keys": (_keyed, lambda m: _added(m.o, m.held)),
+    "an attribute of a partial": (lambda: {"o": _counting(functools.partial(abs))}, lambda m: _ticked(m.o)),
     "a bound method": (lambda: {"o": Held().tick}, lambda m: m.o()),
     "an exception": (lambda: {"o": ValueError()}, lambda m: _on_exception(m.o)),
 }
@@ -246,6 +273,12 @@ def test_at_gamma_zero_it_is_as_in_the_model(kind):
     net = net_of(kind, 3, gamma=0.0)
     assert_same(trained(net), trained(net_of(kind, 3)))
     assert any("momentum" in graph.code for graph in mfx.graphs(net).values())
+
+
+def test_an_attribute_of_a_class_that_a_layer_holds():
+    """A class is nobody's own, so the graphs leave out what changes it, however it is reached."""
+    kind = lambda: {"o": type("Counts", (), {"count": 0})}, lambda m: _ticked(m.o)
+    assert_same(trained(net_of(kind, 3, gamma=0.0)), trained(net_of(kind, 3)))
 
 
 STORAGES = [{"memory_budget": 0.0}, {"memory_budget": 0.5}, {"recompute": "all"}]

@@ -17,7 +17,7 @@ from mfx.engine.recompute.tables import TensorSlot, table_of, tables_before, tab
 from mfx.modules.buffers import is_buffer
 from mfx.modules.overlay import Overlay
 from mfx.modules.python_state import is_iterator
-from mfx.modules.references import is_users
+from mfx.modules.references import is_users_class
 
 _OWN = frozenset(vars(nn.Module()))  # attributes that every module has; all but ``training`` are tables
 _DEPTH = 3  # of objects in objects
@@ -176,7 +176,7 @@ class State:
             return False
         if id(value) in self._contents:
             return True
-        if is_users(type(value).__module__):
+        if is_users_class(type(value)):
             self._enter(value, label, depth)  # which may have attributes, too
         held = held_by(value)
         if held is None:

@@ -11,7 +11,7 @@ from torch import nn
 
 from mfx.compat import Table, is_sharded, tensor_tables
 from mfx.modules.holders import slots_of
-from mfx.modules.references import attributes_of, is_users
+from mfx.modules.references import attributes_of, is_users_class
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,5 +113,5 @@ class Slots(MutableMapping[str, Any]):
 def tables_in(value: Any) -> list[Any]:
     """Return the tables with the attributes of an object that the user's code writes into; none for other objects."""
     attributes = attributes_of(value)
-    has_slots = is_users(type(value).__module__) and slots_of(type(value))
+    has_slots = is_users_class(type(value)) and slots_of(type(value))
     return [*([] if attributes is None else [attributes]), *([Slots(value)] if has_slots else [])]
