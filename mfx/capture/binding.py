@@ -19,14 +19,14 @@ class Binding(Protocol):
     """The conditions under which a captured graph serves a call, and the way from the call's arguments to its inputs.
 
     Attributes:
-        guards_modules: True if `holds` includes the attributes of the net's modules.
+        guards_modules: True if `holds` includes the attributes of the net's modules, and speaks of these very ones.
     """
 
     guards_modules: bool
 
     @property
     def key(self) -> Hashable | None:
-        """Equal for calls that one graph serves; None if bindings cannot be compared."""
+        """Equal for calls whose arguments, values of tensors aside, are the same; None if they cannot be compared."""
 
     def holds(self, net: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """True if the graph serves a call of the net with these arguments."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -24,11 +25,13 @@ class Record:
             arguments lead to other steps. None if the steps were not checked against shapes.
         traced: the same before that check, which may cost steps. None if there was no such time.
         computes: paths of all modules with a share in the graphs; None if these are all there is.
+        beside: paths of the modules with a share in what lies in no chain; None if that is not known.
     """
 
     chains: Chains | None
     traced: Chains | None
     computes: frozenset[str] | None
+    beside: frozenset[str] | None = None
 
     @property
     def known(self) -> Chains:
@@ -41,11 +44,11 @@ class Record:
         records = list(records)
         if not records:
             return None
-        computes = [record.computes for record in records if record.computes is not None]
         return cls(
             _merged(record.chains for record in records),
             _merged(record.traced for record in records),
-            frozenset().union(*computes) if len(computes) == len(records) else None,
+            _union([record.computes for record in records]),
+            _union([record.beside for record in records]),
         )
 
     def differs(self, other: Record, moving: Collection[str], others_moving: Collection[str]) -> bool:
@@ -60,17 +63,20 @@ class Record:
         if mine is None or theirs is None:
             return False  # steps may still be lost
         own, others = _all(mine), _all(theirs)
+        repeated = {
+            use for use in _alone(mine) & _alone(theirs) if not (self._has_beside(use) or other._has_beside(use))
+        }
         unknown = (
             steps
             for name in moving
             for steps in mine.get(name, ())
-            if steps not in others and other._computes_any(steps)
+            if steps not in others and _one_use(steps) not in repeated and other._computes_any(steps)
         )
         missing = (
             steps
             for name in others_moving
             for steps in theirs.get(name, ())
-            if steps not in own and self._computes_any(steps)
+            if steps not in own and _one_use(steps) not in repeated and self._computes_any(steps)
             # or a call with other arguments led to these
             if not any(variant in others for variant in mine.get(name, ()))
         )
@@ -96,17 +102,26 @@ class Record:
     def _computes_any(self, steps: Steps) -> bool:
         return self.computes is None or any(path in self.computes for path, _ in steps)
 
+    def _has_beside(self, steps: Steps) -> bool:
+        """True if a step may run in no chain, too."""
+        return self.beside is None or any(paths.is_inside(path, step) for step, _ in steps for path in self.beside)
+
     def to_metadata(self) -> dict[str, Any]:
         """Return the record as lists and dictionaries."""
-        computes = None if self.computes is None else sorted(self.computes)
-        return {"chains": _plain(self.chains), "traced": _plain(self.traced), "computes": computes}
+        computes, beside = (None if found is None else sorted(found) for found in (self.computes, self.beside))
+        return {
+            "chains": _plain(self.chains),
+            "traced": _plain(self.traced),
+            "computes": computes,
+            "beside": beside,
+        }
 
     @classmethod
     def of_metadata(cls, data: Mapping[str, Any]) -> Record:
         """Return the record that `to_metadata` wrote."""
-        computes = data["computes"]
-        chains, traced = _of_plain(data["chains"]), _of_plain(data["traced"])
-        return cls(chains, traced, None if computes is None else frozenset(computes))
+        sets = (data["computes"], data.get("beside"))  # the second is newer
+        computes, beside = (None if found is None else frozenset(found) for found in sets)
+        return cls(_of_plain(data["chains"]), _of_plain(data["traced"]), computes, beside)
 
 
 def steps_of(steps: Iterable[Step | StepGraphs]) -> Steps:
@@ -135,6 +150,32 @@ def unwrapped(path: str) -> str:
 def _all(chains: Chains) -> set[Steps]:
     """Return the steps of all chains, once: a call may use a chain twice, and another one three times."""
     return {steps for variants in chains.values() for steps in variants}
+
+
+def _alone(chains: Chains) -> set[Steps]:
+    """Return the steps of one use of each chain that is the only one of its steps.
+
+    Such a chain may be used n times in a row in one call, and m times in another. Of several, it would not be known
+    whether what lies between two of them in one call lies there in the other.
+    """
+    uses = Counter(use for variants in chains.values() for use in set(map(_one_use, variants)))
+    return {use for use, names in uses.items() if names == 1}
+
+
+def _one_use(steps: Steps) -> Steps:
+    """Return the steps of one use of a chain, of those of several uses in a row: the shortest part that they repeat.
+
+    >>> _one_use((("a", "residual"), ("b", "residual"), ("a", "residual"), ("b", "residual")))
+    (('a', 'residual'), ('b', 'residual'))
+    """
+    whole = len(steps)
+    lengths = (n for n in range(1, whole + 1) if whole % n == 0)
+    return next((steps[:n] for n in lengths if steps[:n] * (whole // n) == steps), ())
+
+
+def _union(several: Sequence[frozenset[str] | None]) -> frozenset[str] | None:
+    known = [found for found in several if found is not None]
+    return frozenset().union(*known) if len(known) == len(several) else None
 
 
 def _merged(several: Iterable[Chains | None]) -> Chains | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from itertools import chain
@@ -89,7 +90,7 @@ class RewrittenGraph:
     @property
     def is_portable(self) -> bool:
         """True if the graph can be pickled and copied; what Dynamo saw cannot, and speaks of these very modules."""
-        return self.captured.binding.key is not None and is_portable(self.captured.graph, self.captured.calls)
+        return not self.captured.binding.guards_modules and is_portable(self.captured.graph, self.captured.calls)
 
     @property
     def decisions(self) -> Sequence[Decision]:
@@ -119,7 +120,7 @@ class RewrittenGraph:
     @property
     def record(self) -> Record:
         """The chains, to compare with others."""
-        return Record(self.chains if self.shapes_known else None, self.traced, self._computed)
+        return Record(self.chains if self.shapes_known else None, self.traced, self._computed, self._beside)
 
     @property
     def moving(self) -> set[str]:
@@ -196,8 +197,17 @@ class RewrittenGraph:
     @cached_property
     def _computed(self) -> frozenset[str]:
         """Paths in the net of all modules that nodes of the graph lie in."""
-        inner = {unwrapped(paths.join(self.within, enclosing_path(node))) for node in self.captured.graph.nodes}
-        return frozenset(chain.from_iterable(map(paths.ancestors, inner)))
+        return frozenset(chain.from_iterable(map(paths.ancestors, self._paths_of(self.captured.graph.nodes))))
+
+    @cached_property
+    def _beside(self) -> frozenset[str] | None:
+        """Paths in the net of the modules that compute in no chain; None of a stretch: its call has others."""
+        no_work = {*self.calls, operator.getitem}
+        nodes = [node for node in self.graph.nodes if node.op.startswith("call") and node.target not in no_work]
+        return None if self.captured.partial else frozenset(self._paths_of(nodes))
+
+    def _paths_of(self, nodes: Iterable[fx.Node]) -> set[str]:
+        return {unwrapped(paths.join(self.within, enclosing_path(node))) for node in nodes}
 
     def computes(self, path: str) -> bool:
         """True if the module at this path in the net has a share in the graph."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from itertools import chain
 from types import FunctionType
@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from mfx.capture.captured import Captured, CaptureError, RaisedError
+from mfx.capture.arguments import bind
+from mfx.capture.binding import NotPlainError
+from mfx.capture.captured import Captured, CaptureError, RaisedError, signature_of
 from mfx.capture.dynamo.first_call import own_error, run_first_call, settle
 from mfx.capture.dynamo.graph import tidy
 from mfx.capture.dynamo.sources import is_held_by_module, module_path
@@ -39,14 +41,20 @@ class GuardedCall:
         forward: the function that was called; its first argument is the model.
         positions: the positions, among the inputs of Dynamo's graph, of the inputs of the captured graph.
         modules: the modules of the model.
+        key: the key of the call's arguments, as a symbolic trace would bind them; None if it would not.
     """
 
     guards_modules = True
-    key = None
 
     def __init__(
-        self, seen: DynamoCapture, forward: FunctionType, positions: tuple[int, ...], modules: Iterable[nn.Module]
+        self,
+        seen: DynamoCapture,
+        forward: FunctionType,
+        positions: tuple[int, ...],
+        modules: Iterable[nn.Module],
+        key: Hashable | None,
     ) -> None:
+        self.key = key
         self._seen = seen
         self._replaced = {id(module) for module in modules if _has_forward(module)}
         self._forward = forward
@@ -129,9 +137,16 @@ def capture_call(
     module = seen.graph
     names = {str(id(inner)): name for name, inner in net.named_modules()}
     modules, positions = tidy(module, list(_paths(net, seen)), lambda key, source: names.get(key))
-    call = GuardedCall(seen, forward, positions, net.modules())
+    call = GuardedCall(seen, forward, positions, net.modules(), _key(net, args, kwargs))
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
     return Captured(copy_graph(module.graph), [], {}, call, modules, values, forward_only=not torch.is_grad_enabled())
+
+
+def _key(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable | None:
+    try:
+        return bind(net, signature_of(net), args, kwargs).key
+    except (CaptureError, NotPlainError):
+        return None
 
 
 def sizes_of_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[int]:
