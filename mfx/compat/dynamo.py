@@ -13,6 +13,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import CodeType, FunctionType
 from typing import Any
 from unittest.mock import patch
 
@@ -57,44 +58,42 @@ def is_raised_by_model(error: Exception) -> bool:
 
 
 class DynamoCapture:
-    """The result of a capture by Dynamo: the graph of one call, and its guards.
-
-    Attributes:
-        graph: the tensor work of the call.
-        inputs: the values of the graph's inputs in that call.
-    """
+    """A call that Dynamo captured: its guards, and the code around its graph. No value of the call stays alive."""
 
     def __init__(self, output: Any, guards: Any) -> None:
-        self._output = output
         self._guards, self._hooks = guards, global_hooks()
-        self.graph: fx.GraphModule = output.backend_input.graph_module
-        self.inputs: Sequence[Any] = output.backend_input.example_inputs
+        self._variables = output.graph_capture_output.f_globals
+        self._graph_name = output.backend_input.backend_id
+        self._named = _named(output.graph_capture_output.bytecode)
+        self._function: Any = output.forward_callable(compiled_fn=lambda: None, extra_globals=self._known)
 
     def holds(self, variables: Mapping[str, Any]) -> bool:
         """True if Dynamo's guards hold for these local variables of the function."""
         with _capture_conditions():
             return global_hooks() == self._hooks and bool(self._guards.check(dict(variables)))
 
+    @property
+    def _known(self) -> dict[str, Any]:
+        """The variables that the code names, of the model's module; of others, modules: collections, for a deque."""
+        modules = {name: sys.modules[name] for name in self._named if name in sys.modules}
+        return modules | {name: self._variables[name] for name in self._named if name in self._variables}
+
     def callable(self, graph_function: Callable[..., Any]) -> Callable[..., Any]:
         """Return the function that was called, with ``graph_function`` in the place of the graph."""
-        variables = self._output.graph_capture_output.f_globals
-        code = self._output.graph_capture_output.bytecode
-        # Dynamo's code may name modules that the model's does not: collections, for a class that is a deque.
-        known = {name: sys.modules[name] for name in code.co_names if name in sys.modules} | variables
-        call: Any = self._output.forward_callable(compiled_fn=graph_function, extra_globals=known)
-        stored = {
-            instruction.argval for instruction in dis.get_instructions(code) if instruction.opname == "STORE_GLOBAL"
-        }
+        own, variables = self._function, self._variables
+        known = {**own.__globals__, **self._known, self._graph_name: graph_function}
+        call: Any = FunctionType(own.__code__, known, own.__name__, own.__defaults__, own.__closure__)
+        call.__kwdefaults__ = own.__kwdefaults__
+        stored = {each.argval for each in dis.get_instructions(own.__code__) if each.opname == "STORE_GLOBAL"}
         if not stored:
             return call  # type: ignore[no-any-return]
 
         def and_store(*args: Any, **kwargs: Any) -> Any:
-            own = call.__globals__  # a copy of the module's variables
-            own.update({name: variables[name] for name in stored & variables.keys()})
+            known.update({name: variables[name] for name in stored & variables.keys()})
             try:
                 return call(*args, **kwargs)
             finally:
-                variables.update({name: own[name] for name in stored & own.keys()})
+                variables.update({name: known[name] for name in stored & known.keys()})
 
         return and_store
 
@@ -103,7 +102,7 @@ class DynamoCapture:
         """Names of buffers that the call replaces: ``module._buffers.update({name: …})`` in Dynamo's code."""
         names: set[str] = set()
         before, last, reading = "", "", False
-        for instruction in dis.get_instructions(self._output.graph_capture_output.bytecode):
+        for instruction in dis.get_instructions(self._function.__code__):
             before, last = last, str(instruction.argval)
             if (before, last) == ("_buffers", "update"):
                 reading = True
@@ -114,6 +113,12 @@ class DynamoCapture:
         return names
 
 
+def _named(code: CodeType) -> set[str]:
+    """Return the names of the global variables that code, and the functions that it makes, read or write."""
+    names = {each.argval for each in dis.get_instructions(code) if each.opname.endswith(("_GLOBAL", "_NAME"))}
+    return names.union(*(_named(inner) for inner in code.co_consts if isinstance(inner, CodeType)))
+
+
 def trace_call(
     function: Any,
     args: tuple[Any, ...],
@@ -122,8 +127,8 @@ def trace_call(
     history: MutableMapping[Any, Any] | None,
     any_float: bool,
     varying: Collection[int] = (),
-) -> DynamoCapture:
-    """Capture one call of a bound method by Dynamo, as one graph or not at all.
+) -> tuple[DynamoCapture, fx.GraphModule, Sequence[Any]]:
+    """Capture one call of a bound method by Dynamo, as one graph or not at all; return it, the graph and its inputs.
 
     Args:
         function: the method.
@@ -178,7 +183,8 @@ def trace_call(
         except IndexError as error:  # of Dynamo's own, looking for where a size comes from
             what = "a tensor made in it, nested perhaps, has a size that no argument tells"
             raise torch._dynamo.exc.TorchDynamoException(what) from error
-    return DynamoCapture(output, guards.guard_manager)
+    traced = output.backend_input
+    return DynamoCapture(output, guards.guard_manager), traced.graph_module, traced.example_inputs
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping
 from functools import partial
 from itertools import chain
 from types import FunctionType
@@ -124,19 +124,22 @@ def capture_call(
     is_settled = not history and settle(method, args, kwargs)
     try:
         try:
-            seen = trace()
+            seen, module, inputs = trace()
         except DYNAMO_ERRORS:
             if is_settled or not run_first_call(method, args, kwargs):
                 raise
-            seen = trace()
+            seen, module, inputs = trace()
     except DYNAMO_ERRORS as error:
         reason = f"{type(net).__name__} cannot be captured as one graph: {_said(error)}"
         if raises and is_raised_by_model(error) and (own := own_error(method, args, kwargs)) is not None:
             raise RaisedError(reason) from own
         raise CaptureError(f"{reason}. {_ADVICE}") from error
-    module = seen.graph
     names = {str(id(inner)): name for name, inner in net.named_modules()}
-    modules, positions = tidy(module, list(_paths(net, seen)), lambda key, source: names.get(key))
+    modules, positions = tidy(
+        module,
+        list(_paths(net, sources(module.graph), inputs, seen.replaced_buffers)),
+        lambda key, source: names.get(key),
+    )
     call = GuardedCall(seen, forward, positions, net.modules(), _key(net, args, kwargs))
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
     return Captured(copy_graph(module.graph), [], {}, call, modules, values, forward_only=not torch.is_grad_enabled())
@@ -159,16 +162,18 @@ def sizes_of_ids(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> frozenset[
 _IDS = (torch.int64, torch.int32)
 
 
-def _paths(net: nn.Module, seen: DynamoCapture) -> Iterator[str | None]:
+def _paths(
+    net: nn.Module, origins: Iterable[str], inputs: Iterable[Any], replaced: Collection[str]
+) -> Iterator[str | None]:
     """Yield the path of each input of the graph that the call reads off the model, None for one that it does not.
 
     A buffer that the call replaces stays an input.
     """
     tensors = dict(chain(net.named_parameters(remove_duplicate=False), net.named_buffers(remove_duplicate=False)))
     model = f"L[{inspect.unwrap(type(net).forward).__code__.co_varnames[0]!r}]"  # "self", by most authors
-    for source, value in zip(sources(seen.graph.graph), seen.inputs, strict=True):
+    for source, value in zip(origins, inputs, strict=True):
         path = ".".join(module_path(source, model)) if is_held_by_module(source) else ""
-        is_read = tensors.get(path) is value and path.rpartition(".")[2] not in seen.replaced_buffers
+        is_read = tensors.get(path) is value and path.rpartition(".")[2] not in replaced
         yield path if is_read else None
 
 
