@@ -11,6 +11,7 @@ from io import IOBase
 from threading import Thread
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 from weakref import ref as weakref
 
 import torch
@@ -18,13 +19,15 @@ from torch import Tensor, nn
 
 from mfx.compat import hook_tables
 from mfx.modules.holders import ABSENT, DICT, VARIABLE, Holder, Variable, holder_of, items, same
-from mfx.modules.references import References, attributes_of, is_users_class
+from mfx.modules.references import References, attributes_of, is_users_class, names_in
 from mfx_passes import paths
 
 _DEPTH = 5  # a list in a dict in an object that an object in an attribute refers to
 _MANY = 256  # entries of a container that is looked into; a larger one is compared, too, but not what it holds
 _INTERNAL = frozenset(nn.Module().__dict__)
 _NOTHING_INSIDE = {bool, int, float, complex, str, bytes, type(None), Tensor, nn.Parameter, torch.dtype, torch.device}
+_WEAK = ("weakref", "_weakref", "_weakrefset")
+_WEAK_CONTAINERS = (WeakKeyDictionary, WeakSet, WeakValueDictionary)
 _RUN = ("forward", "__call__", "__getattr__", "__setattr__")  # methods of a module that may run unmentioned
 
 
@@ -83,6 +86,12 @@ class PythonState:
     def classes(self) -> Collection[type]:
         """The user's classes whose methods a forward may call."""
         return self._references.classes
+
+    @property
+    def refers_weakly(self) -> bool:
+        """True if a container of weak references is among the values, or a function that may run makes such."""
+        held = any(isinstance(value, _WEAK_CONTAINERS) for value in self._seen.values())
+        return held or any(map(_names_weak_references, self._references.functions))
 
     def holders(self) -> list[Holder]:
         """Return all that holds values, modules too."""
@@ -222,6 +231,12 @@ def _inside(value: Any) -> Iterator[tuple[str, Any]]:
         yield from (("", item) for item in (value.func, *value.args, *value.keywords.values()))
     if (attributes := _attributes(value)) is not None:
         yield from ((f".{name}", item) for name, item in list(attributes.items()))
+
+
+def _names_weak_references(function: FunctionType) -> bool:
+    names, variables = names_in(function.__code__), function.__globals__
+    values = (variables[name] for name in names & variables.keys())
+    return "weakref" in names or any(getattr(value, "__module__", None) in _WEAK for value in values)
 
 
 def _attributes(value: Any) -> dict[str, Any] | None:

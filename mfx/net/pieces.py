@@ -20,6 +20,7 @@ from mfx.capture.arguments import has_nested
 from mfx.capture.captured import Captured
 from mfx.compiler.holders import Holders
 from mfx.modules.overlay import bare_submodules
+from mfx.modules.python_state import state_of
 from mfx.modules.references import References
 from mfx.net.agreement import check_same_pieces
 from mfx.net.call_kinds import kind_of
@@ -180,9 +181,14 @@ class Pieces:
             check_same_pieces(self.net, graphs_of(ran), graphs_of(pieces), alike=alike)
 
     def _may_gain(self, options: Options) -> bool:
-        """True if there may be chains that the modules inside do not have by themselves."""
+        """True if there may be chains that the modules inside do not have by themselves.
+
+        TorchDynamo drops a local variable at a graph break if it is not read behind it; who refers to its value weakly
+        would find it gone.
+        """
         if self._adds_up is None:
-            self._adds_up = isinstance(type(self.net).forward, FunctionType) and adds_up(self.net)
+            may_add_up = isinstance(type(self.net).forward, FunctionType) and adds_up(self.net)
+            self._adds_up = may_add_up and not state_of(self.net).refers_weakly
         return self._adds_up and isinstance(options.velocity, str)
 
     @contextmanager
