@@ -360,6 +360,8 @@ def params() -> Iterator:
 ALWAYS = ("llama", "t5")
 
 
+# Older versions of transformers know no other name.
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 # Mamba asks cached functions which packages are there.
 @pytest.mark.filterwarnings("ignore:Dynamo detected a call to a .functools.lru_cache")
 @pytest.mark.parametrize("family, verdict", list(params()))
