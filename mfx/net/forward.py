@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from mfx.capture.captured import CaptureError, signature_of
 from mfx.compiler.call_site import CallSite, register
+from mfx.modules.initialized import is_initialized
 from mfx.modules.overlay import Mark, Overlay, remove_overlay, submodule_overlays
 from mfx.modules.state_lock import StateLock
 from mfx.net.copies import called, is_shared, own_overlay
@@ -53,6 +54,7 @@ class NetForward(Overlay):
         table: the rewritten graphs.
         plans: what is kept for the backward pass.
         bypassed: while not 0, the net computes what its class says.
+        initialized: False before a first call, at γ = 0, that draws parameters between other random numbers.
         root: the forward of the whole net.
         key: what compiled code calls it by.
         lock: held while modules of the net have other state than the user's.
@@ -69,6 +71,7 @@ class NetForward(Overlay):
         self.table = self._make_table(options)
         self.plans = NetPlans(options.budget)
         self.bypassed = 0
+        self.initialized = options.may_change_function or is_initialized(net)
         self.key = register(self)
         self.call_sites: list[CallSite] = []
         self._said = False
@@ -135,7 +138,7 @@ class NetForward(Overlay):
         """Do the same while Dynamo compiles, too, by functions that ``compiler`` makes of graphs."""
         if args and args[0] is self.net:
             args = args[1:]  # accelerate, for instance, makes a method of this, as of a function
-        if self.bypassed:
+        if self.bypassed or not (self.initialized or self._is_initialized()):
             return self.run_class_forward(args, kwargs, Way.AS_WRITTEN)
         find = partial(self.table.graph_for, args, kwargs)
         run = partial(self._run_graph, args, kwargs, compiler)
@@ -149,6 +152,10 @@ class NetForward(Overlay):
             raise error  # at γ = 0 whatever runs is the model
         with self._forward_pass(args, kwargs, None, plans=self.options.plans):
             return self._run_per_module(error, args, kwargs)
+
+    def _is_initialized(self) -> bool:
+        self.initialized = is_initialized(self.net)
+        return self.initialized
 
     def _run_graph(
         self, args: tuple[Any, ...], kwargs: Mapping[str, Any], compiler: GraphCompiler, graph: RewrittenGraph
