@@ -26,6 +26,7 @@ from mfx.compat.dynamo import guard_hooks, quiet, silent_methods
 from mfx.compat.dynamo_containers import containers_as_in_python
 from mfx.compat.dynamo_differences import check_generators
 from mfx.compat.dynamo_kept_results import kept_results_refused
+from mfx.compat.dynamo_loops import stretches_before_loops_kept
 from mfx.compat.dynamo_unobserved import converting_unobserved, observes
 from mfx.compat.fake_tensors import runs_for_real
 
@@ -124,7 +125,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _conditions() -> Iterator[None]:
-    with _quiet(), containers_as_in_python(), kept_results_refused(), _config():
+    with _quiet(), containers_as_in_python(), kept_results_refused(), stretches_before_loops_kept(), _config():
         yield
 
 
