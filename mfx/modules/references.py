@@ -11,6 +11,7 @@ from functools import _lru_cache_wrapper, lru_cache
 from threading import local
 from types import CodeType, FunctionType, MethodType, ModuleType, SimpleNamespace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from mfx.modules.holders import Variable
 
@@ -65,6 +66,29 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
 
 def _holds_others(module_name: str) -> bool:
     return module_name in _OBJECTS_OF or module_name.rpartition(".")[0] in _OBJECTS_OF
+
+
+def writing_caches(cls: type) -> tuple[Any, ...]:
+    """Return the methods of a user's class that keep their results (`functools.lru_cache`), and may write elsewhere."""
+    if (known := _writing.get(cls)) is None:
+        values = [v for base in cls.__mro__ if is_users_class(base) for v in vars(base).values()]
+        caches = [cache for v in values if isinstance(cache := getattr(v, "__func__", v), _lru_cache_wrapper)]
+        known = _writing[cls] = tuple(
+            cache for cache in caches if any(map(_may_write, _functions_in(cache.__wrapped__)))
+        )
+    return known
+
+
+_writing: WeakKeyDictionary[type, tuple[Any, ...]] = WeakKeyDictionary()
+_WRITES = {dis.opmap[name] for name in ("STORE_ATTR", "DELETE_ATTR", "STORE_SUBSCR", "DELETE_SUBSCR")}
+_CHANGE = frozenset(
+    {"add", "append", "appendleft", "clear", "extend", "insert", "pop", "remove", "setdefault", "update"}
+)
+
+
+def _may_write(function: FunctionType) -> bool:
+    code = function.__code__
+    return not _WRITES.isdisjoint(code.co_code[::2]) or not _CHANGE.isdisjoint(names_in(code))
 
 
 class References:

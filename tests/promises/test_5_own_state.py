@@ -281,6 +281,40 @@ def test_an_attribute_of_a_class_that_a_layer_holds():
     assert_same(trained(net_of(kind, 3, gamma=0.0)), trained(net_of(kind, 3)))
 
 
+class Keeping:
+    """Its method keeps its results."""
+
+    def __init__(self, of):
+        self.of, self.calls = of, 0
+
+    @functools.lru_cache(maxsize=99)  # noqa: B019
+    def counted(self):
+        self.calls += 1
+        return float(self.calls)
+
+    @functools.cache  # noqa: B019
+    def pure(self):
+        return 1.0 + self.of
+
+
+def _kept_and_counted(layer):
+    layer.count += 1
+    return layer.o.pure() + layer.count
+
+
+@pytest.mark.parametrize("options", [{"gamma": 0.0}, {"gamma": 0.9}, {"gamma": 0.9, "arithmetic": "float"}])
+def test_a_method_that_keeps_its_results_and_changes_attributes(options):
+    """A second run would find the result and not change them: an error at that call alone."""
+    net = net_of((lambda: {"o": Keeping(0)}, lambda m: m.o.counted() + m.o.calls), DEPTH, **options)
+    with pytest.raises(mfx.MfxError, match=r"Keeping\.counted for a first time.* memory_budget=1\.0"):
+        net(torch.randn(2, 4)).sum().backward()
+    trained(net)
+    assert_same(
+        *(trained(net_of((lambda: {"o": Keeping(1), "count": 0}, _kept_and_counted), 3, **o)) for o in ({}, G0))
+    )
+
+
+G0 = {"gamma": 0.0}
 STORAGES = [{"memory_budget": 0.0}, {"memory_budget": 0.5}, {"recompute": "all"}]
 DEPTH = 13  # exact arithmetic keeps the inputs of shorter chains, instead of a tape
 

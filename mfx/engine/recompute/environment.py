@@ -151,6 +151,8 @@ class StepEnvironment:
         self._lost: set[str] | None = None
         self._signs = layout.signs() if layout.large else None
         self._overwritten: set[str] | None = None
+        self._misses = layout.misses() if layout.caches else None
+        self._filled: list[str] = []  # caches
         if layout.has_state:
             self._memory, self._known = memory, memory.known_to_change(layout.flags)
             self._copy_values()
@@ -178,6 +180,9 @@ class StepEnvironment:
             self._settle_values()
         if self._signs:
             self._overwritten = self._changed_signs()
+        if self._misses is not None and not self._layout.is_put_back(self.tensors, self._versions):
+            calls = zip(self._layout.caches, self._misses, self._layout.misses(), strict=True)
+            self._filled = [cache.__qualname__ for cache, before, now in calls if now != before]
 
     def _changed_signs(self) -> set[str]:
         """Return the labels of what is not copied and was changed since this was made."""
@@ -265,6 +270,12 @@ class StepEnvironment:
                 "to find as before when the backward pass runs it again. No copy is made of containers of more than 64 "
                 "entries, arrays above 64 KiB, memory that something else shares and iterators: keep what changes in a "
                 "buffer or a smaller container, skip the step, or use memory_budget=1.0"
+            )
+        if self._filled:
+            raise MfxError(
+                f"{self._path}: this step called {', '.join(self._filled)} for a first time, which changes attributes "
+                "and keeps its result (functools.lru_cache): when the backward pass runs the step again, it would not "
+                "change them. Change them outside of that method, skip the step, or use memory_budget=1.0"
             )
         if self._signs and (others := self._changed_signs()):
             raise self._changed(min(others))

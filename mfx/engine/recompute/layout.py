@@ -109,6 +109,10 @@ class StateLayout(State):
         """Return what tells changes of what is not copied, in the order of ``large``."""
         return [sign_of(value) for value in self.large.values()]
 
+    def misses(self) -> list[int]:
+        """Return how often each of ``caches`` has computed a result."""
+        return [cache.cache_info().misses for cache in self.caches]
+
     def tensors(self) -> list[Any]:
         """Return the tensors of all slots, each a tensor or None; parameters and buffers are the present ones."""
         now = chain.from_iterable(map(_values_of, self._tensor_tables))

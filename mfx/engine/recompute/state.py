@@ -17,7 +17,7 @@ from mfx.engine.recompute.tables import TensorSlot, table_of, tables_before, tab
 from mfx.modules.buffers import is_buffer
 from mfx.modules.overlay import Overlay
 from mfx.modules.python_state import is_iterator
-from mfx.modules.references import is_users_class
+from mfx.modules.references import is_users_class, writing_caches
 
 _OWN = frozenset(vars(nn.Module()))  # attributes that every module has; all but ``training`` are tables
 _DEPTH = 3  # of objects in objects
@@ -38,6 +38,7 @@ class State:
             that is made anew for every call.
         large: what is not copied, by label: containers and buffers that are too large, memory that something shares,
             iterators.
+        caches: the methods that keep their results and may write, whose calls differ when they are made again.
     """
 
     def __init__(self, root: Any) -> None:
@@ -46,6 +47,7 @@ class State:
         self.slots: list[TensorSlot] = []
         self.loose: list[Tensor] = []
         self.large: dict[str, Any] = {}
+        self.caches: dict[Any, None] = {}
         self.lasts = True
         self._seen: set[Any] = set()  # identities
         self._tables: list[Table] = []
@@ -94,6 +96,7 @@ class State:
         if self._saw(module):
             return
         self.modules.append(module)
+        self.caches.update(dict.fromkeys(writing_caches(type(module))))
         self._add_table(module.__dict__)
         for name in module.__dict__.keys() - _OWN:
             self._look_at(module.__dict__, name, f"{path}.{name}", _DEPTH)
@@ -141,6 +144,7 @@ class State:
                     self._enter(argument, label, depth)
         elif is_iterator(value):
             self.large[label] = value
+        self.caches.update(dict.fromkeys(writing_caches(type(value))))
         for attributes in tables_in(value):
             self._add_attributes(attributes, label, depth)
 
