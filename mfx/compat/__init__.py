@@ -112,6 +112,7 @@ from mfx.compat.modes import (
 from mfx.compat.parametrizations import are_weights_cached, cached_weights, weights_cached
 from mfx.compat.patching import patched, patching
 from mfx.compat.scripted import Table, scripted_copy, tensor_tables
+from mfx.compat.switches import switched, switched_as
 from mfx.compat.transformer import plain_transformer_layers
 from mfx.compat.words import Sign, sign_reader, version_reader
 
@@ -211,6 +212,8 @@ __all__ = [
     "sign_of_python",
     "sign_of_torch",
     "sign_reader",
+    "switched",
+    "switched_as",
     "takes_saved_tensors_hooks",
     "tensor_tables",
     "trace_hidden",

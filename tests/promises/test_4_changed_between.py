@@ -155,3 +155,43 @@ def test_statistics_that_a_later_call_moves_are_an_error():
     assert not all(map(torch.equal, moved, expected))  # torch's own: of the later statistics, unsaid
     with pytest.raises(mfx.MfxError, match=r"norms\.2\.num_batches_tracked was changed between forward and backward"):
         across_modes(mfx.momentumize(Normalized(), gamma=0.0), moves=True)
+
+
+def switches():
+    return torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+
+
+class Asks(nn.Module):
+    """Computes something else under other switches of the process."""
+
+    def forward(self, x):
+        return x * (2.0 if switches() == (torch.float32, False) else 3.0) * torch.full((WIDTH,), 1 / 3)
+
+
+SWITCHES = {
+    "default dtype": lambda on: torch.set_default_dtype(torch.float64 if on else torch.float32),
+    "deterministic": lambda on: torch.use_deterministic_algorithms(on, warn_only=True),
+}
+
+
+@pytest.mark.parametrize("options", [{"gamma": 0.0}, {"gamma": 0.9}, {"gamma": 0.9, "arithmetic": "float"}])
+@pytest.mark.parametrize("switch", SWITCHES.values(), ids=SWITCHES)
+def test_switches_of_the_process_are_those_of_the_forward_pass(switch, options):
+    def gradients(is_switched, **budget):
+        model = Plain()
+        model.fcs = nn.ModuleList(nn.Sequential(fc, Asks()) for fc in [*model.fcs] * 4)
+        net = mfx.momentumize(model, **options, **budget)
+        try:
+            loss = net(batch()).square().sum()
+            switch(is_switched)
+            left = switches()
+            loss.backward()
+            assert switches() == left
+        finally:
+            switch(False)
+        return [p.grad for p in net.parameters()]
+
+    found, expected = gradients(is_switched=True), gradients(is_switched=False)
+    assert all(map(torch.equal, found, expected))
+    kept = gradients(is_switched=False, memory_budget=1.0)
+    assert all(map(torch.allclose, expected, kept))

@@ -22,6 +22,8 @@ from mfx.compat import (
     is_capturing,
     is_sharded,
     reproducible_on,
+    switched,
+    switched_as,
     weights_cached,
 )
 from mfx.engine.recompute.contents import is_same_sign
@@ -38,7 +40,7 @@ _State = tuple[int, bool]  # of a tensor: its version, and whether it requires a
 
 
 class Switches:
-    """The switches of the thread around the branches of one call: autocast, and the choice of algorithms.
+    """The switches around the branches of one call: autocast, the choice of algorithms, and those of the process.
 
     Args:
         device: of the stream.
@@ -52,16 +54,16 @@ class Switches:
         kinds = sorted({"cpu", device.type, accelerator() or "cpu"})
         self._autocast = {kind: autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
         self._read = autocast_reader([*self._autocast])
-        self._found = self._read()
+        self._found, self._switched = self._read(), switched()
         self.reproducible = reproducible_on(device)
 
     def contexts(self) -> list[AbstractContextManager[object]]:
         """Return contexts for what differs now from the start of the call, and `reproducible`."""
-        context = self.reproducible()
-        contexts = [] if context is None else [context]
+        contexts = [] if (context := self.reproducible()) is None else [context]
         if self._read() != self._found:
-            found = self._autocast.items()
-            contexts += [autocast_as(kind, state) for kind, state in found if autocast_state(kind) != state]
+            contexts += [autocast_as(kind, was) for kind, was in self._autocast.items() if autocast_state(kind) != was]
+        if switched() != self._switched:
+            contexts.append(switched_as(self._switched))
         return contexts
 
 
@@ -132,8 +134,7 @@ class StepEnvironment:
         switches: Switches,
         lock: StateLock,
     ) -> None:
-        self._path, self._lock = path, lock
-        self._switches = switches
+        self._path, self._lock, self._switches = path, lock, switches
         self.reproducible = switches.reproducible
         self._cached_weights = cached_weights()
         memory: _Memory | None = cache.get(key)
