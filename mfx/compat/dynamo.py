@@ -21,7 +21,6 @@ import torch
 import torch._dynamo
 from torch import Tensor, fx
 from torch._dynamo import pgo
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound
 
 from mfx.compat import (
     aside_from_caller,
@@ -45,16 +44,8 @@ from mfx.compat.dynamo_kept_results import kept_results_refused
 CHECKPOINT = torch.ops.higher_order.tag_activation_checkpoint
 FUSED_LAYER = torch._transformer_encoder_layer_fwd  # what nn.TransformerEncoderLayer is in inference
 
-# The second is raised where a branch of Python code depends on a number that was read from a tensor.
-DYNAMO_ERRORS = (torch._dynamo.exc.TorchDynamoException, GuardOnDataDependentSymNode, PendingUnbackedSymbolNotFound)
-
 _LEVELS = {"debug": 10, "info": 20, "warning": 30, "error": 40, "critical": 50}
 _ONCE = ("exception", "warning_once", "info_once")
-
-
-def is_raised_by_model(error: Exception) -> bool:
-    """True if Dynamo has given up because what it looked at raised an error."""
-    return "Observed exception" in str(error)
 
 
 class DynamoCapture:

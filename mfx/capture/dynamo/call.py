@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, 
 from functools import partial
 from itertools import chain
 from types import FunctionType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from mfx.capture.captured import Captured, CaptureError, RaisedError, signature_
 from mfx.capture.dynamo.first_call import own_error, run_first_call, settle
 from mfx.capture.dynamo.graph import tidy
 from mfx.capture.dynamo.sources import is_held_by_module, module_path
-from mfx.compat.dynamo import DYNAMO_ERRORS, DynamoCapture, is_raised_by_model, sources, trace_call
+from mfx.compat.dynamo import DynamoCapture, sources, trace_call
+from mfx.compat.dynamo_errors import has_given_up, is_raised_by_model
 from mfx.modules.overlay import Overlay
 from mfx_passes.ops.step_markers import called
 from mfx_passes.rewrite.portable_graph import copy_graph
@@ -27,6 +28,7 @@ from mfx_passes.rewrite.portable_graph import copy_graph
 torch.compiler.allow_in_graph(called)
 
 
+_Seen = TypeVar("_Seen")
 _ADVICE = "Rewrite that line, or momentumize a part of the model that does without it."
 
 
@@ -122,18 +124,15 @@ def capture_call(
     varying = sizes_of_ids(args, kwargs)
     trace = partial(trace_call, method, args, kwargs, history=history, any_float=any_float, varying=varying)
     is_settled = not history and settle(method, args, kwargs)
-    try:
-        try:
-            seen, module, inputs = trace()
-        except DYNAMO_ERRORS:
-            if is_settled or not run_first_call(method, args, kwargs):
-                raise
-            seen, module, inputs = trace()
-    except DYNAMO_ERRORS as error:
-        reason = f"{type(net).__name__} cannot be captured as one graph: {_said(error)}"
-        if raises and is_raised_by_model(error) and (own := own_error(method, args, kwargs)) is not None:
+    found = _attempt(trace)
+    if isinstance(found, Exception) and not is_settled and run_first_call(method, args, kwargs):
+        found = _attempt(trace)
+    if isinstance(found, Exception):
+        reason = f"{type(net).__name__} cannot be captured as one graph: {_said(found)}"
+        if raises and is_raised_by_model(found) and (own := own_error(method, args, kwargs)) is not None:
             raise RaisedError(reason) from own
-        raise CaptureError(f"{reason}. {_ADVICE}") from error
+        raise CaptureError(f"{reason}. {_ADVICE}") from found
+    seen, module, inputs = found
     names = {str(id(inner)): name for name, inner in net.named_modules()}
     modules, positions = tidy(
         module,
@@ -143,6 +142,16 @@ def capture_call(
     call = GuardedCall(seen, forward, positions, net.modules(), _key(net, args, kwargs))
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
     return Captured(copy_graph(module.graph), [], {}, call, modules, values, forward_only=not torch.is_grad_enabled())
+
+
+def _attempt(trace: Callable[[], _Seen]) -> _Seen | Exception:
+    """Return what a trace by Dynamo returns, or the error by which it has given up."""
+    try:
+        return trace()
+    except Exception as error:
+        if not has_given_up(error):
+            raise
+        return error
 
 
 def _key(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Hashable | None:
