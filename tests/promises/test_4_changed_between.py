@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 from torch.func import functional_call
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils import spectral_norm as spectral_norm_by_hook
 from torch.nn.utils import weight_norm as weight_norm_by_hook
@@ -158,19 +159,35 @@ def test_statistics_that_a_later_call_moves_are_an_error():
 
 
 def switches():
-    return torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled()
+    return (
+        torch.get_default_dtype(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.flash_sdp_enabled(),
+        torch.backends.cudnn.deterministic,
+        torch.backends.mkldnn.deterministic,
+        torch.backends.cuda.matmul.fp32_precision,
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+    )
+
+
+AT_FIRST = switches()
 
 
 class Asks(nn.Module):
     """Computes something else under other switches of the process."""
 
     def forward(self, x):
-        return x * (2.0 if switches() == (torch.float32, False) else 3.0) * torch.full((WIDTH,), 1 / 3)
+        return x * (2.0 if switches() == AT_FIRST else 3.0) * torch.full((WIDTH,), 1 / 3)
 
 
 SWITCHES = {
     "default dtype": lambda on: torch.set_default_dtype(torch.float64 if on else torch.float32),
     "deterministic": lambda on: torch.use_deterministic_algorithms(on, warn_only=True),
+    "kernels of attention": lambda on: torch.backends.cuda.enable_flash_sdp(not on),
+    "a backend": lambda on: setattr(torch.backends.cudnn, "deterministic", on),
+    "another backend": lambda on: setattr(torch.backends.mkldnn, "deterministic", on),
+    "precision": lambda on: setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32" if on else "none"),
+    "reductions": lambda on: setattr(torch.backends.cuda.matmul, "allow_bf16_reduced_precision_reduction", not on),
 }
 
 
@@ -195,3 +212,46 @@ def test_switches_of_the_process_are_those_of_the_forward_pass(switch, options):
     assert all(map(torch.equal, found, expected))
     kept = gradients(is_switched=False, memory_budget=1.0)
     assert all(map(torch.allclose, expected, kept))
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.into, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x):
+        q, k, v = self.into(x).unflatten(-1, (4, 12)).transpose(1, 2).chunk(3, -1)
+        return self.out(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(-2))
+
+
+class Attentions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Attention() for _ in range(8))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = x + block(x)
+        return x
+
+
+@pytest.mark.parametrize("options", [{"gamma": 0.0}, {"gamma": 0.9}, {"gamma": 0.9, "arithmetic": "float"}])
+def test_the_backward_pass_may_lie_outside_of_the_context_that_chooses_kernels(options):
+    torch.manual_seed(0)
+    model = Attentions()
+    net = mfx.momentumize(model, **options)
+    x = torch.randn(2, 32, 16)
+
+    def gradients(forward, *, inside):
+        model.zero_grad()
+        with sdpa_kernel(SDPBackend.MATH):
+            loss = forward(x).square().sum()
+            if inside:
+                loss.backward()
+        if not inside:
+            loss.backward()
+        return [p.grad for p in model.parameters()]
+
+    reference = gradients(model if options["gamma"] == 0 else net, inside=True)
+    for _ in range(2):
+        assert all(map(torch.equal, gradients(net, inside=False), reference))

@@ -13,17 +13,10 @@ from torch import Tensor, nn
 
 from mfx.compat import (
     HostCopy,
-    accelerator,
     are_weights_cached,
-    autocast_as,
-    autocast_reader,
-    autocast_state,
     cached_weights,
     is_capturing,
     is_sharded,
-    reproducible_on,
-    switched,
-    switched_as,
     weights_cached,
 )
 from mfx.engine.recompute.contents import is_same_sign
@@ -31,40 +24,13 @@ from mfx.engine.recompute.copies import copies_of
 from mfx.engine.recompute.layout import Flags, StateLayout
 from mfx.engine.recompute.put_back import PutBack
 from mfx.engine.recompute.random_clock import Draw, RandomClock
+from mfx.engine.recompute.switches import Switches
 from mfx.engine.steps import ChainCache
 from mfx.modules.buffers import storage_of, storages_of
 from mfx.modules.state_lock import StateLock
 from mfx_passes.errors import MfxError
 
 _State = tuple[int, bool]  # of a tensor: its version, and whether it requires a gradient
-
-
-class Switches:
-    """The switches around the branches of one call: autocast, the choice of algorithms, and those of the process.
-
-    Args:
-        device: of the stream.
-
-    Attributes:
-        reproducible: returns a context for both runs of a branch, in which they choose the same algorithms; None if
-            there is nothing to do.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        kinds = sorted({"cpu", device.type, accelerator() or "cpu"})
-        self._autocast = {kind: autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
-        self._read = autocast_reader([*self._autocast])
-        self._found, self._switched = self._read(), switched()
-        self.reproducible = reproducible_on(device)
-
-    def contexts(self) -> list[AbstractContextManager[object]]:
-        """Return contexts for what differs now from the start of the call, and `reproducible`."""
-        contexts = [] if (context := self.reproducible()) is None else [context]
-        if self._read() != self._found:
-            contexts += [autocast_as(kind, was) for kind, was in self._autocast.items() if autocast_state(kind) != was]
-        if switched() != self._switched:
-            contexts.append(switched_as(self._switched))
-        return contexts
 
 
 @dataclass

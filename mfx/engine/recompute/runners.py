@@ -17,11 +17,12 @@ from mfx.engine.arithmetic.signed import UpdateGamma
 from mfx.engine.flags import verify_chain, verify_step, warn_once
 from mfx.engine.memory.measure import StepMeasure, StorageKeys
 from mfx.engine.recompute.checked_frame import CheckedFrame
-from mfx.engine.recompute.environment import StepEnvironment, Switches
+from mfx.engine.recompute.environment import StepEnvironment
 from mfx.engine.recompute.frame import Frame, KeptStep
 from mfx.engine.recompute.random_clock import RandomClock
 from mfx.engine.recompute.rebuilt import Handle, Rebuilt
 from mfx.engine.recompute.saved import Captures, tensors_in
+from mfx.engine.recompute.switches import Switches
 from mfx.engine.recompute.tape import StoredInput, Tape
 from mfx.engine.scope import inside_step, measured_by
 from mfx.engine.steps import ChainCall, StepFunction, StepOutputs
