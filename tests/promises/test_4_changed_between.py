@@ -8,6 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils import spectral_norm as spectral_norm_by_hook
 from torch.nn.utils import weight_norm as weight_norm_by_hook
+from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import mfx
@@ -255,3 +256,49 @@ def test_the_backward_pass_may_lie_outside_of_the_context_that_chooses_kernels(o
     reference = gradients(model if options["gamma"] == 0 else net, inside=True)
     for _ in range(2):
         assert all(map(torch.equal, gradients(net, inside=False), reference))
+
+
+class Tanhs(TorchFunctionMode):
+    """Has the sigmoid computed where the hyperbolic tangent is asked for."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        return (torch.sigmoid if function is torch.tanh else function)(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("arithmetic", ["exact", "float"])
+def test_a_mode_around_the_forward_pass_alone_is_told(arithmetic):
+    model = Plain()
+    model.fcs = nn.ModuleList(nn.Sequential(fc, Tanh()) for fc in [*model.fcs] * 4)
+    net = mfx.momentumize(model, arithmetic=arithmetic)
+    with Tanhs():
+        loss = net(batch()).square().sum()
+    what = "modes \\(Tanhs\\)" if arithmetic == "float" else "gradients are"
+    with pytest.warns(UserWarning, match=what):
+        loss.backward()
+
+
+class Tanh(nn.Module):
+    def forward(self, x):
+        return torch.tanh(x)
+
+
+class OnMeta(nn.Module):
+    def forward(self, x):
+        return x * (2.0 if torch.get_default_device().type == "meta" else 3.0)
+
+
+@pytest.mark.parametrize("options", [{"gamma": 0.0}, {"gamma": 0.9, "arithmetic": "float"}])
+@pytest.mark.parametrize("first", ["meta", "cpu"])
+def test_the_default_device_is_that_of_the_forward_pass(first, options):
+    def gradients(second):
+        model = Plain()
+        model.fcs = nn.ModuleList(nn.Sequential(fc, OnMeta()) for fc in [*model.fcs] * 4)
+        net, x = mfx.momentumize(model, **options), batch()
+        net(x)
+        with torch.device(first):
+            loss = net(x).square().sum()
+        with torch.device(second):
+            loss.backward()
+        return [p.grad for p in net.parameters()]
+
+    assert all(map(torch.equal, gradients("cpu"), gradients("meta")))

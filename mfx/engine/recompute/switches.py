@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
 
 import torch
 
@@ -13,6 +16,8 @@ from mfx.compat import (
     autocast_reader,
     autocast_state,
     current_task,
+    default_device,
+    modes_of_users,
     reproducible_on,
     switched,
     switched_as,
@@ -24,18 +29,21 @@ class Switches:
 
     Args:
         device: of the stream.
+        warn: is told the classes of modes that users have around one of the passes; None where values are compared.
 
     Attributes:
         reproducible: returns a context for both runs of a branch, in which they choose the same algorithms; None if
             there is nothing to do.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, warn: Callable[[list[str]], None] | None) -> None:
         kinds = sorted({"cpu", device.type, accelerator() or "cpu"})
         self._autocast = {kind: autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
         self._read = autocast_reader([*self._autocast])
         self._found, self._switched = self._read(), switched()
-        self._task, self._has_switched = NO_TASK, False
+        self._device, self._modes = default_device(), modes_of_users()
+        self._task, self._differing = NO_TASK, list[Callable[[], AbstractContextManager[object]]]()
+        self._warn = warn
         self.reproducible = reproducible_on(device)
 
     def contexts(self) -> list[AbstractContextManager[object]]:
@@ -45,7 +53,14 @@ class Switches:
             contexts += [autocast_as(kind, was) for kind, was in self._autocast.items() if autocast_state(kind) != was]
         task = current_task()
         if task != self._task or task == NO_TASK:  # once in a backward pass: there are many
-            self._task, self._has_switched = task, switched() != self._switched
-        if self._has_switched:
-            contexts.append(switched_as(self._switched))
-        return contexts
+            self._task, self._differing = task, [*self._differences()]
+        return [*contexts, *[make() for make in self._differing]] if self._differing else contexts
+
+    def _differences(self) -> Iterator[Callable[[], AbstractContextManager[object]]]:
+        if switched() != self._switched:
+            yield partial(switched_as, self._switched)
+        if default_device() != self._device:
+            device: Any = self._device  # a context, too
+            yield lambda: device
+        if self._warn is not None and (now := modes_of_users()) != self._modes:
+            self._warn(sorted({type(mode).__name__ for mode in (*now, *self._modes)}))
