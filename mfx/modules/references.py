@@ -64,8 +64,8 @@ def attributes_of(value: Any) -> dict[str, Any] | None:
     return attributes if type(attributes) is dict else None
 
 
-def _holds_others(module_name: str) -> bool:
-    return module_name in _OBJECTS_OF or module_name.rpartition(".")[0] in _OBJECTS_OF
+def _holds_others(module_name: object) -> bool:
+    return isinstance(module_name, str) and not {module_name, module_name.rpartition(".")[0]}.isdisjoint(_OBJECTS_OF)
 
 
 def writing_caches(cls: type) -> tuple[Any, ...]:
