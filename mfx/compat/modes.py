@@ -14,7 +14,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.overrides import _get_current_function_mode_stack, _pop_mode, _push_mode
 from torch.utils._device import DeviceContext
-from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _disable_current_modes
 
 from mfx.compat.patching import patching
 
@@ -168,14 +168,6 @@ def autocast_as(device_type: str, state: AutocastState) -> AbstractContextManage
     """Return a context that puts autocast for ``device_type`` into that state."""
     dtype, enabled, caches = state
     return torch.autocast(device_type, dtype=dtype, enabled=enabled, cache_enabled=caches)
-
-
-def modes_of_users() -> list[object]:
-    """Return the function and dispatch modes that are open now, but for torch's own, which only observe, or choose."""
-    if not (torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack()):
-        return []
-    found = (*_get_current_function_mode_stack(), *_get_current_dispatch_mode_stack())
-    return [mode for mode in found if not type(mode).__module__.startswith("torch.")]
 
 
 def has_modes() -> bool:

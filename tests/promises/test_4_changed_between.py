@@ -8,7 +8,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations, parametrize, remove_spectral_norm, remove_weight_norm
 from torch.nn.utils import spectral_norm as spectral_norm_by_hook
 from torch.nn.utils import weight_norm as weight_norm_by_hook
-from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import mfx
@@ -256,30 +255,6 @@ def test_the_backward_pass_may_lie_outside_of_the_context_that_chooses_kernels(o
     reference = gradients(model if options["gamma"] == 0 else net, inside=True)
     for _ in range(2):
         assert all(map(torch.equal, gradients(net, inside=False), reference))
-
-
-class Tanhs(TorchFunctionMode):
-    """Has the sigmoid computed where the hyperbolic tangent is asked for."""
-
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        return (torch.sigmoid if function is torch.tanh else function)(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("arithmetic", ["exact", "float"])
-def test_a_mode_around_the_forward_pass_alone_is_told(arithmetic):
-    model = Plain()
-    model.fcs = nn.ModuleList(nn.Sequential(fc, Tanh()) for fc in [*model.fcs] * 4)
-    net = mfx.momentumize(model, arithmetic=arithmetic)
-    with Tanhs():
-        loss = net(batch()).square().sum()
-    what = "modes \\(Tanhs\\)" if arithmetic == "float" else "gradients are"
-    with pytest.warns(UserWarning, match=what):
-        loss.backward()
-
-
-class Tanh(nn.Module):
-    def forward(self, x):
-        return torch.tanh(x)
 
 
 class OnMeta(nn.Module):

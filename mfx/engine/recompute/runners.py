@@ -27,7 +27,6 @@ from mfx.engine.recompute.tape import StoredInput, Tape
 from mfx.engine.scope import inside_step, measured_by
 from mfx.engine.steps import ChainCall, StepFunction, StepOutputs
 from mfx.modules.random_state import global_generators
-from mfx.modules.state_lock import StateLock
 from mfx.text import listed
 from mfx_passes.errors import MfxError
 
@@ -87,9 +86,7 @@ class _Recomputing:
         self._read: set[int] = set()
         self._captures = Captures(call.captures, f"{call.name}: a tensor that its steps read beside the stream")
         self._clock = RandomClock(global_generators(device), are_global=True)
-        self._switches = Switches(
-            device, None if call.verifies else partial(_warn_of_modes, call.name, call.settings.lock)
-        )
+        self._switches = Switches(device)
 
     def _run_kept(self, index: int, step: StepFunction, xs: Sequence[Tensor]) -> StepOutputs | None:
         """Run a step that keeps its activations, or those outside of the chains in it; None: it is another one."""
@@ -202,12 +199,3 @@ class FromTape(_Recomputing, Runner):
 def _keeping(function: Callable[..., tuple[Any, ...]], *args: Any) -> tuple[Any, ...]:
     with inside_step(keeps=True):
         return function(*args)
-
-
-def _warn_of_modes(chain: str, lock: StateLock, names: list[str]) -> None:
-    message = (
-        f"chain {chain}: the forward and the backward pass run under other modes ({listed(names)}). "
-        "Where one changes what is computed, gradients are wrong, for the backward pass runs steps a second time. "
-        "Have both passes in the mode, or use memory_budget=1.0"
-    )
-    warn_once("modes", message, lock)

@@ -17,7 +17,6 @@ from mfx.compat import (
     autocast_state,
     current_task,
     default_device,
-    modes_of_users,
     reproducible_on,
     switched,
     switched_as,
@@ -29,21 +28,19 @@ class Switches:
 
     Args:
         device: of the stream.
-        warn: is told the classes of modes that users have around one of the passes; None where values are compared.
 
     Attributes:
         reproducible: returns a context for both runs of a branch, in which they choose the same algorithms; None if
             there is nothing to do.
     """
 
-    def __init__(self, device: torch.device, warn: Callable[[list[str]], None] | None) -> None:
+    def __init__(self, device: torch.device) -> None:
         kinds = sorted({"cpu", device.type, accelerator() or "cpu"})
         self._autocast = {kind: autocast_state(kind) for kind in kinds if torch.amp.is_autocast_available(kind)}
         self._read = autocast_reader([*self._autocast])
         self._found, self._switched = self._read(), switched()
-        self._device, self._modes = default_device(), modes_of_users()
+        self._device = default_device()
         self._task, self._differing = NO_TASK, list[Callable[[], AbstractContextManager[object]]]()
-        self._warn = warn
         self.reproducible = reproducible_on(device)
 
     def contexts(self) -> list[AbstractContextManager[object]]:
@@ -62,5 +59,3 @@ class Switches:
         if default_device() != self._device:
             device: Any = self._device  # a context, too
             yield lambda: device
-        if self._warn is not None and (now := modes_of_users()) != self._modes:
-            self._warn(sorted({type(mode).__name__ for mode in (*now, *self._modes)}))
