@@ -24,7 +24,7 @@ OPAQUE_TAGS = (torch.Tag.nondeterministic_seeded, torch.Tag.cudagraph_unsafe)
 # asked for every saved tensor.
 current_task: Callable[[], int] = torch._C._current_graph_task_id
 
-# What ``torch.enable_grad`` and its kin call (torch 2.11 to 2.15): around every step that runs again.
+# What ``torch.enable_grad`` and its kin call (read in torch 2.14): around every step that runs again.
 set_grad_enabled: Callable[[bool], None] = torch._C._set_grad_enabled
 
 

@@ -81,7 +81,7 @@ def sign_of_numpy() -> Sign | None:
 def _size_of_random_state() -> int:
     """Return the bytes of a generator of numpy in which it has a spare Gaussian and refers to its bits.
 
-    Tried on another one (numpy 1.26 to 2.3); 0 if they are not there.
+    It is tried on another one; 0 if they are not there.
     """
     from numpy.random import RandomState
 

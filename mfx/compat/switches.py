@@ -1,4 +1,4 @@
-"""Switches of the process on which it depends how something is computed (read in torch 2.11 to 2.15)."""
+"""Switches of the process on which it depends how something is computed (read in torch 2.14)."""
 
 from __future__ import annotations
 
