@@ -80,7 +80,13 @@ def _ids(values: Mapping[str, Any] | Sequence[Any]) -> list[str]:
 
 
 def _id(value: Any) -> str:
-    return "-".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    """A name of the value that is the same in every process, as workers that share the tests need it."""
+    if isinstance(value, tuple):
+        return "-".join(map(_id, value))
+    name: str = getattr(value, "__name__", None) or str(value)
+    if " at 0x" in name:
+        raise ValueError(f"{name}: this name holds an address; give values by id, in a dictionary")
+    return name
 
 
 def _param(values: Sequence[Any], key: str, is_chosen: bool) -> Any:

@@ -31,6 +31,13 @@ def test_the_rest_is_in_the_zoo_and_other_days_choose_others(monkeypatch):
     assert len(seen) == 36
 
 
+def test_ids_are_the_same_in_every_process():
+    mark = sampling.grid(1, a=[default], b=[(ValueError, 1)])
+    assert mark.args[1][0].id.startswith("default-ValueError-1")
+    with pytest.raises(ValueError, match="address"):
+        sampling.grid(1, a=[object()])
+
+
 @pytest.mark.parametrize("count", [1, 2, 5])
 def test_all_have_their_turn(monkeypatch, count):
     items = list("abcde")
