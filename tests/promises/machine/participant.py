@@ -20,7 +20,7 @@ LOGS: dict[str, list[Any]] = {}
 
 SAID = re.compile(  # what the README's limits announce
     r"mfx: (hooks on .* will not run|loading weights|.* is called by itself|the residual add .* is left as it was|"
-    r"forward hooks on .* may run again|"
+    r"forward hooks on .* may run again|.* is called inside of torch.nn.utils.parametrize.cached|"
     r".* has no chain|.* cannot be captured as one graph|chain .*: the backward pass runs steps a second time)"
 )
 
