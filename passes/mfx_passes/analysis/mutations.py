@@ -59,9 +59,9 @@ class Mutations:
         for node in index.nodes:
             operand = index.mutated(node)
             if operand is not None and operand not in index.sizes:
-                self._add(Mutation(node, operand, self._family(operand, node)))
+                self._add(Mutation(node, operand, self.family(operand, node)))
             for written in (*written_beside(node, index.modules), *self._buffers_of(node)):
-                self._add(Mutation(node, written, self._family(written, node), beside=True))
+                self._add(Mutation(node, written, self.family(written, node), beside=True))
 
     def _add(self, mutation: Mutation) -> None:
         self._at[mutation.node].append(mutation)
@@ -90,17 +90,9 @@ class Mutations:
             node = source
         return changes and node.op in ("placeholder", "get_attr")
 
-    def _buffers_of(self, node: Node) -> list[Node]:
-        """Return the reads of buffers of a module that a node calls, and that may change them."""
-        reads = self._reads.get(str(node.target), ()) if node.op == "call_module" else ()
-        module = self._index.modules.get(str(node.target))
-        if not reads or module is None or not changes_buffers(module):
-            return []
-        buffers = {paths.join(str(node.target), name) for name, _ in module.named_buffers()}
-        return [read for read in reads if read.target in buffers]
-
-    def _family(self, operand: Node, mutator: Node) -> frozenset[Node]:
-        root = operand
+    def family(self, node: Node, mutator: Node | None = None) -> frozenset[Node]:
+        """Return the nodes that may share memory with one, but for those that do by an in-place operation on it."""
+        root = node
         while (source := self._shares_memory_with(root)) is not None:
             root = source
         roots = self._reads[str(root.target)] if root.op == "get_attr" else [root]
@@ -112,12 +104,23 @@ class Mutations:
                     todo.append(user)
         return frozenset(family)
 
+    def _buffers_of(self, node: Node) -> list[Node]:
+        """Return the reads of buffers of a module that a node calls, and that may change them."""
+        reads = self._reads.get(str(node.target), ()) if node.op == "call_module" else ()
+        module = self._index.modules.get(str(node.target))
+        if not reads or module is None or not changes_buffers(module):
+            return []
+        buffers = {paths.join(str(node.target), name) for name, _ in module.named_buffers()}
+        return [read for read in reads if read.target in buffers]
+
     def _shares_memory_with(self, node: Node) -> Node | None:
-        """Return the operand whose memory the value of a node may lie in, None if it has its own."""
-        if node in self.sums:
-            return None
-        if node.op == "call_module" and (written := next(written_beside(node, self._index.modules), None)):
-            return written
-        if vocabulary.may_alias(node, self._index.modules):
-            return vocabulary.preserved(node)
-        return self._index.mutated(node) if vocabulary.returns_operand(node) else None
+        return None if node in self.sums else shares_memory_with(node, self._index.modules)
+
+
+def shares_memory_with(node: Node, modules: vocabulary.Modules) -> Node | None:
+    """Return the operand whose memory the value of a node may lie in, None if it has its own."""
+    if node.op == "call_module" and (written := next(written_beside(node, modules), None)):
+        return written
+    if vocabulary.may_alias(node, modules):
+        return vocabulary.preserved(node)
+    return vocabulary.mutated_operand(node, modules) if vocabulary.returns_operand(node) else None

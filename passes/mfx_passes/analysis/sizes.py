@@ -12,13 +12,17 @@ from mfx_passes.ir import Chain, Step
 _NOT_SHARED = frozenset({"stride", "requires_grad"})
 
 
+def is_shared_size(size: Node) -> bool:
+    """True if a size of one state is that of all states."""
+    return (size.args[1] if size.target is getattr else size.target) not in _NOT_SHARED
+
+
 def is_state_size(node: Node, states: Collection[Node], sizes: Collection[Node]) -> bool:
     """True if a node is computed only from sizes of states."""
     todo, seen = [node], {node}
     while todo:
         node = todo.pop()
-        name = node.args[1] if node.target is getattr else node.target
-        if node not in sizes or name in _NOT_SHARED:
+        if node not in sizes or not is_shared_size(node):
             return False
         sources = {source for source in node.all_input_nodes if source not in states} - seen
         seen |= sources

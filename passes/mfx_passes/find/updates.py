@@ -9,6 +9,7 @@ from torch.fx import Node
 
 from mfx_passes import paths
 from mfx_passes.analysis.ancestry import GraphIndex
+from mfx_passes.analysis.sizes import is_shared_size
 from mfx_passes.find.residual_adds import Candidate, Link
 from mfx_passes.ir import Refusal, Rejection, Update, enclosing_path
 from mfx_passes.ops import sums, vocabulary
@@ -138,15 +139,18 @@ def _owned(
     made of parameters, a key projected from an encoder's output); but not sizes of other states, which are no reads.
     """
     interval = [node for node in index.between(skip, out) if node.op not in ("placeholder", "get_attr", "output")]
-    fed = {skip}
+    fed, shared = {skip}, set[Node]()
     for node in interval:
-        if (node not in states or node is out) and not fed.isdisjoint(set(node.all_input_nodes) - index.sizes):
+        sources = set(node.all_input_nodes)
+        if node in index.sizes and is_shared_size(node) and (sources & fed) <= {skip}:
+            shared.add(node)  # all states have it
+        elif (node not in states or node is out) and not fed.isdisjoint(sources - shared):
             fed.add(node)
     needed = {out, *(node for node in fed if not node.users)}
     for node in reversed(interval):
         if node in needed and (node not in states or node is out):
             needed.update(node.all_input_nodes)
-    owned = {node for node in interval if node in fed and node in needed and node not in index.sizes}
+    owned = {node for node in interval if node in fed and node in needed}
     todo = list(owned) if feeding else []
     while todo:
         for source in todo.pop().all_input_nodes:

@@ -119,3 +119,36 @@ def test_what_is_made_of_a_states_size_is_there_for_all_steps() -> None:
     x = torch.randn(3, WIDTH)
     assert_bit_equal(train_step(net, [x]), train_step(model, [x]))
     assert [len(chain.steps) for chain in mfx.explain(net).chains] == [4]
+
+
+class Biased(nn.Module):
+    """Blocks of two sums; the first computes a bias of sizes of a value inside of it, and may hand it on, as in T5."""
+
+    def __init__(self, *, handed_on: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.norm = nn.Linear(WIDTH, WIDTH), nn.LayerNorm(WIDTH)
+        self.inner = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(4))
+        self.last = nn.Linear(WIDTH, WIDTH)
+        self.table, self.handed_on = nn.Embedding(32, WIDTH), handed_on
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, bias = self.embed(x), None
+        for layer in self.inner:
+            normed = self.norm(x)
+            if bias is None or not self.handed_on:
+                bias = self.table(torch.arange(normed.shape[0]))
+            x = x + (layer(normed) + bias).tanh()
+            x = x + self.last(x).tanh()
+        return x
+
+
+@pytest.mark.parametrize("handed_on", [False, True])
+def test_what_is_made_of_a_size_inside_of_a_step_belongs_to_it(handed_on: bool) -> None:
+    model = Biased(handed_on=handed_on)
+    net = mfx.momentumize(copy.deepcopy(model), gamma=0.0, capture="symbolic")
+    for batch in (3, 5):
+        x = torch.randn(batch, WIDTH)
+        assert_bit_equal(train_step(net, [x]), train_step(model, [x]))
+    # What the first step hands on is there for the others once its chain has run.
+    assert [len(chain.steps) for chain in mfx.explain(net, x).chains] == ([2, 6] if handed_on else [8])
