@@ -7,20 +7,31 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
+from mfx import compat
 from mfx.capture.binding import frozen
 
 _SWITCHES = (bool, str, type(None))
 
 
 def kind_of(net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return the training mode, and the arguments by what may switch a model's path: types, flags and words.
+    """Return the training mode, the arguments by what may switch a path (types, flags, words), if weights are cached.
 
     Neither a number nor the length of a list: the next step of a search is a call of the same kind.
     """
     named = (f"{name}={_switch(value)}" for name, value in sorted(kwargs.items()))
-    return str(net.training), *map(_switch, args), *named
+    cached = ["cached"] * caches_weights(net)
+    return str(net.training), *map(_switch, args), *named, *cached
+
+
+def caches_weights(net: nn.Module) -> bool:
+    """True inside of ``torch.nn.utils.parametrize.cached()``, if the net has parametrizations.
+
+    A graph of TorchDynamo would compute a tensor each time that it is read.
+    """
+    return compat.are_weights_cached() and any(map(is_parametrized, net.modules()))
 
 
 def _switch(value: Any) -> str:

@@ -23,7 +23,7 @@ from mfx.modules.overlay import bare_submodules
 from mfx.modules.python_state import state_of
 from mfx.modules.references import References
 from mfx.net.agreement import check_same_pieces
-from mfx.net.call_kinds import kind_of
+from mfx.net.call_kinds import caches_weights, kind_of
 from mfx.options.options import Options
 from mfx.program.assembly import Assembly
 from mfx.program.codegen import to_function
@@ -140,7 +140,7 @@ class Pieces:
         kind = kind_of(self.net, args, kwargs)
         if options.capture == "symbolic" or kind in self._without or has_nested(args, kwargs):
             raise NoPiecesError
-        if not self._may_gain(options):
+        if caches_weights(self.net) or not self._may_gain(options):
             raise NoPiecesError
         self._refuse_fake_values(kind, options)
         from mfx.compat.dynamo_pieces import GivenUpError, TooManyGraphsError  # imports TorchDynamo

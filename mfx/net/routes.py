@@ -20,6 +20,7 @@ from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.refusals import DECISION
 from mfx.capture.symbolic.trace import capture
 from mfx.modules.overlay import bare_submodules
+from mfx.net.call_kinds import caches_weights
 from mfx.net.lost_effects import refuse_lasting_writes, refuse_lost_effects
 from mfx.net.sharded import refuse_shards
 from mfx.options.options import Options
@@ -283,10 +284,12 @@ class DynamoRoute:
         self._net = net
         self.graphs: list[RewrittenGraph] = []
         self._history: dict[Any, Any] = {}
+        self._refused = False  # for the call that a graph was looked for last: a capture is made without caches
 
     def find(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> RewrittenGraph | None:
         """Return the graph that serves a call, None if there is none."""
-        for position, graph in enumerate(self.graphs):
+        self._refused = caches_weights(self._net)
+        for position, graph in enumerate(() if self._refused else self.graphs):
             if graph.serves(self._net, args, kwargs):
                 self.graphs.insert(0, self.graphs.pop(position))
                 return graph
@@ -300,6 +303,11 @@ class DynamoRoute:
         """
         net = self._net
         refuse_shards(net)
+        if self._refused:
+            raise CaptureError(
+                f"{type(net).__name__} is called inside of torch.nn.utils.parametrize.cached(), and a graph of "
+                "TorchDynamo computes a parametrized tensor each time that it is read. Call it outside of cached()."
+            )
         self.graphs = [graph for graph in self.graphs if graph.in_place()]
         with bare_submodules(net):
             captured = self._captured(args, kwargs, raises=options.may_change_function)
