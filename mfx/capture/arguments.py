@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -105,8 +105,21 @@ def _by_name(
         if parameter.kind is parameter.VAR_POSITIONAL and arguments.pop(name):
             raise CaptureError(_nameless(model, f"*{name}"))
         if parameter.kind is parameter.VAR_KEYWORD:
+            if clash := arguments[name].keys() & set(_positional_only(signature)):
+                raise CaptureError(_nameless(model, f"{min(clash)}, /, **{name}"))
             arguments.update(sorted(arguments.pop(name).items()))
     return arguments
+
+
+def call_by_name(forward: Callable[..., Any], model: nn.Module, arguments: Mapping[str, Any]) -> Any:
+    """Call a forward, a function of the model, with arguments by name: by position those that cannot come by name."""
+    names = [name for name in _positional_only(inspect.signature(forward)) if name in arguments]
+    others = {name: value for name, value in arguments.items() if name not in names}
+    return forward(model, *[arguments[name] for name in names], **others)
+
+
+def _positional_only(signature: inspect.Signature) -> tuple[str, ...]:
+    return tuple(p.name for p in signature.parameters.values() if p.kind is p.POSITIONAL_ONLY)
 
 
 def _split(signature: inspect.Signature, arguments: Mapping[str, Any], inputs: Sequence[str]) -> ByName:
@@ -115,6 +128,7 @@ def _split(signature: inspect.Signature, arguments: Mapping[str, Any], inputs: S
         tuple(inputs),
         {name: value for name, value in arguments.items() if name not in inputs},
         tuple(p.name for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)),
+        _positional_only(signature),
         {p.name: p.default for p in parameters if p.default is not p.empty},
     )
 

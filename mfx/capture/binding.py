@@ -11,8 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from mfx_passes.paths import resolve
+
 _PLAIN = (bool, int, float, complex, str, bytes, type(None), enum.Enum, type)
 _PLAIN_TORCH = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+
+
+Answer = tuple[str, tuple[Hashable, ...], tuple[tuple[str, Hashable], ...], Any]
+"""The name of a function of torch that tells of a mode, its arguments, and what it returned."""
 
 
 class Binding(Protocol):
@@ -42,6 +48,13 @@ class Sizes(Protocol):
         """True if a call of the net with these inputs, by name, meets them."""
 
 
+class Values(Protocol):
+    """Values that somebody may change between two calls."""
+
+    def are_as_before(self) -> bool:
+        """True if nobody has."""
+
+
 @dataclass(eq=False)
 class ByName:
     """Arguments bound by name: tensors go through the graph, all else is fixed in it.
@@ -50,19 +63,27 @@ class ByName:
         inputs: names of the arguments that are tensors, in the order of the signature.
         constants: names and values of the others.
         positional: names of the arguments that may come by position.
+        nameless: those of them that cannot come by name.
         defaults: the default values that the signature has, by name.
         kinds: dtype and device of the inputs, by name, if the graph holds for these only.
         sizes: conditions on the shapes of the inputs, None without any.
         lacking: attributes that the inputs must not have.
+        asked: what the model was told of modes.
+        looked_at: dtype and device of parameters and buffers that constants may depend on, by path.
+        outside: values outside of the model that they may depend on.
     """
 
     inputs: tuple[str, ...]
     constants: Mapping[str, Any]
     positional: tuple[str, ...] = ()
+    nameless: tuple[str, ...] = ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     kinds: Mapping[str, Any] = field(default_factory=dict)
     sizes: Sizes | None = None
     lacking: tuple[str, ...] = ()
+    asked: tuple[Answer, ...] = ()
+    looked_at: Mapping[str, Any] = field(default_factory=dict)
+    outside: Values | None = None
 
     guards_modules = False
 
@@ -78,7 +99,7 @@ class ByName:
     def holds(self, net: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """True if the same arguments are tensors, and the others are equal to the constants."""
         by_position = self.positional[: len(args)]
-        if len(args) > len(by_position) or not kwargs.keys().isdisjoint(by_position):
+        if len(args) > len(by_position) or not kwargs.keys().isdisjoint(by_position + self.nameless):
             return False
         given = self._given(args, kwargs)
         inputs, constants = self.key
@@ -90,6 +111,10 @@ class ByName:
         if any((given[name].dtype, given[name].device) != kind for name, kind in self.kinds.items()):
             return False
         if any(hasattr(given[name], attribute) for attribute in self.lacking for name in inputs):
+            return False
+        if (self.asked and not self._is_answered_alike()) or (self.looked_at and not self._is_as_looked_at(net)):
+            return False
+        if self.outside is not None and not self.outside.are_as_before():
             return False
         try:
             for name, value in constants:
@@ -123,6 +148,17 @@ class ByName:
             return graph_function(*[given[name] for name in self.inputs])
 
         return call
+
+    def _is_answered_alike(self) -> bool:
+        asked = ((getattr(torch, name)(*args, **dict(kwargs)), answer) for name, args, kwargs, answer in self.asked)
+        return all(now == then for now, then in asked)
+
+    def _is_as_looked_at(self, net: Any) -> bool:
+        try:
+            tensors = [(resolve(net, path), kind) for path, kind in self.looked_at.items()]
+        except AttributeError:
+            return False
+        return all((tensor.dtype, tensor.device) == kind for tensor, kind in tensors)
 
     def _given(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         return {**self.defaults, **dict(zip(self.positional, args, strict=False)), **kwargs}

@@ -60,6 +60,7 @@ class Captured:
         effects: what the model's forward changes in Python, if the graph does not.
         assigned: names of the attributes that this concerns, by module: the graph holds for any value of these.
         decisions: the conditions on values that the graph checks as it runs, in order.
+        names: what the code mentions that may run: attributes, variables and strings.
         guards: conditions on tensors, by the path of what the graph reads under them.
     """
 
@@ -75,6 +76,7 @@ class Captured:
     effects: Sequence[Effect] = ()
     assigned: Mapping[nn.Module, set[str]] = field(default_factory=dict)
     decisions: Sequence[Decision] = ()
+    names: frozenset[str] = frozenset()
     guards: Mapping[str, Sequence[TensorGuard | TieGuard]] = field(default_factory=dict)
 
     def modules_of(self, net: nn.Module) -> dict[str, nn.Module]:

@@ -6,93 +6,22 @@ from collections import deque
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from operator import methodcaller
-from types import BuiltinFunctionType, FunctionType, MappingProxyType, MethodType
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
-from mfx.modules.overlay import MARK, Extra, Overlay
+from mfx.capture.module_guards import INTERNAL, ModuleGuard
 from mfx.modules.references import attributes_of
 from mfx_passes import paths
 
-_PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, torch.memory_format)
-_INTERNAL = frozenset({*nn.Module().__dict__, "forward", MARK, "graph", "code", "print_readable"})
 _TABLES = ("_parameters", "_buffers")
 _ABSENT = object()
 _DEPTH, _ENTRIES = 3, 256  # of containers and objects in each other, and in each, where tensors are looked for
 
 HOLDS = methodcaller("holds")
 """True if a guard holds: for ``map``, a Python call per guard fewer than a generator."""
-
-
-@dataclass(frozen=True)
-class ModuleGuard:
-    """One module as it was when it was walked through.
-
-    Args:
-        module: the module.
-        kind: its class, which a parametrization changes.
-        children: its submodules, in order.
-        training: its training flag.
-        plain: its attributes that are numbers, strings and the like.
-        inherited: such attributes of its class that it has none of its own for, but may be given.
-        missing: names of its parameters and buffers that are None.
-        forward: the forward that the instance has in front of its class's; not guarded for the net itself.
-    """
-
-    module: nn.Module
-    kind: type
-    children: tuple[tuple[str, nn.Module | None], ...]
-    training: bool
-    plain: tuple[tuple[str, Any], ...]
-    inherited: tuple[tuple[str, Any], ...]
-    missing: list[str]
-    forward: Any
-
-    @classmethod
-    def of(cls, module: nn.Module, assigned: Collection[str], *, is_net: bool) -> ModuleGuard:
-        """Return a guard on the module as it is now; the attributes in ``assigned`` may change."""
-        plain = {name: _snapshot(value) for name, value in module.__dict__.items() if name not in _INTERNAL}
-        kept = tuple((name, value) for name, value in plain.items() if value is not _ABSENT and name not in assigned)
-        return cls(
-            module,
-            type(module),
-            _children(module),
-            module.training,
-            kept,
-            tuple(_inherited(module, assigned)),
-            _missing(module),
-            _ABSENT if is_net else _forward(module),
-        )
-
-    def in_place(self) -> bool:
-        """True if it has the class and the submodules it had."""
-        return type(self.module) is self.kind and _children(self.module) == self.children
-
-    def holds(self) -> bool:
-        """True if all of it is as it was."""
-        module = self.module
-        own = module.__dict__  # with few Python calls: there are guards by the hundred
-        is_as_it_was = tuple(own["_modules"].items()) == self.children and type(module) is self.kind
-        if own["training"] != self.training or not (is_as_it_was or self.in_place()):
-            return False
-        for name, snapshot in self.plain:
-            value = own.get(name, _ABSENT)
-            is_it = type(snapshot) is tuple and snapshot[1] is value  # most often: a number or string, as it was
-            if not is_it and _snapshot(value) != snapshot:
-                return False
-        for name, snapshot in self.inherited:
-            value = own[name] if name in own else getattr(self.kind, name, _ABSENT)
-            if value is not snapshot[1] and _snapshot(value) != snapshot:
-                return False
-        if (own["_parameters"] or own["_buffers"]) and _missing(module) != self.missing:
-            return False
-        return (
-            self.forward is _ABSENT
-            or ("forward" not in own and self.forward is None)
-            or _forward(module) is self.forward
-        )
 
 
 @dataclass(frozen=True)
@@ -244,7 +173,7 @@ def _places(net: nn.Module, assigned: Mapping[nn.Module, set[str]]) -> dict[int,
             for name, tensor in getattr(module, table).items()
         ]
         for name, value in module.__dict__.items():
-            if name not in _INTERNAL and name not in assigned.get(module, ()):
+            if name not in INTERNAL and name not in assigned.get(module, ()):
                 found += _tensors_in(value, ((name, None),))
         for tensor, entries in found:
             if tensor is not None:
@@ -271,61 +200,3 @@ def _entries(value: Any) -> Any:
 
 def _version(tensor: torch.Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
-
-
-def guards_of(net: nn.Module, leaves: Collection[str], assigned: Mapping[nn.Module, set[str]]) -> list[ModuleGuard]:
-    """Return guards for every module of a net but ``leaves`` and those inside them, which a graph calls as a whole."""
-    return [
-        ModuleGuard.of(module, assigned.get(module, ()), is_net=module is net)
-        for module in _walked(net, "", frozenset(leaves), set())
-    ]
-
-
-def _walked(module: nn.Module, path: str, leaves: frozenset[str], seen: set[int]) -> Iterator[nn.Module]:
-    if path in leaves or id(module) in seen or isinstance(module, Extra):
-        return
-    seen.add(id(module))
-    yield module
-    for name, child in module._modules.items():
-        if child is not None:
-            yield from _walked(child, paths.join(path, name), leaves, seen)
-
-
-def _children(module: nn.Module) -> tuple[tuple[str, nn.Module | None], ...]:
-    return tuple([item for item in module._modules.items() if not isinstance(item[1], Extra)])
-
-
-def _missing(module: nn.Module) -> list[str]:
-    return [name for table in (module._parameters, module._buffers) for name, t in table.items() if t is None]
-
-
-def _forward(module: nn.Module) -> Any:
-    forward = module.__dict__.get("forward")
-    return None if isinstance(forward, Overlay) and forward.is_submodule else forward
-
-
-def _inherited(module: nn.Module, assigned: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Yield the plain attributes of a module's class, torch's own classes aside, that it has none of its own for."""
-    theirs = [c for c in type(module).__mro__ if c.__module__.partition(".")[0] not in ("torch", "builtins")]
-    for name in dict.fromkeys(name for c in theirs for name in vars(c)):
-        value = getattr(type(module), name, None)
-        if isinstance(value, _PLAIN) and not (name.startswith("__") or name in module.__dict__ or name in assigned):
-            yield name, (type(value), value)
-
-
-def _snapshot(value: Any) -> Any:
-    """Return an immutable copy of a plain value, a function, or a container or object of these; else ``_ABSENT``."""
-    if type(value) is dict:
-        values = tuple(map(_snapshot, value.values()))
-        return _ABSENT if any(item is _ABSENT for item in values) else (tuple(value), values)
-    if isinstance(value, FunctionType | BuiltinFunctionType | MethodType):
-        return value
-    if isinstance(getattr(value, "__dict__", None), dict) and not isinstance(value, (*_PLAIN, nn.Module, type)):
-        if type(value).__module__.partition(".")[0] in ("torch", "builtins"):
-            return _ABSENT
-        plain = [(name, item) for name, item in vars(value).items() if isinstance(item, _PLAIN)]
-        return type(value), id(value), tuple((name, type(item), item) for name, item in plain)
-    if isinstance(value, list | tuple):
-        items = tuple(map(_snapshot, value))
-        return _ABSENT if any(item is _ABSENT for item in items) else (type(value), items)
-    return (type(value), value) if isinstance(value, _PLAIN) else _ABSENT

@@ -62,14 +62,14 @@ def untraced() -> Iterator[None]:
 
 
 def autowrap_in_this_thread(
-    type_seen: type, replaced: Mapping[Callable[..., Any], Callable[..., Any]]
+    seen: Mapping[str, Any], replaced: Mapping[Callable[..., Any], Callable[..., Any]]
 ) -> AbstractContextManager[None]:
     """Have a tracer wrap functions for this thread's calls only: a call of a module elsewhere changes no namespace.
 
     Read in torch 2.11 to 2.15.
 
     Args:
-        type_seen: what the namespaces of the model's code have for the builtin ``type`` in the meantime.
+        seen: what the namespaces of the model's code have for builtins in the meantime, by name.
         replaced: functions, with what these namespaces have in their place.
     """
     module = _symbolic_trace
@@ -81,8 +81,9 @@ def autowrap_in_this_thread(
         original(patcher, namespace, function_ids)
         for name in [name for name, value in namespace.items() if id(value) in others] if is_new and others else ():
             patcher.patch(namespace, name, others[id(namespace[name])])
-        if "type" not in namespace and str(namespace.get("__name__")).partition(".")[0] not in ("torch", "mfx"):
-            patcher.patch(namespace, "type", type_seen)
+        if str(namespace.get("__name__")).partition(".")[0] not in ("torch", "mfx"):
+            for name in seen.keys() - namespace.keys():
+                patcher.patch(namespace, name, seen[name])
 
     return patched(module, "_autowrap_check", check, elsewhere=lambda *args: None)
 

@@ -52,6 +52,7 @@ class PythonState:
         self._modules = {module: path for path, module in model.named_modules()}
         self._seen: dict[int, Any] = {id(module): module for module in self._modules}
         self._holders: list[Holder] = []
+        self._tensors: list[Tensor] = []
         self._references = References()
         # TorchScript's modules note there which of their methods were looked up; their state lies in C++.
         self._tables = [(m, dict(m.__dict__)) for m in self._modules if not isinstance(m, torch.jit.ScriptModule)]
@@ -88,6 +89,11 @@ class PythonState:
         return self._references.classes
 
     @property
+    def functions(self) -> Collection[FunctionType]:
+        """The functions that a forward may call."""
+        return self._references.functions
+
+    @property
     def refers_weakly(self) -> bool:
         """True if a container of weak references is among the values, or a function that may run makes such."""
         held = any(isinstance(value, _WEAK_CONTAINERS) for value in self._seen.values())
@@ -96,6 +102,11 @@ class PythonState:
     def holders(self) -> list[Holder]:
         """Return all that holds values, modules too."""
         return [*(Holder(module.__dict__, DICT, path) for module, path in self._modules.items()), *self._holders]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors among the values, but parameters and buffers."""
+        attributes = [value for _, table in self._tables for value in table.values() if isinstance(value, Tensor)]
+        return [*attributes, *self._tensors]
 
     def changes(self) -> list[Holder]:
         """Return what holds other values than before; of a module, its attributes one by one."""
@@ -165,6 +176,8 @@ class PythonState:
 
     def _note(self, value: Any, name: str, depth: int) -> None:
         if type(value) in _NOTHING_INSIDE or id(value) in self._seen or not depth:
+            if isinstance(value, Tensor):
+                self._tensors.append(value)
             return
         if isinstance(value, FunctionType | MethodType | _lru_cache_wrapper):
             self._references.add(value)

@@ -199,6 +199,25 @@ def names_in(code: CodeType) -> frozenset[str]:
     return frozenset(code.co_names).union(*inner)
 
 
+def mentioned_in(codes: Collection[CodeType]) -> frozenset[str]:
+    """Return the names in code, and the strings there that may be names: ``getattr`` takes these."""
+    return frozenset().union(*map(names_in, codes), *map(_strings_in, codes))
+
+
+@lru_cache(maxsize=4096)
+def _strings_in(code: CodeType) -> frozenset[str]:
+    found, queue = set(), list(code.co_consts)
+    while queue:
+        constant = queue.pop()
+        if isinstance(constant, tuple | frozenset):
+            queue += constant
+        elif isinstance(constant, CodeType):
+            queue += constant.co_consts
+        elif isinstance(constant, str) and constant.isidentifier():
+            found.add(constant)
+    return frozenset(found)
+
+
 @lru_cache(maxsize=4096)
 def stored_in(code: CodeType) -> frozenset[str]:
     """Return the names of global variables that code assigns or deletes."""

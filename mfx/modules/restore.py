@@ -40,7 +40,7 @@ def tensors_restored(net: nn.Module) -> Iterator[list[str]]:
 
 @contextmanager
 def restored_if_fake(net: nn.Module) -> Iterator[None]:
-    """Put back, at the end of this context, attributes and gradients that are fake tensors, and counts of calls.
+    """Put back, at the end of this context, attributes, gradients and data that are fake tensors, and counts of calls.
 
     Within this context the model may run on fake tensors. What it initializes besides stays.
     """
@@ -52,9 +52,14 @@ def restored_if_fake(net: nn.Module) -> Iterator[None]:
         ]
         for module in net.modules()
     ]
+    tensors = [t for tables in before for _, values, _ in tables for t in values.values() if isinstance(t, Tensor)]
+    data = [(tensor, tensor.data) for tensor in tensors]
     try:
         yield
     finally:
+        for tensor, held in data:
+            if tensor.device != held.device:  # a forward that sets ``tensor.data`` has set it to what has none
+                tensor.data = held
         for parameter, gradient in gradients:
             if parameter.grad is not gradient:
                 parameter.grad = gradient

@@ -12,7 +12,8 @@ from mfx import compat
 from mfx.capture.arguments import refuse_nested
 from mfx.capture.captured import CaptureError, PathsError, RaisedError
 from mfx.capture.decisions import Decision
-from mfx.capture.guards import HOLDS, Guard, ModuleGuard
+from mfx.capture.guards import HOLDS, Guard
+from mfx.capture.module_guards import ModuleGuard
 from mfx.modules.aside import aside
 from mfx.modules.overlay import drop_overlays, submodule_overlays
 from mfx.modules.state_lock import StateLock
@@ -208,7 +209,8 @@ class GraphTable:
         Two are tried: a trace of one path, which calls modules that it cannot follow as a whole, their sums with them;
         and TorchDynamo, which may look into these modules and may have to give up. The one with more steps is taken: a
         leaf never costs a step. If they have as many, it is Dynamo's: that one holds for more shapes, and it knows what
-        the modules do. A trace without any step is none: the modules are then rewritten each on its own.
+        the modules do; but not if only the other has the chains of other calls. A trace without any step is none: the
+        modules are then rewritten each on its own.
 
         Raises:
             CaptureError: there is none.
@@ -222,7 +224,9 @@ class GraphTable:
             pass  # Dynamo may do
         steps = sum(leaves.chain_lengths.values()) if leaves else 0
         refused = untraceable
-        decides = leaves is not None and steps and leaves.decisions  # which is a graph break to Dynamo
+        agrees = leaves is not None and steps > 0 and self._agrees(leaves)
+        # A decision is a graph break to Dynamo, or the model computes otherwise, to the last bit, where that traces.
+        decides = agrees and leaves is not None and leaves.decisions and not self.options.may_change_function
         if self.options.capture == "auto" and not decides:
             try:
                 graph = self._dynamo.capture(args, kwargs, self.options)
@@ -232,7 +236,7 @@ class GraphTable:
                 refused = CaptureError(f"{error} (Before that: {untraceable})")
                 refused.__cause__ = error.__cause__
             else:
-                if steps <= sum(graph.chain_lengths.values()):
+                if steps <= sum(graph.chain_lengths.values()) and not (agrees and not self._agrees(graph)):
                     return graph, self._dynamo
         if leaves is None or not steps:
             raise refused
@@ -254,6 +258,13 @@ class GraphTable:
         graph.use_lock(self._lock)
         route.keep(graph)
         return graph
+
+    def _agrees(self, graph: RewrittenGraph) -> bool:
+        try:
+            self.check(graph)
+        except MfxError:
+            return False
+        return True
 
     def check(self, graph: RewrittenGraph) -> None:
         """Check that a graph is of the same function as the others.

@@ -8,7 +8,8 @@ from functools import partial
 from torch import fx, nn
 
 from mfx.capture.captured import Captured
-from mfx.capture.guards import Guard, guards_of
+from mfx.capture.guards import Guard
+from mfx.capture.module_guards import guards_of
 from mfx.capture.named_steps import check_steps
 from mfx.engine import ARITHMETICS, ChainPlan, ChainSettings
 from mfx.options.options import Options
@@ -56,7 +57,7 @@ def rewrite_captured(
         check_steps(captured.graph, lengths, rewritten.findings.rejections)
     flat = tuple(sorted({call.target for call in rewritten.flat}))
     leaves = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
-    guards: list[Guard] = [*guards_of(net, leaves, captured.assigned)]
+    guards: list[Guard] = [*guards_of(net, leaves, captured.assigned, captured.names)]
     guards += _guards_of_reads(graph, momenta, captured)
     return RewrittenGraph(
         captured,

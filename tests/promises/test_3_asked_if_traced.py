@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 import transformers.utils
 from torch import Tensor, fx, nn
 from torch.fx import Proxy, _symbolic_trace
@@ -157,8 +158,8 @@ def test_a_trace_in_another_thread_is_not_disturbed() -> None:
 CAUSAL = {family.name: family for family in FAMILIES if family.name in ("llama", "mistral", "qwen3")}
 
 
-def calls(family: Family, length: int) -> dict[str, dict[str, Any]]:
-    given = {**family.inputs(2, length), "use_cache": False}
+def calls(family: Family, length: int, *, cached: bool) -> dict[str, dict[str, Any]]:
+    given = {**family.inputs(2, length), "use_cache": cached}
     ones = torch.ones_like(given["input_ids"])
     padded = ones.clone()
     padded[-1, : length // 3] = 0
@@ -173,12 +174,32 @@ def step(net: nn.Module, given: dict[str, Any]) -> Outcome:
     return train_step(net, [], given)
 
 
+@pytest.mark.parametrize("cached", [False, True])
 @pytest.mark.parametrize("name", CAUSAL)
-def test_attention_is_told_that_it_is_causal_as_in_the_model(name: str) -> None:
+def test_attention_is_told_that_it_is_causal_as_in_the_model(name: str, cached: bool) -> None:
     family = CAUSAL[name]
     model = family.make()
     net = mfx.momentumize(copy.deepcopy(model), gamma=0.0)
     for length in (10, 7):
-        for given in (*calls(family, length).values(), *calls(family, length).values()):
+        both = calls(family, length, cached=cached), calls(family, length, cached=cached)
+        for given in (given for each in both for given in each.values()):
             assert_bit_equal(step(net, given), step(model, given))
-    assert [len(chain.steps) for chain in mfx.explain(net, **calls(family, 10)["no mask"]).chains] == [2 * DEPTH]
+    explained = mfx.explain(net, **calls(family, 10, cached=cached)["no mask"])
+    assert [len(chain.steps) for chain in explained.chains] == [2 * DEPTH]
+
+
+def test_calls_with_and_without_a_mask_have_the_same_chains() -> None:
+    """Another route would cut those of T5 at other places."""
+    config = transformers.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=32, num_layers=3, num_heads=4)
+    torch.manual_seed(0)
+    model = transformers.T5EncoderModel(config)
+    ids = torch.randint(3, 99, (2, 9))
+    given = {"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for order in (given, given[::-1]):
+        nets = [mfx.momentumize(copy.deepcopy(model), gamma=0.9, memory_budget=budget) for budget in (0.0, 1.0)]
+        for kwargs in order:
+            one, other = (step(net, kwargs) for net in nets)
+            assert_bit_equal(one, other)
+        net = mfx.momentumize(copy.deepcopy(model), gamma=0.0)
+        for kwargs in order:
+            assert_bit_equal(step(net, kwargs), step(model, kwargs))

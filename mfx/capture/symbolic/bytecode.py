@@ -1,4 +1,4 @@
-"""Read off the bytecode of running code whether it asserts, unpacks or formats a traced value, or asks for its class.
+"""Read off bytecode whether it asserts, unpacks, formats or compares a traced value, or asks for its class.
 
 Of 236 models of the zoo that are captured symbolically, 17 are so only by this (16 of 44 of vit_pytorch, 1 of 97 of
 timm, none of torchvision); TorchDynamo captures 16 of these. Without it, `mfx.trace` refuses them, and their nets have
@@ -13,6 +13,7 @@ from collections.abc import Collection, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from types import CodeType, FrameType
+from typing import Any, NamedTuple
 
 # Instructions that may stand between the items of ``*value, more`` and their unpacking.
 _WITHIN_LISTS = ("LIST_APPEND", "LIST_TO_TUPLE", "LOAD_", "BINARY_", "CACHE", "EXTENDED_ARG", "CALL_INTRINSIC_1", "NOP")
@@ -150,6 +151,108 @@ def raises(code: CodeType, offset: int) -> bool:
     """True if the instruction at an offset is a ``raise``."""
     at = bisect_left(instructions := _instructions(code), offset, key=lambda instruction: instruction.offset)
     return instructions[at].opname == "RAISE_VARARGS"
+
+
+class IdentityCheck(NamedTuple):
+    """An ``a is b`` in code, where both may be any values.
+
+    Attributes:
+        line: the number of its line.
+        paths: of each operand the attributes and items that lead to it from the first argument; empty for others.
+    """
+
+    line: int | None
+    paths: tuple[tuple[Any, ...], tuple[Any, ...]]
+
+
+@lru_cache(maxsize=4096)
+def identity_checks(code: CodeType) -> Sequence[IdentityCheck]:
+    """Return where code asks whether two values are one object, functions inside of it included.
+
+    Not where one of them is a constant, a global variable or an attribute of one, a truth value or a class.
+    """
+    found = [check for inner in code.co_consts if isinstance(inner, CodeType) for check in identity_checks(inner)]
+    if dis.opmap["IS_OP"] not in code.co_code[::2]:
+        return tuple(found)
+    steps = _steps(code)
+    for at, step in enumerate(steps):
+        if step.name == "IS_OP":
+            start = _start_of_operand(steps, at)
+            right = steps[start:at] if start is not None else []
+            before = _start_of_operand(steps, start) if start is not None else None
+            left = steps[before:start] if before is not None else []
+            if not (_is_no_value(left) or _is_no_value(right)):
+                line = next((line for first, end, line in code.co_lines() if first <= step.offset < end), None)
+                found.append(IdentityCheck(line, (_path_from_first(left, code), _path_from_first(right, code))))
+    return tuple(found)
+
+
+class _Step(NamedTuple):
+    """An instruction, or a half of one that loads or stores two local variables."""
+
+    name: str
+    argument: Any
+    effect: int  # on the depth of the stack
+    offset: int
+    is_target: bool  # of a jump
+
+
+_NO_STEPS = ("CACHE", "EXTENDED_ARG", "NOP")  # which leave the stack as it is
+
+
+def _steps(code: CodeType) -> Sequence[_Step]:
+    steps = []
+    for i in dis.get_instructions(code):
+        if isinstance(i.argval, tuple) and "FAST" in i.opname:  # LOAD_FAST_LOAD_FAST and the like, since Python 3.13
+            kinds = [part for part in i.opname.split("_") if part in ("LOAD", "STORE")]
+            for kind, name in zip(kinds, i.argval, strict=True):
+                steps.append(_Step(f"{kind}_FAST", name, 1 if kind == "LOAD" else -1, i.offset, i.is_jump_target))
+        elif i.opname not in _NO_STEPS or i.is_jump_target:
+            argument = i.arg if i.opcode >= dis.HAVE_ARGUMENT else None
+            effect = dis.stack_effect(i.opcode, argument, jump=False)
+            steps.append(_Step(i.opname, i.argval, effect, i.offset, i.is_jump_target))
+    return steps
+
+
+def _start_of_operand(steps: Sequence[_Step], end: int) -> int | None:
+    """Return the first of the steps that push the value on top of the stack; None if a jump may lead in between."""
+    pushed = 0
+    for at in reversed(range(end)):
+        if steps[at + 1].is_target or "JUMP" in steps[at].name:
+            return None
+        pushed += steps[at].effect
+        if pushed > 0:
+            return at
+    return None
+
+
+def _is_no_value(pushing: Sequence[_Step]) -> bool:
+    """True if steps push what is no traced value: none are known to, for an operand that was not found."""
+    if not pushing:
+        return False
+    first, *more = pushing
+    if pushing[-1].name in ("IS_OP", "CONTAINS_OP", "UNARY_NOT") or pushing[-1].argument == "__class__":
+        return True
+    if first.name.startswith(("LOAD_CONST", "LOAD_SMALL_INT", "LOAD_GLOBAL", "LOAD_NAME")) and _are_attributes(more):
+        return True
+    depth, last = first.effect, len(more) - 1
+    for at, step in enumerate(more):
+        depth += step.effect
+        if depth == 1:  # of a call of type(), which leaves its result alone
+            return bool(first.argument == "type" and first.name.startswith("LOAD_") and at == last)
+    return False
+
+
+def _path_from_first(pushing: Sequence[_Step], code: CodeType) -> tuple[Any, ...]:
+    if not pushing or not code.co_argcount or pushing[0].argument != code.co_varnames[0]:
+        return ()
+    path = [step for step in pushing[1:] if not step.name.startswith("BINARY_")]  # of a subscript, or its own index
+    names = ("LOAD_ATTR", "LOAD_CONST", "LOAD_SMALL_INT")
+    return tuple(step.argument for step in path) if all(step.name.startswith(names) for step in path) else ()
+
+
+def _are_attributes(steps: Sequence[_Step]) -> bool:
+    return all(step.name.startswith(("LOAD_ATTR", "LOAD_METHOD")) for step in steps)
 
 
 def _raises_assertion(instruction: dis.Instruction) -> bool:

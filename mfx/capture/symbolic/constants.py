@@ -39,6 +39,11 @@ class Constants(nn.Module):
         """The constants."""
         return [value for name, value in self.__dict__.items() if name not in _OWN]
 
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Return the constants that are tensors, by the path by which the graph reads them."""
+        own = {name: value for name, value in self.__dict__.items() if name not in _OWN}
+        return {f"{self.name}.{name}": value for name, value in own.items() if isinstance(value, torch.Tensor)}
+
     def add(self, value: torch.Tensor | torch.ScriptObject) -> str:
         """Hold a constant; return the path by which the graph reads it."""
         attribute = f"constant_{self.count}"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from mfx.capture.captured import Effect
 from mfx.capture.symbolic.tracer import SymbolicTracer
-from mfx.modules.holders import Holder, same
+from mfx.modules.holders import Holder, holder_of, same
 from mfx.modules.kept_results import results_not_kept
 from mfx.modules.python_state import state_of
 from mfx.modules.restore import restored_if_changed
@@ -25,11 +26,13 @@ class Changes:
 
     Args:
         model: the model.
+        arguments: arguments that are no tensors, by name.
         check: called after each trace, before its changes are put back.
     """
 
-    def __init__(self, model: nn.Module, check: Callable[[nn.Module], None]) -> None:
+    def __init__(self, model: nn.Module, arguments: Mapping[str, Any], check: Callable[[nn.Module], None]) -> None:
         self._state = state_of(model)
+        self._arguments = [holder for name, value in arguments.items() for holder in _holders_in(value, name)]
         self._model, self._check = model, check
         self._holders: list[Holder] = []
         self._others: list[str] = []
@@ -45,8 +48,21 @@ class Changes:
                 self._check(self._model)
                 return graph
         finally:
-            self._holders = self._state.put_back()
+            changed = [holder for holder in self._arguments if holder.changed()]
+            for holder in changed:
+                holder.put_back()
+            self._holders = [*self._state.put_back(), *changed]
             self._others = [f"the context variable {var.name}" for var in context if now.get(var) is not context[var]]
+
+    @property
+    def functions(self) -> Collection[FunctionType]:
+        """The functions that the model's code may call, by their names."""
+        return self._state.functions
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The tensors that the model's code could refer to before any trace, but parameters and buffers."""
+        return self._state.tensors()
 
     @property
     def assigned(self) -> dict[nn.Module, set[str]]:
@@ -87,3 +103,11 @@ class Changes:
         held = [paths.join(self._state.path_of(module), n) for module, names in owners.items() for n in sorted(names)]
         is_own = any(paths.is_inside(self._state.path_of(module), path) for module in owners)
         return Effect(path, name or next(iter(held), "a tensor from outside of the model"), is_own)
+
+
+def _holders_in(value: Any, name: str) -> Iterator[Holder]:
+    """Yield the containers in an argument, all of plain values; a frozen one holds no other."""
+    if (holder := holder_of(value, f"the argument {name}")) is not None:
+        yield holder
+        for item in holder.before:
+            yield from _holders_in(item, name)

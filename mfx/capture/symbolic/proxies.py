@@ -50,6 +50,10 @@ if TYPE_CHECKING:
     from torch.fx.proxy import Attribute as _AttributeMethods
 else:  # a model that asks if a value is a proxy gets the answer that it gets for a tensor
     _ProxyMethods, _AttributeMethods = map(compat.methods_of, (fx.Proxy, fx.proxy.Attribute))
+    del _ProxyMethods.__call__  # callable() is False for a tensor
+
+
+_OF_AUTOGRAD = ("grad", "grad_fn", "_base", "_version", "is_leaf", "retains_grad")
 
 
 class _Proxy(ClassOfValue, _ProxyMethods):
@@ -155,6 +159,8 @@ class _Proxy(ClassOfValue, _ProxyMethods):
                 self._refuse(f"it depends on whether a traced value has an attribute {name}")
         elif name.startswith("__"):
             self._refuse(f"{name} of a traced value is read")
+        elif name in _OF_AUTOGRAD:  # None or not, and other than at this place, in a graph that runs as one function
+            self._refuse(f"{name} of a traced value is read, which autograd sets as the model runs")
         attribute = _Attribute(self, name)
         if name not in ("dtype", "device"):
             return attribute

@@ -9,6 +9,8 @@ from typing import Any
 from torch import fx
 from torch.fx.node import map_aggregate
 
+from mfx.modules.holders import slots_of
+
 
 def is_made_of_fields(mapping: Any) -> bool:
     """True if a mapping is a dataclass whose keys are names of fields, as Hugging Face models return them."""
@@ -16,9 +18,23 @@ def is_made_of_fields(mapping: Any) -> bool:
     return is_dataclass(mapping) and keys <= {field.name for field in fields(mapping)}
 
 
+def is_of_attributes(value: Any) -> bool:
+    """True for an object of a class written in Python that is nothing but its attributes."""
+    cls: Any = type(value)
+    if cls.__new__ is not object.__new__ or cls.__reduce_ex__ is not object.__reduce_ex__ or slots_of(cls):
+        return False
+    return hasattr(value, "__dict__") and not callable(value)
+
+
 def to_nodes(args: Any) -> Any:
-    """Return arguments with the nodes of proxies in their place."""
-    return map_aggregate(args, lambda arg: arg.node if isinstance(arg, fx.Proxy) else arg)
+    """Return arguments with the nodes of proxies in their place, and classes in that of objects, which hold proxies."""
+
+    def to_node(arg: Any) -> Any:
+        if isinstance(arg, fx.Proxy):
+            return arg.node
+        return type(arg) if is_of_attributes(arg) else arg
+
+    return map_aggregate(args, to_node)
 
 
 def last_node(graph: fx.Graph) -> fx.Node | None:

@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from mfx.capture.captured import CaptureError
 from mfx.capture.symbolic.call_values import CallValues, Length
+from mfx.capture.symbolic.constants import Constants
 from mfx_passes.rewrite.portable_graph import PortableGraph, copy_graph
 
 _MOST = 1024  # shapes of which is known whether they fit
@@ -21,10 +22,17 @@ class SizesTaken:
         inputs: the tensors that the trace was made for, by name.
         graph: returns the sizes, or what has these lengths; None if only these very shapes are known to have them.
         numbers: the sizes.
+        constants: the tensors that the graph reads and the model does not have.
     """
 
-    def __init__(self, inputs: Mapping[str, Tensor], graph: PortableGraph | None, numbers: tuple[Any, ...]) -> None:
-        self._graph, self._numbers = graph, numbers
+    def __init__(
+        self,
+        inputs: Mapping[str, Tensor],
+        graph: PortableGraph | None,
+        numbers: tuple[Any, ...],
+        constants: Constants,
+    ) -> None:
+        self._graph, self._numbers, self._constants = graph, numbers, constants
         self._shapes = _shapes(inputs)
         self._known: dict[Any, bool] = {}
 
@@ -46,6 +54,7 @@ class SizesTaken:
             values = CallValues(net, inputs)
         except CaptureError:
             return False
+        values.constants = self._constants
         values.find(graph)
         found: Any = graph.output_node().args[0]
         return all(map(_is_same, map(values.of, found), self._numbers))
@@ -61,37 +70,34 @@ def _is_same(value: Any, number: Any) -> bool:
     return type(value) is type(number) and bool(value == number)
 
 
-def sizes_taken(
-    model: nn.Module, graph: fx.Graph, values: CallValues, constants: str, *, exactly: bool
-) -> SizesTaken | None:
+def sizes_taken(model: nn.Module, graph: fx.Graph, values: CallValues, *, exactly: bool) -> SizesTaken | None:
     """Return the sizes that a trace has used as numbers; None if it has used none.
 
     Args:
         model: the model that was traced.
         graph: the graph of the trace.
         values: what the trace knew of the call that it was made for.
-        constants: the name under which the graph has tensors of its own.
         exactly: True if other shapes never do.
     """
     if not values.numbers:
         return None
     if exactly:
-        return SizesTaken(values.inputs, None, ())
+        return SizesTaken(values.inputs, None, (), values.constants)
     wanted, copies, told = set(values.numbers), dict[fx.Node, fx.Node](), fx.Graph()
     for node in reversed(graph.nodes):
         wanted.update(node.all_input_nodes if node in wanted else ())
     for node in graph.nodes:
-        if node in wanted and _is_told(node, model, constants):
+        if node in wanted and _is_told(node, model):
             copies[node] = told.node_copy(node, lambda of: copies.get(of, of))
     if any(node not in copies for node in wanted):  # for one, it is no longer part of the graph
-        return SizesTaken(values.inputs, None, ())
+        return SizesTaken(values.inputs, None, (), values.constants)
     told.output(tuple(copies[node] for node in values.numbers))
-    return SizesTaken(values.inputs, copy_graph(told), tuple(values.numbers.values()))
+    return SizesTaken(values.inputs, copy_graph(told), tuple(values.numbers.values()), values.constants)
 
 
-def _is_told(node: fx.Node, model: nn.Module, constants: str) -> bool:
+def _is_told(node: fx.Node, model: nn.Module) -> bool:
     """True if a run on tensors without data tells the shape of a node's value, and does nothing else."""
-    if node.op == "call_module":
-        module = model.get_submodule(str(node.target))
-        return type(module).__module__.startswith("torch.nn.") and "forward" not in module.__dict__
-    return not (node.op == "get_attr" and str(node.target).startswith(f"{constants}."))
+    if node.op != "call_module":
+        return True
+    module = model.get_submodule(str(node.target))
+    return type(module).__module__.startswith("torch.nn.") and "forward" not in module.__dict__

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import traceback
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,13 +21,19 @@ from mfx.capture.decisions import Guesses
 from mfx.capture.guards import guards_of_tensors, guards_of_ties
 from mfx.capture.named_steps import NamedStepModules
 from mfx.capture.symbolic.call_values import CallValues
+from mfx.capture.symbolic.classes import is_of_trace
 from mfx.capture.symbolic.effects import Changes
+from mfx.capture.symbolic.identity import refuse_identity_checks
 from mfx.capture.symbolic.leaves import Leaves
+from mfx.capture.symbolic.made_tensors import make_anew
+from mfx.capture.symbolic.outside_values import OutsideValues, with_callees
 from mfx.capture.symbolic.refusals import UntraceableError
 from mfx.capture.symbolic.sizes_taken import sizes_taken
 from mfx.capture.symbolic.tracer import SymbolicTracer
 from mfx.capture.symbolic.user_code import is_interrupt, is_own_fault, is_raised_by_user, own_fault, said_by
+from mfx.modules.buffers import storage_of
 from mfx.modules.random_state import undisturbed
+from mfx.modules.references import mentioned_in
 from mfx.modules.restore import tensors_restored
 from mfx_passes import MfxError
 from mfx_passes.analysis.ancestry import GraphIndex
@@ -79,7 +87,7 @@ def capture(
         RaisedError: the model raises an error on the path that a call takes.
     """
     leaves = Leaves(allowed=False) if leaves is None else leaves
-    changes = Changes(model, _refuse_hooks_of_its_own)
+    changes = Changes(model, binding.constants, _refuse_hooks_of_its_own)
 
     def tracer() -> SymbolicTracer:
         values = None if inputs is None else CallValues(model, inputs)
@@ -104,29 +112,39 @@ def capture(
             "decide what to compute (layer drop, for example): a graph would repeat this one decision for ever. "
             f"{_ADVICE}"
         )
+    called = {str(node.target): model.get_submodule(str(node.target)) for node in graph.find_nodes(op="call_module")}
+    calls = make_anew(graph, last.calls, last.constants, changes.tensors, called)
+    if last.values is not None:
+        last.values.find(graph)
     if steps is not None:
         steps.mark(graph)
     kept = copy_graph(graph)
-    called = {str(node.target): model.get_submodule(str(node.target)) for node in kept.find_nodes(op="call_module")}
     _refuse_changed_constants(model, kept, called, last)
+    depends = last.depends
+    refuse_identity_checks(model, with_callees(depends.codes, changes.functions))
+    outside = OutsideValues(depends.codes, changes.functions)
+    binding = replace(binding, asked=depends.answers, looked_at=depends.kinds, outside=outside)
     values, whole = last.values, {path: leaves.reasons[module] for path, module in called.items() if module in leaves}
     if values is not None:
-        sizes = sizes_taken(model, graph, values, last.constants.name, exactly=bool(whole))
+        sizes = sizes_taken(model, graph, values, exactly=bool(whole))
         binding = binding.for_inputs(values.inputs, sizes, values.lacking)
     return Captured(
         kept,
-        load_calls(dump_calls(last.calls), kept),
+        load_calls(dump_calls(calls), kept),
         last.walked,
         binding,
         modules={last.constants.name: last.constants} if last.constants else {},
         guards={
-            last.constants.name: guards_of_tensors(model, last.used.values(), last.constants.values, changes.assigned),
+            last.constants.name: guards_of_tensors(
+                model, last.depends.used.values(), last.constants.values, changes.assigned
+            ),
             **guards_of_ties(model, {str(node.target) for node in kept.find_nodes(op="get_attr")}, changes.assigned),
         },
         values={} if values is None else values.tensors(graph),
         leaves=whole,
         effects=effects,
         assigned=changes.assigned,
+        names=mentioned_in({*depends.codes, *(function.__code__ for function in changes.functions)}),
         decisions=tuple(last.decisions),
     )
 
@@ -135,14 +153,14 @@ def _refuse_changed_constants(
     model: nn.Module, graph: fx.Graph, called: Mapping[str, nn.Module], tracer: SymbolicTracer
 ) -> None:
     """Refuse a graph that changes a tensor of which the trace has computed constants: they would be its first ones."""
-    if not tracer.used:
+    if not tracer.depends.used:
         return
     index, prefix = GraphIndex(graph, called), f"{tracer.constants.name}."
     for mutation in Mutations(index).at(index.nodes):
         for node in mutation.family:
             path = str(node.target)
             root = tracer.constants if path.startswith(prefix) else model
-            if node.op == "get_attr" and id(resolve(root, path.removeprefix(prefix))) in tracer.used:
+            if node.op == "get_attr" and id(resolve(root, path.removeprefix(prefix))) in tracer.depends.used:
                 raise CaptureError(
                     f"{type(model).__name__} changes a tensor in place ({mutation.node.name}) that is neither a "
                     f"parameter nor a buffer, and computes with it. {_ADVICE}"
@@ -206,6 +224,8 @@ class _ValuesRead(TorchFunctionMode):
             self._tracer.refusals.refuse(
                 UntraceableError("it reads the value of a tensor while it runs; a graph would hold for this value only")
             )
+        if not is_of_trace(sys._getframe(1)):
+            self._look(func, args, kwargs)
         try:
             result = func(*args, **(kwargs or {}))
         except Exception as error:
@@ -222,12 +242,26 @@ class _ValuesRead(TorchFunctionMode):
                 self._note(part, *args)
         return result
 
+    def _look(self, func: Any, args: Any, kwargs: Any) -> None:
+        """Note what the model's code looks at; refuse constants of what the graph changes: that is not in them yet."""
+        if getattr(func, "__name__", "") == "__set__":
+            self._tracer.refusals.refuse(UntraceableError("it sets an attribute of a tensor (data, for example)"))
+        given = pytree.tree_leaves((args, kwargs))
+        if any(isinstance(value, fx.Proxy) for value in given):
+            return
+        tensors = [value for value in given if isinstance(value, Tensor)]
+        for tensor in tensors:
+            self._tracer.look_at(tensor)
+        if not self._tracer.written.isdisjoint(map(storage_of, tensors)):
+            what = "it reads a tensor that it makes and writes traced values into"
+            self._tracer.refusals.refuse(UntraceableError(what))
+
     def _note(self, result: Tensor, *values: Any) -> None:
         given = [value for value in pytree.tree_leaves(values) if isinstance(value, Tensor)]
         for value in given:
             if id(value) not in self._made:
                 self._tracer.refuse_view(value)
-                self._tracer.used[id(value)] = value
+                self._tracer.depends.used[id(value)] = value
         self._made[id(result)] = result
 
     def _is_made_of_numbers(self, func: Any, leaves: list[Any]) -> bool:

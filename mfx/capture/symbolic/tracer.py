@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from mfx import compat
+from mfx.capture.arguments import call_by_name
 from mfx.capture.captured import CaptureError
 from mfx.capture.decisions import Decision, Guesses, check_decision
 from mfx.capture.outputs import says_something
@@ -22,11 +23,15 @@ from mfx.capture.symbolic.bytecode import unpacked_indices
 from mfx.capture.symbolic.call_values import UNKNOWN, CallValues
 from mfx.capture.symbolic.classes import type_of_value
 from mfx.capture.symbolic.constants import Constants
+from mfx.capture.symbolic.dependences import Dependences
 from mfx.capture.symbolic.entered_modes import EnteredModes
+from mfx.capture.symbolic.identity import identity_refused
 from mfx.capture.symbolic.leaf_modules import TORCH_FUNCTIONS, einops_functions, is_looked_into, timm_functions
 from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.leftovers import Leftovers
 from mfx.capture.symbolic.lengths import known_length
+from mfx.capture.symbolic.made_objects import MadeObjects
+from mfx.capture.symbolic.made_tensors import written_constants
 from mfx.capture.symbolic.outputs import Outputs
 from mfx.capture.symbolic.own_calls import own_calls_seen
 from mfx.capture.symbolic.packing import packing_functions, packing_namespaces
@@ -60,7 +65,8 @@ class SymbolicTracer(fx.Tracer):
         outputs: what the model prints and logs.
         leftovers: the proxies of the trace.
         decisions: the conditions that were met, in order.
-        used: tensors from before the trace that constants were computed from.
+        written: the memory of constants that the graph changes in place.
+        depends: what the model's code has looked at.
         at_boundary: called with the path of a walked module whenever its code goes on to, or comes back from, another
             one that is walked through.
     """
@@ -89,10 +95,12 @@ class SymbolicTracer(fx.Tracer):
         self.refusals = Refusals()
         self.outputs = Outputs(self, self.refusals)
         self.leftovers = Leftovers()
-        self.used: dict[int, torch.Tensor] = {}
+        self.written: set[int] = set()
+        self.depends = Dependences()
         self.at_boundary: Callable[[str], None] = lambda path: None
         self._thread = threading.get_ident()
         self._parameters: dict[str, fx.Proxy] = {}
+        self._made: MadeObjects | None = None
 
     def trace(self, root: nn.Module | Callable[..., Any], concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Record the forward pass of ``root``, a module; see `torch.fx.Tracer.trace`."""
@@ -101,19 +109,22 @@ class SymbolicTracer(fx.Tracer):
         self._tensor_paths = {id(tensor): path for path, tensor in reversed(tensors)}
         self._storages = {storage_of(tensor) for _, tensor in tensors} - {0}
         self.walked = {"": root}
-        self.constants = Constants(root)
+        self.constants, self._submodules = Constants(root), dict(root.named_modules())
         if self.values is not None:
             self.values.constants = self.constants
         self._modes = EnteredModes(self.refusals)
-        wrapped = compat.autowrap_in_this_thread(type_of_value, {**packing_functions(), **compat.trace_hidden_from()})
+        replaced = {**packing_functions(), **compat.trace_hidden_from(), **self.depends.functions()}
+        seen = {"type": type_of_value, "id": identity_refused(self.refusals)}
+        wrapped = compat.autowrap_in_this_thread(seen, replaced)
         watched, recorded, hidden = self._modes.watched(), self.outputs.recorded(), compat.trace_hidden()
         try:
             with watched, recorded, wrapped, hidden, functions_are_nodes(), own_calls_seen(root, self._call):
                 graph = super().trace(root, concrete_args)
             if self.values is not None:
                 self.values.find(graph)
+                self.depends.follow(root, self.values.inputs.values())
         finally:
-            self._parameters = {}
+            self._parameters, self._made = {}, None
             if self.values is not None:
                 self.values.put_back()
         self.at_boundary("")
@@ -130,7 +141,10 @@ class SymbolicTracer(fx.Tracer):
         placeholders = {name: self.create_proxy("placeholder", name, (), {}) for name in self._inputs}
 
         def forward() -> Any:
-            return root_fn(self.root, **placeholders, **self._constants)
+            result = call_by_name(root_fn, self.root, {**placeholders, **self._constants})
+            if self.values is not None:  # else TorchDynamo is asked first, which knows what classes do
+                self._made = MadeObjects(self)
+            return result
 
         # The tracer looks into the globals and annotations of what it calls, so they must be the model's.
         return functools.wraps(root_fn)(forward), []
@@ -182,7 +196,7 @@ class SymbolicTracer(fx.Tracer):
         attributes = {module: dict(module.__dict__) for module in m.modules()}
         last = last_node(self.graph)
         calls, walked, stack = len(self.calls), dict(self.walked), self.module_stack.copy()
-        refused, decided, used = self.refusals.count, len(self.decisions), dict(self.used)
+        refused, decided, used = self.refusals.count, len(self.decisions), dict(self.depends.used)
         try:
             with undisturbed(m) as drawn, tensors_restored(m) as replaced:
                 output = self._walk(m, path, run, args, kwargs)
@@ -200,7 +214,7 @@ class SymbolicTracer(fx.Tracer):
                 raise WrongGuessError(str(error)) from error
             self.refusals.forget_after(refused)
             del self.decisions[decided:]
-            self.used = used
+            self.depends.used = used
             for module, before in attributes.items():
                 module.__dict__.clear()
                 module.__dict__.update(before)
@@ -254,6 +268,8 @@ class SymbolicTracer(fx.Tracer):
         try:
             return super().create_arg(a)
         except NotImplementedError as error:
+            if self._made is not None and (made := self._made.node_of(a)) is not None:
+                return made
             self.refusals.refuse(UntraceableError(f"a traced operation has an {error}"))
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
@@ -263,7 +279,9 @@ class SymbolicTracer(fx.Tracer):
         if args[:2] == ("call_method", "backward"):
             self._modes.refuse_differentiation("makes a backward pass, which adds to gradients")
         node = super().create_node(*args, **kwargs)
-        node.meta["stack_trace"] = user_stack()
+        node.meta["stack_trace"] = user_stack(self.depends.codes)
+        if self.constants:
+            self.written |= set(map(storage_of, written_constants(node, self.constants, self._submodules)))
         return node
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
@@ -276,6 +294,11 @@ class SymbolicTracer(fx.Tracer):
                 self.refusals.refuse(UntraceableError("a traced value is iterated over, whose length is not known"))
             indices = range(length)
         return iter([None if i is None else operator.getitem(obj, i) for i in indices])
+
+    def look_at(self, tensor: torch.Tensor) -> None:
+        """Take note that the model's code looks at a tensor, which may be a parameter or buffer."""
+        if (path := self._tensor_paths.get(id(tensor))) is not None:
+            self.depends.look_at(path, tensor)
 
     def refuse_view(self, tensor: Any) -> None:
         """Refuse a tensor in the memory of a parameter or buffer: the graph would not know that it changes with it."""
@@ -318,11 +341,16 @@ class SymbolicTracer(fx.Tracer):
 
     def number_of(self, obj: fx.Proxy) -> Any:
         """Return a size, or what was computed of sizes, in the call that is traced; `UNKNOWN` if it is not known."""
+        if obj.__dict__.get("attr") == "requires_grad":  # another thing in each call, whatever its shapes are
+            self.refusals.refuse(UntraceableError("it depends on whether a traced value requires a gradient"))
         return UNKNOWN if self.values is None else self.values.number(obj.node)
 
     def constant_of(self, obj: fx.Proxy) -> Any:
         """Return a dtype or device in the call that is traced; `UNKNOWN` if it is not known."""
-        return UNKNOWN if self.values is None else self.values.of(obj.node)
+        value = UNKNOWN if self.values is None else self.values.of(obj.node)
+        if value is not UNKNOWN:
+            self.depends.given.append(obj.node)
+        return value
 
     def length_of(self, obj: fx.Proxy) -> int | None:
         """Return the length of a value in the call that is traced; None if it is not known."""

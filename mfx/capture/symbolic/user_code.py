@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any
 
 import torch
@@ -39,14 +39,19 @@ def user_line(frames: traceback.StackSummary, model: nn.Module) -> str:
     return f"in the forward of {type(model).__name__}"
 
 
-def user_stack() -> str:
-    """Return the frames of the user's model, outermost first, as a traceback prints them."""
+def user_stack(codes: dict[CodeType, dict[str, Any]]) -> str:
+    """Return the frames of the user's model, outermost first, as a traceback prints them.
+
+    Args:
+        codes: takes the code that runs in them, with its variables.
+    """
     lines = []
     frame = sys._getframe(2)
     while frame is not None:
         if frame.f_globals.get("__name__", "") == "mfx.capture.symbolic.trace":
             break
         if not _is_between(frame):
+            codes[frame.f_code] = frame.f_globals
             lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n')
         frame = frame.f_back  # type: ignore[assignment]
     return "".join(reversed(lines))
