@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterable
 from functools import partial
 from types import BuiltinFunctionType, CellType, FunctionType, MappingProxyType, MemberDescriptorType, MethodType
@@ -19,7 +19,7 @@ PLAIN = (
     *(bool, int, float, complex, str, bytes, type(None), enum.Enum),
     *(torch.dtype, torch.device, torch.layout, torch.memory_format),
 )
-CONTAINERS = (list, tuple, deque, dict, MappingProxyType, set, frozenset)
+CONTAINERS = (list, tuple, deque, OrderedDict, dict, MappingProxyType, set, frozenset)
 WHOLE = 16
 """A depth for what is plain throughout: any number of entries."""
 DEEP = 3
@@ -69,11 +69,12 @@ def snapshot(value: Any, names: frozenset[str] = frozenset(), depth: int = WHOLE
         return kind, repr(value) if kind is float and not value else value  # -0.0 equals 0.0
     if not depth:
         return Same(value)
-    if isinstance(value, dict | MappingProxyType):
-        keys = tuple([key if type(key) is str else snapshot(key, names, depth - 1) for key in value])
-        return _held(value, keys, value.values(), names, depth)
-    if isinstance(value, list | tuple | deque | set | frozenset):
-        held = _held(value, None, value, names, depth)
+    own: Any = next((cls for cls in CONTAINERS if isinstance(value, cls)), None)  # a subclass's methods may do more
+    if own in (OrderedDict, dict, MappingProxyType):
+        keys = tuple([key if type(key) is str else snapshot(key, names, depth - 1) for key in own.keys(value)])
+        return _held(value, keys, own.values(value), names, depth)
+    if own is not None:
+        held = _held(value, None, (*own.__iter__(value),), names, depth)
         return held if isinstance(held, Same) or not isinstance(value, set | frozenset) else (kind, frozenset(held[2]))
     depth = min(depth, DEEP)
     if kind in _FIELDS:

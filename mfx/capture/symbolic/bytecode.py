@@ -235,11 +235,12 @@ def _is_no_value(pushing: Sequence[_Step]) -> bool:
         return True
     if first.name.startswith(("LOAD_CONST", "LOAD_SMALL_INT", "LOAD_GLOBAL", "LOAD_NAME")) and _are_attributes(more):
         return True
-    depth, last = first.effect, len(more) - 1
+    depth = first.effect
     for at, step in enumerate(more):
         depth += step.effect
         if depth == 1:  # of a call of type(), which leaves its result alone
-            return bool(first.argument == "type" and first.name.startswith("LOAD_") and at == last)
+            is_class = first.argument == "type" and first.name.startswith("LOAD_")
+            return is_class and _are_attributes(more[at + 1 :])
     return False
 
 

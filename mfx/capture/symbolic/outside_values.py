@@ -10,14 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from mfx.capture.binding import NotPlainError, frozen
+from mfx.capture.snapshots import CONTAINERS, PLAIN, snapshot
 from mfx.modules.references import attributes_of, is_users, is_users_class, names_in
 
 _ABSENT = object()
 _DEPTH = 3  # of objects in each other, and of functions that functions call
-_ENTRIES = 64  # in a container
 _FEW = 1024  # functions: a library's models name thousands
-_CHANGING = {list, tuple, dict, ContextVar}  # hold other values and are the same
+_CHANGING = (*CONTAINERS, ContextVar)  # may hold other values and be the same
 _Namespace = dict[str, Any]
 
 
@@ -46,13 +45,12 @@ class OutsideValues:
             now = namespace.get(name, _ABSENT)
             for attribute in path:
                 now = getattr(now, attribute, _ABSENT)
-            if (now is not value or type(value) in _CHANGING) and _noted(now) != noted:
+            if (now is not value or isinstance(value, _CHANGING)) and _noted(now) != noted:
                 return False
         return True
 
     def __getstate__(self) -> list[tuple[Any, ...]]:
-        entries = ((n.get("__name__"), *entry) for n, *entry in self._entries if isinstance(entry[-1], tuple))
-        return [(module, *entry) for module, *entry in entries if type(entry[2]) not in _CHANGING]
+        return [(n.get("__name__"), *entry) for n, *entry in self._entries if isinstance(entry[2], PLAIN)]
 
     def __setstate__(self, state: list[tuple[Any, ...]]) -> None:
         self._entries = [(vars(sys.modules[module]), *entry) for module, *entry in state if module in sys.modules]
@@ -100,9 +98,4 @@ def _noted(value: Any) -> Any:
         return id(value)
     if isinstance(value, ContextVar):
         value = value.get(None)
-    if isinstance(value, list | tuple | dict | str | bytes) and len(value) > _ENTRIES:
-        return _ABSENT
-    try:
-        return frozen(value)
-    except NotPlainError:
-        return _ABSENT
+    return snapshot(value, depth=_DEPTH) if isinstance(value, (*PLAIN, *CONTAINERS)) else _ABSENT

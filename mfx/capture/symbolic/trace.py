@@ -121,8 +121,10 @@ def capture(
     kept = copy_graph(graph)
     _refuse_changed_constants(model, kept, called, last)
     depends = last.depends
-    refuse_identity_checks(model, with_callees(depends.codes, changes.functions))
-    outside = OutsideValues(depends.codes, changes.functions)
+    files = {namespace.get("__name__") for namespace in depends.codes.values()}
+    functions = [function for function in changes.functions if function.__module__ in files]
+    refuse_identity_checks(model, with_callees(depends.codes, functions))
+    outside = OutsideValues(depends.codes, functions)
     binding = replace(binding, asked=depends.answers, looked_at=depends.kinds, outside=outside)
     values, whole = last.values, {path: leaves.reasons[module] for path, module in called.items() if module in leaves}
     if values is not None:
