@@ -159,10 +159,12 @@ class IdentityCheck(NamedTuple):
     Attributes:
         line: the number of its line.
         paths: of each operand the attributes and items that lead to it from the first argument; empty for others.
+        variables: the operands that are local variables, by name.
     """
 
     line: int | None
     paths: tuple[tuple[Any, ...], tuple[Any, ...]]
+    variables: tuple[str, ...]
 
 
 @lru_cache(maxsize=4096)
@@ -183,7 +185,9 @@ def identity_checks(code: CodeType) -> Sequence[IdentityCheck]:
             left = steps[before:start] if before is not None else []
             if not (_is_no_value(left) or _is_no_value(right)):
                 line = next((line for first, end, line in code.co_lines() if first <= step.offset < end), None)
-                found.append(IdentityCheck(line, (_path_from_first(left, code), _path_from_first(right, code))))
+                paths = _path_from_first(left, code), _path_from_first(right, code)
+                local = [side[0] for side in (left, right) if len(side) == 1 and side[0].name.startswith("LOAD_FAST")]
+                found.append(IdentityCheck(line, paths, tuple(step.argument for step in local)))
     return tuple(found)
 
 

@@ -6,7 +6,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import CodeType
+from types import CodeType, FrameType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -14,6 +14,10 @@ from torch import Tensor, fx, nn
 
 from mfx import compat
 from mfx.capture.binding import Answer
+from mfx.capture.snapshots import PLAIN
+from mfx.capture.symbolic.bytecode import identity_checks
+from mfx.capture.symbolic.classes import ClassOfValue
+from mfx.modules.buffers import is_buffer
 from mfx.modules.references import is_users
 from mfx_passes.paths import is_inside
 
@@ -44,6 +48,7 @@ class Dependences:
         used: tensors that constants were computed from, by identity.
         kinds: dtype and device of parameters and buffers, by path.
         codes: code that has run, with its variables.
+        never_traced: whether local variables that code compares by ``is`` had values that no trace makes, by name.
         given: nodes whose value, a dtype or device, the code was given.
     """
 
@@ -51,6 +56,7 @@ class Dependences:
         self.used: dict[int, Tensor] = {}
         self.kinds: dict[str, tuple[torch.dtype, torch.device]] = {}
         self.codes: dict[CodeType, dict[str, Any]] = {}
+        self.never_traced: dict[tuple[CodeType, str], bool] = {}
         self.given: list[fx.Node] = []
         self._answers: dict[Any, Any] = {}
         self._thread = threading.get_ident()
@@ -63,6 +69,14 @@ class Dependences:
     def look_at(self, path: str, tensor: Tensor) -> None:
         """Note that the code has looked at a parameter or buffer."""
         self.kinds[path] = tensor.dtype, tensor.device
+
+    def look_at_variables(self, frame: FrameType) -> None:
+        """Note the values of the variables that a frame's code compares by ``is``."""
+        for check in identity_checks(frame.f_code):
+            for name in check.variables:
+                if (value := frame.f_locals.get(name)) is not None:
+                    key = frame.f_code, name
+                    self.never_traced[key] = self.never_traced.get(key, True) and _is_never_traced(value)
 
     def follow(self, root: nn.Module, inputs: Iterable[Tensor]) -> None:
         """Note what the dtypes and devices depend on that the code was given: parameters, buffers and autocast."""
@@ -94,3 +108,9 @@ class Dependences:
         if threading.get_ident() == self._thread and (is_users(asking) or str(asking).startswith("torch.nn.")):
             self._answers[name, args, tuple(kwargs.items())] = answer
         return answer
+
+
+def _is_never_traced(value: Any) -> bool:
+    """True for a value that neither is a tensor nor holds one: numbers, arrays, modules, functions, classes."""
+    kinds = (*PLAIN, nn.Module, type, FunctionType, ModuleType)
+    return not isinstance(value, ClassOfValue) and (isinstance(value, kinds) or is_buffer(value))

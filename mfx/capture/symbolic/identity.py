@@ -18,19 +18,23 @@ from mfx.modules.references import is_users
 _WHAT = "it asks whether two values are one object"
 
 
-def refuse_identity_checks(model: nn.Module, codes: Mapping[CodeType, dict[str, Any]]) -> None:
+def refuse_identity_checks(
+    model: nn.Module, codes: Mapping[CodeType, dict[str, Any]], never_traced: Mapping[tuple[CodeType, str], bool]
+) -> None:
     """Refuse a model whose code may compare two traced values by ``is``, which no proxy can answer.
 
     Args:
         model: the model.
         codes: code that may have run, with its variables.
+        never_traced: local variables of code of which it is known whether they ever had a traced value.
 
     Raises:
         CaptureError: it may.
     """
     for code, namespace in codes.items():
         for check in identity_checks(code) if is_users(namespace.get("__name__")) else ():
-            if not _is_known(model, check.paths):
+            is_known = any(never_traced.get((code, name), False) for name in check.variables)
+            if not is_known and not _is_known(model, check.paths):
                 said = linecache.getline(code.co_filename, check.line or 0).strip()
                 where = f"{code.co_filename}:{check.line}, in {code.co_name}: {said}"
                 raise CaptureError(

@@ -123,7 +123,8 @@ def capture(
     depends = last.depends
     files = {namespace.get("__name__") for namespace in depends.codes.values()}
     functions = [function for function in changes.functions if function.__module__ in files]
-    refuse_identity_checks(model, with_callees(depends.codes, functions))
+    codes = with_callees(depends.codes, functions)
+    refuse_identity_checks(model, codes, depends.never_traced)
     outside = OutsideValues(depends.codes, functions)
     binding = replace(binding, asked=depends.answers, looked_at=depends.kinds, outside=outside)
     values, whole = last.values, {path: leaves.reasons[module] for path, module in called.items() if module in leaves}
@@ -146,7 +147,7 @@ def capture(
         leaves=whole,
         effects=effects,
         assigned=changes.assigned,
-        names=mentioned_in({*depends.codes, *(function.__code__ for function in changes.functions)}),
+        names=mentioned_in({*depends.codes, *(function.__code__ for function in functions)}),
         decisions=tuple(last.decisions),
     )
 

@@ -279,7 +279,7 @@ class SymbolicTracer(fx.Tracer):
         if args[:2] == ("call_method", "backward"):
             self._modes.refuse_differentiation("makes a backward pass, which adds to gradients")
         node = super().create_node(*args, **kwargs)
-        node.meta["stack_trace"] = user_stack(self.depends.codes)
+        node.meta["stack_trace"] = user_stack(self.depends.codes, self.depends.look_at_variables)
         if self.constants:
             self.written |= set(map(storage_of, written_constants(node, self.constants, self._submodules)))
         return node

@@ -7,6 +7,7 @@ import linecache
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -39,11 +40,12 @@ def user_line(frames: traceback.StackSummary, model: nn.Module) -> str:
     return f"in the forward of {type(model).__name__}"
 
 
-def user_stack(codes: dict[CodeType, dict[str, Any]]) -> str:
+def user_stack(codes: dict[CodeType, dict[str, Any]], look: Callable[[FrameType], None]) -> str:
     """Return the frames of the user's model, outermost first, as a traceback prints them.
 
     Args:
         codes: takes the code that runs in them, with its variables.
+        look: called with each of them.
     """
     lines = []
     frame = sys._getframe(2)
@@ -52,6 +54,7 @@ def user_stack(codes: dict[CodeType, dict[str, Any]]) -> str:
             break
         if not _is_between(frame):
             codes[frame.f_code] = frame.f_globals
+            look(frame)
             lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n')
         frame = frame.f_back  # type: ignore[assignment]
     return "".join(reversed(lines))

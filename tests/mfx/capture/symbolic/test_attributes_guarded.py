@@ -209,14 +209,18 @@ class Counting:
 
 def test_what_nobody_mentions_may_change():
     net = mfx.momentumize(Model(lambda model, x: model.run(x) * 2), gamma=0.0, capture="symbolic")
-    net.metrics, net.callback, net.latest = [torch.ones(())], Counting(), {"loss": torch.ones(())}
+    net.of_trainer_metrics, net.of_trainer_callback, net.of_trainer_latest = (
+        [torch.ones(())],
+        Counting(),
+        {"loss": torch.ones(())},
+    )
     with torch.no_grad():
         net(X)
         for step in range(3):
-            net.metrics.append(torch.ones(()))
-            net.callback.seen.append(step)
-            net.latest = {"loss": torch.ones(()), "step": step}
-            setattr(net, f"step_{step}", step)
+            net.of_trainer_metrics.append(torch.ones(()))
+            net.of_trainer_callback.seen.append(step)
+            net.of_trainer_latest = {"loss": torch.ones(()), "step": step}
+            setattr(net, f"of_trainer_step_{step}", step)
             net(X)
     assert len(graphs_of(net)) == 1
 

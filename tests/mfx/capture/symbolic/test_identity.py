@@ -138,7 +138,7 @@ def test_positional_only_arguments():
 def test_checks_are_found(text):
     source = f"def function(self, a, b, c, d, f):\n    return (\n        {text})\n"
     (check,) = identity_checks(compile(source, "text", "exec"))
-    assert check == (3, ((), ()))
+    assert check[:2] == (3, ((), ()))
 
 
 @pytest.mark.parametrize("text", ["a is None", "A.b.c is b", "type(f(a)) is b", "(a in b) is c", "a is Ellipsis"])
