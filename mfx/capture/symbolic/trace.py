@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from types import FunctionType
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from mfx.capture.guards import guards_of_tensors, guards_of_ties
 from mfx.capture.named_steps import NamedStepModules
 from mfx.capture.symbolic.call_values import CallValues
 from mfx.capture.symbolic.classes import is_of_trace
+from mfx.capture.symbolic.dependences import Dependences
 from mfx.capture.symbolic.effects import Changes
 from mfx.capture.symbolic.identity import refuse_identity_checks
 from mfx.capture.symbolic.leaves import Leaves
@@ -100,18 +102,7 @@ def capture(
         if changes and not leaves.grew:
             last, (graph, effects) = _traced(model, tracer, changes.trace_again, guesses)
         effects += [Effect("", f"a {kind} outside of the model", is_own=False) for kind in last.leftovers.found]
-    if replaced:
-        raise CaptureError(
-            f"{type(model).__name__} replaces or makes buffers, parameters or modules while it runs "
-            f"({', '.join(dict.fromkeys(replaced))}), which a symbolic trace cannot follow. Change them in "
-            "place (copy_, mul_, add_), and make them before."
-        )
-    if drawn:
-        raise CaptureError(
-            f"{type(model).__name__} draws random numbers ({', '.join(drawn)}) outside of its layers while it runs, to "
-            "decide what to compute (layer drop, for example): a graph would repeat this one decision for ever. "
-            f"{_ADVICE}"
-        )
+    _refuse_state_that_changed(model, replaced, drawn)
     called = {str(node.target): model.get_submodule(str(node.target)) for node in graph.find_nodes(op="call_module")}
     calls = make_anew(graph, last.calls, last.constants, changes.tensors, called)
     if last.values is not None:
@@ -121,10 +112,8 @@ def capture(
     kept = copy_graph(graph)
     _refuse_changed_constants(model, kept, called, last)
     depends = last.depends
-    files = {namespace.get("__name__") for namespace in depends.codes.values()}
-    functions = [function for function in changes.functions if function.__module__ in files]
-    codes = with_callees(depends.codes, functions)
-    refuse_identity_checks(model, codes, depends.never_traced)
+    functions = _functions_beside(depends, changes)
+    refuse_identity_checks(model, with_callees(depends.codes, functions), depends.never_traced)
     outside = OutsideValues(depends.codes, functions)
     binding = replace(binding, asked=depends.answers, looked_at=depends.kinds, outside=outside)
     values, whole = last.values, {path: leaves.reasons[module] for path, module in called.items() if module in leaves}
@@ -150,6 +139,27 @@ def capture(
         names=mentioned_in({*depends.codes, *(function.__code__ for function in functions)}),
         decisions=tuple(last.decisions),
     )
+
+
+def _functions_beside(depends: Dependences, changes: Changes) -> list[FunctionType]:
+    """Return the functions that may have run, in the files of code that has: others are named alike by chance."""
+    files = {namespace.get("__name__") for namespace in depends.codes.values()}
+    return [function for function in changes.functions if function.__module__ in files]
+
+
+def _refuse_state_that_changed(model: nn.Module, replaced: Sequence[str], drawn: Sequence[str]) -> None:
+    if replaced:
+        raise CaptureError(
+            f"{type(model).__name__} replaces or makes buffers, parameters or modules while it runs "
+            f"({', '.join(dict.fromkeys(replaced))}), which a symbolic trace cannot follow. Change them in "
+            "place (copy_, mul_, add_), and make them before."
+        )
+    if drawn:
+        raise CaptureError(
+            f"{type(model).__name__} draws random numbers ({', '.join(drawn)}) outside of its layers while it runs, to "
+            "decide what to compute (layer drop, for example): a graph would repeat this one decision for ever. "
+            f"{_ADVICE}"
+        )
 
 
 def _refuse_changed_constants(
