@@ -11,9 +11,9 @@ from unittest.mock import patch
 from torch._dynamo import side_effects
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource
-from torch._dynamo.variables import ConstantVariable, builder, dicts, lists, sets
+from torch._dynamo.variables import ConstantVariable, VariableTracker, builder, dicts, lists, misc, sets
 
-_ORDERED = getattr(dicts, "OrderedDictVariable", None)
+_ORDERED = getattr(dicts, "OrderedDictVariable", ())
 
 
 @contextmanager
@@ -21,16 +21,19 @@ def containers_as_in_python() -> Iterator[None]:
     """Within this context Dynamo knows that a deque is bounded, that keys have an order, and that ``-=`` takes away.
 
     Torch 2.14 forgets the ``maxlen`` of a deque (changing a bounded one, it then breaks the graph), and writes neither
-    the order of an `OrderedDict` nor what was taken out of a set by ``-=`` back to the model's.
+    the order of an `OrderedDict` nor what was taken out of a set by ``-=`` back to the model's. Arrays of numpy that it
+    does not trace it takes for constants, so that ``+=`` changed them while code was only converted, too.
     """
     with ExitStack() as stack:
         stack.enter_context(patch.object(builder.VariableBuilder, "_wrap", _wrap))
         stack.enter_context(patch.object(side_effects.SideEffects, "mutation", _mutation))
+        stack.enter_context(patch.object(misc.NumpyVariable, "as_python_constant", _constant_of_numpy))
         yield
 
 
 _original_wrap: Any = builder.VariableBuilder._wrap  # its parts, by type, are in a table that Dynamo makes once
 _original_mutation: Any = side_effects.SideEffects.mutation
+_original_constant_of_numpy: Any = misc.NumpyVariable.as_python_constant
 
 
 def _wrap(self: Any, value: Any) -> Any:
@@ -43,10 +46,16 @@ def _wrap(self: Any, value: Any) -> Any:
 
 def _mutation(self: Any, variable: Any) -> Any:
     if variable.source is not None:
-        if _ORDERED is not None and isinstance(variable, _ORDERED):
+        if isinstance(variable, sets.SetVariable):
+            variable.should_reconstruct_all = True
+        elif isinstance(variable, _ORDERED) or getattr(variable, "should_reconstruct_all", False):
+            variable.should_reconstruct_all = True  # and so its keys are written as they were in this call
             self.output_graph_weakref().guard_on_key_order.add(variable.source)
             variable.install_dict_keys_match_guard()
-            variable.should_reconstruct_all = True
-        elif isinstance(variable, sets.SetVariable):
-            variable.should_reconstruct_all = True
     return _original_mutation(self, variable)
+
+
+def _constant_of_numpy(self: Any) -> Any:
+    if isinstance(self.value, builder.np.ndarray):
+        VariableTracker.as_python_constant(self)  # says that it is none
+    return _original_constant_of_numpy(self)

@@ -2,7 +2,9 @@
 
 import copy
 from collections import Counter, OrderedDict, defaultdict, deque
+from operator import iadd, imul, ior, isub
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -70,6 +72,10 @@ class Window(deque):
     pass
 
 
+class Numbers(np.ndarray):
+    pass
+
+
 HELD = {
     "bounded deque": lambda: deque(tensors(1, 2, 3), maxlen=3),
     "bounded deque that fills": lambda: deque(tensors(1, 2), maxlen=3),
@@ -83,6 +89,10 @@ HELD = {
     "counter": lambda: Counter(a=2, b=1),
     "set": lambda: {1, 2, 3},
     "set of tensors": lambda: set(tensors(1)),
+    "array": lambda: np.ones(3),
+    "array of integers": lambda: np.arange(3),
+    "array of a class": lambda: np.ones(3).view(Numbers),
+    "array of objects": lambda: np.array([1.0, 2.0], dtype=object),
 }
 OF_SEQUENCES = {
     "append": lambda h, m: (h.append(m), sum(h))[1],
@@ -116,6 +126,16 @@ OF_DICTIONARIES = {
     "update": lambda h, m: (h.update({"a": m, "r": 2 * m}), sum(h.values()))[1],
     "mean": lambda h, m: (h.__setitem__("a", h["a"] * 0.5 + m), h["a"])[1],
     "clear": lambda h, m: (h.clear(), h.__setitem__("k", m))[1],
+    "last replaced": lambda h, m: (h.popitem(), h.__setitem__("k", m))[0][1],
+    "one fewer": lambda h, m: h.popitem()[1] if h else h.update({"a": m, "b": 2 * m}),
+    "union": lambda h, m: (ior(h, {len(h): m}), sum(h.values()))[1],
+}
+OF_ARRAYS = {
+    "add": lambda h, m: float(iadd(h, 1).sum()),
+    "times": lambda h, m: float(imul(h, 2)[0]),
+    "less": lambda h, m: isub(h, 1) is None,
+    "entry": lambda h, m: h.__setitem__(0, h[1] + 1),
+    "method": lambda h, m: (h.fill(h[0] + 1), float(h[0]))[1],
 }
 OF_ORDERED = {
     "oldest replaced": oldest_replaced,
@@ -138,6 +158,7 @@ CHANGES = {
     "counter": {"count": lambda h, m: (h.update(["a"]), h["a"])[1], "subtract": lambda h, m: h.subtract({"a": 1})},
     "set": {"add": lambda h, m: (h.add(len(h) + 1), float(len(h)))[1], "take away": taken_away},
     "set of tensors": {"replace": lambda h, m: (h.pop(), h.add(m))[0]},
+    **dict.fromkeys(("array", "array of integers", "array of a class", "array of objects"), OF_ARRAYS),
 }
 CASES = [pytest.param(HELD[h], f, id=f"{h}: {name}") for h, changes in CHANGES.items() for name, f in changes.items()]
 QUICK = [
@@ -148,6 +169,10 @@ QUICK = [
     (HELD["ordered"], oldest_replaced),
     (HELD["ordered"], least_recent),
     (HELD["set"], taken_away),
+    (HELD["dictionary"], OF_DICTIONARIES["last replaced"]),
+    (HELD["dictionary"], OF_DICTIONARIES["one fewer"]),
+    (HELD["array"], OF_ARRAYS["add"]),
+    (HELD["array of a class"], OF_ARRAYS["times"]),
 ]
 
 
@@ -158,13 +183,13 @@ def contents(value):
         return [(key, contents(entry)) for key, entry in value.items()]
     if isinstance(value, set):
         return sorted(map(contents, value))
-    return list(map(contents, value)) if isinstance(value, list | deque) else value
+    return list(map(contents, value)) if isinstance(value, list | deque | np.ndarray) else value
 
 
-def check(held, change):
+def check(held, change, capture="auto"):
     model = Model(held(), change)
     plain = copy.deepcopy(model)
-    net = mfx.momentumize(model, gamma=0.0)
+    net = mfx.momentumize(model, gamma=0.0, capture=capture)
     for call in range(4):
         x = torch.randn(3, WIDTH, generator=torch.Generator().manual_seed(call))
         assert torch.equal(net(x), plain(x)), call
@@ -176,16 +201,18 @@ def check(held, change):
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")  # where nothing is left to rewrite
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
 @pytest.mark.parametrize("held, change", QUICK)
-def test_they_change_as_in_the_model(held, change):
-    check(held, change)
+def test_they_change_as_in_the_model(held, change, capture):
+    check(held, change, capture)
 
 
 @pytest.mark.zoo
 @pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("capture", ["auto", "dynamo"])
 @pytest.mark.parametrize("held, change", CASES)
-def test_every_change_of_every_container(held, change):
-    check(held, change)
+def test_every_change_of_every_container(held, change, capture):
+    check(held, change, capture)
 
 
 class Printing(nn.Module):
