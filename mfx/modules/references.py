@@ -15,8 +15,9 @@ from weakref import WeakKeyDictionary
 
 from mfx.modules.holders import Variable
 
+_PYTEST = "_pytest"  # to which every ``assert`` refers that pytest has rewritten
 _NOT_USERS = frozenset(
-    {*sys.stdlib_module_names, "torch", "numpy", "mfx", "mfx_passes", "einops", "triton", "networkx"}
+    {*sys.stdlib_module_names, "torch", "numpy", "mfx", "mfx_passes", "einops", "triton", "networkx", _PYTEST}
 )
 _STORES = bytes([dis.opmap["STORE_GLOBAL"], dis.opmap["DELETE_GLOBAL"]])
 

@@ -37,6 +37,19 @@ def test_a_wrapper_of_c_code_is_a_function_itself():
     assert found(around_c) == [around_c]
 
 
+def asserting(x):
+    assert x.sum() > 0
+    return x
+
+
+def test_what_pytest_makes_of_an_assertion_is_not_the_users():
+    references = References()
+    references.add(asserting)
+    names = [name for name, _ in references.variables()]
+    assert not any("pytest" in name or "py_" in name for name in names), names
+    assert "@pytest_ar" in asserting.__globals__  # else nothing was rewritten
+
+
 class Wrapping(nn.Module):
     bounded = around_c
 
