@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any, TypeAlias
 
 import torch
@@ -15,8 +16,16 @@ from mfx_passes import paths
 
 _OURS = frozenset({"forward", MARK, "graph", "code", "print_readable", "extra_repr"})  # lie there, and at times do not
 INTERNAL = _OURS.union(nn.Module().__dict__)
-_ABSENT = object()
-_CHANGING = object()
+
+
+class _Instead(Enum):
+    """What a guard holds instead of a value: members, which are themselves in a copy of a net, too."""
+
+    ABSENT = "there is none"
+    CHANGING = "it may be another one and the same object"
+
+
+_ABSENT, _CHANGING = _Instead
 
 _Value: TypeAlias = tuple[str, Any, tuple[Any, frozenset[str], int]]
 """A name, the value if it is as it was as long as it is this object, and its snapshot with what that was made by."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -56,6 +57,6 @@ def _mutation(self: Any, variable: Any) -> Any:
 
 
 def _constant_of_numpy(self: Any) -> Any:
-    if isinstance(self.value, builder.np.ndarray):
+    if isinstance(self.value, sys.modules["numpy"].ndarray):
         VariableTracker.as_python_constant(self)  # says that it is none
     return _original_constant_of_numpy(self)

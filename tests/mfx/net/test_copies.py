@@ -2,11 +2,13 @@
 
 import copy
 import gc
+import pickle
 from collections.abc import Callable
+from unittest import mock
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.exc import Unsupported
 
 import mfx
@@ -156,6 +158,14 @@ def test_what_is_asked_of_a_copy_that_was_never_called_is_answered_of_the_copy()
     assert [chain.gamma for chain in mfx.explain(net).chains] == [0.5]
     (graph,) = mfx.graphs(copied).values()
     assert graph.body is copied.body
+
+
+def test_the_graph_of_a_net_is_that_of_its_copies():
+    net = mfx.momentumize(Net(), gamma=0.0)
+    expected = net(x_of())
+    copies = [copy.deepcopy(net), copy.deepcopy(copy.deepcopy(net)), pickle.loads(pickle.dumps(net)), copy.copy(net)]
+    with mock.patch.object(fx.Tracer, "trace", side_effect=AssertionError("captured once more")):
+        assert all(torch.equal(each(x_of()), expected) for each in copies)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["fresh", "original compiled"])
