@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -12,9 +12,15 @@ from unittest.mock import patch
 from torch._dynamo import side_effects
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource
-from torch._dynamo.variables import ConstantVariable, VariableTracker, builder, dicts, lists, misc, sets
-
-_ORDERED = getattr(dicts, "OrderedDictVariable", ())
+from torch._dynamo.variables import (  # type: ignore[attr-defined]  # a module of SetVariable's that has moved
+    ConstantVariable,
+    ConstDictVariable,
+    SetVariable,
+    VariableTracker,
+    builder,
+    lists,
+    misc,
+)
 
 
 @contextmanager
@@ -47,13 +53,17 @@ def _wrap(self: Any, value: Any) -> Any:
 
 def _mutation(self: Any, variable: Any) -> Any:
     if variable.source is not None:
-        if isinstance(variable, sets.SetVariable):
+        if isinstance(variable, SetVariable):
             variable.should_reconstruct_all = True
-        elif isinstance(variable, _ORDERED) or getattr(variable, "should_reconstruct_all", False):
+        elif _is_ordered(variable) or getattr(variable, "should_reconstruct_all", False):
             variable.should_reconstruct_all = True  # and so its keys are written as they were in this call
             self.output_graph_weakref().guard_on_key_order.add(variable.source)
             variable.install_dict_keys_match_guard()
     return _original_mutation(self, variable)
+
+
+def _is_ordered(variable: Any) -> bool:
+    return isinstance(variable, ConstDictVariable) and issubclass(variable.python_type(), OrderedDict)
 
 
 def _constant_of_numpy(self: Any) -> Any:

@@ -1,6 +1,6 @@
 """Functions that TorchDynamo writes into a graph to enter and leave modes, by kind.
 
-All were read in torch 2.13 to 2.14.
+All were read in torch 2.11 to 2.14.
 """
 
 from __future__ import annotations
@@ -9,10 +9,14 @@ import torch
 import torch.nn.attention
 from torch._functorch import predispatch
 
+_IS_PREDISPATCH = hasattr(predispatch, "_enter_dual_level")  # from torch 2.13 on
+_JVP = predispatch if _IS_PREDISPATCH else torch._C._functorch
+_DUAL = predispatch if _IS_PREDISPATCH else torch._C
+
 DIFFERENTIATIONS = (
     torch._C._functorch._grad_increment_nesting,
-    predispatch._jvp_increment_nesting,
-    predispatch._enter_dual_level,
+    _JVP._jvp_increment_nesting,
+    _DUAL._enter_dual_level,
 )
 ENTRANCES = (
     torch.amp.autocast_mode._enter_autocast,
@@ -25,8 +29,8 @@ EXITS = (
     torch.autograd.grad_mode._exit_inference_mode,
     predispatch._vmap_decrement_nesting,
     torch._C._functorch._grad_decrement_nesting,
-    predispatch._jvp_decrement_nesting,
-    predispatch._exit_dual_level,
+    _JVP._jvp_decrement_nesting,
+    _DUAL._exit_dual_level,
 )
 HOOK_SWITCHES = (
     torch._C._autograd._saved_tensors_hooks_disable,
