@@ -12,7 +12,7 @@ from unittest.mock import patch
 from torch._dynamo import side_effects
 from torch._dynamo.guards import GuardBuilder, install_guard
 from torch._dynamo.source import AttrSource
-from torch._dynamo.variables import (  # type: ignore[attr-defined]  # a module of SetVariable's that has moved
+from torch._dynamo.variables import (  # type: ignore[attr-defined]  # SetVariable's module is not the same in all
     ConstantVariable,
     ConstDictVariable,
     SetVariable,
@@ -29,7 +29,8 @@ def containers_as_in_python() -> Iterator[None]:
 
     Torch 2.14 forgets the ``maxlen`` of a deque (changing a bounded one, it then breaks the graph), and writes neither
     the order of an `OrderedDict` nor what was taken out of a set by ``-=`` back to the model's. Arrays of numpy that it
-    does not trace it takes for constants, so that ``+=`` changed them while code was only converted, too.
+    does not trace it takes for constants, so that ``+=`` changed them while code was only converted, too. A dictionary
+    that it writes back whole gets the keys of the first call, which it does not guard.
     """
     with ExitStack() as stack:
         stack.enter_context(patch.object(builder.VariableBuilder, "_wrap", _wrap))
