@@ -19,7 +19,7 @@ INTERNAL = _OURS.union(nn.Module().__dict__)
 
 
 class _Instead(Enum):
-    """What a guard holds instead of a value: members, which are themselves in a copy of a net, too."""
+    """Stand-ins for values in a guard: members, because a member is itself in a copy of a net, too."""
 
     ABSENT = "there is none"
     CHANGING = "it may be another one and the same object"
