@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import builtins
 import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 from unittest.mock import patch
 
 from torch import fx, nn
@@ -20,9 +21,16 @@ from mfx.compat.modes import modes_unobserved, without_function_modes
 from mfx.compat.patching import patched
 
 
-def search_autowrapped_in(tracer: fx.Tracer, module: ModuleType) -> None:
-    """Have a tracer look for the functions that it wraps in ``module``, too (torch 2.11 to 2.15)."""
-    tracer._autowrap_search.append(module)
+def search_autowrapped_in(tracer: fx.Tracer, namespace: dict[str, Any]) -> None:
+    """Have a tracer look for the functions that it wraps in the variables of a module, too (torch 2.11 to 2.15)."""
+    tracer._autowrap_search.append(cast(ModuleType, _Holding(namespace)))
+
+
+class _Holding:
+    """An object whose attributes are the variables of a module."""
+
+    def __init__(self, namespace: dict[str, Any]) -> None:
+        self.__dict__ = namespace
 
 
 def methods_of(cls: type[fx.Proxy]) -> type:
@@ -69,21 +77,27 @@ def autowrap_in_this_thread(
     Read in torch 2.11 to 2.15.
 
     Args:
-        seen: what the namespaces of the model's code have for builtins in the meantime, by name.
+        seen: what the model's code has for builtins in the meantime, by name.
         replaced: functions, with what these namespaces have in their place.
     """
     module = _symbolic_trace
     original = module._autowrap_check
     others = {id(function): other for function, other in replaced.items()}
+    stand_in = ModuleType(builtins.__name__)
+    vars(stand_in).update({**vars(builtins), **seen})
+    of_model = {**others, id(builtins): stand_in, **{id(getattr(builtins, name)): seen[name] for name in seen}}
 
     def check(patcher: Any, namespace: dict[str, Any], function_ids: set[int]) -> None:
         is_new = id(namespace) not in patcher.visited
         original(patcher, namespace, function_ids)
-        for name in [name for name, value in namespace.items() if id(value) in others] if is_new and others else ():
-            patcher.patch(namespace, name, others[id(namespace[name])])
-        if str(namespace.get("__name__")).partition(".")[0] not in ("torch", "mfx"):
-            for name in seen.keys() - namespace.keys():
-                patcher.patch(namespace, name, seen[name])
+        if not is_new:
+            return
+        is_of_model = str(namespace.get("__name__")).partition(".")[0] not in ("torch", "mfx")
+        here = of_model if is_of_model else others
+        for name in [name for name, value in namespace.items() if id(value) in here and name != "__builtins__"]:
+            patcher.patch(namespace, name, here[id(namespace[name])])
+        for name in seen.keys() - namespace.keys() if is_of_model else ():
+            patcher.patch(namespace, name, seen[name])
 
     return patched(module, "_autowrap_check", check, elsewhere=lambda *args: None)
 

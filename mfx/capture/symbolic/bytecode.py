@@ -89,16 +89,17 @@ def is_compared_with_truth(frame: FrameType) -> bool:
 
 
 def asks_for_class(frame: FrameType) -> bool:
-    """True if the running code says ``isinstance(value, ...)``, ``value.__class__`` or ``case Tensor():``."""
+    """True if the running code says ``isinstance(value, ...)``, ``value.__class__`` or ``case Tensor():``.
+
+    It may say ``getattr(value, "__class__")``, too.
+    """
     code = _instructions(frame.f_code)
     at = _position(frame, code)
     if code[at].opname == "MATCH_CLASS" or code[at].argval == "__class__":
         return True
     at += code[at].opname == "PRECALL"
-    return any(
-        code[start].argval == "isinstance" and code[start].opname.startswith("LOAD_") and _end_of(code, start) == at
-        for start in reversed(range(at))
-    )
+    calls = [start for start in range(at) if code[start].argval in ("isinstance", "getattr")]
+    return any(code[start].opname.startswith("LOAD_") and _end_of(code, start) == at for start in reversed(calls))
 
 
 def _end_of(code: Sequence[dis.Instruction], start: int) -> int | None:

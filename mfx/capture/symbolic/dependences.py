@@ -66,6 +66,11 @@ class Dependences:
         """The questions that the code, torch.nn's included, asked of modes, with the answers."""
         return tuple((*question, answer) for question, answer in self._answers.items())
 
+    @property
+    def files(self) -> dict[int, dict[str, Any]]:
+        """The variables of the user's files whose code has run, by identity."""
+        return {id(namespace): namespace for namespace in self.codes.values() if is_users(namespace.get("__name__"))}
+
     def look_at(self, path: str, tensor: Tensor) -> None:
         """Note that the code has looked at a parameter or buffer."""
         self.kinds[path] = tensor.dtype, tensor.device

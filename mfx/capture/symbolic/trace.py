@@ -90,17 +90,18 @@ def capture(
     """
     leaves = Leaves(allowed=False) if leaves is None else leaves
     changes = Changes(model, binding.constants, _refuse_hooks_of_its_own)
+    namespaces = {id(function.__globals__): function.__globals__ for function in changes.functions}
 
     def tracer() -> SymbolicTracer:
         values = None if inputs is None else CallValues(model, inputs)
-        whole = steps.modules if steps else ()
-        return SymbolicTracer(binding.inputs, binding.constants, whole, is_leaf, leaves, values, guesses)
+        whole, files = steps.modules if steps else (), namespaces.values()
+        return SymbolicTracer(binding.inputs, binding.constants, whole, is_leaf, leaves, values, guesses, files)
 
     with tensors_restored(model) as replaced, undisturbed(model) as drawn, compat.plain_transformer_layers():
-        last, graph = _traced(model, tracer, changes.trace, guesses)
+        last, graph = _traced(model, tracer, changes.trace, guesses, namespaces)
         effects: list[Effect] = []
         if changes and not leaves.grew:
-            last, (graph, effects) = _traced(model, tracer, changes.trace_again, guesses)
+            last, (graph, effects) = _traced(model, tracer, changes.trace_again, guesses, namespaces)
         effects += [Effect("", f"a {kind} outside of the model", is_own=False) for kind in last.leftovers.found]
     _refuse_state_that_changed(model, replaced, drawn)
     called = {str(node.target): model.get_submodule(str(node.target)) for node in graph.find_nodes(op="call_module")}
@@ -185,15 +186,21 @@ def _traced(
     make_tracer: Callable[[], SymbolicTracer],
     trace: Callable[[SymbolicTracer], R],
     guesses: Guesses | None,
+    namespaces: dict[int, dict[str, Any]],
 ) -> tuple[SymbolicTracer, R]:
-    """Return a trace, and its tracer: the first one that is not led to an error of the model's own by a guess."""
+    """Return a trace, and its tracer: the first one that is not led to an error of the model's own by a guess.
+
+    Nor is it one in which code has run whose namespace is missing among those that a tracer searches; it is added.
+    """
     while True:
         tracer, failed = make_tracer(), True
         try:
             with compat.dynamo_rules_kept(), _ValuesRead(tracer):
                 result = trace(tracer)
             failed = False
-            return tracer, result
+            if not (missing := tracer.depends.files.keys() - namespaces.keys()):
+                return tracer, result
+            namespaces |= {key: tracer.depends.files[key] for key in missing}
         except MfxError:
             raise
         except BaseException as error:

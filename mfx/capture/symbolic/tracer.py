@@ -56,6 +56,7 @@ class SymbolicTracer(fx.Tracer):
         leaves: modules that cannot be walked through; a trace adds those in which it fails.
         values: what is known of the call that the trace is made for.
         guesses: the values to take for conditions on tensors; None if the trace is to refuse these.
+        namespaces: the variables of files whose functions the model's code may call.
 
     Attributes:
         calls: the module calls that were walked through, in the order they ended.
@@ -80,10 +81,13 @@ class SymbolicTracer(fx.Tracer):
         leaves: Leaves | None = None,
         values: CallValues | None = None,
         guesses: Guesses | None = None,
+        namespaces: Collection[dict[str, Any]] = (),
     ) -> None:
         super().__init__(autowrap_functions=(*einops_functions(), *timm_functions(), *TORCH_FUNCTIONS))
         for module in (torch, *packing_namespaces()):  # torch is where torch.finfo is looked up
-            compat.search_autowrapped_in(self, module)
+            compat.search_autowrapped_in(self, vars(module))
+        for namespace in namespaces:
+            compat.search_autowrapped_in(self, namespace)
         self._steps, self._is_leaf = steps, is_leaf
         self.leaves = Leaves(allowed=False) if leaves is None else leaves
         self.values = values
