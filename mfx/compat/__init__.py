@@ -52,7 +52,15 @@ from mfx.compat.autograd import (
 )
 from mfx.compat.compiled import compiled_model, is_compiled, is_inductor
 from mfx.compat.differentiation import differentiation_observed
-from mfx.compat.fake_tensors import fake_mode, fake_mode_of, is_fake, new_fake_mode, runs_for_real, unlogged
+from mfx.compat.fake_tensors import (
+    fake_mode,
+    fake_mode_of,
+    is_fake,
+    is_of_fakes,
+    new_fake_mode,
+    runs_for_real,
+    unlogged,
+)
 from mfx.compat.fsdp import (
     cast_inputs,
     cast_output,
@@ -171,6 +179,7 @@ __all__ = [
     "is_group",
     "is_inductor",
     "is_observed",
+    "is_of_fakes",
     "is_refused_draw",
     "is_sharded",
     "is_sharding_hook",

@@ -56,6 +56,11 @@ def is_fake(value: object) -> bool:
     return isinstance(value, FakeTensor)
 
 
+def is_of_fakes(error: BaseException) -> bool:
+    """True for an error that only tensors without data raise, or symbols for sizes (torch 2.11 to 2.15)."""
+    return type(error).__module__.startswith(("torch._subclasses.", "torch.fx.experimental."))
+
+
 def runs_for_real() -> bool:
     """False while torch.compile, torch.export or another fake mode traces the code (torch 2.11 to 2.15)."""
     return not torch.compiler.is_compiling() and torch._guards.detect_fake_mode() is None

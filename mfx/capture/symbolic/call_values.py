@@ -49,6 +49,7 @@ class CallValues:
         constants: what the graph reads and the model does not have.
         numbers: the sizes that a trace has used as numbers, by node: it holds for calls with the same ones only.
         lacking: the attributes that the trace has found tensors to lack: it holds for arguments that lack them, too.
+        is_exact: True if the trace has asked whether an operation fails: it holds for these very shapes only.
     """
 
     def __init__(self, root: nn.Module, inputs: Mapping[str, Tensor]) -> None:
@@ -64,7 +65,9 @@ class CallValues:
             raise CaptureError(
                 f"an argument has no counterpart without data: {type(error).__name__}: {error}"
             ) from error
+        self.is_exact = False
         self._known: dict[fx.Node, Any] = {}
+        self._errors: dict[fx.Node, BaseException] = {}
         self._outputs: dict[Any, tuple[Any, dict[nn.Module, set[str]]]] = {}
         self._set_by_leaves: dict[nn.Module, dict[str, Any]] = {}
 
@@ -73,6 +76,14 @@ class CallValues:
         if node not in self._known:
             self.find(node.graph)
         return self._known.get(node, UNKNOWN)
+
+    def error_of(self, node: fx.Node) -> tuple[BaseException | None, bool]:
+        """Return the error that a node raises, None without one, and whether this is known."""
+        self.is_exact = True
+        if self.of(node) is not UNKNOWN:
+            return None, True
+        error = self._errors.pop(node, None)  # the trace raises it, and it refers to the frames that it passes
+        return error, error is not None and not compat.is_of_fakes(error)
 
     def number(self, node: fx.Node) -> Any:
         """Return the value of a node if it is no tensor, for a trace that then holds for this value only."""
@@ -123,7 +134,7 @@ class CallValues:
         args, kwargs = self._arguments((node.args, node.kwargs))
         if node.target is read_clock or any(leaf is UNKNOWN for leaf in pytree.tree_leaves((args, kwargs))):
             return UNKNOWN
-        with ErrorsPassedOver():  # whatever an operation says to tensors without data
+        with ErrorsPassedOver() as passed:  # whatever an operation says to tensors without data
             match node.op:
                 case "placeholder":
                     return self._fakes[str(node.target)]
@@ -140,6 +151,8 @@ class CallValues:
                     return node.target(*args, **kwargs)  # type: ignore[operator]
                 case "output":
                     return args[0]
+        if passed.error is not None:
+            self._errors[node] = passed.error.with_traceback(None)
         return UNKNOWN
 
     def _without_data(self, tensor: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""Lengths that the arguments of an operation tell."""
+"""Lengths that the arguments of an operation tell, or the code that unpacks its value."""
 
 from __future__ import annotations
 
 import operator
+from typing import Any
 
 import torch
 from torch import fx
@@ -22,6 +23,20 @@ def known_length(node: fx.Node) -> int | None:
     if node.target is operator.getitem and isinstance(node.args[1], slice):
         return _length_of_slice(node.args[1])
     return None
+
+
+def check_length(value: Any, length: int, *, is_least: bool = False) -> None:
+    """Check, as a node of a graph, that a value has the length that it is unpacked to, or at least this one.
+
+    Raises:
+        ValueError: it has not, with the words of Python.
+    """
+    found = len(value)
+    if found < length:
+        least = "at least " if is_least else ""
+        raise ValueError(f"not enough values to unpack (expected {least}{length}, got {found})")
+    if found > length and not is_least:
+        raise ValueError(f"too many values to unpack (expected {length})")
 
 
 def _length_of_slice(part: slice) -> int | None:

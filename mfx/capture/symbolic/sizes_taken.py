@@ -71,7 +71,7 @@ def _is_same(value: Any, number: Any) -> bool:
 
 
 def sizes_taken(model: nn.Module, graph: fx.Graph, values: CallValues, *, exactly: bool) -> SizesTaken | None:
-    """Return the sizes that a trace has used as numbers; None if it has used none.
+    """Return the sizes that a trace has used as numbers, or in which an operation fails; None if there are none.
 
     Args:
         model: the model that was traced.
@@ -79,10 +79,10 @@ def sizes_taken(model: nn.Module, graph: fx.Graph, values: CallValues, *, exactl
         values: what the trace knew of the call that it was made for.
         exactly: True if other shapes never do.
     """
+    if values.is_exact or (exactly and values.numbers):
+        return SizesTaken(values.inputs, None, (), values.constants)
     if not values.numbers:
         return None
-    if exactly:
-        return SizesTaken(values.inputs, None, (), values.constants)
     wanted, copies, told = set(values.numbers), dict[fx.Node, fx.Node](), fx.Graph()
     for node in reversed(graph.nodes):
         wanted.update(node.all_input_nodes if node in wanted else ())

@@ -8,6 +8,7 @@ import sys
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, SupportsIndex
 
 import torch
@@ -21,6 +22,7 @@ from mfx.capture.outputs import says_something
 from mfx.capture.symbolic.applied_functions import functions_are_nodes
 from mfx.capture.symbolic.bytecode import unpacked_indices
 from mfx.capture.symbolic.call_values import UNKNOWN, CallValues
+from mfx.capture.symbolic.caught_errors import catches_errors
 from mfx.capture.symbolic.classes import type_of_value
 from mfx.capture.symbolic.constants import Constants
 from mfx.capture.symbolic.dependences import Dependences
@@ -29,7 +31,7 @@ from mfx.capture.symbolic.identity import identity_refused
 from mfx.capture.symbolic.leaf_modules import TORCH_FUNCTIONS, einops_functions, is_looked_into, timm_functions
 from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.leftovers import Leftovers
-from mfx.capture.symbolic.lengths import known_length
+from mfx.capture.symbolic.lengths import check_length, known_length
 from mfx.capture.symbolic.made_objects import MadeObjects
 from mfx.capture.symbolic.made_tensors import written_constants
 from mfx.capture.symbolic.outputs import Outputs
@@ -283,10 +285,27 @@ class SymbolicTracer(fx.Tracer):
         if args[:2] == ("call_method", "backward"):
             self._modes.refuse_differentiation("makes a backward pass, which adds to gradients")
         node = super().create_node(*args, **kwargs)
-        node.meta["stack_trace"] = user_stack(self.depends.codes, self.depends.look_at_variables)
+        frames: list[FrameType] = []
+        node.meta["stack_trace"] = user_stack(self.depends.codes, frames)
+        for frame in frames:
+            self.depends.look_at_variables(frame)
+        is_tried = any(catches_errors(frame, is_innermost=frame is frames[0]) for frame in frames)
+        if is_tried and node.op.startswith("call_"):
+            self._try(node)
         if self.constants:
             self.written |= set(map(storage_of, written_constants(node, self.constants, self._submodules)))
         return node
+
+    def _try(self, node: fx.Node) -> None:
+        """Raise the error that a node raises in the call that is traced, which the model's code catches."""
+        if self.values is None:
+            self.refusals.refuse(UntraceableError("it catches errors of operations, which only a call has"))
+        error, is_known = self.values.error_of(node)
+        if not is_known:
+            self.refusals.refuse(UntraceableError("it catches errors of an operation that depends on data"))
+        if error is not None:
+            self.graph.erase_node(node)
+            raise error
 
     def iter(self, obj: fx.Proxy) -> Iterator[Any]:
         """Iterate over a value whose length is known, or told by the code that unpacks it."""
@@ -297,6 +316,10 @@ class SymbolicTracer(fx.Tracer):
             if length is None:
                 self.refusals.refuse(UntraceableError("a traced value is iterated over, whose length is not known"))
             indices = range(length)
+        elif count is None:
+            least = None in indices
+            options = {"is_least": True} if least else {}
+            self.create_proxy("call_function", check_length, (obj, len(indices) - least), options)
         return iter([None if i is None else operator.getitem(obj, i) for i in indices])
 
     def look_at(self, tensor: torch.Tensor) -> None:

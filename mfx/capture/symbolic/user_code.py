@@ -7,7 +7,6 @@ import linecache
 import signal
 import sys
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
@@ -40,21 +39,21 @@ def user_line(frames: traceback.StackSummary, model: nn.Module) -> str:
     return f"in the forward of {type(model).__name__}"
 
 
-def user_stack(codes: dict[CodeType, dict[str, Any]], look: Callable[[FrameType], None]) -> str:
+def user_stack(codes: dict[CodeType, dict[str, Any]], frames: list[FrameType]) -> str:
     """Return the frames of the user's model, outermost first, as a traceback prints them.
 
     Args:
         codes: takes the code that runs in them, with its variables.
-        look: called with each of them.
+        frames: takes the frames, innermost first.
     """
     lines = []
     frame = sys._getframe(2)
     while frame is not None:
-        if frame.f_globals.get("__name__", "") == "mfx.capture.symbolic.trace":
-            break
+        if _module_of(frame) == "mfx.capture.symbolic.trace" and frame.f_code.co_name != "__torch_function__":
+            break  # where the trace began, not its mode
         if not _is_between(frame):
             codes[frame.f_code] = frame.f_globals
-            look(frame)
+            frames.append(frame)
             lines.append(f'  File "{frame.f_code.co_filename}", line {frame.f_lineno}, in {frame.f_code.co_name}\n')
         frame = frame.f_back  # type: ignore[assignment]
     return "".join(reversed(lines))
@@ -159,5 +158,5 @@ def _module_of(frame: FrameType) -> str:
 def _is_between(frame: FrameType) -> bool:
     """True for frames that lie between a model's code and the tracer."""
     return _module_of(frame).startswith(
-        ("torch.fx", "torch.nn.modules.module", "torch.overrides", "mfx.capture.symbolic", "mfx.compat", "contextlib")
+        ("torch.fx", "torch.nn.modules.module", "torch.overrides", "mfx.", "contextlib")
     )

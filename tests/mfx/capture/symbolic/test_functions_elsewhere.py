@@ -54,7 +54,7 @@ def _check(prepare, capture):
     assert [len(chain.steps) for chain in mfx.explain(net).chains] == [3]
 
 
-@pytest.mark.parametrize("capture", ["auto", "dynamo"])
+@pytest.mark.parametrize("capture", ["auto", pytest.param("dynamo", marks=pytest.mark.zoo)])
 @pytest.mark.parametrize("function", functions_elsewhere.FUNCTIONS, ids=lambda function: function.__name__)
 def test_a_function_elsewhere_gets_the_answers_of_a_call(function, capture):
     _check(function, capture)

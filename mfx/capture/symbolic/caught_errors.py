@@ -1,0 +1,77 @@
+"""Code that may catch the error of an operation: a trace has to know whether there is one as it makes the node."""
+
+from __future__ import annotations
+
+import ast
+import builtins
+import linecache
+from collections.abc import Sequence
+from functools import lru_cache
+from types import CodeType, FrameType
+from typing import Any
+
+_ANYWHERE = (RuntimeError, IndexError, ValueError, ZeroDivisionError, AssertionError)  # of sizes that do not fit
+_IN_CALL = (*_ANYWHERE, TypeError)  # of arguments that do not; farther out it is for Python's own calls
+_Caught = tuple[range, tuple[ast.expr | None, ...]]  # lines, and the classes of errors that are caught there
+
+
+def catches_errors(frame: FrameType, *, is_innermost: bool) -> bool:
+    """True if the running line is in a ``try`` or ``suppress`` that takes errors of operations on tensors.
+
+    Args:
+        frame: the frame of the line.
+        is_innermost: True if it calls the operation itself.
+    """
+    if not _may_catch(frame.f_code):
+        return False
+    errors = _IN_CALL if is_innermost else _ANYWHERE
+    return any(
+        frame.f_lineno in lines and any(_takes(frame, expression, errors) for expression in classes)
+        for lines, classes in _caught_in(frame.f_code.co_filename)
+    )
+
+
+@lru_cache(maxsize=4096)
+def _may_catch(code: CodeType) -> bool:
+    return bool(getattr(code, "co_exceptiontable", True))  # Python 3.10 has none
+
+
+@lru_cache(maxsize=256)
+def _caught_in(filename: str) -> Sequence[_Caught]:
+    """Return where the code of a file catches errors; nothing if its source is not there."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(filename)))
+    except SyntaxError:
+        return ()
+    found: list[_Caught] = []
+    for statement in ast.walk(tree):
+        if isinstance(statement, ast.With):
+            calls = [item.context_expr for item in statement.items if isinstance(item.context_expr, ast.Call)]
+            classes = [argument for call in calls if _name(call.func) == "suppress" for argument in call.args]
+        else:
+            classes = [handler.type for handler in getattr(statement, "handlers", ())]
+        if classes:
+            body: list[ast.stmt] = getattr(statement, "body", [])
+            found.append((range(body[0].lineno, (body[-1].end_lineno or body[-1].lineno) + 1), tuple(classes)))
+    return tuple(found)
+
+
+def _takes(frame: FrameType, expression: ast.expr | None, errors: Sequence[type[Exception]]) -> bool:
+    """True if what stands behind ``except`` takes one of the errors; of what is no name it is not known."""
+    if isinstance(expression, ast.Tuple):
+        return any(_takes(frame, part, errors) for part in expression.elts)
+    found = _value(frame, expression)
+    classes = found if isinstance(found, tuple) else (found,)
+    return not all(isinstance(cls, type) and not any(issubclass(error, cls) for error in errors) for cls in classes)
+
+
+def _value(frame: FrameType, expression: ast.expr | None) -> Any:
+    """Return what a name, or an attribute of one, stands for; None if this is not known."""
+    if isinstance(expression, ast.Attribute):
+        return vars(held).get(expression.attr) if hasattr(held := _value(frame, expression.value), "__dict__") else None
+    name = _name(expression)
+    return next((names[name] for names in (frame.f_locals, frame.f_globals, vars(builtins)) if name in names), None)
+
+
+def _name(expression: ast.expr | None) -> str:
+    return getattr(expression, "id", getattr(expression, "attr", ""))
