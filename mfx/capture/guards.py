@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
+from mfx.capture.class_guards import ClassGuard
 from mfx.capture.module_guards import INTERNAL, ModuleGuard
 from mfx.modules.references import attributes_of
 from mfx_passes import paths
@@ -114,7 +115,7 @@ class TieGuard:
         return value is not _ABSENT and value is self.first.read()
 
 
-Guard: TypeAlias = ModuleGuard | TensorGuard | TieGuard
+Guard: TypeAlias = ModuleGuard | ClassGuard | TensorGuard | TieGuard
 
 
 def guards_of_tensors(

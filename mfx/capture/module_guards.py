@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from mfx.capture.snapshots import CONTAINERS, DEEP, PLAIN, WHOLE, is_fixed, is_plain, snapshot
+from mfx.capture.snapshots import DEEP, WHOLE, is_fixed, is_plain, snapshot
 from mfx.modules.overlay import MARK, Extra, Overlay
 from mfx_passes import paths
 
@@ -40,8 +40,7 @@ class ModuleGuard:
         kind: its class, which a parametrization changes.
         children: the names of its submodules, in order, and these.
         training: its training flag.
-        values: its attributes that are numbers, strings and the like, and those that code mentions, its class's
-            among them that it has none of its own for.
+        values: its attributes that are numbers, strings and the like, and those that code mentions.
         missing: names of its parameters and buffers that are None.
         names: those that code mentions.
         known: names that it has, or may get.
@@ -65,17 +64,16 @@ class ModuleGuard:
         cls, module: nn.Module, assigned: Collection[str], names: frozenset[str] = frozenset(), *, is_net: bool
     ) -> ModuleGuard:
         """Return a guard on the module as it is now; the attributes in ``assigned`` may change."""
-        inherited = list(_inherited(module, assigned, names))
         attributes = _names_of(module)
         return cls(
             module,
             type(module),
             _children(module),
             module.training,
-            (*_own(module, assigned, names), *inherited),
+            tuple(_own(module, assigned, names)),
             _missing(module),
             names,
-            frozenset({*attributes, *assigned, *INTERNAL, *(name for name, *_ in inherited)}),
+            frozenset({*attributes, *assigned, *INTERNAL}),
             len(attributes - _OURS),
             _ABSENT if is_net else _forward(module),
         )
@@ -94,10 +92,8 @@ class ModuleGuard:
             return False
         for name, fixed, before_and_look in self.values:
             value = own.get(name, _ABSENT)
-            if value is not fixed:
-                value = getattr(self.kind, name, _ABSENT) if value is _ABSENT else value
-                if value is not fixed and not _is_as(value, *before_and_look):
-                    return False
+            if value is not fixed and not _is_as(value, *before_and_look):
+                return False
         size = len(own)
         if (parameters := own["_parameters"]) or own["_buffers"]:
             size += len(parameters) + len(own["_buffers"])
@@ -162,17 +158,6 @@ def _own(module: nn.Module, assigned: Collection[str], names: frozenset[str]) ->
             continue
         if name in names or is_plain(value):
             yield _value(name, value, names if name in names else frozenset())
-
-
-def _inherited(module: nn.Module, assigned: Collection[str], names: frozenset[str]) -> Iterator[_Value]:
-    """Yield such attributes of a module's class, torch's own classes aside, that it has none of its own for."""
-    theirs = [c for c in type(module).__mro__ if c.__module__.partition(".")[0] not in ("torch", "builtins")]
-    for name in dict.fromkeys(name for c in theirs for name in vars(c)):
-        value = getattr(type(module), name, None)
-        if name.startswith("__") or name in module.__dict__ or name in assigned:
-            continue
-        if isinstance(value, PLAIN) or (name in names and isinstance(value, CONTAINERS)):
-            yield _value(name, value, names)
 
 
 def _value(name: str, value: Any, names: frozenset[str]) -> _Value:

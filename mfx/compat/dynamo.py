@@ -31,6 +31,7 @@ from mfx.compat import (
     unlogged,
     without_closed_observers,
 )
+from mfx.compat.dynamo_class_attributes import class_attributes_as_in_python
 from mfx.compat.dynamo_containers import containers_as_in_python
 from mfx.compat.dynamo_differences import (
     check_draws,
@@ -154,6 +155,7 @@ def trace_call(
         own_tensors_may_require_gradients(),
         checkpoints_are_calls(),
         containers_as_in_python(),
+        class_attributes_as_in_python(),
         kept_results_refused(),
         remembering({} if history is None else history, varying),
         torch._dynamo.config.patch(config),

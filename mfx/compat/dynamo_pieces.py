@@ -23,6 +23,7 @@ from torch._dynamo.types import ConvertFrameReturn
 from torch._dynamo.variables import TensorVariable
 
 from mfx.compat.dynamo import guard_hooks, quiet, silent_methods
+from mfx.compat.dynamo_class_attributes import class_attributes_as_in_python
 from mfx.compat.dynamo_containers import containers_as_in_python
 from mfx.compat.dynamo_differences import check_generators
 from mfx.compat.dynamo_kept_results import kept_results_refused
@@ -125,7 +126,14 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _conditions() -> Iterator[None]:
-    with _quiet(), containers_as_in_python(), kept_results_refused(), stretches_before_loops_kept(), _config():
+    with (
+        _quiet(),
+        containers_as_in_python(),
+        class_attributes_as_in_python(),
+        kept_results_refused(),
+        stretches_before_loops_kept(),
+        _config(),
+    ):
         yield
 
 

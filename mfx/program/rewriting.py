@@ -8,6 +8,7 @@ from functools import partial
 from torch import fx, nn
 
 from mfx.capture.captured import Captured
+from mfx.capture.class_guards import guards_of_classes
 from mfx.capture.guards import Guard
 from mfx.capture.module_guards import guards_of
 from mfx.capture.named_steps import check_steps
@@ -57,8 +58,9 @@ def rewrite_captured(
         check_steps(captured.graph, lengths, rewritten.findings.rejections)
     flat = tuple(sorted({call.target for call in rewritten.flat}))
     leaves = {str(node.target) for node in captured.graph.find_nodes(op="call_module")}
-    guards: list[Guard] = [*guards_of(net, leaves, captured.assigned, captured.names)]
-    guards += _guards_of_reads(graph, momenta, captured)
+    of_modules, changing = guards_of(net, leaves, captured.assigned, captured.names), captured.assigned.values()
+    of_classes = guards_of_classes((g.module for g in of_modules), frozenset().union(*changing), captured.names)
+    guards: list[Guard] = [*of_modules, *of_classes, *_guards_of_reads(graph, momenta, captured)]
     return RewrittenGraph(
         captured,
         graph,

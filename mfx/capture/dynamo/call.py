@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
 from itertools import chain
 from types import FunctionType
@@ -16,12 +16,15 @@ from torch.utils import _pytree as pytree
 from mfx.capture.arguments import bind
 from mfx.capture.binding import NotPlainError
 from mfx.capture.captured import Captured, CaptureError, RaisedError, signature_of
+from mfx.capture.class_guards import ClassGuard, guards_of_classes
 from mfx.capture.dynamo.first_call import own_error, run_first_call, settle
 from mfx.capture.dynamo.graph import tidy
 from mfx.capture.dynamo.sources import is_held_by_module, module_path
 from mfx.compat.dynamo import DynamoCapture, sources, trace_call
 from mfx.compat.dynamo_errors import has_given_up, is_raised_by_model
 from mfx.modules.overlay import Overlay
+from mfx.modules.python_state import state_of
+from mfx.modules.references import mentioned_in
 from mfx_passes.ops.step_markers import called
 from mfx_passes.rewrite.portable_graph import copy_graph
 
@@ -44,6 +47,7 @@ class GuardedCall:
         positions: the positions, among the inputs of Dynamo's graph, of the inputs of the captured graph.
         modules: the modules of the model.
         key: the key of the call's arguments, as a symbolic trace would bind them; None if it would not.
+        classes: guards on classes, of which Dynamo guards only what it has found where it has found it.
     """
 
     guards_modules = True
@@ -55,6 +59,7 @@ class GuardedCall:
         positions: tuple[int, ...],
         modules: Iterable[nn.Module],
         key: Hashable | None,
+        classes: Sequence[ClassGuard] = (),
     ) -> None:
         self.key = key
         self._seen = seen
@@ -62,11 +67,14 @@ class GuardedCall:
         self._forward = forward
         self._signature = inspect.signature(forward, follow_wrapped=False)
         self.positions = positions
+        self._classes = classes
 
     def holds(self, net: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
         """True if the graph is the one for this call."""
         if torch.compiler.is_exporting():
             return False  # guards do not hold for tensors without values
+        if not all(guard.holds() for guard in self._classes):
+            return False
         if any(_has_forward(module) and id(module) not in self._replaced for module in net.modules()):
             return False
         try:
@@ -139,7 +147,9 @@ def capture_call(
         list(_paths(net, sources(module.graph), inputs, seen.replaced_buffers)),
         lambda key, source: names.get(key),
     )
-    call = GuardedCall(seen, forward, positions, net.modules(), _key(net, args, kwargs))
+    mentioned = mentioned_in({function.__code__ for function in state_of(net).functions})
+    classes = tuple(guards_of_classes(net.modules(), frozenset(), mentioned))
+    call = GuardedCall(seen, forward, positions, net.modules(), _key(net, args, kwargs), classes)
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
     return Captured(copy_graph(module.graph), [], {}, call, modules, values, forward_only=not torch.is_grad_enabled())
 
