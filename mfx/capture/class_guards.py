@@ -129,7 +129,6 @@ def _classes_in(value: Any, names: frozenset[str], depth: int) -> Iterator[type]
 
 def _counts(name: str, value: Any, names: frozenset[str]) -> bool:
     """True if code may read what a class has: it says the name, or Python says it in its place."""
-    is_special = name == "forward" or (
-        name.startswith("__") and name.endswith("__") and isinstance(value, FunctionType)
-    )
-    return name in names or (is_special and name not in _MAKES)
+    if name.startswith("__") and name.endswith("__"):
+        return isinstance(value, FunctionType) and name not in _MAKES
+    return name in names or name == "forward"

@@ -80,7 +80,7 @@ def snapshot(value: Any, names: frozenset[str] = frozenset(), depth: int = WHOLE
     if kind in _FIELDS:
         return _held(value, None, [getattr(value, name) for name in _FIELDS[kind]], names, depth)
     if isinstance(value, _FUNCTIONS):
-        parts = _parts_of_function(value) if names else ()
+        parts = _parts_of_function(value) if names and depth > 1 else ()  # a new tuple is the same as none
         return (Same(value), _held(parts, None, parts, names, depth)) if parts else Same(value)
     if kind.__module__ == "numpy" and hasattr(value, "tobytes") and value.size <= _ENTRIES:
         return kind, str(value.dtype), value.shape, value.tobytes()

@@ -174,8 +174,17 @@ def step(net: nn.Module, given: dict[str, Any]) -> Outcome:
     return train_step(net, [], given)
 
 
-@pytest.mark.parametrize("cached", [False, True])
-@pytest.mark.parametrize("name", CAUSAL)
+@pytest.mark.parametrize(
+    ("name", "cached"),
+    [
+        ("llama", False),
+        ("llama", True),
+        ("mistral", False),
+        ("qwen3", False),
+        pytest.param("mistral", True, marks=pytest.mark.zoo),
+        pytest.param("qwen3", True, marks=pytest.mark.zoo),
+    ],
+)
 def test_attention_is_told_that_it_is_causal_as_in_the_model(name: str, cached: bool) -> None:
     family = CAUSAL[name]
     model = family.make()
@@ -190,16 +199,17 @@ def test_attention_is_told_that_it_is_causal_as_in_the_model(name: str, cached: 
 
 def test_calls_with_and_without_a_mask_have_the_same_chains() -> None:
     """Another route would cut those of T5 at other places."""
-    config = transformers.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=32, num_layers=3, num_heads=4)
+    config = transformers.T5Config(vocab_size=99, d_model=32, d_kv=8, d_ff=32, num_layers=2, num_heads=4)
     torch.manual_seed(0)
     model = transformers.T5EncoderModel(config)
     ids = torch.randint(3, 99, (2, 9))
     given = {"input_ids": ids}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    for order in (given, given[::-1]):
-        nets = [mfx.momentumize(copy.deepcopy(model), gamma=0.9, memory_budget=budget) for budget in (0.0, 1.0)]
-        for kwargs in order:
-            one, other = (step(net, kwargs) for net in nets)
-            assert_bit_equal(one, other)
-        net = mfx.momentumize(copy.deepcopy(model), gamma=0.0)
-        for kwargs in order:
-            assert_bit_equal(step(net, kwargs), step(model, kwargs))
+    net = mfx.momentumize(copy.deepcopy(model), gamma=0.0)
+    for kwargs in given:
+        assert_bit_equal(step(net, kwargs), step(model, kwargs))
+    kept = mfx.momentumize(copy.deepcopy(model), gamma=0.9, memory_budget=1.0)
+    expected = [step(kept, kwargs) for kwargs in given]
+    for order in ([0, 1], [1, 0]):
+        net = mfx.momentumize(copy.deepcopy(model), gamma=0.9)
+        for at in order:
+            assert_bit_equal(step(net, given[at]), expected[at])

@@ -211,6 +211,28 @@ def test_a_method_that_a_call_sets_on_a_class_is_called_in_it():
     assert read(None) == 2.0
 
 
+def _checking(least):
+    bounds = [lambda x: x > least]
+
+    def check(x):
+        return all(bound(x) for bound in bounds)
+
+    return check
+
+
+class Checked:
+    checks = {"scale": [_checking(1), [_checking(2)]], "count": [_checking(0)]}  # noqa: RUF012
+
+
+def test_a_guard_holds_for_functions_in_containers_and_functions():
+    guard = ClassGuard.of(Checked, frozenset({"checks", "scale", "bounds"}))
+    assert guard.holds()
+    Checked.checks["count"].append(_checking(3))
+    assert not guard.holds()
+    del Checked.checks["count"][-1]
+    assert guard.holds()
+
+
 @pytest.mark.parametrize("name", ["scale", "table"])
 def test_a_guard_that_was_saved_does_not_hold_for_other_values(name):
     guard = pickle.loads(pickle.dumps(ClassGuard.of(Plain, frozenset({"scale", "table", "read"}))))

@@ -6,10 +6,10 @@ from fractions import Fraction
 import hypothesis.strategies as st
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 
 from mfx.engine.arithmetic import ExactState, FloatState, blocks
-from mfx.engine.arithmetic.digit_store import LIMB, DigitStore, bytes_stored, divide, multiply
+from mfx.engine.arithmetic.digit_store import LIMB, TOP_LIMIT, DigitStore, bytes_stored, divide, multiply
 from mfx.options.gamma import Gamma
 
 GAMMAS = (
@@ -142,6 +142,7 @@ def test_store_takes_little_more_than_the_digits_themselves(gamma):
 
 @settings(max_examples=60, deadline=None)
 @given(gamma=GAMMAS, depth=st.integers(1, 60))
+@example(gamma=Gamma(1, 12174), depth=6)  # d times this bound would not fit into an int64: it is never formed
 def test_the_bound_is_the_largest_integer_that_digits_can_make(gamma, depth):
     """The largest digit every time makes the largest top, at v = −1 as at any v with this remainder."""
     n, d = gamma.numerator, gamma.denominator
@@ -153,7 +154,7 @@ def test_the_bound_is_the_largest_integer_that_digits_can_make(gamma, depth):
         largest = ((largest >> LIMB if store.history[-1][1] else largest) * d + d - 1) // n
         assert store.top[:2].tolist() == [largest, largest]
         assert store.top.max() == store.bound == largest
-        assert largest < 2**63 // d
+        assert largest < TOP_LIMIT  # a limb is filled before a product reaches it, and n is 1 at least
         assert store.history[-1][0] == before
 
 
