@@ -19,7 +19,7 @@ _FEW = 64
 
 @dataclass(frozen=True, slots=True)
 class ClassGuard:
-    """What a class of the user's has itself under names that code mentions, and its special methods.
+    """A class of the user's, as far as it has names itself that code mentions, and special methods.
 
     Args:
         cls: the class.
@@ -72,9 +72,10 @@ class ClassGuard:
             return False
         if self.changing and any(map(self._has_changed, self.changing, self.snapshots)):
             return False
-        return len(own) == len(self.keys) or not any(
-            _counts(name, own[name], self.names) for name in own.keys() - self.keys
-        )
+        if len(own) == len(self.keys):
+            return True
+        new = own.keys() - self.keys
+        return own.keys() >= {*self.fixed, *self.changing} and not any(_counts(n, own[n], self.names) for n in new)
 
     def _has_changed(self, name: str, before: Any) -> bool:
         own = vars(self.cls)

@@ -19,6 +19,7 @@ _PYTEST = "_pytest"  # to which every ``assert`` refers that pytest has rewritte
 _NOT_USERS = frozenset(
     {*sys.stdlib_module_names, "torch", "numpy", "mfx", "mfx_passes", "einops", "triton", "networkx", _PYTEST}
 )
+_SET_ATTRIBUTES = bytes([dis.opmap["STORE_ATTR"], dis.opmap["DELETE_ATTR"]])
 _STORES = bytes([dis.opmap["STORE_GLOBAL"], dis.opmap["DELETE_GLOBAL"]])
 
 
@@ -217,6 +218,16 @@ def _strings_in(code: CodeType) -> frozenset[str]:
         elif isinstance(constant, str) and constant.isidentifier():
             found.add(constant)
     return frozenset(found)
+
+
+@lru_cache(maxsize=4096)
+def attributes_set_in(code: CodeType) -> frozenset[str]:
+    """Return the names of attributes that code sets or deletes, that of functions inside of it included."""
+    inner = [attributes_set_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    if not any(operation in code.co_code[::2] for operation in _SET_ATTRIBUTES):
+        return frozenset[str]().union(*inner)
+    names = (i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_ATTR", "DELETE_ATTR"))
+    return frozenset(names).union(*inner)
 
 
 @lru_cache(maxsize=4096)

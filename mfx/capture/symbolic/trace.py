@@ -138,7 +138,7 @@ def capture(
         effects=effects,
         assigned=changes.assigned,
         names=mentioned_in({*depends.codes, *(function.__code__ for function in functions)}),
-        decisions=tuple(last.decisions),
+        decisions=tuple(last.path.decisions),
     )
 
 
@@ -210,10 +210,10 @@ def _traced(
                 raise own_fault(error, model) from error
             said = said_by(error, model)
             _clear_frames(error)
-            if guesses is not None and tracer.is_misled_by(error):
-                guesses.change(tracer.decisions)
+            if guesses is not None and tracer.path.is_misled_by(error):
+                guesses.change(tracer.path.decisions)
                 continue
-            if guesses is not None and guesses.are_told(tracer.decisions) and is_raised_by_user(error):
+            if guesses is not None and guesses.are_told(tracer.path.decisions) and is_raised_by_user(error):
                 raise RaisedError(f"{type(model).__name__} raises an error: {said}") from error
             raise CaptureError(f"{type(model).__name__} cannot be traced symbolically: {said}. {_ADVICE}") from error
         finally:

@@ -17,7 +17,7 @@ from torch import fx, nn
 from mfx import compat
 from mfx.capture.arguments import call_by_name
 from mfx.capture.captured import CaptureError
-from mfx.capture.decisions import Decision, Guesses, check_decision
+from mfx.capture.decisions import Guesses, check_decision
 from mfx.capture.outputs import says_something
 from mfx.capture.symbolic.applied_functions import functions_are_nodes
 from mfx.capture.symbolic.bytecode import unpacked_indices
@@ -37,10 +37,11 @@ from mfx.capture.symbolic.made_tensors import written_constants
 from mfx.capture.symbolic.outputs import Outputs
 from mfx.capture.symbolic.own_calls import own_calls_seen
 from mfx.capture.symbolic.packing import packing_functions, packing_namespaces
+from mfx.capture.symbolic.path_taken import PathTaken
 from mfx.capture.symbolic.proxies import Value
 from mfx.capture.symbolic.recorded import is_made_of_fields, last_node, nodes_after, to_nodes
-from mfx.capture.symbolic.refusals import DECISION, OutputError, Refusals, UntraceableError, WrongGuessError
-from mfx.capture.symbolic.user_code import is_of_model, is_raised_by_user, line_of, said_by, user_stack, users_frame
+from mfx.capture.symbolic.refusals import OutputError, Refusals, UntraceableError, WrongGuessError
+from mfx.capture.symbolic.user_code import is_of_model, said_by, user_stack
 from mfx.modules.buffers import storage_of
 from mfx.modules.random_state import undisturbed
 from mfx.modules.restore import tensors_restored
@@ -67,7 +68,7 @@ class SymbolicTracer(fx.Tracer):
         refusals: what the model asked for and a trace does not know.
         outputs: what the model prints and logs.
         leftovers: the proxies of the trace.
-        decisions: the conditions that were met, in order.
+        path: the conditions that were met, and the values taken for them.
         written: the memory of constants that the graph changes in place.
         depends: what the model's code has looked at.
         at_boundary: called with the path of a walked module whenever its code goes on to, or comes back from, another
@@ -93,12 +94,11 @@ class SymbolicTracer(fx.Tracer):
         self._steps, self._is_leaf = steps, is_leaf
         self.leaves = Leaves(allowed=False) if leaves is None else leaves
         self.values = values
-        self.decisions: list[Decision] = []
-        self._guesses = guesses
         self._inputs, self._constants = inputs, constants
         self.calls: list[ModuleCall] = []
         self.walked: dict[str, nn.Module] = {}
         self.refusals = Refusals()
+        self.path = PathTaken(guesses, self.refusals)
         self.outputs = Outputs(self, self.refusals)
         self.leftovers = Leftovers()
         self.written: set[int] = set()
@@ -202,7 +202,7 @@ class SymbolicTracer(fx.Tracer):
         attributes = {module: dict(module.__dict__) for module in m.modules()}
         last = last_node(self.graph)
         calls, walked, stack = len(self.calls), dict(self.walked), self.module_stack.copy()
-        refused, decided, used = self.refusals.count, len(self.decisions), dict(self.depends.used)
+        refused, decided, used = self.refusals.count, len(self.path.decisions), dict(self.depends.used)
         try:
             with undisturbed(m) as drawn, tensors_restored(m) as replaced:
                 output = self._walk(m, path, run, args, kwargs)
@@ -216,10 +216,10 @@ class SymbolicTracer(fx.Tracer):
         except BaseException as error:  # whatever its forward says to symbolic values
             if not is_of_model(error):
                 raise
-            if self.is_misled_by(error, decided):
+            if self.path.is_misled_by(error, decided):
                 raise WrongGuessError(str(error)) from error
             self.refusals.forget_after(refused)
-            del self.decisions[decided:]
+            del self.path.decisions[decided:]
             self.depends.used = used
             for module, before in attributes.items():
                 module.__dict__.clear()
@@ -341,30 +341,12 @@ class SymbolicTracer(fx.Tracer):
     def to_bool(self, obj: fx.Proxy) -> bool:
         """Return the truth value of a size or of what was computed of sizes."""
         value = self.number_of(obj)
-        if value is UNKNOWN:
-            return self._decide(obj)
-        return bool(value)
-
-    def _decide(self, condition: fx.Proxy) -> bool:
-        """Take a guess for a condition on a tensor, and record a node that checks it."""
-        guesses, number = self._guesses, len(self.decisions)
-        if guesses is None:
-            self.refusals.refuse(UntraceableError(DECISION))
-        if number == guesses.LIMIT:
-            self.refusals.refuse(UntraceableError(f"more than {number} decisions depend on the values of tensors"))
-        frame = users_frame()
-        decision = guesses.decide(self.decisions, self.path_inside, line_of(frame), frame.f_lasti)
-        self.decisions.append(decision)
-        arguments = condition, decision.value, number, decision.line
-        self.create_proxy("call_function", check_decision, arguments, {})
+        if value is not UNKNOWN:
+            return bool(value)
+        decision = self.path.decide(self.path_inside)
+        arguments = obj, decision.value, len(self.path.decisions) - 1, decision.line
+        self.create_proxy("call_function", check_decision, arguments, {})  # which checks the guess
         return decision.value
-
-    def is_misled_by(self, error: BaseException, decided: int = 0) -> bool:
-        """True if an error comes of guesses, those behind the first ``decided`` ones; others may do without it."""
-        if self._guesses is None or len(self.decisions) <= decided or not self._guesses.may_err(self.decisions):
-            return False
-        at_limit = len(self.decisions) == self._guesses.LIMIT
-        return at_limit or isinstance(error, WrongGuessError) or is_raised_by_user(error)
 
     def number_of(self, obj: fx.Proxy) -> Any:
         """Return a size, or what was computed of sizes, in the call that is traced; `UNKNOWN` if it is not known."""

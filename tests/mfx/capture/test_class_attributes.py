@@ -1,4 +1,4 @@
-"""What a model's code finds on classes, changed between calls and in them: a net finds it as the model does."""
+"""Attributes of classes that change between calls and in them: a net finds them as the model does."""
 
 import pickle
 
