@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Collection, Iterable, Iterator
+import sys
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from types import FunctionType
 from typing import Any
 
 from torch import nn
 
-from mfx.capture.snapshots import CONTAINERS, DEEP, PLAIN, is_fixed, snapshot
+from mfx.capture.snapshots import ABSENT, CONTAINERS, DEEP, PLAIN, Noted, is_as, noted
 from mfx.modules.references import attributes_of, is_users_class
 
 _MAKES = frozenset({"__init__", "__new__", "__init_subclass__", "__post_init__"})  # objects, which no forward does
@@ -19,85 +20,68 @@ _FEW = 64
 
 @dataclass(frozen=True, slots=True)
 class ClassGuard:
-    """A class of the user's, as far as it has names itself that code mentions, and special methods.
+    """A class of the user's, without its bases: plain values, special methods, and all that code mentions.
 
     Args:
-        cls: the class.
-        names: those that code mentions.
-        fixed: the names under which it is as long as it is the same object.
-        values: these objects.
-        changing: the names of all else.
-        snapshots: what is compared of that.
+        kind: the class.
+        names: those that code mentions, without what may change.
+        values: what it has of these.
         keys: all names that it has.
     """
 
-    cls: type
+    kind: type
     names: frozenset[str]
-    fixed: tuple[str, ...]
-    values: tuple[Any, ...]
-    changing: tuple[str, ...]
-    snapshots: tuple[Any, ...]
-    keys: frozenset[str]
+    values: tuple[Noted, ...]
+    keys: tuple[str, ...]
 
     @classmethod
-    def of(cls, guarded: type, names: frozenset[str]) -> ClassGuard:
-        """Return a guard on a class as it is now."""
-        own = vars(guarded)
-        found = {name: value for name, value in own.items() if _counts(name, value, names)}
-        compared = {name: snapshot(value, names, DEEP) for name, value in found.items()}
-        fixed = tuple(
-            name for name, value in found.items() if is_fixed(value, compared[name]) or isinstance(value, FunctionType)
-        )
-        changing = tuple(name for name in found if name not in fixed)
-        values, snapshots = tuple(found[name] for name in fixed), tuple(compared[name] for name in changing)
-        return cls(guarded, names, fixed, values, changing, snapshots, frozenset(own))
+    def of(cls, kind: type, names: frozenset[str], assigned: Collection[str] = ()) -> ClassGuard:
+        """Return a guard on a class as it is now; the attributes in ``assigned`` may change."""
+        values = [
+            noted(name, value, frozenset() if isinstance(value, FunctionType) else names)
+            for name, value in vars(kind).items()
+            if name not in assigned
+            and (_may_be_read(name, value, names) or (isinstance(value, PLAIN) and not _is_special(name)))
+        ]
+        return cls(kind, names.difference(assigned), tuple(values), tuple(vars(kind)))
 
     @classmethod
-    def loaded(cls, guarded: type, names: frozenset[str], before: dict[str, Any]) -> ClassGuard:
-        """Return a guard on a class that may have other values than when the guard was saved."""
-        now = cls.of(guarded, names)
-        fixed = {name: value for name, value in zip(now.fixed, now.values, strict=True) if name not in before}
-        return replace(
-            now, fixed=(*fixed,), values=(*fixed.values(),), changing=(*before,), snapshots=(*before.values(),)
-        )
+    def loaded(cls, module: str, name: str, names: frozenset[str], data: Sequence[Noted], keys: Any) -> ClassGuard:
+        """Return a guard on the class of this name, for the data that a saved guard had; all else is as it is now."""
+        kind = _found(module, name)
+        if kind is None:  # what is there of it cannot be told
+            return cls(object, frozenset(), (), tuple(vars(object)))
+        now, of_saved = cls.of(kind, names), {name for name, *_ in data}
+        return replace(now, values=(*data, *(value for value in now.values if value[0] not in of_saved)), keys=keys)
 
     def in_place(self) -> bool:
-        """True: what modules there are has not changed."""
+        """True: a class is no place for modules."""
         return True
 
     def holds(self) -> bool:
         """True if all of it is as it was."""
-        own = vars(self.cls)
-        if not all(map(operator.is_, map(own.get, self.fixed), self.values)):
-            return False
-        if self.changing and any(map(self._has_changed, self.changing, self.snapshots)):
-            return False
-        if len(own) == len(self.keys):
+        own = vars(self.kind)
+        for name, fixed, before_and_look in self.values:
+            value = own.get(name, ABSENT)
+            if value is not fixed and not is_as(value, *before_and_look):
+                return False
+        if tuple(own) == self.keys:
             return True
-        new = own.keys() - self.keys
-        return own.keys() >= {*self.fixed, *self.changing} and not any(_counts(n, own[n], self.names) for n in new)
-
-    def _has_changed(self, name: str, before: Any) -> bool:
-        own = vars(self.cls)
-        return name not in own or bool(snapshot(own[name], self.names, DEEP) != before)
+        return not any(_may_be_read(name, own[name], self.names) for name in own.keys() - set(self.keys))
 
     def __deepcopy__(self, memo: Any) -> ClassGuard:
         return self
 
     def __reduce__(self) -> Any:
-        before = dict(zip(self.changing, self.snapshots, strict=True))  # methods are where the class is loaded
-        plain = {
-            name: snapshot(value)
-            for name, value in zip(self.fixed, self.values, strict=True)
-            if isinstance(value, PLAIN)
-        }
-        return ClassGuard.loaded, (self.cls, self.names, {**plain, **before})
+        own = vars(self.kind)
+        data = tuple(value for value in self.values if _is_data(own.get(value[0], ABSENT)))
+        return ClassGuard.loaded, (self.kind.__module__, self.kind.__qualname__, self.names, data, self.keys)
 
 
 def guards_of_classes(
     modules: Iterable[nn.Module], assigned: Collection[str], names: frozenset[str]
 ) -> Iterator[ClassGuard]:
-    """Yield guards on the classes of modules, and of the objects in their attributes that code mentions.
+    """Yield guards on the classes of modules, and on classes and those of objects in attributes that code mentions.
 
     Args:
         modules: the modules.
@@ -106,30 +90,55 @@ def guards_of_classes(
     """
     seen: set[type] = set()
     for module in modules:
-        held = [value for name, value in module.__dict__.items() if name in names]
-        for cls in (type(module), *_classes_in(held, names, DEEP)):
-            for base in cls.__mro__:
+        held = {name: value for name, value in module.__dict__.items() if name in names}
+        todo = [type(module), *_classes_in(held, names, DEEP)]
+        while todo:
+            for base in todo.pop().__mro__:
                 if base not in seen and is_users_class(base):
                     seen.add(base)
-                    yield ClassGuard.of(base, names.difference(assigned))
+                    yield ClassGuard.of(base, names, assigned)
+                    todo += _classes_in({n: v for n, v in vars(base).items() if n in names}, names, DEEP)
 
 
 def _classes_in(value: Any, names: frozenset[str], depth: int) -> Iterator[type]:
-    """Yield the classes of objects of the user's in a value, as far as code mentions what leads there."""
-    if isinstance(value, nn.Module | type) or not depth:
+    """Yield the user's classes, and those of the objects, in a value, as far as code mentions what leads there."""
+    if isinstance(value, nn.Module) or not depth:
         return
     if isinstance(value, CONTAINERS):
         held = value.values() if isinstance(value, dict) else value
         for item in held if len(value) <= _FEW else ():
-            yield from _classes_in(item, names, depth)
-    elif is_users_class(type(value)):
-        yield type(value)
-        attributes = attributes_of(value) or {}
-        yield from _classes_in([attributes[name] for name in names & attributes.keys()], names, depth - 1)
+            yield from _classes_in(item, names, depth - 1)
+        return
+    kind = value if isinstance(value, type) else type(value)
+    if is_users_class(kind):
+        yield kind
+        attributes = {} if kind is value else attributes_of(value) or {}
+        yield from _classes_in({name: attributes[name] for name in names & attributes.keys()}, names, depth - 1)
 
 
-def _counts(name: str, value: Any, names: frozenset[str]) -> bool:
-    """True if code may read what a class has: it says the name, or Python says it in its place."""
-    if name.startswith("__") and name.endswith("__"):
+def _may_be_read(name: str, value: Any, names: frozenset[str]) -> bool:
+    """True if code says a name, or Python says it in its place."""
+    if _is_special(name):
         return isinstance(value, FunctionType) and name not in _MAKES
     return name in names or name == "forward"
+
+
+def _is_special(name: str) -> bool:
+    return name.startswith("__") and name.endswith("__")
+
+
+def _is_data(value: Any) -> bool:
+    """True for plain values and the builtin containers of these, which can be pickled whatever their class holds."""
+    if type(value) in (list, tuple, set, frozenset):
+        return all(map(_is_data, value))
+    if type(value) is dict:
+        return all(map(_is_data, (*value, *value.values())))
+    return isinstance(value, PLAIN) and not isinstance(value, Enum)
+
+
+def _found(module: str, name: str) -> type | None:
+    """Return the class that a module has under a name; None if it has none."""
+    found: Any = sys.modules.get(module)
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    return found if isinstance(found, type) else None

@@ -4,31 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from enum import Enum
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
-from mfx.capture.snapshots import DEEP, WHOLE, is_fixed, is_plain, snapshot
+from mfx.capture.snapshots import ABSENT, Noted, is_as, is_plain, noted
 from mfx.modules.overlay import MARK, Extra, Overlay
 from mfx_passes import paths
 
 _OURS = frozenset({"forward", MARK, "graph", "code", "print_readable", "extra_repr"})  # lie there, and at times do not
 INTERNAL = _OURS.union(nn.Module().__dict__)
-
-
-class _Instead(Enum):
-    """Stand-ins for values in a guard: members, because a member is itself in a copy of a net, too."""
-
-    ABSENT = "there is none"
-    CHANGING = "it may be another one and the same object"
-
-
-_ABSENT, _CHANGING = _Instead
-
-_Value: TypeAlias = tuple[str, Any, tuple[Any, frozenset[str], int]]
-"""A name, the value if it is as it was as long as it is this object, and its snapshot with what that was made by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +38,7 @@ class ModuleGuard:
     kind: type
     children: tuple[list[str], list[nn.Module | None]]
     training: bool
-    values: tuple[_Value, ...]
+    values: tuple[Noted, ...]
     missing: list[str]
     names: frozenset[str]
     known: frozenset[str]
@@ -75,7 +61,7 @@ class ModuleGuard:
             names,
             frozenset({*attributes, *assigned, *INTERNAL}),
             len(attributes - _OURS),
-            _ABSENT if is_net else _forward(module),
+            ABSENT if is_net else _forward(module),
         )
 
     def in_place(self) -> bool:
@@ -91,8 +77,8 @@ class ModuleGuard:
         if own["training"] != self.training or not (is_as_it_was or self.in_place()):
             return False
         for name, fixed, before_and_look in self.values:
-            value = own.get(name, _ABSENT)
-            if value is not fixed and not _is_as(value, *before_and_look):
+            value = own.get(name, ABSENT)
+            if value is not fixed and not is_as(value, *before_and_look):
                 return False
         size = len(own)
         if (parameters := own["_parameters"]) or own["_buffers"]:
@@ -104,7 +90,7 @@ class ModuleGuard:
                 if not held.keys() <= self.known and not self.names.isdisjoint(held.keys() - self.known):
                     return False
         return (
-            self.forward is _ABSENT
+            self.forward is ABSENT
             or ("forward" not in own and self.forward is None)
             or _forward(module) is self.forward
         )
@@ -148,7 +134,7 @@ def _names_of(module: nn.Module) -> set[str]:
     return {*module.__dict__, *module._parameters, *module._buffers}
 
 
-def _own(module: nn.Module, assigned: Collection[str], names: frozenset[str]) -> Iterator[_Value]:
+def _own(module: nn.Module, assigned: Collection[str], names: frozenset[str]) -> Iterator[Noted]:
     """Yield the attributes of a module that a graph may depend on; a tensor is one that it reads, or has a guard.
 
     Of what is not plain, these are only those that code mentions: others may be somebody's, and change at every call.
@@ -157,14 +143,4 @@ def _own(module: nn.Module, assigned: Collection[str], names: frozenset[str]) ->
         if name in INTERNAL or name in assigned or isinstance(value, torch.Tensor):
             continue
         if name in names or is_plain(value):
-            yield _value(name, value, names if name in names else frozenset())
-
-
-def _value(name: str, value: Any, names: frozenset[str]) -> _Value:
-    depth = WHOLE if is_plain(value) else DEEP
-    before = snapshot(value, names, depth)
-    return name, value if is_fixed(value, before) else _CHANGING, (before, names, depth)
-
-
-def _is_as(value: Any, before: Any, names: frozenset[str], depth: int) -> bool:
-    return bool(snapshot(value, names, depth) == before)
+            yield noted(name, value, names if name in names else frozenset())

@@ -7,7 +7,7 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable
 from functools import partial
 from types import BuiltinFunctionType, CellType, FunctionType, MappingProxyType, MemberDescriptorType, MethodType
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakKeyDictionary
 
 import torch
@@ -95,6 +95,31 @@ def _held(value: Any, keys: Any, items: Any, names: frozenset[str], depth: int) 
     if depth <= DEEP and len(items) > _ENTRIES:
         return Same(value)
     return type(value), keys, tuple([snapshot(item, names, depth - 1) for item in items])
+
+
+class _Instead(enum.Enum):
+    """Stand-ins for noted values: members, because a member is itself in a copy of a net, too."""
+
+    ABSENT = "there is none"
+    CHANGING = "it may be another one and the same object"
+
+
+ABSENT, _CHANGING = _Instead
+
+Noted: TypeAlias = tuple[str, Any, tuple[Any, frozenset[str], int]]
+"""A name, the value if it is as it was as long as it is this object, and its snapshot with what that was made by."""
+
+
+def noted(name: str, value: Any, names: frozenset[str]) -> Noted:
+    """Note the value of a name."""
+    depth = WHOLE if is_plain(value) else DEEP
+    before = snapshot(value, names, depth)
+    return name, value if is_fixed(value, before) else _CHANGING, (before, names, depth)
+
+
+def is_as(value: Any, before: Any, names: frozenset[str], depth: int) -> bool:
+    """True if a value is as it was noted."""
+    return bool(snapshot(value, names, depth) == before)
 
 
 def is_plain(value: Any) -> bool:

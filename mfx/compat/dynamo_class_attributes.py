@@ -68,7 +68,8 @@ def _set_in_call(variable: Any, tx: Any, name: Any) -> Any:
     if not any(name in held for held in of_classes.values()):
         return None
     is_class = isinstance(variable, UserDefinedClassVariable)
-    if not is_class and (name in vars(variable.value) or name in stored.get(variable, ())):
+    own = () if is_class else (*getattr(variable.value, "__dict__", ()), *stored.get(variable, ()))
+    if name in own:
         return None
     for cls in (variable.value if is_class else type(variable.value)).__mro__:
         if name in of_classes.get(cls, ()):

@@ -10,6 +10,10 @@ from functools import lru_cache
 from types import CodeType, FrameType
 from typing import Any
 
+import torch
+
+from mfx.modules.references import is_users_class
+
 _ANYWHERE = (RuntimeError, IndexError, ValueError, ZeroDivisionError, AssertionError)  # of sizes that do not fit
 _IN_CALL = (*_ANYWHERE, TypeError)  # of arguments that do not; farther out it is for Python's own calls
 _Caught = tuple[range, tuple[ast.expr | None, ...]]  # lines, and the classes of errors that are caught there
@@ -27,7 +31,7 @@ def catches_errors(frame: FrameType, *, is_innermost: bool) -> bool:
     errors = _IN_CALL if is_innermost else _ANYWHERE
     return any(
         frame.f_lineno in lines and any(_takes(frame, expression, errors) for expression in classes)
-        for lines, classes in _caught_in(frame.f_code.co_filename)
+        for lines, classes in _caught_in_file_of(frame.f_code)
     )
 
 
@@ -36,11 +40,17 @@ def _may_catch(code: CodeType) -> bool:
     return bool(getattr(code, "co_exceptiontable", True))  # Python 3.10 has none
 
 
+@lru_cache(maxsize=4096)
+def _caught_in_file_of(code: CodeType) -> Sequence[_Caught]:
+    linecache.checkcache(code.co_filename)  # a file that was changed is loaded anew, with other code
+    return _caught_in("".join(linecache.getlines(code.co_filename)))
+
+
 @lru_cache(maxsize=256)
-def _caught_in(filename: str) -> Sequence[_Caught]:
-    """Return where the code of a file catches errors; nothing if its source is not there."""
+def _caught_in(source: str) -> Sequence[_Caught]:
+    """Return where the code of a file catches errors, and goes on; nothing without its source."""
     try:
-        tree = ast.parse("".join(linecache.getlines(filename)))
+        tree = ast.parse(source)
     except SyntaxError:
         return ()
     found: list[_Caught] = []
@@ -49,7 +59,8 @@ def _caught_in(filename: str) -> Sequence[_Caught]:
             calls = [item.context_expr for item in statement.items if isinstance(item.context_expr, ast.Call)]
             classes = [argument for call in calls if _name(call.func) == "suppress" for argument in call.args]
         else:
-            classes = [handler.type for handler in getattr(statement, "handlers", ())]
+            handlers = getattr(statement, "handlers", ())
+            classes = [handler.type for handler in handlers if not _raises_always(handler)]
         if classes:
             body: list[ast.stmt] = getattr(statement, "body", [])
             found.append((range(body[0].lineno, (body[-1].end_lineno or body[-1].lineno) + 1), tuple(classes)))
@@ -62,7 +73,20 @@ def _takes(frame: FrameType, expression: ast.expr | None, errors: Sequence[type[
         return any(_takes(frame, part, errors) for part in expression.elts)
     found = _value(frame, expression)
     classes = found if isinstance(found, tuple) else (found,)
-    return not all(isinstance(cls, type) and not any(issubclass(error, cls) for error in errors) for cls in classes)
+    return any(not isinstance(cls, type) or _is_of(cls, errors) for cls in classes)
+
+
+def _is_of(cls: type, errors: Sequence[type[Exception]]) -> bool:
+    """True for a class of errors or of some of them: not for the user's own, nor for memory that runs out."""
+    if any(issubclass(error, cls) for error in errors):
+        return True
+    return issubclass(cls, tuple(errors)) and not (is_users_class(cls) or issubclass(cls, torch.OutOfMemoryError))
+
+
+def _raises_always(handler: ast.ExceptHandler) -> bool:
+    """True if a handler ends in a ``raise``, and nowhere else."""
+    leaves = (ast.Return, ast.Break, ast.Continue, ast.Yield)
+    return isinstance(handler.body[-1], ast.Raise) and not any(isinstance(part, leaves) for part in ast.walk(handler))
 
 
 def _value(frame: FrameType, expression: ast.expr | None) -> Any:

@@ -68,8 +68,10 @@ class Dependences:
 
     @property
     def files(self) -> dict[int, dict[str, Any]]:
-        """The variables of the user's files whose code has run, by identity."""
-        return {id(namespace): namespace for namespace in self.codes.values() if is_users(namespace.get("__name__"))}
+        """The variables of the user's files whose code has run, by identity: not those of code that a call makes."""
+        names = {namespace.get("__name__"): namespace for namespace in self.codes.values()}
+        users = {name: sys.modules[name] for name in names if is_users(name) and name in sys.modules}
+        return {id(vars(module)): vars(module) for name, module in users.items() if vars(module) is names[name]}
 
     def look_at(self, path: str, tensor: Tensor) -> None:
         """Note that the code has looked at a parameter or buffer."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import linecache
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from types import CodeType
 from typing import Any
 
@@ -13,7 +13,7 @@ from mfx.capture.captured import CaptureError
 from mfx.capture.symbolic.bytecode import identity_checks
 from mfx.capture.symbolic.classes import ClassOfValue
 from mfx.capture.symbolic.refusals import Refusals, UntraceableError
-from mfx.modules.references import is_users
+from mfx.modules.references import is_users, names_in
 
 _WHAT = "it asks whether two values are one object"
 
@@ -41,6 +41,25 @@ def refuse_identity_checks(
                     f"{type(model).__name__} cannot be traced symbolically: {_WHAT} ({where}), which a trace does not "
                     "know: a tensor may be given twice, and an operation may return the tensor that it got."
                 )
+
+
+def refuse_unseen_code(model: nn.Module, codes: Mapping[CodeType, dict[str, Any]], namespaces: Collection[int]) -> None:
+    """Refuse code that a call makes (``exec``) and that asks for classes or identities: it gets those of proxies.
+
+    Args:
+        model: the model.
+        codes: code that has run, with its variables.
+        namespaces: the identities of the variables where the trace answers such questions.
+
+    Raises:
+        CaptureError: there is such code.
+    """
+    for code, namespace in codes.items():
+        if id(namespace) not in namespaces and is_users(namespace.get("__name__")) and names_in(code) & {"type", "id"}:
+            raise CaptureError(
+                f"{type(model).__name__} cannot be traced symbolically: it makes code as it runs, which asks for the "
+                f"class or the identity of a value ({code.co_filename}, in {code.co_name})."
+            )
 
 
 def identity_refused(refusals: Refusals) -> Any:

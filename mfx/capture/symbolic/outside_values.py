@@ -82,11 +82,12 @@ def _values(value: Any, names: frozenset[str], depth: int) -> Iterator[tuple[tup
         return
     if (noted := _noted(value)) is not _ABSENT:
         yield (), value, noted
-    if isinstance(value, type):
-        bases = [vars(base) for base in reversed(value.__mro__) if is_users_class(base)]
-        attributes = {name: item for own in bases for name, item in own.items()}
-    else:
-        attributes = attributes_of(value) or {}
+    kind = value if isinstance(value, type) else type(value)
+    bases = [vars(base) for base in reversed(kind.__mro__) if is_users_class(base)]
+    attributes = {name: item for own in bases for name, item in own.items()}
+    if kind is not value:  # whose methods and properties are not what is read off the object
+        data = {name: item for name, item in attributes.items() if isinstance(item, (*PLAIN, *CONTAINERS))}
+        attributes = {**data, **(attributes_of(value) or {})}
     for name in sorted(names & attributes.keys()) if depth else ():
         for path, item, of_item in _values(attributes[name], names, depth - 1):
             yield (name, *path), item, of_item

@@ -25,7 +25,7 @@ from mfx.capture.symbolic.call_values import CallValues
 from mfx.capture.symbolic.classes import is_of_trace
 from mfx.capture.symbolic.dependences import Dependences
 from mfx.capture.symbolic.effects import Changes
-from mfx.capture.symbolic.identity import refuse_identity_checks
+from mfx.capture.symbolic.identity import refuse_identity_checks, refuse_unseen_code
 from mfx.capture.symbolic.leaves import Leaves
 from mfx.capture.symbolic.made_tensors import make_anew
 from mfx.capture.symbolic.outside_values import OutsideValues, with_callees
@@ -113,6 +113,7 @@ def capture(
     kept = copy_graph(graph)
     _refuse_changed_constants(model, kept, called, last)
     depends = last.depends
+    refuse_unseen_code(model, depends.codes, namespaces)
     functions = _functions_beside(depends, changes)
     refuse_identity_checks(model, with_callees(depends.codes, functions), depends.never_traced)
     outside = OutsideValues(depends.codes, functions)

@@ -1,6 +1,8 @@
 """Attributes of classes that change between calls and in them: a net finds them as the model does."""
 
+import copy
 import pickle
+from functools import singledispatchmethod
 
 import pytest
 import torch
@@ -25,7 +27,9 @@ class Plain(Root):
 
 
 class Base(nn.Module):
-    calls, factor = 0, 1.0
+    calls, factor, unused = 0, 1.0, None
+    kinds = [Plain]  # noqa: RUF012
+    numbers, deep = [1.0] * 100, {"a": {"b": {"c": {"d": 1.0}}}}
 
 
 class Block(Base):
@@ -33,7 +37,7 @@ class Block(Base):
 
     def __init__(self, computes):
         super().__init__()
-        self.linear, self.config, self.computes = nn.Linear(4, 4), Plain(), computes
+        self.linear, self.config, self.kind, self.computes = nn.Linear(4, 4), Plain(), Plain, computes
 
     def double(self, x):
         return x
@@ -70,15 +74,23 @@ def _put_back():
         for name in vars(cls).keys() - attributes.keys():
             delattr(cls, name)
         for name, value in attributes.items():
-            if vars(cls)[name] is not value:
+            if vars(cls).get(name, _put_back) is not value:
                 setattr(cls, name, value)
-    Plain.table["a"] = Block.table["a"] = 1.0
+    Plain.table["a"] = Block.table["a"] = Base.numbers[1] = Base.deep["a"]["b"]["c"]["d"] = 1.0
 
 
 @pytest.fixture(autouse=True)
 def _classes_put_back():
     yield
     _put_back()
+
+
+PLAIN = Plain()
+
+
+def _one_for_another():
+    del Base.unused
+    Base.later = 2.0
 
 
 def _of_base(block, x):
@@ -114,6 +126,16 @@ CHANGED = {
     "an object's class": (lambda b, x: x * b.config.scale, lambda: setattr(Plain, "scale", 2.0)),
     "a container there": (lambda b, x: x * b.config.table["a"], lambda: Plain.table.update(a=2.0)),
     "a method there": (lambda b, x: x * b.config.read(), lambda: setattr(Plain, "read", lambda plain: 2.0)),
+    "a constant by a computed name": (
+        lambda b, x: x * getattr(b, "".join(["sc", "ale"])),
+        lambda: setattr(Block, "scale", 2.0),
+    ),
+    "a long table": (lambda b, x: x * b.numbers[1], lambda: Base.numbers.__setitem__(1, 2.0)),
+    "a deep table": (lambda b, x: x * b.deep["a"]["b"]["c"]["d"], lambda: Base.deep["a"]["b"]["c"].update(d=2.0)),
+    "a class that is held": (lambda b, x: x * b.kind.scale, lambda: setattr(Plain, "scale", 2.0)),
+    "a class that a class holds": (lambda b, x: x * b.kinds[0].scale, lambda: setattr(Plain, "scale", 2.0)),
+    "the class of a global object": (lambda b, x: x * PLAIN.scale, lambda: setattr(Plain, "scale", 2.0)),
+    "a name for another": (lambda b, x: x * getattr(b, "later", 1.0), _one_for_another),
     "a new one there": (lambda b, x: x * getattr(b.config, "later", 1.0), lambda: setattr(Root, "later", 2.0)),
 }
 
@@ -241,3 +263,70 @@ def test_a_guard_that_was_saved_does_not_hold_for_other_values(name):
     setattr(Plain, name, {"a": 2.0} if name == "table" else 2.0)
     assert not guard.holds()
     assert not pickle.loads(saved).holds()
+
+
+def _described(make_base):
+    class Lazy:
+        def __init__(self, compute):
+            self.compute = compute
+
+        def __get__(self, value, kind=None):
+            return self.compute(value)
+
+    class Described(make_base(), nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.Sequential(*(Block(_of_base) for _ in range(3)))
+
+        @Lazy
+        def compute(self):
+            return 2.0
+
+        @singledispatchmethod
+        def asked(self, x):
+            return x
+
+        def forward(self, x):
+            return self.blocks(self.asked(x)) * self.compute
+
+    return Described
+
+
+def _mixin():
+    class Mixin:
+        pass
+
+    return Mixin
+
+
+Described = _described(_mixin)
+Described.__qualname__ = "Described"
+
+
+def test_a_net_is_saved_whatever_its_class_holds():
+    model = Described()
+    net = mfx.momentumize(model, gamma=0.0)
+    expected = net(X)
+    assert torch.equal(pickle.loads(pickle.dumps(net))(X), expected)
+    assert torch.equal(copy.deepcopy(net)(X), expected)
+
+
+class Slots:
+    __slots__ = ("calls",)
+
+    def __init__(self):
+        self.calls = 2
+
+
+def test_an_object_with_slots_is_no_place_of_what_a_class_holds():
+    """TorchDynamo reads the object's own, whatever the call has set on another class under this name."""
+    held = Slots()
+
+    def computes(block, x):
+        Block.calls += 1
+        return x * held.calls
+
+    model = Model(computes)
+    expected = model(X)
+    _put_back()
+    assert torch.equal(mfx.momentumize(model, gamma=0.0)(X), expected)

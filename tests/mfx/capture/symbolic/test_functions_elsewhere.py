@@ -2,6 +2,7 @@
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -67,3 +68,21 @@ def test_a_function_whose_name_is_computed_gets_the_answers_of_a_call(monkeypatc
     exec("def ask(x):\n    y = x + 0\n    return y * (2 if type(y) is Tensor else 3)", vars(module))
     monkeypatch.setitem(sys.modules, module.__name__, module)
     _check(lambda x: vars(module)["".join("ask")](x), "auto")
+
+
+def _made_in_a_call(x):
+    namespace: dict[str, Any] = {}
+    exec("def double(x):\n    y = x + 0\n    return (y * 2).relu()", namespace)
+    return namespace["double"](x)
+
+
+def _asks_in_code_made_in_a_call(x):
+    namespace = {"Tensor": Tensor}
+    exec("def ask(x):\n    y = x + 0\n    return y * (2 if type(y) is Tensor else 3)", namespace)
+    return namespace["ask"](x)
+
+
+@pytest.mark.filterwarnings("ignore:mfx. Model cannot be captured as one graph")
+@pytest.mark.parametrize("prepare", [_made_in_a_call, _asks_in_code_made_in_a_call])
+def test_code_that_a_call_makes_gets_the_answers_of_a_call(prepare):
+    _check(prepare, "auto")
