@@ -113,7 +113,12 @@ def _by_name(
 
 def call_by_name(forward: Callable[..., Any], model: nn.Module, arguments: Mapping[str, Any]) -> Any:
     """Call a forward, a function of the model, with arguments by name: by position those that cannot come by name."""
-    names = [name for name in _positional_only(inspect.signature(forward)) if name in arguments]
+    signature, own = (inspect.signature(forward, follow_wrapped=follow) for follow in (True, False))
+    takes_names = own.parameters.keys() >= signature.parameters.keys() or any(
+        parameter.kind is parameter.VAR_KEYWORD for parameter in own.parameters.values()
+    )  # a decorator may pass on positions alone
+    by_position = _positional_only(signature) if takes_names else signature.parameters
+    names = [name for name in by_position if name in arguments]
     others = {name: value for name, value in arguments.items() if name not in names}
     return forward(model, *[arguments[name] for name in names], **others)
 

@@ -122,12 +122,11 @@ def is_as(value: Any, before: Any, names: frozenset[str], depth: int) -> bool:
     return bool(snapshot(value, names, depth) == before)
 
 
-def is_plain(value: Any) -> bool:
+def is_plain(value: Any, depth: int = WHOLE) -> bool:
     """True for a plain value, a function, an object of the user's, and a list, tuple or dictionary of these."""
-    if isinstance(value, list | tuple):
-        return all(map(is_plain, value))
-    if type(value) is dict:
-        return all(map(is_plain, value.values()))
+    if isinstance(value, list | tuple) or type(value) is dict:
+        held = value.values() if isinstance(value, dict) else value
+        return depth > 0 and all(is_plain(item, depth - 1) for item in held)  # one may be in itself
     return isinstance(value, (*PLAIN, *_FUNCTIONS)) or (_is_object(value) and hasattr(value, "__dict__"))
 
 

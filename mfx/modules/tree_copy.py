@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from mfx import compat
 from mfx.modules.overlay import Overlay, added_to
@@ -88,11 +87,21 @@ def _attributes(model: nn.Module) -> Iterator[Tensor]:
             name: value for name, value in module.__dict__.items() if isinstance(value, Tensor | list | tuple | dict)
         }
         plain = {name: value for name, value in plain.items() if not name.startswith("_") or isinstance(value, Tensor)}
-        for leaf in pytree.tree_leaves(plain):
+        for leaf in _leaves(plain, set()):
             if isinstance(leaf, nn.Module):  # not registered: in a list, for example
                 yield from chain(leaf.parameters(), leaf.buffers())
             elif isinstance(leaf, Tensor):
                 yield leaf
+
+
+def _leaves(value: Any, seen: set[int]) -> Iterator[Any]:
+    """Yield what containers hold, which may be in themselves."""
+    if not isinstance(value, list | tuple | dict):
+        yield value
+    elif id(value) not in seen:
+        seen.add(id(value))
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from _leaves(item, seen)
 
 
 def _outermost_scripted(module: nn.Module) -> Iterator[torch.jit.ScriptModule]:

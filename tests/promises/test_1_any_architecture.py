@@ -1,6 +1,7 @@
 """Any call of any architecture finds the chains of the one network, and never runs another."""
 
 import copy
+import functools
 import inspect
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -454,3 +455,36 @@ def test_a_gated_unit_that_runs_over_time_is_no_chain(capture):
     with pytest.warns(UserWarning, match="chain"):
         out = run(model)
     assert torch.equal(out, model(inputs()))
+
+
+def _by_position(forward):
+    @functools.wraps(forward)
+    def passed_on(*args):
+        return forward(*args)
+
+    return passed_on
+
+
+@pytest.mark.parametrize("capture", ["auto", pytest.param("dynamo", marks=pytest.mark.zoo)])
+def test_a_decorator_may_pass_on_positions_alone(capture):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(4, 4)
+
+        def forward(self, x):
+            return x + self.linear(x)
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.Sequential(Block(), Block())
+
+        @_by_position
+        def forward(self, x, scale=1.0):
+            return self.blocks(x * scale)
+
+    model, x = Model(), torch.randn(2, 4)
+    net = mfx.momentumize(model, gamma=0.0, capture=capture)
+    for args in ((x,), (x, 2.0), (x,)):
+        assert torch.equal(net(*args), model(*args))

@@ -245,3 +245,16 @@ def test_a_copy_has_guards_of_its_own():
     compare(model, net)
     model.held.pop()
     compare(model, copied)
+
+
+def test_a_container_may_be_in_itself():
+    def held(model):
+        table = {"scale": 2.0}
+        table["self"] = table
+        return table
+
+    model = Model(lambda model, x: model.run(x * model.held["self"]["scale"]), held)
+    net = mfx.momentumize(model, gamma=0.0)
+    assert torch.equal(net(X), model(X))
+    model.held["scale"] = net.held["scale"] = 3.0
+    assert torch.equal(net(X), model(X))
