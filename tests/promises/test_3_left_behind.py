@@ -296,8 +296,9 @@ def test_a_caught_error_of_a_trace_is_told():
 
 
 def bare_check(x):
+    is_positive, double = x.sum() > 0, 2 * x
     try:
-        return 2 * x if x.sum() > 0 else x
+        return double if is_positive else x
     except:  # noqa: E722
         return x
 

@@ -299,7 +299,9 @@ class SymbolicTracer(fx.Tracer):
     def _try(self, node: fx.Node) -> None:
         """Raise the error that a node raises in the call that is traced, which the model's code catches."""
         if self.values is None:
-            self.refusals.refuse(UntraceableError("it catches errors of operations, which only a call has"))
+            self.refusals.refuse(
+                UntraceableError("it catches errors of operations; a call (example_inputs) tells if there are any")
+            )
         error, is_known = self.values.error_of(node)
         if not is_known:
             self.refusals.refuse(UntraceableError("it catches errors of an operation that depends on data"))
