@@ -114,7 +114,7 @@ class BetweenChains:
         if cuts not in self._pieces:
             nodes = _computed(self._body)
             edges = [0, *cuts, len(nodes)]
-            runs = [nodes[first:end] for first, end in pairwise(edges)]
+            runs = [nodes[first:end] for first, end in pairwise(edges) if first < end]  # none, if it only reads
             short, pieces = split_between_calls(self._body, self._piece, runs)
             self._pieces[cuts] = to_function(short), pieces
         return self._pieces[cuts]
