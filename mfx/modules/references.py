@@ -19,8 +19,6 @@ _PYTEST = "_pytest"  # to which every ``assert`` refers that pytest has rewritte
 _NOT_USERS = frozenset(
     {*sys.stdlib_module_names, "torch", "numpy", "mfx", "mfx_passes", "einops", "triton", "networkx", _PYTEST}
 )
-_SET_ATTRIBUTES = bytes([dis.opmap["STORE_ATTR"], dis.opmap["DELETE_ATTR"]])
-_STORES = bytes([dis.opmap["STORE_GLOBAL"], dis.opmap["DELETE_GLOBAL"]])
 
 
 def is_users(module_name: object) -> bool:
@@ -221,20 +219,11 @@ def _strings_in(code: CodeType) -> frozenset[str]:
 
 
 @lru_cache(maxsize=4096)
-def attributes_set_in(code: CodeType) -> frozenset[str]:
-    """Return the names of attributes that code sets or deletes, that of functions inside of it included."""
-    inner = [attributes_set_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    if not any(operation in code.co_code[::2] for operation in _SET_ATTRIBUTES):
+def stored_in(code: CodeType, kind: str = "GLOBAL") -> frozenset[str]:
+    """Return the names of global variables that code assigns or deletes; of attributes, if the kind is ``"ATTR"``."""
+    inner = [stored_in(constant, kind) for constant in code.co_consts if isinstance(constant, CodeType)]
+    operations = f"STORE_{kind}", f"DELETE_{kind}"
+    if not any(dis.opmap[operation] in code.co_code[::2] for operation in operations):
         return frozenset[str]().union(*inner)
-    names = (i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_ATTR", "DELETE_ATTR"))
-    return frozenset(names).union(*inner)
-
-
-@lru_cache(maxsize=4096)
-def stored_in(code: CodeType) -> frozenset[str]:
-    """Return the names of global variables that code assigns or deletes."""
-    inner = [stored_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    if not any(operation in code.co_code[::2] for operation in _STORES):
-        return frozenset[str]().union(*inner)
-    stored = (i.argval for i in dis.get_instructions(code) if i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"))
+    stored = (i.argval for i in dis.get_instructions(code) if i.opname in operations)
     return frozenset(stored).union(*inner)

@@ -24,7 +24,7 @@ from mfx.compat.dynamo import DynamoCapture, sources, trace_call
 from mfx.compat.dynamo_errors import has_given_up, is_raised_by_model
 from mfx.modules.overlay import Overlay
 from mfx.modules.python_state import state_of
-from mfx.modules.references import attributes_set_in, mentioned_in
+from mfx.modules.references import mentioned_in, stored_in
 from mfx_passes.ops.step_markers import called
 from mfx_passes.rewrite.portable_graph import copy_graph
 
@@ -148,7 +148,9 @@ def capture_call(
         lambda key, source: names.get(key),
     )
     codes = {function.__code__ for function in state_of(net).functions}
-    set_by_code = frozenset().union(*map(attributes_set_in, codes))  # of which Dynamo guards what the code reads
+    set_by_code = frozenset().union(
+        *(stored_in(code, "ATTR") for code in codes)
+    )  # of which Dynamo guards what the code reads
     classes = tuple(guards_of_classes(net.modules(), set_by_code, mentioned_in(codes)))
     call = GuardedCall(seen, forward, positions, net.modules(), _key(net, args, kwargs), classes)
     values = {node.name: node.meta["val"] for node in module.graph.nodes if "val" in node.meta}
